@@ -1,0 +1,65 @@
+"""Where the text comes from and how it becomes training sequences."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_q3n.config.errors import UserError
+from megatron_q3n.config.section import Section
+
+
+class BlendPart(Section):
+    """One prepared data set of a weighted blend."""
+
+    path: str = Field(
+        description="a folder written by tools/prepare_data.py (it holds manifest.json)"
+    )
+    weight: float = Field(1.0, gt=0, description="relative share of the tokens drawn")
+
+
+class DataConfig(Section):
+    """The corpus, its tokenizer, and how documents are laid into sequences."""
+
+    source: Literal["stdlib", "blend"] = Field(
+        "stdlib",
+        description="stdlib: the Python standard library's own source, no download; blend: prepared folders",
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="prepared corpora and indices; null: $Q3N_CACHE, else ~/.cache/megatron_q3n",
+    )
+    stdlib_vocab_size: int = Field(
+        512, gt=256, description="BPE entries trained on the standard library's train split"
+    )
+    stdlib_validation_percent: float = Field(
+        5.0, gt=0, lt=50, description="share of files held out, by file"
+    )
+    train: list[BlendPart] = Field(
+        default_factory=list, description="blend used for training (source: blend)"
+    )
+    validation: list[BlendPart] = Field(
+        default_factory=list, description="blend used for validation"
+    )
+    tokenizer: str | None = Field(
+        None, description="a tokenizer.json or its folder; null: the one in the manifest"
+    )
+    mask_document_boundaries: bool = Field(
+        False,
+        description="attention and recurrent state start anew at each document (packed sequences)",
+    )
+    num_workers: int = Field(
+        0, ge=0, description="loader processes per rank; 0 loads in the training process"
+    )
+
+    @model_validator(mode="after")
+    def _legal(self) -> "DataConfig":
+        if self.source == "blend" and not self.train:
+            raise UserError(
+                "data.source=blend needs data.train, a list of {path, weight}; "
+                "make the folders with tools/prepare_data.py."
+            )
+        if self.source == "stdlib" and (self.train or self.validation):
+            raise UserError(
+                "data.train and data.validation have no effect with data.source=stdlib; set source: blend."
+            )
+        return self

@@ -1,0 +1,25 @@
+"""The one error type for people: a bad setting, file or environment. The door turns it into exit code 2.
+
+A message says where (the setting or file), what was found, what is allowed, and what to do. Our own broken
+invariants are `assert`s, never this.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_BAD_INPUT = 2  # one clear message on stderr, no traceback
+EXIT_REQUEUE = 75  # stopped early with everything saved (EX_TEMPFAIL of sysexits.h)
+
+
+class UserError(ValueError):
+    """Report a bad configuration or input to the person who can mend it."""
+
+
+def suggest(unknown: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest known name, or the empty string."""
+    names = list(known)
+    close = difflib.get_close_matches(unknown, names, n=1, cutoff=0.6)
+    if not close:  # a right leaf under a wrong parent: optimizer.lr for training.lr
+        leaf = unknown.rsplit(".", 1)[-1]
+        close = [name for name in names if name.rsplit(".", 1)[-1] == leaf][:1]
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,156 @@
+"""How the model is laid out over processes, and which layouts are legal for it."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_q3n.config.errors import UserError
+from megatron_q3n.config.model import ModelConfig
+from megatron_q3n.config.section import Section
+
+
+class ParallelConfig(Section):
+    """Sizes of the parallel groups. Data parallelism is what is left of the world."""
+
+    world_size: int | None = Field(
+        None, gt=0, description="planned processes, for the dry run; else WORLD_SIZE or 1"
+    )
+    tensor_model_parallel_size: int = Field(1, gt=0)
+    sequence_parallel: bool | None = Field(
+        None, description="null: on with tensor parallelism (MoE training needs it)"
+    )
+    pipeline_model_parallel_size: int = Field(1, gt=0)
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        None, gt=1, description="model chunks per pipeline rank"
+    )
+    context_parallel_size: int = Field(1, gt=0)
+    linear_context_parallel: Literal["all_to_all"] = Field(
+        "all_to_all", description="how Gated DeltaNet spreads a sequence: trade sequence for heads"
+    )
+    expert_model_parallel_size: int = Field(1, gt=0)
+    expert_tensor_parallel_size: int = Field(1, gt=0)
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    use_distributed_optimizer: bool = Field(
+        False, description="shard optimizer state over data parallel ranks"
+    )
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    gpus_per_node: int = Field(8, gt=0, description="for the dry run's placement advice")
+
+    @model_validator(mode="after")
+    def _legal(self) -> "ParallelConfig":
+        if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
+            raise UserError(
+                "parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size of 2 or more."
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise UserError(
+                "parallel.sequence_parallel=true has no effect with parallel.tensor_model_parallel_size=1."
+            )
+        if self.sequence_parallel is False and self.tensor_model_parallel_size > 1:
+            raise UserError(
+                "parallel.sequence_parallel=false with parallel.tensor_model_parallel_size="
+                f"{self.tensor_model_parallel_size}: megatron-core trains MoE under tensor parallelism only with "
+                "sequence parallelism; leave it null."
+            )
+        if self.overlap_param_gather and not (
+            self.use_distributed_optimizer and self.overlap_grad_reduce
+        ):
+            raise UserError(
+                "parallel.overlap_param_gather needs parallel.use_distributed_optimizer=true and "
+                "parallel.overlap_grad_reduce=true."
+            )
+        return self
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the dense weights and one sequence."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline segments: ranks times model chunks per rank."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        """Whether activations between the tensor-parallel regions are split along the sequence."""
+        return self.tensor_model_parallel_size > 1
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Return the replicas of the dense model in a world of this size."""
+        return world_size // self.model_parallel_size
+
+    def check_against(self, model: ModelConfig, sequence_length: int, world_size: int) -> None:
+        """Refuse a layout this model, sequence length or world cannot be cut into.
+
+        Raises: UserError naming the number and the divisor at fault.
+        """
+        tp, cp, ep = (
+            self.tensor_model_parallel_size,
+            self.context_parallel_size,
+            self.expert_model_parallel_size,
+        )
+        etp, pp = self.expert_tensor_parallel_size, self.pipeline_model_parallel_size
+        tensor, context, expert = (
+            f"parallel.tensor_model_parallel_size={tp}",
+            f"parallel.context_parallel_size={cp}",
+            f"parallel.expert_model_parallel_size={ep}",
+        )
+        _cut("model.num_attention_heads", model.num_attention_heads, tensor, tp)
+        _cut("model.num_query_groups", model.num_query_groups, tensor, tp)
+        _cut(
+            "model.linear_num_key_heads",
+            model.linear_num_key_heads,
+            f"{tensor} × {context}",
+            tp * cp,
+        )
+        _cut("model.vocab_size", model.vocab_size, tensor, tp)
+        _cut("model.hidden_size", model.hidden_size, tensor, tp)
+        _cut(
+            "model.moe_shared_expert_intermediate_size",
+            model.moe_shared_expert_intermediate_size,
+            tensor,
+            tp,
+        )
+        _cut("model.num_moe_experts", model.num_moe_experts, expert, ep)
+        _cut(
+            "model.moe_ffn_hidden_size",
+            model.moe_ffn_hidden_size,
+            f"parallel.expert_tensor_parallel_size={etp}",
+            etp,
+        )
+        if cp > 1:
+            _cut(
+                "training.sequence_length",
+                sequence_length,
+                f"2 × {context} (zigzag halves)",
+                2 * cp,
+            )
+        if self.uses_sequence_parallel:
+            _cut("training.sequence_length", sequence_length, f"{context} × {tensor}", cp * tp)
+        if self.num_stages > model.megatron_num_layers:
+            raise UserError(
+                f"{self.num_stages} pipeline stages for {model.megatron_num_layers} sublayers "
+                "(two per layer); use at most one stage per sublayer."
+            )
+        _cut(
+            "the world size", world_size,
+            f"{tensor} × parallel.pipeline_model_parallel_size={pp} × {context}", self.model_parallel_size,
+        )  # fmt: skip
+        _cut(
+            "the world size", world_size,
+            f"parallel.expert_tensor_parallel_size={etp} × {expert} × parallel.pipeline_model_parallel_size={pp}",
+            etp * ep * pp,
+        )  # fmt: skip
+
+
+def _cut(what: str, number: int, by: str, divisor: int) -> None:
+    if number % divisor:
+        raise UserError(
+            f"{what}={number} is not divisible by {by} (= {divisor}); change one of them."
+        )

@@ -1,0 +1,173 @@
+"""The whole configuration of a run, and the rules that span its sections."""
+
+import os
+import re
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from megatron_q3n.config.data import DataConfig
+from megatron_q3n.config.errors import UserError, suggest
+from megatron_q3n.config.model import ModelConfig
+from megatron_q3n.config.parallel import ParallelConfig
+from megatron_q3n.config.section import Section
+from megatron_q3n.config.training import (
+    CheckpointConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+
+
+class WandbConfig(Section):
+    """Weights & Biases; offline runs are uploaded later with `wandb sync`."""
+
+    mode: Literal["auto", "offline", "online", "disabled"] = Field(
+        "auto", description="auto: online when the user is logged in, else offline"
+    )
+    project: str = "megatron_q3n"
+    entity: str | None = None
+    tags: list[str] = Field(default_factory=list)
+
+
+class LoggingConfig(Section):
+    """What a run shows while it runs."""
+
+    progress: bool | None = Field(
+        None, description="live progress bar; null: when stdout is a terminal"
+    )
+    interval_steps: int = Field(
+        10, gt=0, description="steps between lines of the log when there is no progress bar"
+    )
+    wandb: WandbConfig = WandbConfig()
+
+
+class SampleConfig(Section):
+    """Text generated at the end of a run, for the report."""
+
+    count: int = Field(3, ge=0)
+    tokens: int = Field(96, gt=0)
+    temperature: float = Field(0.7, ge=0, description="0 is greedy")
+    prompts: list[str] = Field(default_factory=lambda: ["def ", "class ", "import "])
+
+
+class RunConfig(Section):
+    """Everything a run needs to know. `config.yaml` in the run directory is exactly this, resolved."""
+
+    stage: Literal["pretrain"] = "pretrain"
+    recipe: str = Field("custom", description="name of the recipe, for the run directory")
+    run_dir: str | None = Field(
+        None,
+        description="this very directory (resumed if it holds a checkpoint); null: runs/<recipe>-<utc>-<id>",
+    )
+    runs_dir: str = Field("runs", description="parent of new run directories")
+    dry_run: bool = Field(
+        False, description="validate and print the memory arithmetic per rank; build nothing"
+    )
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    samples: SampleConfig = SampleConfig()
+
+    @model_validator(mode="after")
+    def _legal(self) -> "RunConfig":
+        training, schedule = self.training, self.schedule
+        if training.sequence_length > self.model.max_position_embeddings:
+            raise UserError(
+                f"training.sequence_length={training.sequence_length} is more than "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}; raise the latter or shorten."
+            )
+        per_pass = training.micro_batch_size * self.data_parallel_size
+        if training.global_batch_size % per_pass:
+            raise UserError(
+                f"training.global_batch_size={training.global_batch_size} is not divisible by "
+                f"training.micro_batch_size={training.micro_batch_size} × data parallel size "
+                f"{self.data_parallel_size} (= {per_pass}); make it a multiple."
+            )
+        if (
+            schedule.warmup_steps + (schedule.decay_steps or 0) > training.steps
+            and schedule.style == "wsd"
+        ):
+            raise UserError(
+                f"schedule.warmup_steps={schedule.warmup_steps} + schedule.decay_steps={schedule.decay_steps} is more "
+                f"than training.steps={training.steps}; shorten one of them."
+            )
+        if schedule.warmup_steps >= training.steps and schedule.warmup_steps:
+            raise UserError(
+                f"schedule.warmup_steps={schedule.warmup_steps} must be below training.steps={training.steps}."
+            )
+        if self.data.source == "stdlib" and self.data.stdlib_vocab_size > self.model.vocab_size:
+            raise UserError(
+                f"data.stdlib_vocab_size={self.data.stdlib_vocab_size} is more than model.vocab_size="
+                f"{self.model.vocab_size}; the model needs a row for every token."
+            )
+        if self.data.mask_document_boundaries and training.micro_batch_size != 1:
+            raise UserError(
+                f"data.mask_document_boundaries=true packs documents into one row: training.micro_batch_size must be "
+                f"1, found {training.micro_batch_size}. Use a longer sequence or more micro-batches instead."
+            )
+        self.parallel.check_against(self.model, training.sequence_length, self.world_size)
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Processes of this run: the launcher's WORLD_SIZE, the planned size, or one."""
+        return int(os.environ.get("WORLD_SIZE", 0)) or self.parallel.world_size or 1
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas of the dense model; at least 1 so that the divisor rules can speak first."""
+        return max(1, self.parallel.data_parallel_size(self.world_size))
+
+    @property
+    def num_microbatches(self) -> int:
+        """Forward passes per optimizer step and rank."""
+        return self.training.global_batch_size // (
+            self.training.micro_batch_size * self.data_parallel_size
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.training.global_batch_size * self.training.sequence_length
+
+
+def known_settings(section: type[Section] = RunConfig, prefix: str = "") -> list[str]:
+    """Return every dotted setting name, e.g. "training.steps"."""
+    names = []
+    for name, field in section.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            names += known_settings(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def validate(tree: dict[str, Any]) -> RunConfig:
+    """Turn a composed plain tree into a frozen RunConfig.
+
+    Raises: UserError with one line per problem: where, what was found, what is allowed.
+    """
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    original = problem.get("ctx", {}).get("error")
+    if isinstance(original, UserError):
+        return str(original)
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: no such setting.{suggest(where, known_settings())}"
+    reason = re.sub(r"^Value error, ", "", problem["msg"])
+    return f"{where}={problem['input']!r}: {reason[0].lower()}{reason[1:]}."
