@@ -41,7 +41,8 @@ class ParallelConfig(Section):
     def _legal(self) -> "ParallelConfig":
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise UserError(
-                "parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size of 2 or more."
+                "parallel.virtual_pipeline_model_parallel_size needs "
+                "parallel.pipeline_model_parallel_size of 2 or more."
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError(
