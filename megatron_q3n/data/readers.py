@@ -1,0 +1,203 @@
+"""Reading sources as a stream of raw documents, and raw documents as texts.
+
+The parent process streams raw documents (a JSON line stays a line); worker processes parse them with
+`text_of`. Every error names the file and the line or row.
+"""
+
+import gzip
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import zstandard
+
+from megatron_q3n.config import UserError, suggest
+from megatron_q3n.data.sources import Source
+
+# A text file beyond this is cut into several documents at line ends, so that memory stays bounded.
+MAX_DOCUMENT_CHARACTERS = 16 * 2**20
+_MAX_LINE_BYTES = 2**28
+_ROWS_AT_ONCE = 256
+
+
+class RawDocument(NamedTuple):
+    """A document as it was read."""
+
+    path: Path
+    number: int  # line of a JSONL file, row of a table, piece of a text file; from 1
+    payload: bytes | str  # a JSON line, or the text itself
+    position: int  # bytes of the source consumed so far, on disk
+
+
+def read_documents(source: Source, column: str) -> Iterator[RawDocument]:
+    """Stream the documents of one source; `column` is the field of tables.
+
+    Raises: UserError for what cannot be decoded, and for a column that is not there.
+    """
+    match source.format:
+        case "text":
+            return _read_text(source)
+        case "jsonl":
+            return _read_jsonl(source)
+        case "parquet":
+            return _read_parquet(source, column)
+        case "dataset":
+            return _read_saved_dataset(source, column)
+
+
+def text_of(document: RawDocument, column: str) -> str:
+    """Return the text of a raw document.
+
+    Raises: UserError for a line that is not a JSON object with a string in `column`, and for a lone
+        surrogate, which no tokenizer can spell.
+    """
+    text = document.payload
+    if isinstance(text, bytes):
+        text = _json_text(document, column)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _bad_line(document, f"not valid Unicode ({error.reason})") from None
+    return text
+
+
+def _json_text(document: RawDocument, column: str) -> str:
+    try:
+        row = json.loads(document.payload)
+    except UnicodeDecodeError as error:
+        raise _bad_line(document, f"not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _bad_line(document, f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise _bad_line(document, f"a JSON {type(row).__name__}, not an object")
+    if column not in row:
+        raise _bad_line(document, _no_column(column, list(row)))
+    if not isinstance(row[column], str):
+        raise _bad_line(document, f"field {column!r} is {type(row[column]).__name__}, not a string")
+    return row[column]
+
+
+def _bad_line(document: RawDocument, problem: str) -> UserError:
+    return UserError(f"{document.path} line {document.number}: {problem}. Mend or remove the line.")
+
+
+def _no_column(column: str, known: list[str]) -> str:
+    names = ", ".join(map(str, known[:20])) or "none"
+    return f"no field {column!r}.{suggest(column, known)} Fields here: {names} (choose with --column)"
+
+
+class _Stream:
+    """The decompressed bytes of a file, and how far the file on disk has been read."""
+
+    def __init__(self, source: Source) -> None:
+        self._disk: IO[bytes] = source.path.open("rb")
+        self.bytes: IO[bytes] = self._disk
+        if source.compression == "gz":
+            self.bytes = io.BufferedReader(gzip.GzipFile(fileobj=self._disk))  # type: ignore[type-var]
+        elif source.compression == "zst":
+            reader = zstandard.ZstdDecompressor().stream_reader(self._disk, read_across_frames=True)
+            self.bytes = io.BufferedReader(reader)
+
+    def position(self) -> int:
+        return self._disk.tell()
+
+    def close(self) -> None:
+        self.bytes.close()
+        self._disk.close()
+
+
+def _unreadable(source: Source, error: Exception) -> UserError:
+    packed = f" as .{source.compression}" if source.compression else ""
+    return UserError(f"{source.path}: cannot be read{packed} ({error}). Fetch or make it again.")
+
+
+def _read_text(source: Source) -> Iterator[RawDocument]:
+    stream = _Stream(source)
+    try:
+        text = io.TextIOWrapper(stream.bytes, encoding="utf-8", errors="strict", newline="")
+        for number in itertools.count(1):
+            piece = text.read(MAX_DOCUMENT_CHARACTERS)
+            piece += text.readline(_MAX_LINE_BYTES) if len(piece) == MAX_DOCUMENT_CHARACTERS else ""
+            if "\0" in piece:
+                raise UserError(f"{source.path}: holds NUL characters, so it is binary, not text.")
+            if not piece and number > 1:
+                return
+            yield RawDocument(source.path, number, piece, stream.position())
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{source.path}: not UTF-8 text (byte 0x{error.object[error.start]:02x}: {error.reason}). "
+            "Convert it, e.g. with iconv -t utf-8, or leave it out."
+        ) from None
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise _unreadable(source, error) from None
+    finally:
+        stream.close()
+
+
+def _read_jsonl(source: Source) -> Iterator[RawDocument]:
+    stream = _Stream(source)
+    try:
+        for number in itertools.count(1):
+            line = stream.bytes.readline(_MAX_LINE_BYTES)
+            if len(line) == _MAX_LINE_BYTES:
+                raise UserError(
+                    f"{source.path} line {number}: longer than {_MAX_LINE_BYTES >> 20} MiB; not JSONL?"
+                )
+            if not line:
+                return
+            if not line.isspace():
+                yield RawDocument(source.path, number, line, stream.position())
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise _unreadable(source, error) from None
+    finally:
+        stream.close()
+
+
+def _rows(
+    source: Source, batches: Iterator[list[Any]], num_rows: int, column: str
+) -> Iterator[RawDocument]:
+    """Number the rows of a table; a null counts as an empty text."""
+    number = 0
+    for batch in batches:
+        for value in batch:
+            number += 1
+            if not isinstance(value, str | None):
+                raise UserError(
+                    f"{source.path} row {number}: column {column!r} holds {type(value).__name__}, not text."
+                )
+            yield RawDocument(
+                source.path, number, value or "", source.size_bytes * number // num_rows
+            )
+
+
+def _read_parquet(source: Source, column: str) -> Iterator[RawDocument]:
+    import pyarrow as pa  # late: only this format needs it, and it costs up to a second
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(source.path) as table:
+            if column not in table.schema_arrow.names:
+                raise UserError(f"{source.path}: {_no_column(column, table.schema_arrow.names)}.")
+            batches = table.iter_batches(_ROWS_AT_ONCE, columns=[column])
+            lists = (batch.column(0).to_pylist() for batch in batches)
+            yield from _rows(source, lists, table.metadata.num_rows, column)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(source, error) from None
+
+
+def _read_saved_dataset(source: Source, column: str) -> Iterator[RawDocument]:
+    import datasets  # late: only this format needs it, and it costs two seconds
+    import pyarrow as pa
+
+    try:
+        table = datasets.load_from_disk(str(source.path))
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise _unreadable(source, error) from None
+    if column not in table.column_names:
+        raise UserError(f"{source.path}: {_no_column(column, table.column_names)}.")
+    batches = table.select_columns([column]).iter(_ROWS_AT_ONCE)
+    yield from _rows(source, (batch[column] for batch in batches), len(table), column)

@@ -1,0 +1,224 @@
+"""Byte-level BPE tokenizers: loading, training, and what each token is worth in bytes.
+
+Only byte-level tokenizers are taken (GPT-2, Llama 3, Qwen, and those trained here): every text has a
+spelling in them, and every token stands for a known number of UTF-8 bytes, which is what lets losses of
+different vocabularies be compared in bits per byte.
+
+Text never becomes a control token: a document that holds the characters "<|endoftext|>" is spelled out
+in ordinary tokens, so that only this code decides where a document ends.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_q3n.config import UserError, suggest
+
+TOKENIZER_FILE = "tokenizer.json"
+END_OF_DOCUMENT = "<|endoftext|>"
+
+# Names under which published tokenizers carry their end-of-document token, most telling first. In
+# Qwen's chat models eos_token is <|im_end|>, the end of a turn: the name decides before that setting.
+_KNOWN_END_OF_DOCUMENT = (END_OF_DOCUMENT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")
+
+# A line break goes with the blank lines before it and the indentation after it, so that in Python
+# source one token can say "next line, two levels in". Then, as in GPT-2, words, numbers and
+# punctuation each with at most one leading space, and other blanks. Every text is covered.
+_SPLIT = r"\s*\n[ \t]*| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+"
+
+
+class TextTokenizer:
+    """A byte-level tokenizer with an end-of-document token.
+
+    The properties `eod`, `pad`, `unique_identifiers` and `special_tokens_dict` are what megatron-core's
+    datasets ask of a tokenizer.
+    """
+
+    def __init__(self, content: dict[str, Any], eod_token: str) -> None:
+        self._canonical = _canonical(content)
+        self._backend = Tokenizer.from_str(self._canonical)
+        self._backend.encode_special_tokens = True
+        self.eod_token = eod_token
+        self.eod: int = self._backend.token_to_id(eod_token)
+
+    @classmethod
+    def load(cls, path: str | Path, eod_token: str | None = None) -> "TextTokenizer":
+        """Load a tokenizer.json, or the one in a folder.
+
+        `eod_token` names the end-of-document token where the known names do not tell.
+
+        Raises: UserError if it is missing, damaged, not byte-level, or has no end-of-document token.
+        """
+        file = tokenizer_file(path)
+        content = _read_tokenizer(file)
+        eod_token = _find_eod_token(file, content, eod_token)
+        try:
+            return cls(content, eod_token)
+        except Exception as error:  # the library raises bare Exception for anything it dislikes
+            raise UserError(
+                f"tokenizer {file}: the tokenizers library refuses it ({error}). Give a file that "
+                "this version of the library can read."
+            ) from None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, no special tokens added."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text; runs on all cores unless TOKENIZERS_PARALLELISM=false."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of the ids; special tokens show by name, broken UTF-8 as U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json into a folder."""
+        (folder / TOKENIZER_FILE).write_text(self._canonical, encoding="utf-8")
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def pad(self) -> int:
+        """The end-of-document id: rows are full, so nothing is padded in pretraining."""
+        return self.eod
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the canonical tokenizer.json: the same for any layout of the same content."""
+        return hashlib.sha256(self._canonical.encode("utf-8")).hexdigest()
+
+    @property
+    def unique_identifiers(self) -> "OrderedDict[str, Any]":
+        """What megatron-core mixes into the names of its cached indices."""
+        return OrderedDict(fingerprint=self.fingerprint, eod=self.eod)
+
+    @property
+    def special_tokens_dict(self) -> dict[str, int]:
+        """Ids of special tokens by role; megatron-core compares `pad` with them."""
+        return {"eod_token": self.eod}
+
+    def token_num_bytes(self) -> np.ndarray:
+        """Return, for each id, the UTF-8 bytes it decodes to; special tokens count 0.
+
+        Shapes: (vocab_size,) int64.
+        """
+        special = {t.content for t in self._backend.get_added_tokens_decoder().values() if t.special}
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+        num_bytes_V = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
+            if token not in special:  # one character of the byte alphabet stands for one byte
+                spelled = alphabet.issuperset(token)
+                num_bytes_V[index] = len(token) if spelled else len(token.encode("utf-8"))
+        return num_bytes_V
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """Train a byte-level BPE with one special token, <|endoftext|> (id 0); the same texts give the same one.
+
+    The vocabulary is smaller than asked for when the texts hold too few repeated pairs.
+
+    Raises: UserError for a vocabulary that cannot hold the 256 bytes and the special token.
+    Reference: Sennrich et al. 2016, arXiv 1508.07909; byte level: Radford et al. 2019 (GPT-2).
+    """
+    if vocab_size < 257:
+        raise UserError(
+            f"a BPE vocabulary of {vocab_size} cannot hold the 256 bytes and {END_OF_DOCUMENT}; "
+            "ask for 257 or more."
+        )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    splitter = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([splitter, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return TextTokenizer(json.loads(backend.to_str()), END_OF_DOCUMENT)
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """Return the tokenizer.json that a path means: itself, or the one in that folder.
+
+    Raises: UserError if there is none.
+    """
+    path = Path(path).expanduser()
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"tokenizer {path}: {file} does not exist. Give a {TOKENIZER_FILE} (Hugging Face tokenizers "
+            "format) or a folder that holds one, or train one with tools/prepare_data.py --train-tokenizer."
+        )
+    return file
+
+
+def fingerprint_of(path: str | Path) -> str:
+    """Return the fingerprint of a tokenizer without building it."""
+    canonical = _canonical(_read_tokenizer(tokenizer_file(path)))
+    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+
+def _canonical(content: dict[str, Any]) -> str:
+    """Spell the content in one way; truncation and padding, which would cut documents, are left out."""
+    kept = content | {"truncation": None, "padding": None}
+    return json.dumps(kept, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}). Fetch or make it again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds a {type(content).__name__}, not a JSON object.")
+    return content
+
+
+def _read_tokenizer(file: Path) -> dict[str, Any]:
+    content = _read_object(file)
+    decoder = content.get("decoder") or {}
+    if "ByteLevel" not in {part.get("type") for part in [decoder, *decoder.get("decoders", [])]}:
+        raise UserError(
+            f"tokenizer {file}: its decoder is {decoder.get('type')}, not ByteLevel. Only byte-level "
+            "tokenizers (GPT-2, Llama 3, Qwen, --train-tokenizer) spell every text and count its bytes."
+        )
+    return content
+
+
+def _find_eod_token(file: Path, content: dict[str, Any], wanted: str | None) -> str:
+    """Return the name of the end-of-document token: the wanted one, a known one, or the folder's eos_token."""
+    known = {token["content"] for token in content.get("added_tokens", [])}
+    for name in [wanted] if wanted else [*_KNOWN_END_OF_DOCUMENT, _configured_eos(file.parent)]:
+        if name in known:
+            return str(name)
+    found = f"has no token {wanted!r}" if wanted else "no known end-of-document token"
+    hint = suggest(wanted, known) if wanted else ""
+    some = ", ".join(sorted(known)[:20]) or "none"
+    raise UserError(
+        f"tokenizer {file}: {found}.{hint} Name the token that ends a document (tools/prepare_data.py "
+        f"--eod-token NAME); this tokenizer's added tokens are: {some}."
+    )
+
+
+def _configured_eos(folder: Path) -> str | None:
+    """Return eos_token of a tokenizer_config.json, if there is one beside the tokenizer."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    token = _read_object(file).get("eos_token")
+    return token["content"] if isinstance(token, dict) else token

@@ -1,0 +1,124 @@
+"""What this process runs on, decided once at start and written to environment.json."""
+
+import importlib.util
+import logging
+import os
+import platform
+import warnings
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from megatron_q3n.config import RunConfig, UserError
+from megatron_q3n.device import cpu_shim
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device of this process and the libraries chosen for it, each with its reason.
+
+    `choices` maps a component ("backend", "communication", "model", …) to "what: why".
+    """
+
+    torch_device: torch.device
+    communication: str
+    model_backend: str
+    choices: dict[str, str]
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether tensors live on a GPU."""
+        return self.torch_device.type == "cuda"
+
+    def peak_memory_gib(self) -> float:
+        """Return the peak memory of this process: allocated GPU memory, or resident memory on a CPU."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated() / 2**30
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / 2**30
+
+    def synchronize(self) -> None:
+        """Wait for queued GPU work, so that a host clock reads true."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+
+def choose_device(config: RunConfig) -> Device:
+    """Decide on CPU or GPU, install the CPU shim if needed, and set the thread count.
+
+    Must run before anything imports megatron-core: the shim replaces what that import looks at.
+
+    Raises: UserError if the configuration asks for what this machine lacks.
+    """
+    _quiet_known_warnings()
+    torch.set_num_threads(config.training.threads or 1)
+    if torch.cuda.is_available():
+        return _cuda(config)
+    return _cpu(config)
+
+
+def _cuda(config: RunConfig) -> Device:
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    name = torch.cuda.get_device_name(device)
+    wanted = config.model.backend
+    has_te = importlib.util.find_spec("transformer_engine") is not None
+    if wanted == "transformer_engine" and not has_te:
+        raise UserError(
+            "model.backend=transformer_engine: TransformerEngine is not installed; "
+            "pip install -r requirements-gpu.txt, or set model.backend=auto."
+        )
+    if config.precision.fp8 and not has_te:
+        raise UserError("precision.fp8 needs TransformerEngine: pip install -r requirements-gpu.txt.")
+    use_te = has_te and wanted != "torch"
+    reason = "installed" if use_te else ("model.backend=torch" if has_te else "TransformerEngine is not installed")
+    return Device(
+        torch_device=device,
+        communication="nccl",
+        model_backend="transformer_engine" if use_te else "torch",
+        choices={
+            "device": f"cuda: {name} is there",
+            "communication": "nccl: the processes have GPUs",
+            "model": f"{'transformer_engine' if use_te else 'torch'}: {reason}",
+        },
+    )
+
+
+def _cpu(config: RunConfig) -> Device:
+    if config.model.backend == "transformer_engine":
+        raise UserError("model.backend=transformer_engine needs a GPU; set model.backend=auto or torch.")
+    if config.precision.fp8:
+        raise UserError(f"precision.fp8={config.precision.fp8} needs a GPU; set precision.fp8=null.")
+    cpu_shim.install()
+    return Device(
+        torch_device=torch.device("cpu"),
+        communication="gloo",
+        model_backend="torch",
+        choices={
+            "device": f"cpu: torch sees no CUDA device on this {platform.machine()} machine",
+            "communication": "gloo: the processes have no GPUs",
+            "model": "torch: TransformerEngine needs a GPU",
+        },
+    )
+
+
+def _quiet_known_warnings() -> None:
+    """Silence, by name, what torch and megatron-core say when CUDA, TransformerEngine or apex is absent.
+
+    environment.json says the same once, and for every component.
+    """
+    for message in (
+        "Transformer Engine and Apex are not installed",
+        ".*Apex is not installed",
+        "absl.logging is not installed",
+        "full scope is deprecated",
+        ".*TypedStorage is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for logger, message in (
+        ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+        ("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context"),
+    ):
+        logging.getLogger(logger).addFilter(lambda record, m=message: m not in record.getMessage())

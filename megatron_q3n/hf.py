@@ -1,0 +1,335 @@
+"""Hugging Face <-> megatron-core weights: one table of names and shapes, plus the few reshapes.
+
+Every megatron-core tensor is made of one or more published tensors by moving rows, so that the way
+back is exact. A `Rule` says which, of what shapes, and how; `rules(config)` is the whole table.
+`to_megatron` and `to_hf` apply it to a mapping in memory. Whoever must not hold a model in memory
+takes the rules one by one: a rule reads only the tensors it names. Both sides here are whole
+(unsharded); cutting for tensor or expert parallelism and files are `checkpoint.py`'s business, and
+megatron-core itself is not needed.
+
+What differs between the two sides, and why it is so here:
+- q_proj, k_proj, v_proj become one `linear_qkv`, per key/value head [queries | gates | key | value],
+  so that tensor parallelism can cut between key/value heads.
+- in_proj_qkvz and in_proj_ba, published key head by key head, become flat [q | k | v | z] and
+  [beta | alpha]: the kernels take whole q, k and v, and the two may differ in precision.
+- Experts, published one by one, are stacked for the grouped matrix product. transformers 5 holds
+  the same stacks in memory; those are read too.
+- `linear_attn.norm` is the one published norm weight that is the scale itself. Ours is the distance
+  from 1, as in every other norm, so that weight decay pulls it to 1. That is a shift, which does
+  not apply to gradients (`gradients=True`). Its result is fp32 at least, whatever came in: bf16
+  is coarser around 0.3 - 1 than around 0.3, and storing the one for the other would lose bits.
+- `mtp.fc` takes [embedding | hidden] and so does `eh_proj`. A swap of the halves would survive any
+  round trip; tests/test_hf.py pins where the values land.
+
+Depths of multi-token prediction beyond the first, when they have layers of their own, have no
+published names. `reference.py` calls them mtp_deeper; they are read, and refused on export.
+"""
+
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from megatron_q3n.config import (
+    GATED_ATTENTION,
+    GATED_DELTA_NET,
+    ModelConfig,
+    UserError,
+)
+
+HUGGING_FACE, MEGATRON = "Hugging Face", "megatron-core"
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one megatron-core tensor is made of published ones, and they of it."""
+
+    megatron: str
+    shape: Shape  # of the megatron-core tensor
+    hf: dict[str, Shape]  # the published tensors it is made of, in order
+    join: Callable[[list[Tensor]], Tensor]  # published, in order -> megatron-core
+    split: Callable[[Tensor], list[Tensor]]  # and back
+    shift: float = 0.0  # megatron-core weight = published weight + shift
+    fused: str | None = None  # what transformers 5 calls the megatron-core tensor in memory
+
+    def sources(self, available: Container[str]) -> dict[str, Shape]:
+        """Say which tensors to read of those there are: the published ones, or the fused one."""
+        if self.fused is not None and self.fused in available:
+            return {self.fused: self.shape}
+        return self.hf
+
+    def to_megatron(self, hf: Mapping[str, Tensor], gradients: bool = False) -> Tensor:
+        """Make the megatron-core tensor, reading of `hf` only what `sources` says.
+
+        Raises: UserError if a tensor is missing or of another shape.
+        """
+        sources = self.sources(hf)
+        tensors = [_fetch(hf, name, shape) for name, shape in sources.items()]
+        joined = self.join(tensors) if sources is self.hf else tensors[0]
+        return joined if gradients else _shifted(joined, self.shift)
+
+    def to_hf(self, tensor: Tensor, gradients: bool = False) -> dict[str, Tensor]:
+        """Make the published tensors, some of them views of the megatron-core one.
+
+        Raises: UserError if it is of another shape.
+        """
+        _check_shape(MEGATRON, self.megatron, tensor, self.shape)
+        unshifted = tensor if gradients else _shifted(tensor, -self.shift)
+        return dict(zip(self.hf, self.split(unshifted), strict=True))
+
+
+def to_megatron(
+    hf: Mapping[str, Tensor], config: ModelConfig, gradients: bool = False
+) -> dict[str, Tensor]:
+    """Rename and reshape published weights to megatron-core's; experts one by one or fused.
+
+    gradients: these are gradients of weights, which a shift leaves alone.
+    Returns: whole tensors, some of them views of the input, in its dtypes but for the shift above.
+    Raises: UserError naming what is missing, unexpected or of another shape.
+    """
+    table = rules(config)
+    _check_names(HUGGING_FACE, hf, [name for rule in table for name in rule.sources(hf)])
+    return {rule.megatron: rule.to_megatron(hf, gradients) for rule in table}
+
+
+def to_hf(
+    megatron: Mapping[str, Tensor], config: ModelConfig, gradients: bool = False
+) -> dict[str, Tensor]:
+    """Rename and reshape megatron-core's weights to the published form, experts one by one.
+
+    Arguments, returns and raises as `to_megatron`; and UserError where there is no published form.
+    """
+    if _num_predictors(config) > 1:
+        raise UserError(
+            f"model.mtp_num_layers={config.mtp_num_layers} with a layer for each depth has no "
+            "published form: checkpoints hold one multi-token prediction layer. Export a model "
+            "with model.mtp_num_layers of 0 or 1, or with model.mtp_use_repeated_layer=true."
+        )
+    table = rules(config)
+    _check_names(MEGATRON, megatron, [rule.megatron for rule in table])
+    published: dict[str, Tensor] = {}
+    for rule in table:
+        published |= rule.to_hf(megatron[rule.megatron], gradients)
+    return published
+
+
+def rules(config: ModelConfig) -> list[Rule]:
+    """Return the whole table for a model of these dimensions, in the order of the layers.
+
+    megatron-core's HybridModel counts a mixer and its MoE as two layers: published layer i is
+    megatron-core's 2i and 2i+1.
+    """
+    embedding, norm = (config.vocab_size, config.hidden_size), (config.hidden_size,)
+    table = [
+        _same("embedding.word_embeddings.weight", "model.embed_tokens.weight", embedding),
+        _same("decoder.final_norm.weight", "model.norm.weight", norm),
+        _same("output_layer.weight", "lm_head.weight", embedding),
+    ]
+    for i, mixer in enumerate(config.mixers):
+        table += _layer(config, mixer, "decoder.", 2 * i, f"model.layers.{i}.")
+    for depth in range(_num_predictors(config)):
+        published = "mtp." if depth == 0 else f"mtp_deeper.{depth - 1}."
+        table += _predictor(config, f"mtp.layers.{depth}.", published)
+    return table
+
+
+def _num_predictors(config: ModelConfig) -> int:
+    return min(config.mtp_num_layers, 1) if config.mtp_use_repeated_layer else config.mtp_num_layers
+
+
+def _predictor(config: ModelConfig, m: str, h: str) -> list[Rule]:
+    """Multi-token prediction. Here and below, m and h begin the names of the two sides."""
+    hidden = config.hidden_size
+    return [
+        _same(m + "enorm.weight", h + "pre_fc_norm_embedding.weight", (hidden,)),
+        _same(m + "hnorm.weight", h + "pre_fc_norm_hidden.weight", (hidden,)),
+        _same(m + "eh_proj.weight", h + "fc.weight", (hidden, 2 * hidden)),
+        *_layer(config, GATED_ATTENTION, m + "mtp_model_layer.", 0, h + "layers.0."),
+        _same(m + "final_layernorm.weight", h + "norm.weight", (hidden,)),
+    ]
+
+
+def _layer(config: ModelConfig, mixer: str, m: str, number: int, h: str) -> list[Rule]:
+    first, second, norm = f"{m}layers.{number}.", f"{m}layers.{number + 1}.", (config.hidden_size,)
+    mixer_rules = _delta_net if mixer == GATED_DELTA_NET else _attention
+    return [
+        _same(first + "input_layernorm.weight", h + "input_layernorm.weight", norm),
+        *mixer_rules(config, first + "self_attention.", h),
+        _same(second + "pre_mlp_layernorm.weight", h + "post_attention_layernorm.weight", norm),
+        *_moe(config, second + "mlp.", h + "mlp."),
+    ]
+
+
+def _delta_net(config: ModelConfig, m: str, h: str) -> list[Rule]:
+    h += "linear_attn."
+    keys, values, heads = config.key_dim, config.value_dim, config.linear_num_value_heads
+    qkvz, beta_alpha = (keys, keys, values, values), (heads, heads)
+    conv = (config.conv_dim, 1, config.linear_conv_kernel_dim)
+    norm = (config.linear_value_head_dim,)
+    return [
+        _by_key_head(m + "in_proj.weight", h + "in_proj_qkvz.weight", qkvz, config),
+        _by_key_head(m + "beta_alpha_proj.weight", h + "in_proj_ba.weight", beta_alpha, config),
+        _same(m + "conv1d.weight", h + "conv1d.weight", conv),
+        _same(m + "A_log", h + "A_log", (heads,)),
+        _same(m + "dt_bias", h + "dt_bias", (heads,)),
+        _same(m + "out_norm.weight", h + "norm.weight", norm, shift=-1.0),
+        _same(m + "out_proj.weight", h + "out_proj.weight", (config.hidden_size, values)),
+    ]
+
+
+def _attention(config: ModelConfig, m: str, h: str) -> list[Rule]:
+    h += "self_attn."
+    hidden, head_dim = config.hidden_size, config.kv_channels
+    query_dim, key_dim = config.num_attention_heads * head_dim, config.num_query_groups * head_dim
+    query_rows = 2 * query_dim if config.attention_output_gate else query_dim
+    return [
+        Rule(
+            m + "linear_qkv.weight",
+            (query_rows + 2 * key_dim, hidden),
+            {
+                h + "q_proj.weight": (query_rows, hidden),
+                h + "k_proj.weight": (key_dim, hidden),
+                h + "v_proj.weight": (key_dim, hidden),
+            },
+            partial(_join_qkv, config),
+            partial(_split_qkv, config),
+        ),
+        _same(m + "q_layernorm.weight", h + "q_norm.weight", (head_dim,)),
+        _same(m + "k_layernorm.weight", h + "k_norm.weight", (head_dim,)),
+        _same(m + "linear_proj.weight", h + "o_proj.weight", (hidden, query_dim)),
+    ]
+
+
+def _moe(config: ModelConfig, m: str, h: str) -> list[Rule]:
+    hidden, num = config.hidden_size, config.num_moe_experts
+    ffn, shared_ffn = config.moe_ffn_hidden_size, config.moe_shared_expert_intermediate_size
+    one_by_one = [f"{h}experts.{expert}." for expert in range(num)]
+    shared_m, shared_h = m + "shared_experts.", h + "shared_expert."
+    return [
+        _same(m + "router.weight", h + "gate.weight", (num, hidden)),
+        Rule(
+            m + "experts.linear_fc1.weight",
+            (num, 2 * ffn, hidden),
+            {name: (ffn, hidden) for expert in one_by_one for name in _gate_up(expert)},
+            partial(_stack, num),
+            partial(_unstack, 2),
+            fused=h + "experts.gate_up_proj",
+        ),
+        Rule(
+            m + "experts.linear_fc2.weight",
+            (num, hidden, ffn),
+            {expert + "down_proj.weight": (hidden, ffn) for expert in one_by_one},
+            partial(_stack, num),
+            partial(_unstack, 1),
+            fused=h + "experts.down_proj",
+        ),
+        Rule(
+            shared_m + "linear_fc1.weight",
+            (2 * shared_ffn, hidden),
+            dict.fromkeys(_gate_up(shared_h), (shared_ffn, hidden)),
+            torch.cat,
+            lambda tensor: list(tensor.chunk(2)),
+        ),
+        _same(shared_m + "linear_fc2.weight", shared_h + "down_proj.weight", (hidden, shared_ffn)),
+        _same(shared_m + "gate_weight", h + "shared_expert_gate.weight", (1, hidden)),
+    ]
+
+
+def _gate_up(expert: str) -> list[str]:
+    return [expert + "gate_proj.weight", expert + "up_proj.weight"]
+
+
+def _same(megatron: str, hf: str, shape: Shape, shift: float = 0.0) -> Rule:
+    """One tensor under two names."""
+    return Rule(megatron, shape, {hf: shape}, lambda one: one[0], lambda one: [one], shift)
+
+
+def _by_key_head(megatron: str, hf: str, rows: Shape, config: ModelConfig) -> Rule:
+    """Flat parts of so many rows here, published key head by key head, each with all parts."""
+    heads = config.linear_num_key_heads
+    shape = (sum(rows), config.hidden_size)
+    widths = [num // heads for num in rows]
+
+    def join(published: list[Tensor]) -> Tensor:
+        parts = published[0].unflatten(0, (heads, -1)).split(widths, 1)
+        return torch.cat([part.flatten(0, 1) for part in parts])
+
+    def split(flat: Tensor) -> list[Tensor]:
+        parts = [part.unflatten(0, (heads, -1)) for part in flat.split(rows)]
+        return [torch.cat(parts, 1).flatten(0, 1)]
+
+    return Rule(megatron, shape, {hf: shape}, join, split)
+
+
+def _join_qkv(config: ModelConfig, qkv: list[Tensor]) -> Tensor:
+    """[per head query | gate], keys, values -> per key/value head [queries | gates | key | value]."""
+    groups, head_dim = config.num_query_groups, config.kv_channels
+    sharers = config.num_attention_heads // groups
+    query, key, value = (x.unflatten(0, (groups, -1)) for x in qkv)
+    query = query.unflatten(1, (sharers, -1, head_dim)).transpose(1, 2).flatten(1, 3)
+    return torch.cat((query, key, value), 1).flatten(0, 1)
+
+
+def _split_qkv(config: ModelConfig, joined: Tensor) -> list[Tensor]:
+    """Undo `_join_qkv`."""
+    groups, head_dim = config.num_query_groups, config.kv_channels
+    sharers = config.num_attention_heads // groups
+    by_group = joined.unflatten(0, (groups, -1))
+    query_rows = by_group.shape[1] - 2 * head_dim
+    query, key, value = by_group.split((query_rows, head_dim, head_dim), 1)
+    query = query.unflatten(1, (-1, sharers, head_dim)).transpose(1, 2).flatten(1, 3)
+    return [x.flatten(0, 1) for x in (query, key, value)]
+
+
+def _stack(num: int, published: list[Tensor]) -> Tensor:
+    """Experts one after the other, the parts of each in order -> [expert, rows of all parts, …]."""
+    return torch.cat(published).unflatten(0, (num, -1))
+
+
+def _unstack(parts: int, stacked: Tensor) -> list[Tensor]:
+    """Undo `_stack` for experts of so many parts."""
+    return [part for expert in stacked for part in expert.chunk(parts)]
+
+
+def _shifted(tensor: Tensor, shift: float) -> Tensor:
+    if not shift:
+        return tensor
+    return (tensor if tensor.dtype == torch.float64 else tensor.float()) + shift
+
+
+def _fetch(tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
+    if name not in tensors:
+        _refuse(HUGGING_FACE, missing=[name], unexpected=[])
+    _check_shape(HUGGING_FACE, name, tensors[name], shape)
+    return tensors[name]
+
+
+def _check_names(side: str, found: Iterable[str], expected: Iterable[str]) -> None:
+    missing, unexpected = set(expected) - set(found), set(found) - set(expected)
+    if missing or unexpected:
+        _refuse(side, sorted(missing), sorted(unexpected))
+
+
+def _refuse(side: str, missing: list[str], unexpected: list[str]) -> NoReturn:
+    kinds = {"missing": missing, "unexpected": unexpected}
+    found = "; ".join(
+        f"{len(names)} {kind}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        for kind, names in kinds.items()
+        if names
+    )
+    raise UserError(
+        f"{side} weights do not fit the model section: {found}. Set model.num_layers, mixer_pattern, "
+        "num_moe_experts and mtp_num_layers to the checkpoint's, or give the checkpoint they describe."
+    )
+
+
+def _check_shape(side: str, name: str, tensor: Tensor, shape: Shape) -> None:
+    if tuple(tensor.shape) != shape:
+        raise UserError(
+            f"{side} weight {name} has shape {list(tensor.shape)}; the model section makes it "
+            f"{list(shape)}. Set the model's sizes and numbers of heads to the checkpoint's."
+        )

@@ -1,0 +1,198 @@
+"""The gated delta rule: linear attention whose state forgets and corrects itself.
+
+Per value head, with a state S of shape [K, V] that maps keys to values:
+
+    S_t = exp(g_t) · S_{t-1} + k_t ⊗ β_t (v_t - k_tᵀ · exp(g_t) · S_{t-1})        o_t = scale · q_tᵀ S_t
+
+Decay by exp(g_t) ≤ 1, then replace what the key k_t now recalls by a share β_t of the new value (Gated Delta Networks,
+arXiv 2412.06464, eq. 10; the chunked form is its section 3.3 and DeltaNet, arXiv 2406.06484).
+
+Token by token that is a long chain of small operations. In a chunk of C tokens the chain is linear in the state at the
+chunk's start, so it becomes matrix products and one triangular solve:
+
+    A = tril(β_i (k_i·k_j) exp(G_i - G_j), -1)      G = running sum of g in the chunk
+    [u | w] = (I + A)⁻¹ [β v | β exp(G) k]           what each token writes, and what it must subtract from the old state
+    v' = u - w S                                     S ← exp(G_C) S + Σ_i exp(G_C - G_i) k_i ⊗ v'_i
+    o  = exp(G) q S + tril(q kᵀ exp(G_i - G_j)) v'
+
+Only the last two lines walk over chunks. Grouped heads are not repeated in memory: q kᵀ and k kᵀ are computed once per key
+head and serve its value heads. Packed documents (`cu_seqlens`) are laid out so that each starts a chunk, where the state
+is simply set anew.
+
+Shapes: B batch, T tokens, Hk key heads, Hv = R·Hk value heads, K/V head dims, N chunks, C chunk, D documents.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def chunk_gated_delta_rule(
+    query_BTHK: Tensor,
+    key_BTHK: Tensor,
+    value_BTHV: Tensor,
+    decay_BTH: Tensor,
+    beta_BTH: Tensor,
+    *,
+    initial_state_DHKV: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Apply the rule in chunks, in fp32 (fp64 for double inputs), on any device.
+
+    Shapes: query, key [B,T,Hk,K] (L2-normalised by the caller); value [B,T,Hv,V]; decay (log space, ≤ 0) and
+        beta [B,T,Hv]; the initial state has D rows: B without `cu_seqlens`, else one per document.
+    Returns: output [B,T,Hv,V] in value's dtype, and the final states [D,Hv,K,V].
+    Raises: ValueError if `cu_seqlens` does not describe a batch of one row.
+    """
+    if cu_seqlens is not None:
+        return _packed(
+            query_BTHK, key_BTHK, value_BTHV, decay_BTH, beta_BTH,
+            initial_state_DHKV, cu_seqlens, chunk_size,
+        )  # fmt: skip
+    tokens = query_BTHK.shape[1]
+    chunk = min(chunk_size, max(1, tokens))
+    pad = -tokens % chunk
+    inputs = [_pad_tokens(x, pad) for x in (query_BTHK, key_BTHK, value_BTHV, decay_BTH, beta_BTH)]
+    output_BTHV, states = _chunked(*inputs, chunk, initial_state_DHKV, starts=None)
+    return output_BTHV[:, :tokens].to(value_BTHV.dtype), states[-1]
+
+
+def recurrent_gated_delta_rule(
+    query_BTHK: Tensor,
+    key_BTHK: Tensor,
+    value_BTHV: Tensor,
+    decay_BTH: Tensor,
+    beta_BTH: Tensor,
+    *,
+    initial_state_DHKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply the rule token by token: the definition, and the way to decode.
+
+    Shapes and returns: as `chunk_gated_delta_rule`, without packing.
+    """
+    wide = _compute_dtype(value_BTHV)
+    repeat = value_BTHV.shape[2] // key_BTHK.shape[2]
+    q, k = (x.to(wide).repeat_interleave(repeat, dim=2) for x in (query_BTHK, key_BTHK))
+    q = q * key_BTHK.shape[-1] ** -0.5
+    v, g, beta = value_BTHV.to(wide), decay_BTH.to(wide), beta_BTH.to(wide)
+    state = _zero_state(k, v) if initial_state_DHKV is None else initial_state_DHKV.to(wide)
+    outputs = []
+    for t in range(v.shape[1]):
+        state = state * g[:, t].exp()[..., None, None]
+        recalled = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
+        correction = (v[:, t] - recalled) * beta[:, t, :, None]
+        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], correction)
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return torch.stack(outputs, dim=1).to(value_BTHV.dtype), state
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Lay each document out from a chunk's start, run once, and gather the tokens back."""
+    tokens = query.shape[1]
+    bounds = cu_seqlens.tolist()
+    if query.shape[0] != 1 or bounds[0] != 0 or bounds[-1] != tokens:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to the number of tokens in a batch of one row: found batch {query.shape[0]}, "
+            f"{tokens} tokens, bounds {bounds[0]}…{bounds[-1]}"
+        )
+    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    chunks = [-(-length // chunk) for length in lengths]
+    first_chunk = [sum(chunks[:i]) for i in range(len(chunks))]
+    place_T = torch.cat(
+        [first * chunk + torch.arange(n) for first, n in zip(first_chunk, lengths)]
+    ).to(query.device)
+    laid_out = [
+        x.new_zeros(1, sum(chunks) * chunk, *x.shape[2:]).index_copy(1, place_T, x)
+        for x in (query, key, value, decay, beta)
+    ]
+    starts = {first: i for i, (first, n) in enumerate(zip(first_chunk, chunks)) if n}
+    output, states = _chunked(*laid_out, chunk, initial_state, starts=starts)
+    empty = _zero_state(key, value)[:1] if initial_state is None else None
+    finals = [
+        states[first + n - 1] if n else (empty if empty is not None else initial_state[i : i + 1])  # type: ignore[index]
+        for i, (first, n) in enumerate(zip(first_chunk, chunks))
+    ]
+    return output.index_select(1, place_T).to(value.dtype), torch.cat(finals)
+
+
+def _chunked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    chunk: int,
+    initial_state: Tensor | None,
+    starts: dict[int, int] | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Run whole chunks. `starts` maps a chunk to the document that begins there; returns the state after every chunk."""
+    wide = _compute_dtype(value)
+    batch, tokens, key_heads, key_dim = key.shape
+    value_heads, value_dim = value.shape[2:]
+    repeat, num_chunks = value_heads // key_heads, tokens // chunk
+
+    def by_chunk(x: Tensor, heads: int, group: int) -> Tensor:  # [B,T,H…] -> [B,Hk,R,N,C,…]
+        x = x.to(wide).reshape(batch, num_chunks, chunk, heads, group, *x.shape[3:])
+        return x.permute(0, 3, 4, 1, 2, *range(5, x.dim()))
+
+    q = by_chunk(query, key_heads, 1) * key_dim**-0.5
+    k = by_chunk(key, key_heads, 1)
+    v = by_chunk(value, key_heads, repeat)
+    beta_ = by_chunk(beta, key_heads, repeat)[..., None]
+    total = by_chunk(decay, key_heads, repeat).cumsum(-1)
+
+    future = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu(1)
+    between = (total[..., :, None] - total[..., None, :]).masked_fill(future, float("-inf")).exp()
+    lower = ((k @ k.transpose(-1, -2)) * between * beta_).tril(-1)
+    solved = torch.linalg.solve_triangular(
+        lower, torch.cat([v * beta_, (k * beta_) * total.exp()[..., None]], -1),
+        upper=False, unitriangular=True,
+    )  # fmt: skip
+    u, w = solved.split([value_dim, key_dim], -1)
+    local = (q @ k.transpose(-1, -2)) * between
+    q_in = q * total.exp()[..., None]
+    k_out = (k * (total[..., -1:] - total).exp()[..., None]).transpose(-1, -2)
+    keep = total[..., -1].exp()[..., None, None]
+
+    def entering(document: int | None) -> Tensor:
+        if initial_state is None:
+            return v.new_zeros(batch, key_heads, repeat, key_dim, value_dim)
+        rows = initial_state if document is None else initial_state[document : document + 1]
+        return rows.to(wide).reshape(batch, key_heads, repeat, key_dim, value_dim)
+
+    state = entering(None) if starts is None else v.new_zeros(())
+    outputs, states = [], []
+    for n in range(num_chunks):
+        if starts is not None and n in starts:
+            state = entering(starts[n])
+        written = u[:, :, :, n] - w[:, :, :, n] @ state
+        outputs.append(q_in[:, :, :, n] @ state + local[:, :, :, n] @ written)
+        state = state * keep[:, :, :, n] + k_out[:, :, :, n] @ written
+        states.append(state.reshape(batch, value_heads, key_dim, value_dim))
+    output = torch.stack(outputs, 3).permute(0, 3, 4, 1, 2, 5)
+    return output.reshape(batch, tokens, value_heads, value_dim), states
+
+
+def _pad_tokens(x: Tensor, pad: int) -> Tensor:
+    """Append zero tokens: they neither decay (g = 0) nor write (β = 0)."""
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad)) if pad else x
+
+
+def _zero_state(key: Tensor, value: Tensor) -> Tensor:
+    return value.new_zeros(
+        value.shape[0], value.shape[2], key.shape[-1], value.shape[-1], dtype=_compute_dtype(value)
+    )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

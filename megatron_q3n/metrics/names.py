@@ -1,0 +1,90 @@
+"""The one table of metric names. metrics.jsonl, wandb, the progress bar and report.html all use exactly these.
+
+What does not live here: how a number is computed (training, model) or shown (the sinks). Names are stable: a dashboard or
+a script made today reads the runs of next year. A new number means a new row here first; an unknown name is refused.
+
+A name may hold one place for a whole number, written `<k>`: `loss/mtp_<k>` stands for `loss/mtp_1`, `loss/mtp_2` and so on.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row: what is measured, in which unit, and the panel that shows it."""
+
+    name: str
+    unit: str
+    meaning: str
+    group: str
+
+
+METRICS = (
+    Metric("step", "steps", "optimizer steps done; the first step of a run is 1", "progress"),
+    Metric("tokens", "tokens", "tokens consumed since step 1, over all ranks", "progress"),
+    Metric("time", "seconds", "when the record was written (unix time)", "progress"),
+    Metric("skipped_steps", "steps", "updates skipped so far: a gradient not finite", "progress"),
+    Metric("loss/train", "nats/token", "language-model loss of the global batch, alone", "loss"),
+    Metric("loss/mtp_<k>", "nats/token", "loss of multi-token prediction depth k, unscaled", "loss"),
+    Metric("loss/balance", "1", "expert balance loss, unscaled; 1.0 is perfectly even", "loss"),
+    Metric("loss/validation", "nats/token", "language-model loss on held-out text", "loss"),
+    Metric("bits_per_byte/validation", "bits/byte", "the same per byte of text", "loss"),
+    Metric("learning_rate", "1", "learning rate the step was taken with", "optimizer"),
+    Metric("grad_norm", "1", "L2 norm of the whole gradient before clipping", "optimizer"),
+    Metric("params_norm", "1", "L2 norm of all parameters after the step", "optimizer"),
+    Metric("throughput/tokens_per_second", "tokens/s", "over all ranks", "throughput"),
+    Metric("throughput/step_seconds", "seconds", "one step, validation excluded", "throughput"),
+    Metric(
+        "throughput/model_tflops_per_second",
+        "TFLOP/s",
+        "the model's own arithmetic, over all ranks; recomputation is not counted",
+        "throughput",
+    ),
+    Metric(
+        "throughput/mfu",
+        "1",
+        "model FLOP/s over the devices' peak; absent where no peak is known (CPU)",
+        "throughput",
+    ),
+    Metric("memory/peak_gib", "GiB", "peak memory of the fullest rank", "memory"),
+    Metric("experts/max_over_mean", "1", "fullest expert's tokens over the mean, worst layer", "experts"),
+    Metric("experts/dead", "experts", "experts without a token in the batch, all layers", "experts"),
+)
+
+GROUPS = tuple(dict.fromkeys(metric.group for metric in METRICS))
+"""The panels, in the order of the table."""
+
+STEP, TOKENS, TIME = "step", "tokens", "time"
+
+
+@cache
+def _patterns() -> tuple[tuple[re.Pattern[str], Metric], ...]:
+    return tuple(
+        (re.compile(re.escape(metric.name).replace(re.escape("<k>"), r"\d+")), metric)
+        for metric in METRICS
+    )
+
+
+@cache
+def find(name: str) -> Metric | None:
+    """Return the row that describes `name`, or None."""
+    return next((metric for pattern, metric in _patterns() if pattern.fullmatch(name)), None)
+
+
+def check(name: str) -> Metric:
+    """Return the row of `name`.
+
+    Raises: AssertionError for a name that the table does not hold; the caller logs something undocumented.
+    """
+    metric = find(name)
+    assert metric is not None, f"metric {name!r} has no row in megatron_q3n/metrics/names.py; add one"
+    return metric
+
+
+def markdown_table() -> str:
+    """Return the table for the documentation."""
+    rows = ["| name | unit | meaning | panel |", "|---|---|---|---|"]
+    rows += [f"| `{m.name}` | {m.unit} | {m.meaning} | {m.group} |" for m in METRICS]
+    return "\n".join(rows) + "\n"

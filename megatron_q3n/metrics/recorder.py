@@ -1,0 +1,116 @@
+"""The one object a training loop talks to: every number and every message of a run goes through the Recorder.
+
+It composes the sinks (metrics.jsonl, wandb, the terminal) and owns their order: metrics.jsonl first, because wandb follows
+it and a resumed run cuts it back. Only the leader writes; on all other ranks the same calls do nothing.
+"""
+
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from megatron_q3n.config import RunConfig
+from megatron_q3n.metrics import jsonl, wandb_sink
+from megatron_q3n.metrics.names import STEP, TIME, TOKENS, check
+from megatron_q3n.metrics.progress import Progress
+
+RECORDS_FILE = "metrics.jsonl"
+EVENTS_FILE = "logs/events.log"
+
+Status = Literal["done", "stopped", "failed"]
+
+
+class Recorder:
+    """Record the steps `first_step`…`total_steps` of one run directory.
+
+    Steps count from 1: a fresh run has first_step=1, one resumed from the checkpoint of step S has first_step=S+1, and what
+    an earlier process recorded after S is cut.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: RunConfig,
+        *,
+        first_step: int,
+        total_steps: int,
+        enabled: bool,
+    ) -> None:
+        """Open the sinks.
+
+        Raises: UserError for a directory that cannot be written or a wandb mode that cannot be had.
+        """
+        assert 1 <= first_step <= total_steps + 1, (first_step, total_steps)
+        self.enabled = enabled
+        self._next_step = first_step
+        if enabled:
+            self._open(run_dir, config, first_step, total_steps)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record one step, every step once and in order; names are those of `metrics/names.py`.
+
+        `values` must hold "tokens"; "step" and "time" are added. Numbers measured between steps (a validation) belong to the
+        step they were measured after.
+        """
+        if not self.enabled:
+            return
+        assert step == self._next_step, f"step {step} logged, step {self._next_step} expected"
+        assert TOKENS in values, f"step {step} logged without {TOKENS!r}: the x axis of every panel"
+        for name in values:
+            check(name)
+        self._next_step += 1
+        self._records.append({STEP: step, TIME: time.time(), **values})
+        if self._wandb and self._wandb.online:
+            self._wandb.follow(step)
+        self._progress.update(step, values)
+
+    def checkpointed(self, step: int) -> None:
+        """Say that everything up to and with `step` is safe: a resume will not go back behind it."""
+        if not self.enabled:
+            return
+        self._records.sync()
+        if self._wandb:
+            self._wandb.follow(step)
+
+    def note(self, message: str) -> None:
+        """Show a message above the progress bar and keep it in logs/events.log with the time."""
+        if not self.enabled:
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._events_path.open("a", encoding="utf-8") as file:
+            file.writelines(f"{now} {line}\n" for line in message.splitlines())
+        self._progress.message(message)
+
+    def close(self, status: Status) -> None:
+        """End the run's recording: done, stopped (to be resumed) or failed. Everything recorded reaches wandb."""
+        if not self.enabled:
+            return
+        self.enabled = False
+        self._progress.close()
+        self._records.sync()
+        self._records.close()
+        if self._wandb:
+            self._wandb.follow(self._next_step - 1)
+            self._wandb.close(exit_code=1 if status == "failed" else 0)
+
+    def _open(self, run_dir: Path, config: RunConfig, first_step: int, total_steps: int) -> None:
+        self._records = jsonl.open_at(run_dir / RECORDS_FILE, first_step - 1)
+        self._events_path = run_dir / EVENTS_FILE
+        self._events_path.parent.mkdir(exist_ok=True)
+        console = Console(highlight=False)
+        wish = config.logging.progress
+        self._progress = Progress(
+            console,
+            live=console.is_terminal if wish is None else wish,
+            first_step=first_step,
+            total_steps=total_steps,
+            interval_steps=config.logging.interval_steps,
+        )
+        if self._records.cut_lines:
+            self.note(
+                f"metrics.jsonl: {self._records.cut_lines} lines after step {first_step - 1} cut; those steps run again"
+            )
+        self._wandb = wandb_sink.open_sink(run_dir, config, self._records.path, self.note)

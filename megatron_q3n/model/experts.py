@@ -1,0 +1,113 @@
+"""Routed experts with stacked weights: one [experts, out, in] tensor per linear, as a grouped matrix product wants them.
+
+One parameter per linear instead of one per expert: with 512 experts × 48 layers that is 96 tensors instead of 49,152 for
+the optimizer, DDP buckets and checkpoints to walk through.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from megatron_q3n.kernels.grouped_linear import grouped_linear
+from megatron_q3n.model.sharding import stacked_experts
+
+
+class StackedExperts(MegatronModule):
+    """SwiGLU experts over tokens sorted by expert; fits megatron-core's `experts` slot of an MoELayer."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: Any,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.ep_group, self.etp_group = pg_collection.ep, pg_collection.expt_tp
+        self.edp_rank = pg_collection.expt_dp.rank()
+        ffn = config.moe_ffn_hidden_size // self.etp_group.size()
+        hidden = config.hidden_size
+        # cut differently from the dense weights: reduced over the expert data parallel group (layers.py:961)
+        shards = self.ep_group.size() > 1 or self.etp_group.size() != pg_collection.tp.size()
+        self.linear_fc1 = _Stack(num_local_experts, 2 * ffn, hidden, config, config.init_method, 1, shards)
+        self.linear_fc2 = _Stack(
+            num_local_experts, hidden, ffn, config, config.output_layer_init_method, 2, shards
+        )
+        selective = config.recompute_granularity == "selective"
+        self.recompute_activation = selective and "moe_act" in config.recompute_modules
+
+    def forward(
+        self, rows_TH: Tensor, rows_per_expert_E: Tensor, gates_T: Tensor
+    ) -> tuple[Tensor, None]:
+        """Run each expert on its block of rows and weigh the result by the router's gate.
+
+        Shapes: rows [T,H] sorted by local expert, counts [local experts], gates [T].
+        Returns: ([T,H], None): there is no bias.
+        """
+        if rows_TH.shape[0] == 0:  # nobody chose this rank's experts; keep the graph, so that DDP hears from us
+            touched = self.linear_fc1.weight.sum() * 0 + self.linear_fc2.weight.sum() * 0
+            return rows_TH + touched.to(rows_TH.dtype), None
+        gate_up = grouped_linear(rows_TH, self.linear_fc1.weight, rows_per_expert_E)
+        if self.recompute_activation and self.training:
+            activation = tensor_parallel.CheckpointWithoutOutput()
+            hidden = activation.checkpoint(_weighted_swiglu, gate_up, gates_T)
+            out = grouped_linear(hidden, self.linear_fc2.weight, rows_per_expert_E)
+            activation.discard_output_and_register_recompute(out)
+            return out, None
+        hidden = _weighted_swiglu(gate_up, gates_T)
+        return grouped_linear(hidden, self.linear_fc2.weight, rows_per_expert_E), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Describe both stacks as slices of the global [experts, out, in] tensors."""
+        assert not sharded_offsets
+        return {
+            f"{prefix}{name}.weight": stacked_experts(
+                f"{prefix}{name}.weight", stack.weight, self.ep_group, self.etp_group, self.edp_rank, cut=cut
+            )
+            for name, stack, cut in (
+                ("linear_fc1", self.linear_fc1, "gated_outputs"),
+                ("linear_fc2", self.linear_fc2, "inputs"),
+            )
+        }
+
+    def backward_dw(self) -> None:
+        """Do nothing: weight gradients are computed with the input gradients."""
+
+
+def _weighted_swiglu(gate_up: Tensor, gates_T: Tensor) -> Tensor:
+    """SiLU(gate) · up · router gate, the product in fp32 as megatron-core's fused kernel does it."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return ((F.silu(gate) * up) * gates_T[:, None]).to(gate_up.dtype)
+
+
+class _Stack(nn.Module):
+    """One linear's weights for all local experts, [experts, out, in], marked for megatron-core's gradient reduction."""
+
+    def __init__(
+        self,
+        experts: int,
+        outputs: int,
+        inputs: int,
+        config: TransformerConfig,
+        init_method: Any,
+        partition_dim: int,
+        own_groups: bool,
+    ) -> None:
+        super().__init__()
+        device = torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs, dtype=config.params_dtype, device=device))
+        self.weight.allreduce = not own_groups  # type: ignore[attr-defined]
+        tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, partition_dim, 1)
+        if config.perform_initialization:
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                init_method(self.weight)

@@ -1,0 +1,258 @@
+"""Gated DeltaNet as a megatron-core token mixer (Gated Delta Networks, arXiv 2412.06464; Qwen3-Next's dimensions).
+
+hidden -> [q | k | v | z] and [β | α] -> causal conv + SiLU over q|k|v -> L2-norm of q and k -> gated delta rule
+       -> RMSNorm(o) · SiLU(z) -> out_proj
+
+Ours rather than megatron-core's GatedDeltaNet because that one has no packing without Triton, no state in or out,
+A_log in bf16, q and k repeated in memory, and β/α inside the projection that FP8 quantises. What is fixed here, and
+checkpoints depend on: the parameter names and shapes below.
+
+| parameter | shape | kept in |
+|---|---|---|
+| in_proj.weight | [2·Hk·K + 2·Hv·V, H] rows q, k, v, z | the compute format, FP8 allowed |
+| beta_alpha_proj.weight | [2·Hv, H] rows β, α | bf16/fp32, never FP8: 64 columns that decide what is remembered |
+| conv1d.weight | [2·Hk·K + Hv·V, 1, taps] channels q, k, v | the compute format |
+| A_log, dt_bias | [Hv] | fp32 always: bf16 here makes training and inference disagree |
+| out_norm.weight | [V], zero-centered | the compute format |
+| out_proj.weight | [H, Hv·V] | the compute format, FP8 allowed |
+
+Tensor parallel: whole heads per rank. Context parallel: an all-to-all trades sequence for heads around the mixer, so
+TP × CP must divide the key heads. B batch, T tokens, Hk key heads, Hv value heads, K/V head dims, D documents.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.ssm.gated_delta_net.common import (
+    _build_head_perm_for_split_sections,
+    get_parameter_local_cp,
+    tensor_a2a_cp2hp,
+    tensor_a2a_hp2cp,
+)
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from torch import Tensor, nn
+
+from megatron_q3n.kernels import delta_rule_backend
+from megatron_q3n.kernels.causal_conv import causal_conv, next_conv_state
+from megatron_q3n.kernels.norms import gated_rms_norm, l2_norm
+from megatron_q3n.model.sharding import shard_by_section, sharded_parameters
+
+
+@dataclass
+class GatedDeltaNetSubmodules:
+    """The linear and norm classes of a backend."""
+
+    in_proj: ModuleSpec | type
+    beta_alpha_proj: ModuleSpec | type
+    out_norm: ModuleSpec | type
+    out_proj: ModuleSpec | type
+
+
+@dataclass
+class GatedDeltaNetState:
+    """What a sequence carries from one call to the next: constant in its length.
+
+    Shapes: conv [D, channels, taps-1], the last raw inputs; delta [D,Hv,K,V] fp32; channels and heads of this rank.
+    """
+
+    conv: Tensor
+    delta: Tensor
+
+
+class GatedDeltaNet(MegatronModule):
+    """The mixer. `forward` is what megatron-core calls; `mix` also takes and returns state."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: GatedDeltaNetSubmodules,
+        layer_number: int,
+        pg_collection: Any,
+        chunk_size: int = 64,
+        recompute: bool = False,
+        name: str | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number, self.chunk_size, self.recompute = layer_number, chunk_size, recompute
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        tp, cp = self.tp_group.size(), self.cp_group.size()
+        self.key_head_dim = config.linear_key_head_dim
+        self.value_head_dim = config.linear_value_head_dim
+        self.taps = config.linear_conv_kernel_dim
+        key_dim = config.linear_num_key_heads * self.key_head_dim
+        value_dim = config.linear_num_value_heads * self.value_head_dim
+        self.value_heads = config.linear_num_value_heads // tp
+        self.key_dim, self.value_dim = key_dim // tp, value_dim // tp
+        self.qkvz_sections = (self.key_dim, self.key_dim, self.value_dim, self.value_dim)
+        assert config.linear_num_key_heads % (tp * cp) == 0, "the configuration refuses this"
+
+        def linear(spec: ModuleSpec | type, inputs: int, outputs: int, part: str, **options: Any) -> nn.Module:
+            return build_module(
+                spec, inputs, outputs, config=config, bias=False, is_expert=False, tp_group=self.tp_group,
+                name=f"{name}.{part}" if name else None, **options,
+            )  # fmt: skip
+
+        column = {"init_method": config.init_method, "gather_output": False, "skip_bias_add": False}
+        hidden = config.hidden_size
+        self.in_proj = linear(
+            submodules.in_proj, hidden, 2 * key_dim + 2 * value_dim, "in_proj", **column,
+            tp_comm_buffer_name="gdn_in",
+        )  # fmt: skip
+        self.beta_alpha_proj = linear(
+            submodules.beta_alpha_proj, hidden, 2 * config.linear_num_value_heads, "beta_alpha_proj", **column
+        )  # fmt: skip
+        self._make_vectors(config)
+        self.out_norm = build_module(
+            submodules.out_norm, config=config, hidden_size=self.value_head_dim,
+            eps=config.layernorm_epsilon,
+        )  # fmt: skip
+        self.out_proj = linear(
+            submodules.out_proj, value_dim, hidden, "out_proj", init_method=config.output_layer_init_method,
+            input_is_parallel=True, skip_bias_add=True, tp_comm_buffer_name="gdn_out",
+        )  # fmt: skip
+
+    def _make_vectors(self, config: TransformerConfig) -> None:
+        """Make and initialise the convolution, A_log and dt_bias, inside the tensor-parallel RNG."""
+        device = torch.cuda.current_device()
+        channels = 2 * self.key_dim + self.value_dim
+        self.conv1d = _ConvWeight(channels, self.taps, config.params_dtype, device)
+        self.A_log = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32, device=device))
+        self.dt_bias = nn.Parameter(torch.ones(self.value_heads, dtype=torch.float32, device=device))
+        for parameter in (self.conv1d.weight, self.A_log, self.dt_bias):
+            tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        if config.perform_initialization:
+            with get_cuda_rng_tracker().fork(), torch.no_grad():
+                bound = self.taps**-0.5  # torch's default for a depthwise convolution with this fan-in
+                self.conv1d.weight.uniform_(-bound, bound)
+                # A ~ U(0, 16) as the released model's code; away from 0, whose log is -inf
+                self.A_log.uniform_(1e-4, 16).log_()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: object,
+    ) -> tuple[Tensor, None]:
+        """Mix tokens from a zero state.
+
+        Shapes: hidden [T / (TP·CP) , B, H] in (sequence parallel, zigzag context parallel) order, the same out.
+        Returns: (output, None): there is no bias.
+        """
+        assert inference_context is None, "decode goes through `mix`, which carries state"
+        cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
+        return self.mix(hidden_states, cu_seqlens=cu_seqlens)[0], None
+
+    def mix(
+        self,
+        hidden_SBH: Tensor,
+        state: GatedDeltaNetState | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, GatedDeltaNetState | None]:
+        """Mix tokens, continuing from `state` (one row per sequence or packed document) where given.
+
+        Returns: the output, shaped like the input, and the new state if asked for.
+        """
+        qkvz, _ = self.in_proj(hidden_SBH)
+        beta_alpha, _ = self.beta_alpha_proj(hidden_SBH)
+        if self.recompute and self.training:
+            assert state is None and not return_state
+            core = tensor_parallel.checkpoint(
+                lambda x, ba: self._core(x, ba, None, cu_seqlens, False)[0], False, qkvz, beta_alpha
+            )
+            new_state = None
+        else:
+            core, new_state = self._core(qkvz, beta_alpha, state, cu_seqlens, return_state)
+        output, _ = self.out_proj(core)
+        return output, new_state
+
+    def _core(
+        self,
+        qkvz_TBX: Tensor,
+        beta_alpha_TBX: Tensor,
+        state: GatedDeltaNetState | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, GatedDeltaNetState | None]:
+        """Everything between the projections, on whole sequences of this rank's heads."""
+        cp = self.cp_group.size()
+        assert cp == 1 or (state is None and not return_state and cu_seqlens is None)
+        qkvz, beta_alpha = self._gather_sequence(qkvz_TBX, beta_alpha_TBX)
+        sections = [section // cp for section in self.qkvz_sections]
+        qkv, z = qkvz.split([sum(sections[:3]), sections[3]], -1)
+        conv_weight, a_log, dt_bias = self._local_vectors()
+        mixed = causal_conv(
+            qkv, conv_weight, cu_seqlens=cu_seqlens, initial_state_DCK=state and state.conv
+        )
+        query, key, value = mixed.split(sections[:3], -1)
+        query, key = (l2_norm(x.unflatten(-1, (-1, self.key_head_dim))) for x in (query, key))
+        value, z = (x.unflatten(-1, (-1, self.value_head_dim)) for x in (value, z))
+        beta, alpha = (x.float() for x in beta_alpha.chunk(2, -1))
+        output, delta = delta_rule_backend.gated_delta_rule(
+            query, key, value, -a_log.exp() * F.softplus(alpha + dt_bias), beta.sigmoid(),
+            initial_state_DHKV=state and state.delta, cu_seqlens=cu_seqlens, chunk_size=self.chunk_size,
+        )  # fmt: skip
+        gated = gated_rms_norm(output, z, self.out_norm.weight, self.config.layernorm_epsilon)
+        new_state = None
+        if return_state:
+            conv = next_conv_state(
+                qkv, self.taps, initial_state_DCK=state and state.conv, cu_seqlens=cu_seqlens
+            )
+            new_state = GatedDeltaNetState(conv, delta)
+        out_TBX = gated.flatten(2).transpose(0, 1).contiguous()
+        return tensor_a2a_hp2cp(out_TBX, seq_dim=0, head_dim=-1, cp_group=self.cp_group), new_state
+
+    def _gather_sequence(self, qkvz_TBX: Tensor, beta_alpha_TBX: Tensor) -> tuple[Tensor, Tensor]:
+        """Trade heads for sequence over the context-parallel group; batch first afterwards."""
+        cp = self.cp_group.size()
+        tensors = []
+        for x, sections in ((qkvz_TBX, self.qkvz_sections), (beta_alpha_TBX, (self.value_heads,) * 2)):
+            if cp > 1:
+                order = _build_head_perm_for_split_sections(sections, cp, torch.cuda.current_device())
+                x = tensor_a2a_cp2hp(x.index_select(-1, order), 0, -1, self.cp_group)
+            tensors.append(x.transpose(0, 1))
+        return tensors[0], tensors[1]
+
+    def _local_vectors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """This context-parallel rank's part of the per-channel and per-head parameters."""
+        sections = list(self.qkvz_sections[:3])
+        conv = get_parameter_local_cp(self.conv1d.weight, 0, self.cp_group, split_sections=sections)
+        return (
+            conv.squeeze(1),
+            get_parameter_local_cp(self.A_log, 0, self.cp_group),
+            get_parameter_local_cp(self.dt_bias, 0, self.cp_group),
+        )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None, **_: object
+    ) -> dict[str, Any]:
+        """Describe the parameters to dist_checkpointing: q, k, v, z (and β, α) as sections of their own,
+        so that a checkpoint can be cut anew for another tensor-parallel size."""
+        sharded = sharded_parameters(
+            self, prefix, sharded_offsets, metadata, self.tp_group, {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0}
+        )
+        names = ["query", "key", "value", "z"]
+        shard_by_section(sharded, f"{prefix}in_proj.weight", self.qkvz_sections, names)
+        shard_by_section(
+            sharded, f"{prefix}beta_alpha_proj.weight", (self.value_heads,) * 2, ["beta", "alpha"]
+        )
+        shard_by_section(sharded, f"{prefix}conv1d.weight", self.qkvz_sections[:3], names[:3])
+        return sharded
+
+
+class _ConvWeight(nn.Module):
+    """Holds the depthwise convolution's weight under its published name, `conv1d.weight`."""
+
+    def __init__(self, channels: int, taps: int, dtype: torch.dtype, device: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps, dtype=dtype, device=device))

@@ -1,0 +1,29 @@
+"""Zero-centered RMSNorm for the torch backend, with the parameter name and shape of TransformerEngine's.
+
+megatron-core's own CPU norm (`WrappedTorchNorm`) refuses zero-centered weights and sequence parallelism.
+"""
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_q3n.kernels.norms import rms_norm
+
+
+class ZeroCenteredRMSNorm(nn.Module):
+    """RMSNorm(x) · (1 + weight), weight zero at init."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object
+    ) -> None:
+        super().__init__()
+        assert config.layernorm_zero_centered_gamma and config.normalization == "RMSNorm"
+        self.eps = eps
+        device = torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=device))
+        # every tensor-parallel rank sees other tokens (or heads): finalize_model_grads sums what carries this mark
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; the statistics are fp32 whatever x is."""
+        return rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,299 @@
+"""The parts of a layer in plain torch: norms, gated attention, Gated DeltaNet, mixture of experts.
+
+`reference.py` says what each is for and puts them together; read its first screen first. Every
+class here is one module of the published checkpoint, with its parameter names and row orders.
+
+Shape suffixes: B batch, T tokens of a sequence, H hidden; N heads, G key/value heads of attention,
+D its head dimension; K key and W value dimension of a DeltaNet head, C convolution channels; X all
+tokens of the batch in one row, E experts, S experts selected per token.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_q3n.config import ModelConfig
+
+
+def precise(x: Tensor) -> Tensor:
+    """Raise to fp32 what is held in less; leave fp64 alone."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_normalise(x: Tensor, epsilon: float) -> Tensor:
+    """Scale the last dimension to mean square 1."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+
+def l2_normalise(x: Tensor) -> Tensor:
+    """Scale the last dimension to length 1; the 1e-6 is where flash-linear-attention puts it."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+class ZeroCenteredRMSNorm(nn.Module):
+    """Scale to mean square 1, then by 1 + weight."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalised = rms_normalise(precise(x), self.epsilon)
+        return (normalised * (1 + precise(self.weight))).to(x.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """Normalise what a DeltaNet head read, then gate it with SiLU(z).
+
+    The one norm whose published weight is the scale itself (init 1) and not its distance from 1.
+    """
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, x_BTNW: Tensor, z_BTNW: Tensor) -> Tensor:
+        scaled_BTNW = precise(self.weight) * rms_normalise(precise(x_BTNW), self.epsilon)
+        return (scaled_BTNW * F.silu(precise(z_BTNW))).to(x_BTNW.dtype)
+
+
+def rotate(x_BTND: Tensor, rotary_dim: int, base: float) -> Tensor:
+    """Turn the first `rotary_dim` numbers of each head by the token's position.
+
+    Numbers i and i + rotary_dim/2 make a point in the plane, turned by the angle
+    position * base^(-2i/rotary_dim). The dot product of a query and a key turned so depends on
+    their distance only. The other numbers carry no position.
+    Reference: RoFormer (arXiv 2104.09864), eq. 34, paired as in GPT-NeoX.
+    """
+    turned, unturned = x_BTND[..., :rotary_dim], x_BTND[..., rotary_dim:]
+    dtype, device = precise(x_BTND).dtype, x_BTND.device
+    exponents = torch.arange(0, rotary_dim, 2, dtype=dtype, device=device) / rotary_dim
+    positions_T = torch.arange(x_BTND.shape[1], dtype=dtype, device=device)
+    angles_T1D = torch.outer(positions_T, base**-exponents).repeat(1, 2)[:, None]
+    first, second = turned.chunk(2, -1)
+    turned = turned * angles_T1D.cos() + torch.cat((-second, first), -1) * angles_T1D.sin()
+    return torch.cat((turned.to(x_BTND.dtype), unturned), -1)
+
+
+def causal_attention(query_BTND: Tensor, key_BTGD: Tensor, value_BTGD: Tensor) -> Tensor:
+    """Average the values of all tokens up to each one, weighted by softmax(q . k / sqrt(D)).
+
+    Each key/value head serves N/G neighbouring query heads.
+    Reference: Attention Is All You Need (arXiv 1706.03762), eq. 1.
+    """
+    num_heads, head_dim = query_BTND.shape[2:]
+    sharers = num_heads // key_BTGD.shape[2]
+    key_BTND, value_BTND = (x.repeat_interleave(sharers, 2) for x in (key_BTGD, value_BTGD))
+    scores_BNTT = torch.einsum("bqnd,bknd->bnqk", query_BTND, key_BTND) / math.sqrt(head_dim)
+    is_future_TT = torch.ones_like(scores_BNTT[0, 0], dtype=torch.bool).triu(1)
+    weights_BNTT = precise(scores_BNTT).masked_fill(is_future_TT, -math.inf).softmax(-1)
+    return torch.einsum("bnqk,bknd->bqnd", weights_BNTT.to(query_BTND.dtype), value_BTND)
+
+
+class GatedAttention(nn.Module):
+    """Softmax attention with QK-norm, partial RoPE and a sigmoid gate on what it read.
+
+    Rows of q_proj lie head by head: its query, then its gate.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, head_dim, epsilon = config.hidden_size, config.kv_channels, config.layernorm_epsilon
+        query_dim = config.num_attention_heads * head_dim
+        key_dim = config.num_query_groups * head_dim
+        gate_dim = query_dim if config.attention_output_gate else 0
+        self.q_proj = nn.Linear(hidden, query_dim + gate_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, key_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, key_dim, bias=False)
+        self.o_proj = nn.Linear(query_dim, hidden, bias=False)
+        self.q_norm = ZeroCenteredRMSNorm(head_dim, epsilon)
+        self.k_norm = ZeroCenteredRMSNorm(head_dim, epsilon)
+
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        c = self.config
+        query_and_gate = self.q_proj(hidden_BTH).unflatten(-1, (c.num_attention_heads, -1))
+        query_BTND, *gate_BTND = query_and_gate.split(c.kv_channels, -1)
+        key_BTGD = self.k_proj(hidden_BTH).unflatten(-1, (c.num_query_groups, -1))
+        value_BTGD = self.v_proj(hidden_BTH).unflatten(-1, (c.num_query_groups, -1))
+
+        query_BTND = rotate(self.q_norm(query_BTND), c.rotary_dim, c.rotary_base)
+        key_BTGD = rotate(self.k_norm(key_BTGD), c.rotary_dim, c.rotary_base)
+        read_BTND = causal_attention(query_BTND, key_BTGD, value_BTGD)
+        if c.attention_output_gate:
+            read_BTND = read_BTND * torch.sigmoid(gate_BTND[0])
+        return self.o_proj(read_BTND.flatten(2))
+
+
+def gated_delta_rule(
+    query_BTNK: Tensor,
+    key_BTNK: Tensor,
+    value_BTNW: Tensor,
+    log_decay_BTN: Tensor,
+    beta_BTN: Tensor,
+) -> Tensor:
+    """Run the gated delta rule, token by token, from an empty state.
+
+        S_t = S_{t-1} alpha_t (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
+        o_t = S_t q_t
+
+    S is the notebook, and S k the value noted under key k. Multiplied out, a token does three
+    things: forget a little everywhere (S <- alpha S, with alpha = exp(log_decay) in (0, 1)); look
+    up what its own key holds (S k); and replace that by its value as far as beta in (0, 1) says
+    (S <- S + beta (v - S k) k^T). The last is one gradient step of size beta on |S k - v|^2 / 2:
+    the "delta rule" of Widrow and Hoff. S is held transposed below, [K, W].
+
+    Shapes: keys of length 1 and queries of length 1/sqrt(K), both already one per value head.
+    Returns: o_BTNW.
+    Reference: Gated Delta Networks (arXiv 2412.06464), section 3.1, the gated delta rule.
+    """
+    batch, num_tokens, num_heads, key_dim = key_BTNK.shape
+    state_BNKW = key_BTNK.new_zeros(batch, num_heads, key_dim, value_BTNW.shape[-1])
+    outputs_BNW = []
+    for t in range(num_tokens):
+        key_BNK, query_BNK = key_BTNK[:, t], query_BTNK[:, t]
+        state_BNKW = state_BNKW * log_decay_BTN[:, t, :, None, None].exp()
+        noted_BNW = torch.einsum("bnk,bnkw->bnw", key_BNK, state_BNKW)
+        edit_BNW = beta_BTN[:, t, :, None] * (value_BTNW[:, t] - noted_BNW)
+        state_BNKW = state_BNKW + torch.einsum("bnk,bnw->bnkw", key_BNK, edit_BNW)
+        outputs_BNW.append(torch.einsum("bnk,bnkw->bnw", query_BNK, state_BNKW))
+    return torch.stack(outputs_BNW, 1)
+
+
+class GatedDeltaNet(nn.Module):
+    """Linear attention by the gated delta rule: a short convolution before, a gated norm after.
+
+    Rows of in_proj_qkvz lie key head by key head: its q, its k, then v and then z of the value
+    heads it serves. Rows of in_proj_ba likewise, b (for beta) and then a (for alpha).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, channels = config.hidden_size, config.conv_dim
+        num_values = config.linear_num_value_heads
+        self.in_proj_qkvz = nn.Linear(hidden, channels + config.value_dim, bias=False)
+        self.in_proj_ba = nn.Linear(hidden, 2 * num_values, bias=False)
+        self.conv1d = nn.Conv1d(
+            channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False
+        )
+        self.A_log = nn.Parameter(torch.zeros(num_values))
+        self.dt_bias = nn.Parameter(torch.ones(num_values))
+        self.norm = GatedRMSNorm(config.linear_value_head_dim, config.layernorm_epsilon)
+        self.out_proj = nn.Linear(config.value_dim, hidden, bias=False)
+
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        c = self.config
+        query_BTC, key_BTC, value_BTC, z_BTC, b_BTN, a_BTN = self.project(hidden_BTH)
+        mixed_BTC = self.short_convolution(torch.cat((query_BTC, key_BTC, value_BTC), -1))
+        query_BTC, key_BTC, value_BTC = mixed_BTC.split((c.key_dim, c.key_dim, c.value_dim), -1)
+        beta_BTN = torch.sigmoid(precise(b_BTN))
+        step_BTN = F.softplus(precise(a_BTN) + precise(self.dt_bias))
+        log_decay_BTN = -precise(self.A_log).exp() * step_BTN
+        read_BTNW = gated_delta_rule(
+            self.key_heads(query_BTC) / math.sqrt(c.linear_key_head_dim),
+            self.key_heads(key_BTC),
+            self.value_heads(precise(value_BTC)),
+            log_decay_BTN,
+            beta_BTN,
+        ).to(hidden_BTH.dtype)
+        return self.out_proj(self.norm(read_BTNW, self.value_heads(z_BTC)).flatten(2))
+
+    def project(self, hidden_BTH: Tensor) -> list[Tensor]:
+        """Return q, k, v, z, b and a, each with its heads side by side."""
+        c = self.config
+        num_keys, key_width = c.linear_num_key_heads, c.linear_key_head_dim
+        value_width = c.value_dim // num_keys  # of all value heads that one key head serves
+        qkvz = self.in_proj_qkvz(hidden_BTH).unflatten(-1, (num_keys, -1))
+        ba = self.in_proj_ba(hidden_BTH).unflatten(-1, (num_keys, -1))
+        parts = qkvz.split((key_width, key_width, value_width, value_width), -1) + ba.chunk(2, -1)
+        return [part.flatten(2) for part in parts]
+
+    def short_convolution(self, x_BTC: Tensor) -> Tensor:
+        """Mix into every channel its own last few tokens, so that keys can stand for short phrases.
+
+        y_t = SiLU(sum_j w_j x_{t-j}), j from 0 to the kernel size less one.
+        """
+        num_earlier = self.config.linear_conv_kernel_dim - 1
+        x_BCT = F.pad(x_BTC.transpose(1, 2), (num_earlier, 0))
+        return F.silu(self.conv1d(x_BCT)).transpose(1, 2)
+
+    def key_heads(self, x_BTC: Tensor) -> Tensor:
+        """Cut into heads of length 1, each repeated for the value heads it serves."""
+        c = self.config
+        heads = precise(x_BTC).unflatten(-1, (c.linear_num_key_heads, -1))
+        served = c.linear_num_value_heads // c.linear_num_key_heads
+        return l2_normalise(heads).repeat_interleave(served, 2)
+
+    def value_heads(self, x_BTC: Tensor) -> Tensor:
+        """Cut into value heads."""
+        return x_BTC.unflatten(-1, (self.config.linear_num_value_heads, -1))
+
+
+class SwiGLU(nn.Module):
+    """One expert: down(SiLU(gate x) * up x). Reference: GLU Variants (arXiv 2002.05202), eq. 6."""
+
+    def __init__(self, hidden: int, ffn: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, ffn, bias=False)
+        self.up_proj = nn.Linear(hidden, ffn, bias=False)
+        self.down_proj = nn.Linear(ffn, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@dataclass
+class Routing:
+    """What a router did with one batch."""
+
+    probs_BTE: Tensor  # softmax over all experts
+    load_E: Tensor  # share of the routed slots each expert received; sums to 1
+    balance_loss: Tensor  # E * sum_i load_i * mean_prob_i: 1 when balanced
+
+
+class MixtureOfExperts(nn.Module):
+    """Ask each token's top experts, weighted by the router, and the shared expert, by its gate."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.topk = config.moe_router_topk
+        hidden, num_experts = config.hidden_size, config.num_moe_experts
+        self.gate = nn.Linear(hidden, num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            SwiGLU(hidden, config.moe_ffn_hidden_size) for _ in range(num_experts)
+        )
+        self.shared_expert = SwiGLU(hidden, config.moe_shared_expert_intermediate_size)
+        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
+
+    def forward(self, hidden_BTH: Tensor) -> tuple[Tensor, Routing]:
+        hidden_XH = hidden_BTH.flatten(0, 1)
+        logits_XE = F.linear(precise(hidden_XH), precise(self.gate.weight))
+        top_logits_XS, chosen_XS = logits_XE.topk(self.topk, -1)
+        # Softmax over the chosen alone: the same as softmax over all, scaled to sum to 1 again.
+        weights_XS = top_logits_XS.softmax(-1).to(hidden_XH.dtype)
+
+        sum_XH = torch.sigmoid(self.shared_expert_gate(hidden_XH)) * self.shared_expert(hidden_XH)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen_XS == number)
+            answers = weights_XS[token, slot, None] * expert(hidden_XH[token])
+            sum_XH = sum_XH.index_add(0, token, answers)
+        return sum_XH.view_as(hidden_BTH), routing(logits_XE, chosen_XS, hidden_BTH.shape[0])
+
+
+def routing(logits_XE: Tensor, chosen_XS: Tensor, batch: int) -> Routing:
+    """Count the routed slots and measure their balance over the whole batch.
+
+    Reference: Switch Transformer (arXiv 2101.03961), eq. 4 to 6, with the share of slots for f.
+    """
+    num_experts = logits_XE.shape[-1]
+    probs_XE = logits_XE.softmax(-1)
+    load_E = torch.bincount(chosen_XS.flatten(), minlength=num_experts) / chosen_XS.numel()
+    load_E = load_E.to(probs_XE.dtype)
+    balance_loss = num_experts * (load_E * probs_XE.mean(0)).sum()
+    return Routing(probs_XE.unflatten(0, (batch, -1)), load_E, balance_loss)

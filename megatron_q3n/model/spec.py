@@ -1,0 +1,166 @@
+"""The one file that names megatron-core's layer specs: which class fills which slot, per backend.
+
+Two backends, one spec: the same parameter names, shapes and checkpoint keys. `torch` runs anywhere; `transformer_engine`
+needs a GPU. What differs is only the class behind a name.
+
+A HybridModel layer is half of what the paper calls a layer: G (Gated DeltaNet) or * (gated attention), then E (MoE).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid import hybrid_block
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from megatron_q3n.config import RunConfig
+from megatron_q3n.model.attention import TorchCausalAttention
+from megatron_q3n.model.experts import StackedExperts
+from megatron_q3n.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron_q3n.model.norms import ZeroCenteredRMSNorm
+from megatron_q3n.model.router import GlobalBatchRouter
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The classes that differ between backends."""
+
+    norm: Any
+    column_linear: Any
+    row_linear: Any
+    core_attention: Any
+
+
+def backend_named(name: str) -> Backend:
+    """Return the classes of "torch" or "transformer_engine"."""
+    if name == "torch":
+        return Backend(ZeroCenteredRMSNorm, ColumnParallelLinear, RowParallelLinear, TorchCausalAttention)
+    assert name == "transformer_engine"
+    from megatron.core.extensions.transformer_engine import (  # late: needs TransformerEngine
+        TEColumnParallelLinear,
+        TEDotProductAttention,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    return Backend(TENorm, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention)
+
+
+class MoESublayer(MoETransformerLayer):
+    """The E slot, told whether it is inside MTP.
+
+    HybridStack 0.19.2 tells the attention slot but not this one (hybrid_block.py:182-192); its name says it.
+    """
+
+    def __init__(self, *args: Any, name: str | None = None, is_mtp_layer: bool = False, **options: Any) -> None:
+        inside_mtp = is_mtp_layer or (name or "").startswith("mtp")
+        super().__init__(*args, name=name, is_mtp_layer=inside_mtp, **options)
+
+
+def stack_spec(config: RunConfig, backend: Backend) -> ModuleSpec:
+    """Return the spec of the whole stack, MTP included.
+
+    Also gives HybridStack our norm for `final_norm`, which it takes from its own module (hybrid_block.py:215).
+    """
+    hybrid_block.TENorm = backend.norm
+    return ModuleSpec(
+        module=HybridStack,
+        submodules=HybridStackSubmodules(
+            gdn_layer=_mixer_layer(_gated_delta_net(config, backend), backend),
+            attention_layer=_mixer_layer(_gated_attention(backend), backend),
+            moe_layer=ModuleSpec(
+                module=MoESublayer,
+                submodules=TransformerLayerSubmodules(
+                    pre_mlp_layernorm=backend.norm, mlp=_moe(config, backend), mlp_bda=get_bias_dropout_add
+                ),
+            ),
+            mtp_block_spec=_mtp(backend),
+        ),
+    )
+
+
+def _mixer_layer(mixer: ModuleSpec, backend: Backend) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=backend.norm, self_attention=mixer, self_attn_bda=get_bias_dropout_add
+        ),
+    )
+
+
+def _gated_delta_net(config: RunConfig, backend: Backend) -> ModuleSpec:
+    return ModuleSpec(
+        module=GatedDeltaNet,
+        params={
+            "chunk_size": config.model.linear_chunk_size,
+            "recompute": "gated_delta_net" in config.training.recompute_modules,
+        },
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=backend.column_linear,
+            beta_alpha_proj=ColumnParallelLinear,  # torch on both backends: out of FP8's reach
+            out_norm=ZeroCenteredRMSNorm,  # fused with the gate by kernels/norms.py, which reads its weight
+            out_proj=backend.row_linear,
+        ),
+    )
+
+
+def _gated_attention(backend: Backend) -> ModuleSpec:
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_linear,
+            core_attention=backend.core_attention,
+            linear_proj=backend.row_linear,
+            q_layernorm=backend.norm,
+            k_layernorm=backend.norm,
+        ),
+    )
+
+
+def _moe(config: RunConfig, backend: Backend) -> Any:
+    shared = MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=backend.row_linear)
+    return partial(
+        MoELayer,
+        submodules=MoESubmodules(
+            router=partial(GlobalBatchRouter, normalized_init=config.model.moe_router_normalized_init),
+            experts=StackedExperts,
+            shared_experts=partial(SharedExpertMLP, submodules=shared),
+        ),
+    )
+
+
+def _mtp(backend: Backend) -> ModuleSpec:
+    layer = ModuleSpec(
+        module=MultiTokenPredictionLayer,
+        submodules=MultiTokenPredictionLayerSubmodules(
+            enorm=backend.norm,
+            hnorm=backend.norm,
+            eh_proj=backend.column_linear,
+            mtp_model_layer=None,  # built by HybridModel from the pattern behind "/"
+            layer_norm=backend.norm,
+        ),
+    )
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock,
+        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer]),
+    )

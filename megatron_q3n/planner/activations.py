@@ -1,0 +1,211 @@
+"""What one micro-batch leaves on one rank for the backward pass, tensor by tensor.
+
+Per sublayer a list of the tensors autograd keeps, each with its bytes and the recompute modules that drop it, and
+the transient bytes that live only while the sublayer itself runs backward. The lists are the formulas. Symbols:
+
+    T  tokens of a micro-batch on a rank: micro_batch_size · sequence_length / context parallel size
+    S  T / tensor parallel size: tokens of the regions that sequence parallelism splits (norms, residual, router)
+    D  token copies an expert rank works on: S · top-k · expert tensor parallel size · (1 + EXPERT_IMBALANCE)
+    a  bytes of an activation: 2 in bf16, 4 in fp32;  g  of a saved matrix product input: a, or 1 in FP8
+
+Context parallelism by all-to-all trades sequence for heads, which leaves the bytes as they are. Attention is taken
+to be fused (no score matrix) unless model.backend=torch. Left out: masks, indices, statistics of a norm.
+The counts are of tensors that must exist; a kernel that keeps fewer beats them.
+"""
+
+from dataclasses import dataclass
+
+from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, ModelConfig, RunConfig
+
+EXPERT_IMBALANCE = 0.25  # the fullest expert rank gets this much more than its even share of tokens
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One tensor kept for the backward pass."""
+
+    name: str
+    bytes: float
+    dropped_by: tuple[str, ...] = ()
+    """Members of training.recompute_modules that rebuild it instead."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One piece of the model, one micro-batch, one rank. Units: bytes."""
+
+    saved: tuple[Saved, ...]
+    transient: float = 0.0
+
+    def kept(self, recompute: frozenset[str] = frozenset()) -> float:
+        """Return the bytes kept from forward to backward under selective recomputation of these modules."""
+        return sum(s.bytes for s in self.saved if recompute.isdisjoint(s.dropped_by))
+
+    def working(self, recompute: frozenset[str] = frozenset()) -> float:
+        """Return the bytes that exist besides, while this piece runs backward: transient and rebuilt tensors."""
+        return self.transient + self.kept() - self.kept(recompute)
+
+
+@dataclass(frozen=True)
+class Local:
+    """Sizes of a micro-batch on one rank; the symbols of the module docstring."""
+
+    tokens: float
+    shard_tokens: float
+    dispatched: float
+    gathered: float
+    """Tokens the allgather dispatcher brings together; 0 with all-to-all."""
+    tensor_ranks: int
+    expert_tensor_ranks: int
+    value: int
+    product_input: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Local":
+        """Derive the sizes from a run."""
+        parallel, training = config.parallel, config.training
+        ranks, expert_ranks = (
+            parallel.tensor_model_parallel_size,
+            parallel.expert_tensor_parallel_size,
+        )
+        tokens = training.micro_batch_size * training.sequence_length
+        tokens /= parallel.context_parallel_size
+        shard = tokens / ranks
+        group = parallel.expert_model_parallel_size * expert_ranks
+        value = 2 if config.precision.compute == "bf16" else _FP32
+        return cls(
+            tokens=tokens,
+            shard_tokens=shard,
+            dispatched=shard * config.model.moe_router_topk * expert_ranks * (1 + EXPERT_IMBALANCE),
+            gathered=shard * group if parallel.moe_token_dispatcher_type == "allgather" else 0,
+            tensor_ranks=ranks,
+            expert_tensor_ranks=expert_ranks,
+            value=value,
+            product_input=1 if config.precision.fp8 else value,
+        )
+
+    def hidden(self, model: ModelConfig) -> float:
+        """Return the bytes of one residual stream, S · hidden_size · a."""
+        return self.shard_tokens * model.hidden_size * self.value
+
+
+def sublayer(config: RunConfig, symbol: str) -> Footprint:
+    """Return the footprint of one megatron-core layer: G, * or E."""
+    if symbol == GATED_DELTA_NET:
+        return gated_delta_net(config)
+    return gated_attention(config) if symbol == GATED_ATTENTION else mixture_of_experts(config)
+
+
+def gated_delta_net(config: RunConfig) -> Footprint:
+    """Return what Gated DeltaNet keeps; its recomputation covers all between in_proj's output and out_proj's input.
+
+    Transient: the gradient of q|k|v|z, and one state and its gradient per chunk and value head (the chunked backward
+    pass rebuilds the states rather than keep them).
+    """
+    model, at = config.model, Local.of(config)
+    t = at.tokens / at.tensor_ranks
+    heads, rule = model.linear_num_value_heads, ("gated_delta_net",)
+    state = heads * model.linear_key_head_dim * model.linear_value_head_dim
+    qkvz = t * (2 * model.key_dim + 2 * model.value_dim) * at.value
+    return Footprint(
+        (
+            *_normed_input(config, at.product_input),
+            Saved("q|k|v|z", qkvz),
+            Saved("beta, decay", t * 2 * heads * _FP32),
+            Saved("convolved q|k|v", t * model.conv_dim * at.value, rule),
+            Saved("normalised q|k", t * 2 * model.key_dim * at.value, rule),
+            Saved("chunk matrices", t * heads * model.linear_chunk_size * at.value, rule),
+            Saved("output of the rule", t * model.value_dim * at.value, rule),
+            Saved("input of out_proj", t * model.value_dim * at.product_input),
+        ),
+        transient=qkvz + 2 * t / model.linear_chunk_size * state * at.value,
+    )
+
+
+def gated_attention(config: RunConfig) -> Footprint:
+    """Return what gated attention keeps. Transient: the gradient of the projections' output.
+
+    Unfused (model.backend=torch) the score matrix is kept too, T · sequence_length per head, in the compute type
+    and in fp32; `core_attn` drops it. Fused kernels leave it almost nothing to drop.
+    """
+    model, at = config.model, Local.of(config)
+    t = at.tokens / at.tensor_ranks
+    query = model.num_attention_heads * model.kv_channels
+    kv = 2 * model.num_query_groups * model.kv_channels
+    projected = t * (query * (2 if model.attention_output_gate else 1) + kv) * at.value
+    gated = (Saved("output before the gate", t * query * at.value),)
+    scores = t * model.num_attention_heads * config.training.sequence_length * (at.value + _FP32)
+    return Footprint(
+        (
+            *_normed_input(config, at.product_input),
+            Saved("query|gate|key|value", projected),
+            Saved("rotated q|k, value", t * (query + kv) * at.value),
+            Saved("softmax statistics", t * model.num_attention_heads * _FP32, ("core_attn",)),
+            *((Saved("scores", scores, ("core_attn",)),) if model.backend == "torch" else ()),
+            *(gated if model.attention_output_gate else ()),
+            Saved("input of linear_proj", t * query * at.product_input),
+        ),
+        transient=projected,
+    )
+
+
+def mixture_of_experts(config: RunConfig) -> Footprint:
+    """Return what router, routed and shared experts keep.
+
+    Transient: three copies of the dispatched tokens (permuted, exchanged and sorted by expert), and with the allgather
+    dispatcher the gathered tokens with their fp32 probabilities and mask.
+    """
+    model, at = config.model, Local.of(config)
+    ffn = model.moe_ffn_hidden_size / at.expert_tensor_ranks
+    shared = at.tokens * model.moe_shared_expert_intermediate_size / at.tensor_ranks
+    inside, shared_only = ("moe",), ("moe", "shared_experts")
+    gathered = model.hidden_size * at.value + model.num_moe_experts * (_FP32 + 1)
+    return Footprint(
+        (
+            *_normed_input(config, at.value),
+            Saved("router", at.shard_tokens * model.num_moe_experts * (3 * _FP32 + 1), inside),
+            Saved("tokens", at.dispatched * model.hidden_size * at.product_input, inside),
+            Saved("gate|up", at.dispatched * 2 * ffn * at.value, inside),
+            Saved("activated", at.dispatched * ffn * at.product_input, (*inside, "moe_act")),
+            Saved("shared gate|up", shared * 2 * at.value, shared_only),
+            Saved("shared activated", shared * at.product_input, shared_only),
+            Saved("shared output", at.hidden(model), shared_only),
+        ),
+        transient=3 * at.dispatched * model.hidden_size * at.value + at.gathered * gathered,
+    )
+
+
+def mtp_join(config: RunConfig) -> Footprint:
+    """Return what one MTP depth keeps besides its layer: both norms, eh_proj's input, the final norm."""
+    model, at = config.model, Local.of(config)
+    return Footprint(
+        (
+            Saved("hidden and embedding", 2 * at.hidden(model)),
+            Saved("input of eh_proj", 2 * at.hidden(model)),
+            Saved("final norm", at.hidden(model), ()),
+        )
+    )
+
+
+def head(config: RunConfig) -> Footprint:
+    """Return what one pass through the output layer keeps: its input, and the softmax in fp32 (T · vocabulary · 4).
+
+    Transient: the logits' gradient in the compute type (forward: the logits themselves).
+    """
+    model, at = config.model, Local.of(config)
+    logits = at.tokens * model.vocab_size / at.tensor_ranks
+    return Footprint(
+        (
+            Saved("normed hidden state", 2 * at.hidden(model)),
+            Saved("softmax", logits * _FP32),
+        ),
+        transient=logits * at.value,
+    )
+
+
+def _normed_input(config: RunConfig, value_bytes: int) -> tuple[Saved, Saved]:
+    """Return every sublayer's first two tensors: the residual stream, and its norm as the projections read it."""
+    model, at = config.model, Local.of(config)
+    normed = at.shard_tokens * model.hidden_size * value_bytes
+    return Saved("residual stream", at.hidden(model)), Saved("normed", normed, ("layernorm",))

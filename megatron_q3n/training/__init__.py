@@ -1,0 +1,1 @@
+"""From a model and batches to optimizer steps: state, decay groups, losses, one step, the loop."""

@@ -1,0 +1,134 @@
+"""AdamW through megatron-core, with weight decay by an explicit rule, and the learning-rate schedule.
+
+Which parameters are decayed (`decays`):
+
+| parameters | decayed | why |
+|---|---|---|
+| matrices: projections, experts, router, embedding, head, conv1d | yes | as usual |
+| zero-centered norm weights: layer, q/k, final, GDN output, MTP | yes (optimizer.decay_norm_weights) | the stored weight is the distance from 1; decay keeps it bounded (Qwen3-Next's description) |
+| A_log, dt_bias | no | decay to 0 would mean a certain forgetting speed, not a small one |
+
+megatron-core alone decays only q/k norms and never the others.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from megatron_q3n.config import RunConfig
+
+NORM_WEIGHTS = (
+    "input_layernorm.weight",
+    "pre_mlp_layernorm.weight",
+    "q_layernorm.weight",
+    "k_layernorm.weight",
+    "out_norm.weight",
+    "final_norm.weight",
+    "final_layernorm.weight",
+    "enorm.weight",
+    "hnorm.weight",
+)
+NEVER_DECAYED = ("A_log", "dt_bias")
+
+
+def decays(parameter: torch.Tensor, name: str, *, decay_norm_weights: bool) -> bool:
+    """Say whether weight decay applies to the parameter of this name.
+
+    Raises: AssertionError for a vector the rule does not know: a new parameter must be placed on purpose.
+    """
+    if name.endswith(NEVER_DECAYED):
+        return False
+    if name.endswith(NORM_WEIGHTS):
+        return decay_norm_weights
+    assert parameter.dim() >= 2, f"{name}: no decay rule for this vector; place it in training/optimizer.py"
+    return True
+
+
+def decay_table(chunks: list[nn.Module], config: RunConfig) -> str:
+    """Return a readable list of every parameter, its shape and its decay, for the run's logs."""
+    rule = partial(decays, decay_norm_weights=config.optimizer.decay_norm_weights)
+    lines = [
+        f"{config.optimizer.weight_decay if rule(p, name) else 0.0:<6g} {tuple(p.shape)!s:<22} {name}"
+        for chunk in chunks
+        for name, p in chunk.named_parameters()
+    ]
+    return "\n".join(["decay  shape                  parameter", *lines, ""])
+
+
+def build_optimizer(chunks: list[nn.Module], config: RunConfig) -> MegatronOptimizer:
+    """Build AdamW over DDP-wrapped chunks with our decay groups.
+
+    Raises: AssertionError if norms would be decayed that are not zero-centered.
+    """
+    settings = config.optimizer
+    bf16 = config.precision.compute == "bf16"
+    megatron = OptimizerConfig(
+        optimizer="adam",
+        lr=config.schedule.lr,
+        min_lr=config.schedule.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        log_num_zeros_in_grad=False,
+    )
+    zero_centered = chunks[0].config.layernorm_zero_centered_gamma
+    assert zero_centered or not settings.decay_norm_weights, "decay would pull these norms to 0, not to 1"
+
+    def undecayed(parameter: torch.Tensor, name: str) -> bool:
+        return not decays(parameter, name, decay_norm_weights=settings.decay_norm_weights)
+
+    key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="undecayed", fn=undecayed))
+    return get_megatron_optimizer(megatron, chunks, config_overrides={key: {"wd_mult": 0.0}})
+
+
+def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, step: int) -> OptimizerParamScheduler:
+    """Build the learning-rate schedule, positioned at `step`: it is a pure function of the step, and is not saved."""
+    schedule, steps = config.schedule, config.training.steps
+    wsd = schedule.style == "wsd"
+    horizon = schedule.decay_steps if schedule.style == "cosine" and schedule.decay_steps else steps
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=schedule.lr / (schedule.warmup_steps + 1),  # the first step already learns
+        max_lr=schedule.lr,
+        min_lr=schedule.min_lr,
+        lr_warmup_steps=schedule.warmup_steps,
+        lr_decay_steps=max(horizon, schedule.warmup_steps + 1),
+        lr_decay_style="WSD" if wsd else schedule.style,
+        start_wd=config.optimizer.weight_decay,
+        end_wd=config.optimizer.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=schedule.decay_steps if wsd else None,
+        lr_wsd_decay_style=schedule.wsd_decay_style if wsd else None,
+    )
+    scheduler.step(step)
+    return scheduler
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """Return the present learning rate."""
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def torch_adam_states(optimizer: MegatronOptimizer) -> list[tuple[Any, Any]]:
+    """Return (torch AdamW, parameter) pairs where megatron-core fell back to torch's AdamW, else an empty list."""
+    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [
+        (adam, parameter)
+        for adam in inner
+        if isinstance(adam, torch.optim.AdamW)
+        for group in adam.param_groups
+        for parameter in group["params"]
+    ]

@@ -1,0 +1,80 @@
+"""Everything that changes while training, in one place: what a checkpoint must hold."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from megatron_q3n.config import RunConfig
+from megatron_q3n.device import Device
+from megatron_q3n.model.build import build_model
+from megatron_q3n.parallel import Parallel
+from megatron_q3n.training.optimizer import build_optimizer, build_schedule
+
+
+@dataclass
+class TrainState:
+    """A model in training. `step` counts finished optimizer steps; the data position follows from it alone."""
+
+    config: RunConfig
+    device: Device
+    parallel: Parallel
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    step: int = 0
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The bare models inside their DDP wrappers."""
+        return [chunk.module for chunk in self.chunks]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * self.config.tokens_per_step
+
+    def set_step(self, step: int) -> None:
+        """Move to a step: the schedule is a function of it."""
+        self.step = step
+        self.schedule.num_steps = 0
+        self.schedule.step(step)
+
+
+def build_state(config: RunConfig, device: Device, parallel: Parallel) -> TrainState:
+    """Build model, DDP and optimizer, freshly initialised."""
+    models = build_model(config, device.model_backend, parallel.groups)
+    for model in models:
+        model.to(device.torch_device)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=True,
+    )
+    chunks = [
+        DistributedDataParallel(model.config, ddp, model, disable_bucketing=index > 0)
+        for index, model in enumerate(models)
+    ]
+    for chunk in chunks:
+        chunk.broadcast_params()
+    optimizer = build_optimizer(chunks, config)
+    _connect_schedules(chunks, optimizer, config)
+    return TrainState(config, device, parallel, chunks, optimizer, build_schedule(optimizer, config, 0))
+
+
+def _connect_schedules(chunks: list[Any], optimizer: MegatronOptimizer, config: RunConfig) -> None:
+    """Give megatron-core's pipeline schedules their hooks, which live on the TransformerConfig."""
+    hooks = chunks[0].module.config
+    hooks.finalize_model_grads_func = partial(finalize_model_grads)
+    hooks.grad_scale_func = optimizer.scale_loss
+    single = len(chunks) == 1
+    if config.parallel.overlap_grad_reduce:
+        hooks.no_sync_func = chunks[0].no_sync if single else [c.no_sync for c in chunks]
+    if config.parallel.overlap_param_gather:
+        hooks.param_sync_func = chunks[0].start_param_sync if single else [c.start_param_sync for c in chunks]

@@ -1,0 +1,125 @@
+"""One optimizer step: forward and backward over the micro-batches, clip, update, and what there is to report."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+from megatron_q3n.data.batch import Batch
+from megatron_q3n.model.router import finish_balance, routers_of
+from megatron_q3n.training.loss import forward_step, reduce_losses
+from megatron_q3n.training.optimizer import learning_rate
+from megatron_q3n.training.state import TrainState
+
+
+@dataclass
+class StepReport:
+    """What one step did. Loads are shares of routed slots per MoE layer, by name, over the global batch."""
+
+    loss: float
+    grad_norm: float | None
+    learning_rate: float
+    mtp_losses: list[float]
+    balance_losses: dict[str, float]
+    expert_load: dict[str, list[float]]
+    skipped: bool
+
+
+def train_step(state: TrainState, batches: list[Batch]) -> StepReport:
+    """Take one optimizer step on this rank's micro-batches of a global batch."""
+    rate = learning_rate(state.optimizer)
+    for chunk in state.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    reports = run_microbatches(state, batches, forward_only=False)
+    updated, grad_norm, _ = state.optimizer.step()
+    state.schedule.step(1)
+    state.step += 1
+    loads, balance = _close_balance(state)
+    total, tokens = reduce_losses(reports, state.parallel)
+    return StepReport(
+        loss=total / max(tokens, 1),
+        grad_norm=None if grad_norm is None else float(grad_norm),
+        learning_rate=rate,
+        mtp_losses=_mtp_losses(state, len(batches)),
+        balance_losses=balance,
+        expert_load=loads,
+        skipped=not updated,
+    )
+
+
+@torch.no_grad()
+def evaluate(state: TrainState, global_batches: Any) -> tuple[float, float]:
+    """Run validation batches.
+
+    Returns: the summed loss in nats and the number of tokens, over all ranks.
+    """
+    for chunk in state.chunks:
+        chunk.eval()
+    total = tokens = 0.0
+    for batches in global_batches:
+        part, count = reduce_losses(run_microbatches(state, batches, forward_only=True), state.parallel)
+        total, tokens = total + part, tokens + count
+    MTPLossLoggingHelper.clean_metrics_in_tracker()
+    return total, tokens
+
+
+def run_microbatches(state: TrainState, batches: list[Batch], *, forward_only: bool) -> list[dict]:
+    """Drive megatron-core's schedule (plain, 1F1B or interleaved, as the layout needs) over the micro-batches."""
+    training, chunks = state.config.training, state.chunks
+    single = len(chunks) == 1
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches) if single else [iter(batches) for _ in chunks],
+        model=chunks[0] if single else chunks,
+        num_microbatches=len(batches),
+        seq_length=training.sequence_length,
+        micro_batch_size=training.micro_batch_size,
+        decoder_seq_length=training.sequence_length,
+        forward_only=forward_only,
+    )
+
+
+def _close_balance(state: TrainState) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Hand this batch's expert counts to the next, and name each layer's load and balance loss."""
+    routers = list(routers_of(state.models).values())
+    loads: dict[str, list[float]] = {}
+    balance: dict[str, float] = {}
+    if routers:
+        load_LE, balance_L = finish_balance(routers, state.parallel.groups.tp_dp_cp)
+        for router, load, loss in zip(routers, load_LE.tolist(), balance_L.tolist()):
+            loads[_layer_name(router)], balance[_layer_name(router)] = load, loss
+    pipeline = state.parallel.groups.pp
+    if pipeline.size() > 1:
+        gathered: list[Any] = [None] * pipeline.size()
+        torch.distributed.all_gather_object(gathered, (loads, balance), group=pipeline)
+        loads = {name: load for part, _ in gathered for name, load in part.items()}
+        balance = {name: loss for _, part in gathered for name, loss in part.items()}
+    return loads, balance
+
+
+def _layer_name(router: Any) -> str:
+    """Return "layer 3" counting as the paper does, or "mtp"; a MoE is every second megatron-core layer."""
+    return "mtp" if router.is_mtp_layer else f"layer {router.layer_number // 2 - 1}"
+
+
+def _mtp_losses(state: TrainState, num_microbatches: int) -> list[float]:
+    """Return the mean loss per MTP depth and clear megatron-core's tracker."""
+    depths = state.config.model.mtp_num_layers
+    if depths == 0:
+        return []
+    device = torch.cuda.current_device()
+    values = MTPLossLoggingHelper.tracker.get("loss_values")
+    sums = torch.zeros(depths, device=device) if values is None else values.clone() / num_microbatches
+    parallel = state.parallel
+    if parallel.world_size > 1:
+        torch.distributed.all_reduce(sums, group=parallel.groups.dp_cp)
+        sums /= parallel.groups.dp_cp.size()
+        if parallel.groups.pp.size() > 1:
+            last = torch.distributed.get_process_group_ranks(parallel.groups.pp)[-1]
+            torch.distributed.broadcast(sums, src=last, group=parallel.groups.pp)
+    MTPLossLoggingHelper.clean_metrics_in_tracker()
+    return sums.tolist()

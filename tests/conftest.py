@@ -1,0 +1,84 @@
+"""What every test stands on: an environment that does not depend on who runs it, and one way to start a run.
+
+One thread each (two cores are shared by many tests, and thread counts change sums), no network (wandb offline, no
+hub), no launcher's variables (a suite started inside a Slurm job must not think it is rank 3), and a time limit per
+test. The data cache stays where the user has it, so that the standard library corpus is tokenised once per machine.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT_SECONDS = 300
+SLOW_TIMEOUT_SECONDS = 1200
+LAUNCHER_VARIABLES = (
+    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT "
+    "SLURM_PROCID SLURM_LOCALID SLURM_NTASKS"
+).split()
+
+# At import, not in a fixture: torch reads the thread count, and wandb its mode, when first imported.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    WANDB_MODE="offline",
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+)
+for name in [*LAUNCHER_VARIABLES, "WANDB_API_KEY"]:
+    os.environ.pop(name, None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give each test its time limit and skip GPU tests where there is no GPU."""
+    # A GPU machine may have pytest without the plugin, and then the mark would be unknown.
+    limited = config.pluginmanager.hasplugin("timeout") and not config.getoption("timeout")
+    for item in items:
+        if limited and not item.get_closest_marker("timeout"):
+            slow = item.get_closest_marker("slow") is not None
+            seconds = SLOW_TIMEOUT_SECONDS if slow else TIMEOUT_SECONDS
+            item.add_marker(pytest.mark.timeout(seconds))
+        if item.get_closest_marker("gpu") and not _cuda_is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device (tools/test hides them)"))
+
+
+def _cuda_is_available() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch  # late: seconds that a selection without GPU tests need not spend
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture
+def run_module(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m megatron_q3n.train …` as a user does, in a process of its own.
+
+    The call's working folder is the test's tmp_path, so that default run directories land there. Output is captured
+    as text and the exit status is the caller's to check.
+    """
+
+    def run(
+        *arguments: str,
+        module: str = "megatron_q3n.train",
+        environment: Mapping[str, str] | None = None,
+        timeout_seconds: float = 240,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
+        )
+
+    return run
