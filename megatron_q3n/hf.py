@@ -17,7 +17,8 @@ What differs between the two sides, and why it is so here:
 - `linear_attn.norm` is the one published norm weight that is the scale itself. Ours is the distance
   from 1, as in every other norm, so that weight decay pulls it to 1. That is a shift, which does
   not apply to gradients (`gradients=True`). Its result is fp32 at least, whatever came in: bf16
-  is coarser around 0.3 - 1 than around 0.3, and storing the one for the other would lose bits.
+  is coarser around 0.3 - 1 than around 0.3, and storing the one for the other would lose bits. In
+  fp32 itself it may cost the last bit below 1 (6e-8); nothing else is ever rounded.
 - `mtp.fc` takes [embedding | hidden] and so does `eh_proj`. A swap of the halves would survive any
   round trip; tests/test_hf.py pins where the values land.
 
@@ -33,12 +34,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from megatron_q3n.config import (
-    GATED_ATTENTION,
-    GATED_DELTA_NET,
-    ModelConfig,
-    UserError,
-)
+from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, ModelConfig, UserError
 
 HUGGING_FACE, MEGATRON = "Hugging Face", "megatron-core"
 Shape = tuple[int, ...]

@@ -1,12 +1,10 @@
 """The process groups of a run, made once and handed on as a ProcessGroupCollection; and the seeds of every rank.
 
-The only file that reads RANK, LOCAL_RANK and their Slurm spellings, and the only one that touches
-`megatron.core.parallel_state`, which must be initialised even though the groups are handed on: HybridModel's
+The only file that touches `megatron.core.parallel_state`, which must be initialised even though the groups are handed on: HybridModel's
 MTP placement and several utilities still ask it.
 """
 
 import datetime
-import os
 import random
 from dataclasses import dataclass
 
@@ -16,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_q3n.config import RunConfig
+from megatron_q3n.config import RunConfig, launch
 from megatron_q3n.device import Device
 
 
@@ -100,21 +98,15 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
-def launched_rank() -> int:
-    """Return this process's rank as the launcher gave it (torchrun, srun, or 0 alone), before any group exists."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-
-
 def _join(device: Device) -> tuple[int, int]:
     timeout = datetime.timedelta(minutes=30)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+    if not launch.has_neighbours():
         store = torch.distributed.HashStore()  # alone: no port to collide with a neighbour's
         torch.distributed.init_process_group(
             device.communication, store=store, rank=0, world_size=1, timeout=timeout
         )
         return 0, 1
-    rank = launched_rank()
+    rank, world_size = launch.rank(), launch.world_size()
     torch.distributed.init_process_group(
         device.communication, rank=rank, world_size=world_size, timeout=timeout
     )

@@ -17,10 +17,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TIMEOUT_SECONDS = 300
 SLOW_TIMEOUT_SECONDS = 1200
-LAUNCHER_VARIABLES = (
-    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT "
-    "SLURM_PROCID SLURM_LOCALID SLURM_NTASKS"
-).split()
+LAUNCHER_VARIABLES = [
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+]
 
 # At import, not in a fixture: torch reads the thread count, and wandb its mode, when first imported.
 os.environ.update(

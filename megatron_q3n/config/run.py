@@ -1,11 +1,11 @@
 """The whole configuration of a run, and the rules that span its sections."""
 
-import os
 import re
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from megatron_q3n.config import launch
 from megatron_q3n.config.data import DataConfig
 from megatron_q3n.config.errors import UserError, suggest
 from megatron_q3n.config.model import ModelConfig
@@ -115,13 +115,18 @@ class RunConfig(Section):
                 f"data.mask_document_boundaries=true packs documents into one row: training.micro_batch_size must be "
                 f"1, found {training.micro_batch_size}. Use a longer sequence or more micro-batches instead."
             )
+        if self.data.mask_document_boundaries and self.parallel.context_parallel_size > 1:
+            raise UserError(
+                "data.mask_document_boundaries=true does not work with "
+                f"parallel.context_parallel_size={self.parallel.context_parallel_size} yet; set one of them back."
+            )
         self.parallel.check_against(self.model, training.sequence_length, self.world_size)
         return self
 
     @property
     def world_size(self) -> int:
         """Processes of this run: the launcher's WORLD_SIZE, the planned size, or one."""
-        return int(os.environ.get("WORLD_SIZE", 0)) or self.parallel.world_size or 1
+        return launch.world_size() if launch.has_neighbours() else self.parallel.world_size or 1
 
     @property
     def data_parallel_size(self) -> int:

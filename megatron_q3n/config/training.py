@@ -143,6 +143,10 @@ class ValidationConfig(Section):
     batches: int = Field(
         8, gt=0, description="global batches per validation, the same ones each time"
     )
+    bigram_baseline: bool = Field(
+        False,
+        description="at the end, fit a Witten-Bell bigram on the tokens trained on; report it beside",
+    )
 
 
 class CheckpointConfig(Section):

@@ -28,6 +28,7 @@ _DTYPE_CODES = {"int32": 4, "uint16": 8}
 _BYTES_PER_ITEM = 4 + 8 + 8  # length, position, document end
 
 TokenDtype = Literal["uint16", "int32"]
+Settings = dict[str, str | int | float | bool | None]
 
 
 class FileRecord(Section):
@@ -66,7 +67,7 @@ class Manifest(Section):
     documents_bin: FileRecord
     documents_idx: FileRecord
     sources: list[SourceRecord]
-    settings: dict[str, str | int | float | bool | None]
+    settings: Settings
 
     @property
     def files(self) -> dict[str, FileRecord]:

@@ -87,7 +87,9 @@ def _bad_line(document: RawDocument, problem: str) -> UserError:
 
 def _no_column(column: str, known: list[str]) -> str:
     names = ", ".join(map(str, known[:20])) or "none"
-    return f"no field {column!r}.{suggest(column, known)} Fields here: {names} (choose with --column)"
+    return (
+        f"no field {column!r}.{suggest(column, known)} Fields here: {names} (choose with --column)"
+    )
 
 
 class _Stream:

@@ -68,8 +68,10 @@ def _expand(given: str, wanted: Format | None) -> Iterable[Source]:
         return [_source(path, wanted)]
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not matches:
-        raise UserError(f"input {given}: no such file or folder, and as a pattern it matches nothing.")
-    return [_source(match, wanted) for match in matches if match.is_file()]
+        raise UserError(
+            f"input {given}: no such file or folder, and as a pattern it matches nothing."
+        )
+    return [source for match in matches for source in _expand(str(match), wanted)]
 
 
 def _in_folder(folder: Path, wanted: Format | None) -> list[Source]:
@@ -83,15 +85,16 @@ def _in_folder(folder: Path, wanted: Format | None) -> list[Source]:
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         size = sum(file.stat().st_size for file in folder.glob("*.arrow"))
         return [Source(folder.absolute(), "dataset", None, size)]
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not _hidden(file, folder))
-    sources = [_source(file, None) for file in files if _kind(file)[0] in {wanted or _kind(file)[0]}]
-    sources = [source for source in sources if source]
-    if not sources:
+    files = sorted(
+        file for file in folder.rglob("*") if file.is_file() and not _hidden(file, folder)
+    )
+    chosen = [file for file in files if _kind(file)[0] and wanted in (None, _kind(file)[0])]
+    if not chosen:
         raise UserError(
             f"input {folder}: none of its {len(files)} files is {wanted or 'of a known format'} "
             f"({', '.join(_FORMAT_OF_SUFFIX)}, each also .gz or .zst). Name files with a glob and --format."
         )
-    return sources
+    return [_source(file, None) for file in chosen]
 
 
 def _hidden(file: Path, folder: Path) -> bool:

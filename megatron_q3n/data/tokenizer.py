@@ -46,7 +46,13 @@ class TextTokenizer:
         self._backend = Tokenizer.from_str(self._canonical)
         self._backend.encode_special_tokens = True
         self.eod_token = eod_token
-        self.eod: int = self._backend.token_to_id(eod_token)
+        eod = self._backend.token_to_id(eod_token)
+        assert eod is not None, f"{eod_token} is among the added tokens and yet has no id"
+        self.eod: int = eod
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the content: the library's own pickle forgets `encode_special_tokens`."""
+        return TextTokenizer, (json.loads(self._canonical), self.eod_token)
 
     @classmethod
     def load(cls, path: str | Path, eod_token: str | None = None) -> "TextTokenizer":
@@ -114,7 +120,9 @@ class TextTokenizer:
 
         Shapes: (vocab_size,) int64.
         """
-        special = {t.content for t in self._backend.get_added_tokens_decoder().values() if t.special}
+        special = {
+            t.content for t in self._backend.get_added_tokens_decoder().values() if t.special
+        }
         alphabet = set(pre_tokenizers.ByteLevel.alphabet())
         num_bytes_V = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():

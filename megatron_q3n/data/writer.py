@@ -14,6 +14,7 @@ from megatron_q3n.data.encoding import EncodedDocuments
 from megatron_q3n.data.manifest import (
     DOCUMENTS,
     Manifest,
+    Settings,
     SourceRecord,
     TokenizerRecord,
     record_file,
@@ -44,9 +45,7 @@ class PreparedWriter:
         self.text_bytes += documents.text_bytes
         self.num_skipped_empty += documents.num_skipped_empty
 
-    def finish(
-        self, sources: list[SourceRecord], settings: dict[str, str | int | float | bool | None]
-    ) -> Manifest:
+    def finish(self, sources: list[SourceRecord], settings: Settings) -> Manifest:
         """Write index, tokenizer and manifest.
 
         Raises: UserError when no document was added.

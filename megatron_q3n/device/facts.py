@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import os
 import platform
 import warnings
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from megatron_q3n.config import RunConfig, UserError
+from megatron_q3n.config import RunConfig, UserError, launch
 from megatron_q3n.device import cpu_shim
 
 
@@ -51,16 +50,37 @@ def choose_device(config: RunConfig) -> Device:
 
     Raises: UserError if the configuration asks for what this machine lacks.
     """
-    _quiet_known_warnings()
     torch.set_num_threads(config.training.threads or 1)
     if torch.cuda.is_available():
         return _cuda(config)
     return _cpu(config)
 
 
+def measured_matmul_flops(device: Device, world_size: int) -> float | None:
+    """Measure the bf16 matrix product rate of one GPU, times the processes; None on a CPU, which has no one peak.
+
+    Units: FLOP/s. Random data: a product of zeros runs measurably faster than real ones.
+    """
+    if not device.is_cuda:
+        return None
+    size, repeats = 8192, 5
+    a, b = (torch.randn(size, size, device=device.torch_device, dtype=torch.bfloat16) for _ in "ab")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
+    a @ b
+    start.record()
+    for _ in range(repeats):
+        a @ b
+    end.record()
+    end.synchronize()
+    seconds = start.elapsed_time(end) / 1000 / repeats
+    del a, b
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return 2 * size**3 / seconds * world_size
+
+
 def _cuda(config: RunConfig) -> Device:
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    device = torch.device("cuda", launch.local_rank() % torch.cuda.device_count())
     torch.cuda.set_device(device)
     name = torch.cuda.get_device_name(device)
     wanted = config.model.backend
@@ -104,10 +124,10 @@ def _cpu(config: RunConfig) -> Device:
     )
 
 
-def _quiet_known_warnings() -> None:
+def quiet_known_warnings() -> None:
     """Silence, by name, what torch and megatron-core say when CUDA, TransformerEngine or apex is absent.
 
-    environment.json says the same once, and for every component.
+    Call it before the first import of megatron-core. environment.json says the same once, for every component.
     """
     for message in (
         "Transformer Engine and Apex are not installed",

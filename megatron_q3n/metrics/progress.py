@@ -42,13 +42,21 @@ class Progress:
         self._shown: dict[str, float] = {}
         self._drawn = -REDRAW_SECONDS
         self._live = Live(self, console=console, auto_refresh=False) if live else None
+
+    def start(self) -> None:
+        """Put the live line up; before that, messages are plain lines."""
         if self._live:
             self._live.start()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the step just done; values not logged at this step keep their last reading."""
-        self._timer.lap(0)
+        """Show the step just done. The live line keeps the last reading of what this step did not log."""
+        if self._step < self._first_step:
+            self._timer.restart()  # the first step warms up and compiles: no basis for an ETA
+        else:
+            self._timer.lap(0)
         self._step = step
+        if not self._live:
+            self._shown.clear()
         self._shown.update(values)
         if self._live:
             if self._clock() - self._drawn >= REDRAW_SECONDS:
@@ -63,8 +71,7 @@ class Progress:
     def close(self) -> None:
         """Draw the last state and leave it on the screen."""
         if self._live:
-            self._draw()
-            self._live.stop()
+            self._live.stop()  # draws once more
 
     def plain_line(self) -> str:
         """Return the state as one line without colour or bar."""
@@ -128,7 +135,7 @@ class Progress:
         self._live.refresh()
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def clock_text(seconds: float) -> str:

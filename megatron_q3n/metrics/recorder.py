@@ -100,11 +100,11 @@ class Recorder:
         self._records = jsonl.open_at(run_dir / RECORDS_FILE, first_step - 1)
         self._events_path = run_dir / EVENTS_FILE
         self._events_path.parent.mkdir(exist_ok=True)
-        console = Console(highlight=False)
         wish = config.logging.progress
+        console = Console(force_terminal=wish or None)
         self._progress = Progress(
             console,
-            live=console.is_terminal if wish is None else wish,
+            live=console.is_terminal and wish is not False,
             first_step=first_step,
             total_steps=total_steps,
             interval_steps=config.logging.interval_steps,
@@ -114,3 +114,4 @@ class Recorder:
                 f"metrics.jsonl: {self._records.cut_lines} lines after step {first_step - 1} cut; those steps run again"
             )
         self._wandb = wandb_sink.open_sink(run_dir, config, self._records.path, self.note)
+        self._progress.start()

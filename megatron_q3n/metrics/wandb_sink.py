@@ -71,7 +71,7 @@ def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Note) -> Wa
     run = _start(run_dir, config, mode, note)
     if run.offline:
         note(f"wandb: offline; to upload: wandb sync {run_dir}/wandb/*run-*")
-        return WandbSink(run, records, held_offline(run_dir))
+        return WandbSink(run, records, held_offline(run_dir, note))
     note(f"wandb: {run.url}")
     return WandbSink(run, records, run.starting_step - 1)  # the server goes on after its last step
 
@@ -82,7 +82,7 @@ def installed() -> bool:
     return spec is not None and spec.origin is not None
 
 
-def held_offline(run_dir: Path) -> int:
+def held_offline(run_dir: Path, note: Note) -> int:
     """Return the last step in the local transaction logs, 0 for none, read by wandb's own reader.
 
     Each log starts after the ones before it, so the newest that holds a step decides. A killed run's log may hold none.
@@ -90,20 +90,21 @@ def held_offline(run_dir: Path) -> int:
     logs = (run_dir / "wandb").glob("*run-*/*.wandb")
     by_start_time = sorted(logs, key=lambda log: log.parent.name.removeprefix("offline-"))
     for log in reversed(by_start_time):
-        step = _inspect(log)["step"]
+        step = _last_step(log, note)
         if step is not None:
-            return int(step)
+            return step
     return 0
 
 
-def _inspect(log: Path) -> dict[str, Any]:
+def _last_step(log: Path, note: Note) -> int | None:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(log)]
     offline = {**os.environ, "WANDB_MODE": "offline"}  # the reader itself reports home otherwise
     done = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
-    if done.returncode != 0:  # not even a header: the process was killed before wandb wrote it
-        return {"step": None}
-    summary: dict[str, Any] = json.loads(done.stdout)
-    return summary
+    if done.returncode != 0:
+        note(f"wandb: {log} cannot be read; its steps may be sent again ({done.stderr.strip()})")
+        return None
+    step: int | None = json.loads(done.stdout)["step"]
+    return step
 
 
 def _resolve_mode(run_dir: Path, asked: str, note: Note) -> str:
@@ -125,11 +126,17 @@ def _resolve_mode(run_dir: Path, asked: str, note: Note) -> str:
     return "offline" if began_offline or not _logged_in() else "online"
 
 
-def _logged_in() -> bool:
-    """Say whether wandb finds credentials (environment, settings, netrc), without asking the network or the person."""
-    import wandb  # late: costs half a second, and may be missing
+def _quiet_wandb() -> Any:
+    """Import wandb and silence its own words in the terminal; what matters is said through `note`."""
+    import wandb  # late: costs half a second on every rank, and may be missing
 
     wandb.setup(wandb.Settings(silent=True))
+    return wandb
+
+
+def _logged_in() -> bool:
+    """Say whether wandb finds credentials (environment, settings, netrc), without asking the network or the person."""
+    wandb = _quiet_wandb()
     try:
         return bool(wandb.login(prompt=False, verify=False))
     except wandb.errors.Error as error:
@@ -138,8 +145,7 @@ def _logged_in() -> bool:
 
 def _start(run_dir: Path, config: RunConfig, mode: str, note: Note) -> Any:
     """Start wandb in `mode`; under `auto`, an online run whose server is out of reach becomes an offline one."""
-    import wandb  # late: costs half a second, and may be missing
-
+    wandb = _quiet_wandb()
     asked = config.logging.wandb.mode
     try:
         return _init(run_dir, config, mode)
@@ -147,13 +153,14 @@ def _start(run_dir: Path, config: RunConfig, mode: str, note: Note) -> Any:
         if asked != "auto" or mode == "offline":
             raise _cannot(asked, str(error), "run `wandb login`, or check the network") from error
         note(f"wandb: logged in, but the server did not answer ({error}); this run is offline")
+        wandb.teardown()  # its service still holds the run id of the attempt
         return _init(run_dir, config, "offline")
 
 
 def _init(run_dir: Path, config: RunConfig, mode: str) -> Any:
-    import wandb  # late: costs half a second, and may be missing
-
+    wandb = _quiet_wandb()
     settings = config.logging.wandb
+    patience = float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_SECONDS))
     run = wandb.init(
         project=settings.project,
         entity=settings.entity,
@@ -164,7 +171,7 @@ def _init(run_dir: Path, config: RunConfig, mode: str) -> Any:
         mode=cast(Literal["online", "offline"], mode),
         dir=run_dir,
         config=config.model_dump(mode="json"),
-        settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_SECONDS),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=patience),
     )
     run.define_metric(TOKENS, hidden=True)
     run.define_metric("*", step_metric=TOKENS)

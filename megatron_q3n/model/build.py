@@ -14,6 +14,7 @@ from megatron.core.utils import init_method_normal
 
 from megatron_q3n.config import GATED_ATTENTION, RunConfig
 from megatron_q3n.config.model import MOE
+from megatron_q3n.config.sizes import pipeline_segments
 from megatron_q3n.model.sharding import drop_extra_state
 from megatron_q3n.model.spec import backend_named, stack_spec
 
@@ -67,14 +68,9 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
 def hybrid_pattern(config: RunConfig) -> str:
     """Return e.g. "GEGE|GE*E/*E": sublayers, `|` between pipeline stages, `/` before each MTP depth.
 
-    Sublayers are spread as evenly as they go; earlier stages take the remainder, the last one has the head and MTP.
+    The cuts are those the planner reckons with (config/sizes.py).
     """
-    symbols, stages = config.model.main_pattern, config.parallel.num_stages
-    size, extra = divmod(len(symbols), stages)
-    cuts = [0]
-    for stage in range(stages):
-        cuts.append(cuts[-1] + size + (stage < extra))
-    main = "|".join(symbols[start:end] for start, end in zip(cuts, cuts[1:]))
+    main = "|".join(pipeline_segments(config.model, config.parallel.num_stages))
     return main + f"/{GATED_ATTENTION}{MOE}" * config.model.mtp_num_layers
 
 

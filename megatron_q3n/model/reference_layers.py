@@ -293,7 +293,7 @@ def routing(logits_XE: Tensor, chosen_XS: Tensor, batch: int) -> Routing:
     """
     num_experts = logits_XE.shape[-1]
     probs_XE = logits_XE.softmax(-1)
-    load_E = torch.bincount(chosen_XS.flatten(), minlength=num_experts) / chosen_XS.numel()
-    load_E = load_E.to(probs_XE.dtype)
+    count_E = torch.bincount(chosen_XS.flatten(), minlength=num_experts)
+    load_E = count_E.to(probs_XE.dtype) / chosen_XS.numel()
     balance_loss = num_experts * (load_E * probs_XE.mean(0)).sum()
     return Routing(probs_XE.unflatten(0, (batch, -1)), load_E, balance_loss)

@@ -8,9 +8,10 @@ the transient bytes that live only while the sublayer itself runs backward. The 
     D  token copies an expert rank works on: S · top-k · expert tensor parallel size · (1 + EXPERT_IMBALANCE)
     a  bytes of an activation: 2 in bf16, 4 in fp32;  g  of a saved matrix product input: a, or 1 in FP8
 
-Context parallelism by all-to-all trades sequence for heads, which leaves the bytes as they are. Attention is taken
-to be fused (no score matrix) unless model.backend=torch. Left out: masks, indices, statistics of a norm.
-The counts are of tensors that must exist; a kernel that keeps fewer beats them.
+Context parallelism by all-to-all trades sequence for heads, which leaves the bytes as they are. Counted as on a GPU:
+attention, pre-norms and delta rule fused (no score matrix, one chunk matrix per head). In plain torch, as on a CPU, the
+delta rule's layer keeps about twice as much. Other element-wise work is counted as the modules spell it today; a kernel
+that keeps less beats these figures. Left out: masks, indices, statistics of a norm.
 """
 
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class Local:
     expert_tensor_ranks: int
     value: int
     product_input: int
+    widened: int
+    """Bytes of the fp32 copy a norm makes of its input; 0 where that is fp32 already."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "Local":
@@ -69,8 +72,8 @@ class Local:
             parallel.tensor_model_parallel_size,
             parallel.expert_tensor_parallel_size,
         )
-        tokens = training.micro_batch_size * training.sequence_length
-        tokens /= parallel.context_parallel_size
+        whole = training.micro_batch_size * training.sequence_length
+        tokens = whole / parallel.context_parallel_size
         shard = tokens / ranks
         group = parallel.expert_model_parallel_size * expert_ranks
         value = 2 if config.precision.compute == "bf16" else _FP32
@@ -83,6 +86,7 @@ class Local:
             expert_tensor_ranks=expert_ranks,
             value=value,
             product_input=1 if config.precision.fp8 else value,
+            widened=_FP32 if value < _FP32 else 0,
         )
 
     def hidden(self, model: ModelConfig) -> float:
@@ -100,8 +104,9 @@ def sublayer(config: RunConfig, symbol: str) -> Footprint:
 def gated_delta_net(config: RunConfig) -> Footprint:
     """Return what Gated DeltaNet keeps; its recomputation covers all between in_proj's output and out_proj's input.
 
-    Transient: the gradient of q|k|v|z, and one state and its gradient per chunk and value head (the chunked backward
-    pass rebuilds the states rather than keep them).
+    Convolution, L2 norm and gated output norm are plain torch here: each leaves its intermediate values, the norms in
+    fp32. Transient: the gradient of q|k|v|z, and one state and its gradient per chunk and value head (the chunked
+    backward pass rebuilds the states rather than keep them).
     """
     model, at = config.model, Local.of(config)
     t = at.tokens / at.tensor_ranks
@@ -113,10 +118,12 @@ def gated_delta_net(config: RunConfig) -> Footprint:
             *_normed_input(config, at.product_input),
             Saved("q|k|v|z", qkvz),
             Saved("beta, decay", t * 2 * heads * _FP32),
-            Saved("convolved q|k|v", t * model.conv_dim * at.value, rule),
-            Saved("normalised q|k", t * 2 * model.key_dim * at.value, rule),
+            Saved("shifted and convolved q|k|v", 2 * t * model.conv_dim * at.value, rule),
+            Saved("activated q|k|v", t * model.conv_dim * at.value, rule),
+            Saved("normalised q|k", t * 2 * model.key_dim * (at.value + at.widened), rule),
             Saved("chunk matrices", t * heads * model.linear_chunk_size * at.value, rule),
             Saved("output of the rule", t * model.value_dim * at.value, rule),
+            Saved("norm and gate", t * model.value_dim * 2 * (_FP32 + at.widened), rule),
             Saved("input of out_proj", t * model.value_dim * at.product_input),
         ),
         transient=qkvz + 2 * t / model.linear_chunk_size * state * at.value,
@@ -126,23 +133,20 @@ def gated_delta_net(config: RunConfig) -> Footprint:
 def gated_attention(config: RunConfig) -> Footprint:
     """Return what gated attention keeps. Transient: the gradient of the projections' output.
 
-    Unfused (model.backend=torch) the score matrix is kept too, T · sequence_length per head, in the compute type
-    and in fp32; `core_attn` drops it. Fused kernels leave it almost nothing to drop.
+    The core keeps little but its output, which the gate needs anyway, so recomputing `core_attn` saves next to nothing.
     """
     model, at = config.model, Local.of(config)
     t = at.tokens / at.tensor_ranks
     query = model.num_attention_heads * model.kv_channels
     kv = 2 * model.num_query_groups * model.kv_channels
     projected = t * (query * (2 if model.attention_output_gate else 1) + kv) * at.value
-    gated = (Saved("output before the gate", t * query * at.value),)
-    scores = t * model.num_attention_heads * config.training.sequence_length * (at.value + _FP32)
+    gated = (Saved("ungated output, sigmoid", t * query * (at.value + _FP32)),)
     return Footprint(
         (
             *_normed_input(config, at.product_input),
             Saved("query|gate|key|value", projected),
             Saved("rotated q|k, value", t * (query + kv) * at.value),
             Saved("softmax statistics", t * model.num_attention_heads * _FP32, ("core_attn",)),
-            *((Saved("scores", scores, ("core_attn",)),) if model.backend == "torch" else ()),
             *(gated if model.attention_output_gate else ()),
             Saved("input of linear_proj", t * query * at.product_input),
         ),
@@ -167,6 +171,7 @@ def mixture_of_experts(config: RunConfig) -> Footprint:
             Saved("router", at.shard_tokens * model.num_moe_experts * (3 * _FP32 + 1), inside),
             Saved("tokens", at.dispatched * model.hidden_size * at.product_input, inside),
             Saved("gate|up", at.dispatched * 2 * ffn * at.value, inside),
+            Saved("SiLU, product", at.dispatched * 2 * ffn * at.value, (*inside, "moe_act")),
             Saved("activated", at.dispatched * ffn * at.product_input, (*inside, "moe_act")),
             Saved("shared gate|up", shared * 2 * at.value, shared_only),
             Saved("shared activated", shared * at.product_input, shared_only),

@@ -1,11 +1,11 @@
 """Activations of a whole pipeline rank: sublayers × micro-batches in flight, under the recompute settings.
 
-    none       every sublayer keeps its footprint
-    selective  … less what the modules drop; one sublayer's dropped tensors exist again while it runs backward
-    uniform    of every `recompute_num_layers` sublayers only the first one's input is kept; such a group is rebuilt
-               as a whole, so one group's full footprint is added once. MTP keeps its two inputs
-    block      the first `recompute_num_layers` sublayers of every model chunk keep their input only, the others
-               everything; MTP is not recomputed (megatron-core skips it with this method)
+none       every sublayer keeps its footprint
+selective  … less what the modules drop; one sublayer's dropped tensors exist again while it runs backward
+uniform    of every `recompute_num_layers` sublayers only the first one's input is kept; such a group is rebuilt
+           as a whole, so one group's full footprint is added once. MTP keeps its two inputs
+block      the first `recompute_num_layers` sublayers of every model chunk keep their input only, the others
+           everything; MTP is not recomputed (megatron-core skips it with this method)
 """
 
 from dataclasses import dataclass

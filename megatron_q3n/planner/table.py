@@ -1,5 +1,7 @@
 """The plan as a person reads it, at 80 columns: what the run is, one row per pipeline stage, a verdict."""
 
+from math import ceil
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -20,12 +22,15 @@ _COLUMNS = (
     "work",
     "total",
 )
+_MAY_WRAP = ("layers", "in flight")  # one number per model chunk
 
 
 def render(plan: Plan, console: Console) -> None:
     """Print the plan: sizes of model and run, memory per rank of each pipeline stage, and whether it fits."""
     console.print(_summary(plan))
+    console.print()
     console.print(_memory_table(plan))
+    console.print()
     console.print(_verdict(plan))
 
 
@@ -42,10 +47,12 @@ def _summary(plan: Plan) -> Table:
         f"{_short(count.active_with_embeddings)} with embedding and head",
     )
     grid.add_row("layout", _layout(plan))
+    if config.world_size > 1:
+        grid.add_row("placement", _placement(plan))
     grid.add_row(
         "batch",
         f"{training.global_batch_size:,} × {training.sequence_length:,} = {config.tokens_per_step:,} tokens per step, "
-        f"in {config.num_microbatches} micro-batches of {training.micro_batch_size}",
+        f"{_counted(config.num_microbatches, 'micro-batch', 'es')} of {training.micro_batch_size} per rank",
     )
     grid.add_row("run", f"{training.steps:,} steps, {_short(plan.tokens_total)} tokens")
     grid.add_row(
@@ -69,8 +76,25 @@ def _layout(plan: Plan) -> str:
         "DP": config.data_parallel_size,
     }
     cut = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
-    ranks = f"{config.world_size} rank{'s' * (config.world_size > 1)}"
+    ranks = _counted(config.world_size, "rank")
     return f"{ranks}: {cut}" if cut else ranks
+
+
+def _placement(plan: Plan) -> str:
+    """Say which groups that talk all the time leave a node, ranks being numbered TP, CP, then DP and PP last."""
+    parallel = plan.config.parallel
+    per_node, tensor = parallel.gpus_per_node, parallel.tensor_model_parallel_size
+    spans = {
+        "TP": tensor,
+        "CP": tensor * parallel.context_parallel_size,
+        "EP": parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size,
+    }
+    crossing = [name for name, span in spans.items() if per_node % span]
+    nodes = _counted(ceil(plan.config.world_size / per_node), "node")
+    where = f"{nodes} of {per_node} GPUs"
+    if not crossing:
+        return f"{where}: TP, CP and EP groups stay inside a node"
+    return f"{where}: {' and '.join(crossing)} groups cross nodes, expect slow exchanges"
 
 
 def _recompute(plan: Plan) -> str:
@@ -84,14 +108,15 @@ def _recompute(plan: Plan) -> str:
 
 def _memory_table(plan: Plan) -> Table:
     table = Table(
-        title="GiB per rank",
+        title="GiB per rank of each pipeline stage",
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
+        show_edge=False,
         padding=(0, 1, 0, 0),
     )
     for name in _COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=name not in _MAY_WRAP)
     for stage in plan.stages:
         largest = stage is plan.largest
         style = ("bold green" if plan.fits else "bold red") if largest else ""
@@ -121,20 +146,21 @@ def _cells(stage: StageMemory) -> list[str]:
 def _verdict(plan: Plan) -> Text:
     card, largest = plan.card, plan.largest
     text = Text(
-        f"Layers are megatron-core's sublayers (two per layer); experts are taken to be {EXPERT_IMBALANCE:.0%} over "
-        f"their even share of tokens.\n"
+        "Layers are megatron-core's sublayers, two per layer. The fullest expert rank is taken to hold "
+        f"{EXPERT_IMBALANCE:.0%} more tokens than its even share.\n"
     )
+    fits = "fits" if plan.fits else "does NOT fit"
     text.append(
-        f"Largest: stage {largest.rank}, {_gib(largest.total)} GiB. It {'fits' if plan.fits else 'does NOT fit'} "
-        f"{card.name} ({card.usable_gib:.1f} GiB usable: {card.memory_gib:.1f} less {card.reserve_gib:.1f} for context, "
-        f"communication and fragmentation).",
+        f"The largest rank, stage {largest.rank}, needs {_gib(largest.total)} GiB: it {fits} {card.name} "
+        f"({card.usable_gib:.1f} GiB usable: {card.memory_gib:.1f} less {card.reserve_gib:.1f} for context, "
+        "communication and fragmentation).\n",
         style="bold green" if plan.fits else "bold red",
     )
-    text.append(
-        f"\nAll {plan.config.world_size} ranks need {_gib(plan.all_ranks_bytes)} GiB; this machine has "
-        f"{plan.host_gib:.1f} GiB of memory: on its CPU they {'fit' if plan.fits_host else 'do not fit'}."
+    ranks = _counted(plan.config.world_size, "rank")
+    return text.append(
+        f"On this machine's CPU, {ranks} would take {_gib(plan.all_ranks_bytes)} of {plan.host_gib:.1f} GiB: "
+        f"{'that fits' if plan.fits_host else 'too much'}."
     )
-    return text
 
 
 def _gib(amount: float) -> str:
@@ -151,3 +177,7 @@ def _short(number: float, unit: str = "") -> str:
         number, power = number / 1000, power + 1
     digits = 2 if power and number < 100 else 0 if not power else 1
     return f"{number:.{digits}f} {prefixes[power]}{unit}".rstrip()
+
+
+def _counted(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{plural if number != 1 else ''}"

@@ -1,0 +1,1 @@
+"""Generation from the training model."""

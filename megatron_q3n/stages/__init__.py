@@ -1,0 +1,1 @@
+"""What a run does, from configuration to report: the only room that composes the others."""

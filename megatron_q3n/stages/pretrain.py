@@ -1,0 +1,171 @@
+"""Pretraining, continued pretraining and longer context: from a configuration to a trained model and its report."""
+
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+from megatron_q3n import checkpoint, parallel
+from megatron_q3n.config import EXIT_REQUEUE, RunConfig, UserError
+from megatron_q3n.config.sizes import parameters
+from megatron_q3n.data.bigram import witten_bell_bits_per_byte
+from megatron_q3n.data.pretrain import PretrainData, build_pretrain_data
+from megatron_q3n.device import choose_device, measured_matmul_flops
+from megatron_q3n.kernels import delta_rule_backend
+from megatron_q3n.metrics.meters import throughput
+from megatron_q3n.metrics.recorder import Recorder
+from megatron_q3n.metrics.report import write_report
+from megatron_q3n.model.build import compute_dtype
+from megatron_q3n.stages import run_directory
+from megatron_q3n.stages.samples import sample_texts, share_of_python_lines
+from megatron_q3n.training.fit import FitResult, Pace, fit
+from megatron_q3n.training.optimizer import decay_table
+from megatron_q3n.training.state import TrainState, build_state
+
+
+def run(config: RunConfig, run_dir: Path) -> int:
+    """Train and report.
+
+    Returns: 0 when all steps are done, 75 when stopped early with everything saved.
+    """
+    started = time.monotonic()
+    stop = run_directory.StopRequest(config.checkpoint.time_limit_minutes, started)
+    stop.listen()
+    device = choose_device(config)
+    group = parallel.initialize(config, device)
+    run_dir = Path(group.from_leader(str(run_dir)))
+    data = build_pretrain_data(config, is_leader=group.is_leader, barrier=group.barrier)
+    if group.is_leader:
+        run_directory.open_directory(run_dir, config)
+    model = config.model
+    rule = delta_rule_backend.choose(
+        device.torch_device, compute_dtype(config), model.linear_key_head_dim, model.linear_value_head_dim
+    )
+    if group.is_leader:
+        run_directory.record_environment(run_dir, device, {"gated_delta_rule": rule})
+    state = build_state(config, device, group)
+    origin = _start(state, run_dir)
+    recorder = Recorder(
+        run_dir, config, first_step=state.step + 1, total_steps=config.training.steps, enabled=group.is_leader
+    )
+    status = "failed"
+    try:
+        _introduce(state, data, recorder, run_dir, [origin, f"delta rule: {rule}"])
+        pace = Pace(
+            save=partial(checkpoint.save, state, run_dir),
+            stop_reason=stop.reason,
+            throughput=throughput,
+            peak_flops=measured_matmul_flops(device, group.world_size),
+        )
+        result = fit(state, data, recorder, pace)
+        status = "stopped" if result.stopped else "done"
+        if result.stopped:
+            recorder.note(f"stopped at step {state.step}: {result.stopped}; everything is saved")
+        elif group.is_leader:
+            _conclude(state, data, result, run_dir, recorder, time.monotonic() - started)
+    finally:
+        recorder.close(status)
+        if group.is_leader and (run_dir / "metrics.jsonl").exists():
+            report = write_report(run_dir)
+    if group.is_leader:
+        resume = f"\ncontinue      python -m megatron_q3n.train --resume {run_dir}" if result.stopped else ""
+        print(f"\nrun directory {run_dir}\nreport        {report}{resume}")
+    parallel.shutdown()
+    return EXIT_REQUEUE if result.stopped else 0
+
+
+def _start(state: TrainState, run_dir: Path) -> str:
+    """Put weights where the run should begin: its own newest checkpoint, another run's weights, or the fresh init."""
+    own = checkpoint.newest_in(run_dir)
+    if own is not None:
+        checkpoint.load(state, own, resume=True)
+        if state.step >= state.config.training.steps:
+            raise UserError(
+                f"{run_dir} is already at step {state.step} of {state.config.training.steps}; "
+                "raise training.steps to continue it."
+            )
+        return f"resumed from {own.name} at step {state.step}"
+    settings = state.config.checkpoint
+    if settings.load:
+        source = checkpoint.find(settings.load)
+        checkpoint.load(state, source, resume=False, with_optimizer=settings.load_optimizer)
+        return f"weights from {source}" + (", with optimizer state" if settings.load_optimizer else "")
+    return f"fresh weights, seed {state.config.training.seed}"
+
+
+def _introduce(state: TrainState, data: PretrainData, recorder: Recorder, run_dir: Path, lines: list[str]) -> None:
+    """Say what is about to happen, and leave the weight-decay table in the logs."""
+    if not state.parallel.is_leader:
+        return
+    config, count = state.config, parameters(state.config.model)
+    (run_dir / "logs" / "weight_decay.txt").write_text(decay_table(state.models, config))
+    training = config.training
+    tokens = training.steps * config.tokens_per_step
+    recorder.note(
+        "\n".join(
+            [
+                f"run directory {run_dir}",
+                f"model {config.model.name}: {count.total_with_mtp / 1e6:.2f} M parameters, "
+                f"{count.active_with_embeddings / 1e6:.2f} M active per token; "
+                f"{state.device.torch_device.type}, {state.device.model_backend}, {config.precision.compute}, "
+                f"{state.parallel.world_size} process(es)",
+                f"data {data.summary()}",
+                f"training {training.steps} steps × {config.tokens_per_step:,} tokens = {tokens:,}",
+                *lines,
+            ]
+        )
+    )
+
+
+def _conclude(
+    state: TrainState, data: PretrainData, result: FitResult, run_dir: Path, recorder: Recorder, seconds: float
+) -> None:
+    """Sample, compare with the bigram, and leave the results for the report."""
+    config = state.config
+    count = parameters(config.model)
+    summary = {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": seconds,
+        "parameters": count.total_with_mtp,
+        "active_parameters": count.active_with_embeddings,
+        "validation_loss": result.validation_loss,
+        "bits_per_byte": result.bits_per_byte,
+    }
+    layers = [{"name": name, "share": share} for name, share in result.expert_load.items()]
+    run_directory.write_json(run_dir / "expert_load.json", {"step": state.step, "layers": layers})
+    samples = []
+    if config.parallel.model_parallel_size == 1 and config.parallel.expert_model_parallel_size == 1:
+        samples = sample_texts(state.models[0], data.tokenizer, config.samples, config.training.seed)
+    else:
+        recorder.note("no samples: generation needs the whole model in one process for now")
+    run_directory.write_json(run_dir / "samples.json", samples)
+    if samples and config.data.source == "stdlib":
+        good, lines = share_of_python_lines(samples)
+        summary |= {"python_lines_accepted": good, "python_lines": lines}
+        recorder.note(f"{good} of {lines} sampled lines of 20 characters or more pass Python's tokenizer")
+    if config.validation.bigram_baseline and result.bits_per_byte is not None:
+        summary |= _compare_with_bigram(state, data, result.bits_per_byte, run_dir, recorder)
+    run_directory.write_json(run_dir / "summary.json", summary)
+
+
+def _compare_with_bigram(
+    state: TrainState, data: PretrainData, ours: float, run_dir: Path, recorder: Recorder
+) -> dict[str, float]:
+    """Fit the bigram on exactly the tokens this run trained on, and measure it on the same validation tokens."""
+    bigram = witten_bell_bits_per_byte(
+        data.train_sample_tokens(state.step * state.config.training.global_batch_size),
+        data.validation_sample_tokens(),
+        data.tokenizer.vocab_size,
+        data.tokenizer.token_num_bytes(),
+    )
+    name = "Witten-Bell bigram on the same tokens"
+    baseline = {"name": name, "bits_per_byte": bigram.bits_per_byte, "bits_per_token": bigram.bits_per_token}
+    run_directory.write_json(run_dir / "baseline.json", baseline)
+    below = 100 * (1 - ours / bigram.bits_per_byte)
+    assert math.isfinite(below)
+    recorder.note(
+        f"validation {ours:.4f} bits per byte, {abs(below):.1f} % {'below' if below > 0 else 'above'} "
+        f"the {name} ({bigram.bits_per_byte:.4f})"
+    )
+    return {"bigram_bits_per_byte": bigram.bits_per_byte, "percent_below_bigram": below}

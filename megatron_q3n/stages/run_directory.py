@@ -1,0 +1,144 @@
+"""The run directory: config.yaml, environment.json, metrics.jsonl, checkpoints/, logs/, report.html. It is all a resume needs."""
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_q3n.config import RunConfig, UserError, launch
+from megatron_q3n.device import Device
+
+CONFIG, ENVIRONMENT, LATEST = "config.yaml", "environment.json", "latest"
+PACKAGES = (
+    "torch", "megatron-core", "transformer-engine", "flash-linear-attention", "flash-qla", "triton", "transformers",
+    "tokenizers", "hydra-core", "pydantic", "wandb", "numpy",
+)  # fmt: skip
+
+
+def choose(config: RunConfig) -> Path:
+    """Return the directory of this run: the given one, or a new name below config.runs_dir."""
+    if config.run_dir:
+        return Path(config.run_dir).resolve()
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    return Path(config.runs_dir).resolve() / f"{config.recipe}-{stamp}-{secrets.token_hex(2)}"
+
+
+def open_directory(run_dir: Path, config: RunConfig) -> None:
+    """Make the directory, write its config.yaml, and point `latest` at it. Called by the leader.
+
+    Raises: UserError if it cannot be written.
+    """
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        tree = config.model_dump(mode="json") | {"run_dir": None}
+        write_atomically(run_dir / CONFIG, yaml.safe_dump(tree, sort_keys=False))
+        _point_latest(run_dir)
+    except OSError as error:
+        raise UserError(
+            f"run directory {run_dir} cannot be written: {error}. Choose another with run_dir=… or runs_dir=…."
+        ) from None
+
+
+def record_environment(run_dir: Path, device: Device, choices: dict[str, str]) -> None:
+    """Append this start to environment.json: machine, versions, every backend chosen and why."""
+    path = run_dir / ENVIRONMENT
+    sessions: list[Any] = []
+    if path.is_file():
+        with contextlib.suppress(ValueError):  # a torn file from a kill: its history is not worth failing for
+            sessions = json.loads(path.read_text()).get("earlier_sessions", [])
+            sessions.append({k: v for k, v in json.loads(path.read_text()).items() if k != "earlier_sessions"})
+    environment = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "processes": launch.world_size(),
+        "cpus": os.cpu_count(),
+        "gpu": device.choices["device"] if device.is_cuda else None,
+        "backends": {**device.choices, **choices},
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": _git_state(),
+        "earlier_sessions": sessions,
+    }
+    write_atomically(path, json.dumps(environment, indent=1))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a small result file for the report."""
+    write_atomically(path, json.dumps(content, indent=1))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a reader or a kill never meets half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+class StopRequest:
+    """Says why the run should save and stop: a signal, or its time limit."""
+
+    def __init__(self, time_limit_minutes: float | None, started: float) -> None:
+        self._deadline = None if time_limit_minutes is None else started + 60 * time_limit_minutes
+        self._signal: str | None = None
+
+    def signalled(self, number: int, _frame: object) -> None:
+        """Take note of a signal; the loop acts on it after the step in flight."""
+        self._signal = signal.Signals(number).name
+        if number == signal.SIGINT:  # a second Ctrl-C is meant
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def listen(self) -> None:
+        """Catch SIGTERM, SIGUSR1 and the first Ctrl-C."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self.signalled)
+
+    def reason(self) -> str | None:
+        """Return why to stop, or None."""
+        if self._signal:
+            return f"{self._signal} received"
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return "checkpoint.time_limit_minutes reached"
+        return None
+
+
+def _point_latest(run_dir: Path) -> None:
+    link = run_dir.parent / LATEST
+    if link.exists() and not link.is_symlink():
+        return  # somebody's own folder of that name
+    fresh = run_dir.parent / f".{LATEST}.{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        fresh.unlink()
+    fresh.symlink_to(run_dir.name)
+    os.replace(fresh, link)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> str | None:
+    """Return the commit of the code, marked if the tree differs from it; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
