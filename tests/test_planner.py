@@ -96,8 +96,8 @@ def test_fp8_keeps_two_more_copies_of_the_large_matrices() -> None:
     fp8 = plan(run_config(precision={"compute": "bf16", "fp8": "hybrid"})).stages[0]
     qkvz, out = 128 * (64 + 64 + 128 + 128), 128 * 128
     attention = 128 * (128 + 128 + 64 + 64) + 128 * 128
-    experts = (8 + 1) * 3 * 128 * 64
-    matrices = 3 * (qkvz + out) + attention + 4 * experts + (attention + experts)
+    shared = 3 * 128 * 64
+    matrices = 3 * (qkvz + out) + attention + 4 * shared + (attention + shared)
     assert fp8.states.weights - bf16.states.weights == 2 * matrices
     assert fp8.activations < bf16.activations
 
@@ -322,6 +322,13 @@ def test_planner_answers_without_torch() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_dry_run_through_the_door_builds_nothing(run_module: Any, tmp_path: Any) -> None:
+    done = run_module("--config-name", "pretrain-80b_a3b", "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert "it fits H100 80 GB" in " ".join(done.stdout.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 def _rendered(result: Any, width: int) -> str:

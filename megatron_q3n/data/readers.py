@@ -4,18 +4,15 @@ The parent process streams raw documents (a JSON line stays a line); worker proc
 `text_of`. Every error names the file and the line or row.
 """
 
-import gzip
 import io
 import itertools
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-
-import zstandard
+from typing import Any, NamedTuple
 
 from megatron_q3n.config import UserError, suggest
+from megatron_q3n.data.decompression import DAMAGE, ByteStream, unreadable
 from megatron_q3n.data.sources import Source
 
 # A text file beyond this is cut into several documents at line ends, so that memory stays bounded.
@@ -92,33 +89,8 @@ def _no_column(column: str, known: list[str]) -> str:
     )
 
 
-class _Stream:
-    """The decompressed bytes of a file, and how far the file on disk has been read."""
-
-    def __init__(self, source: Source) -> None:
-        self._disk: IO[bytes] = source.path.open("rb")
-        self.bytes: IO[bytes] = self._disk
-        if source.compression == "gz":
-            self.bytes = io.BufferedReader(gzip.GzipFile(fileobj=self._disk))  # type: ignore[type-var]
-        elif source.compression == "zst":
-            reader = zstandard.ZstdDecompressor().stream_reader(self._disk, read_across_frames=True)
-            self.bytes = io.BufferedReader(reader)
-
-    def position(self) -> int:
-        return self._disk.tell()
-
-    def close(self) -> None:
-        self.bytes.close()
-        self._disk.close()
-
-
-def _unreadable(source: Source, error: Exception) -> UserError:
-    packed = f" as .{source.compression}" if source.compression else ""
-    return UserError(f"{source.path}: cannot be read{packed} ({error}). Fetch or make it again.")
-
-
 def _read_text(source: Source) -> Iterator[RawDocument]:
-    stream = _Stream(source)
+    stream = ByteStream(source)
     try:
         text = io.TextIOWrapper(stream.bytes, encoding="utf-8", errors="strict", newline="")
         for number in itertools.count(1):
@@ -134,14 +106,14 @@ def _read_text(source: Source) -> Iterator[RawDocument]:
             f"{source.path}: not UTF-8 text (byte 0x{error.object[error.start]:02x}: {error.reason}). "
             "Convert it, e.g. with iconv -t utf-8, or leave it out."
         ) from None
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise _unreadable(source, error) from None
+    except DAMAGE as error:
+        raise unreadable(source, error) from None
     finally:
         stream.close()
 
 
 def _read_jsonl(source: Source) -> Iterator[RawDocument]:
-    stream = _Stream(source)
+    stream = ByteStream(source)
     try:
         for number in itertools.count(1):
             line = stream.bytes.readline(_MAX_LINE_BYTES)
@@ -152,9 +124,9 @@ def _read_jsonl(source: Source) -> Iterator[RawDocument]:
             if not line:
                 return
             if not line.isspace():
-                yield RawDocument(source.path, number, line, stream.position())
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise _unreadable(source, error) from None
+                yield RawDocument(source.path, number, line.rstrip(b"\r\n"), stream.position())
+    except DAMAGE as error:
+        raise unreadable(source, error) from None
     finally:
         stream.close()
 
@@ -188,7 +160,7 @@ def _read_parquet(source: Source, column: str) -> Iterator[RawDocument]:
             lists = (batch.column(0).to_pylist() for batch in batches)
             yield from _rows(source, lists, table.metadata.num_rows, column)
     except (pa.ArrowException, OSError) as error:
-        raise _unreadable(source, error) from None
+        raise unreadable(source, error) from None
 
 
 def _read_saved_dataset(source: Source, column: str) -> Iterator[RawDocument]:
@@ -198,7 +170,7 @@ def _read_saved_dataset(source: Source, column: str) -> Iterator[RawDocument]:
     try:
         table = datasets.load_from_disk(str(source.path))
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise _unreadable(source, error) from None
+        raise unreadable(source, error) from None
     if column not in table.column_names:
         raise UserError(f"{source.path}: {_no_column(column, table.column_names)}.")
     batches = table.select_columns([column]).iter(_ROWS_AT_ONCE)

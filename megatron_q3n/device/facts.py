@@ -134,6 +134,7 @@ def quiet_known_warnings() -> None:
         ".*Apex is not installed",
         "absl.logging is not installed",
         "full scope is deprecated",
+        "MimoModelConfig is experimental",
         ".*TypedStorage is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)

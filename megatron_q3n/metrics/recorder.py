@@ -111,7 +111,8 @@ class Recorder:
         )
         if self._records.cut_lines:
             self.note(
-                f"metrics.jsonl: {self._records.cut_lines} lines after step {first_step - 1} cut; those steps run again"
+                f"metrics.jsonl: cut back to step {first_step - 1} ({self._records.cut_lines} lines); "
+                "those steps run again"
             )
         self._wandb = wandb_sink.open_sink(run_dir, config, self._records.path, self.note)
         self._progress.start()

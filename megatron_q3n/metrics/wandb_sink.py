@@ -29,6 +29,7 @@ from megatron_q3n.metrics.names import STEP, TIME, TOKENS
 Note = Callable[[str], None]
 
 RUN_ID_FILE = "run_id"
+EMPTY_LOG_BYTES = 7  # the header alone, all that a run killed in its first seconds leaves
 INIT_TIMEOUT_SECONDS = 30  # wandb's own 90 is long for a cluster node without a way out
 
 
@@ -90,7 +91,7 @@ def held_offline(run_dir: Path, note: Note) -> int:
     logs = (run_dir / "wandb").glob("*run-*/*.wandb")
     by_start_time = sorted(logs, key=lambda log: log.parent.name.removeprefix("offline-"))
     for log in reversed(by_start_time):
-        step = _last_step(log, note)
+        step = _last_step(log, note) if log.stat().st_size > EMPTY_LOG_BYTES else None
         if step is not None:
             return step
     return 0

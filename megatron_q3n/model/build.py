@@ -181,8 +181,8 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def _check_built(model: Qwen3NextModel, config: RunConfig, is_last: bool) -> None:
-    """HybridModel leaves MTP out without a word if pattern and mtp_num_layers disagree; and A_log must be fp32."""
+    """HybridModel leaves MTP out without a word if pattern and mtp_num_layers disagree; and these must be fp32."""
     assert model.mtp_process == (is_last and config.model.mtp_num_layers > 0), "MTP was not built where it belongs"
     for name, parameter in model.named_parameters():
-        if name.endswith(("A_log", "dt_bias")):
+        if name.endswith(("A_log", "dt_bias", "out_norm.weight")):
             assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"

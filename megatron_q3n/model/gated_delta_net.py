@@ -13,7 +13,7 @@ checkpoints depend on: the parameter names and shapes below.
 | beta_alpha_proj.weight | [2·Hv, H] rows β, α | bf16/fp32, never FP8: 64 columns that decide what is remembered |
 | conv1d.weight | [2·Hk·K + Hv·V, 1, taps] channels q, k, v | the compute format |
 | A_log, dt_bias | [Hv] | fp32 always: bf16 here makes training and inference disagree |
-| out_norm.weight | [V], zero-centered | the compute format |
+| out_norm.weight | [V], zero-centered | fp32 always |
 | out_proj.weight | [H, Hv·V] | the compute format, FP8 allowed |
 
 Tensor parallel: whole heads per rank. Context parallel: an all-to-all trades sequence for heads around the mixer, so
@@ -42,16 +42,16 @@ from torch import Tensor, nn
 from megatron_q3n.kernels import delta_rule_backend
 from megatron_q3n.kernels.causal_conv import causal_conv, next_conv_state
 from megatron_q3n.kernels.norms import gated_rms_norm, l2_norm
+from megatron_q3n.model.norms import ZeroCenteredRMSNorm
 from megatron_q3n.model.sharding import shard_by_section, sharded_parameters
 
 
 @dataclass
 class GatedDeltaNetSubmodules:
-    """The linear and norm classes of a backend."""
+    """The linear classes of a backend."""
 
     in_proj: ModuleSpec | type
     beta_alpha_proj: ModuleSpec | type
-    out_norm: ModuleSpec | type
     out_proj: ModuleSpec | type
 
 
@@ -110,10 +110,10 @@ class GatedDeltaNet(MegatronModule):
             submodules.beta_alpha_proj, hidden, 2 * config.linear_num_value_heads, "beta_alpha_proj", **column
         )  # fmt: skip
         self._make_vectors(config)
-        self.out_norm = build_module(
-            submodules.out_norm, config=config, hidden_size=self.value_head_dim,
-            eps=config.layernorm_epsilon,
-        )  # fmt: skip
+        # published as 1 + weight: in bf16 the difference would lose bits
+        self.out_norm = ZeroCenteredRMSNorm(
+            config, self.value_head_dim, config.layernorm_epsilon, dtype=torch.float32
+        )
         self.out_proj = linear(
             submodules.out_proj, value_dim, hidden, "out_proj", init_method=config.output_layer_init_method,
             input_is_parallel=True, skip_bias_add=True, tp_comm_buffer_name="gdn_out",

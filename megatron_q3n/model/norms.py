@@ -14,13 +14,18 @@ class ZeroCenteredRMSNorm(nn.Module):
     """RMSNorm(x) · (1 + weight), weight zero at init."""
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-6,
+        dtype: torch.dtype | None = None,
+        **_: object,
     ) -> None:
         super().__init__()
         assert config.layernorm_zero_centered_gamma and config.normalization == "RMSNorm"
         self.eps = eps
         device = torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=dtype or config.params_dtype, device=device))
         # every tensor-parallel rank sees other tokens (or heads): finalize_model_grads sums what carries this mark
         self.weight.sequence_parallel = config.sequence_parallel
 

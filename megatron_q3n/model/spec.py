@@ -117,7 +117,6 @@ def _gated_delta_net(config: RunConfig, backend: Backend) -> ModuleSpec:
         submodules=GatedDeltaNetSubmodules(
             in_proj=backend.column_linear,
             beta_alpha_proj=ColumnParallelLinear,  # torch on both backends: out of FP8's reach
-            out_norm=ZeroCenteredRMSNorm,  # fused with the gate by kernels/norms.py, which reads its weight
             out_proj=backend.row_linear,
         ),
     )

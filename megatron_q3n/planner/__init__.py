@@ -10,6 +10,6 @@ Sizes of tensors come from `config/sizes.py`; time and choice of layout do not l
 """
 
 from megatron_q3n.planner.plan import H100, Card, Plan, StageMemory, plan
-from megatron_q3n.planner.table import render
+from megatron_q3n.planner.table import render, show
 
-__all__ = ["H100", "Card", "Plan", "StageMemory", "plan", "render"]
+__all__ = ["H100", "Card", "Plan", "StageMemory", "plan", "render", "show"]

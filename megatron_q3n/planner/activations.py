@@ -169,10 +169,10 @@ def mixture_of_experts(config: RunConfig) -> Footprint:
         (
             *_normed_input(config, at.value),
             Saved("router", at.shard_tokens * model.num_moe_experts * (3 * _FP32 + 1), inside),
-            Saved("tokens", at.dispatched * model.hidden_size * at.product_input, inside),
+            Saved("tokens", at.dispatched * model.hidden_size * at.value, inside),
             Saved("gate|up", at.dispatched * 2 * ffn * at.value, inside),
             Saved("SiLU, product", at.dispatched * 2 * ffn * at.value, (*inside, "moe_act")),
-            Saved("activated", at.dispatched * ffn * at.product_input, (*inside, "moe_act")),
+            Saved("activated", at.dispatched * ffn * at.value, (*inside, "moe_act")),
             Saved("shared gate|up", shared * 2 * at.value, shared_only),
             Saved("shared activated", shared * at.product_input, shared_only),
             Saved("shared output", at.hidden(model), shared_only),

@@ -7,8 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_q3n.config import RunConfig
 from megatron_q3n.planner.activations import EXPERT_IMBALANCE
 from megatron_q3n.planner.plan import GIB, Plan, StageMemory
+from megatron_q3n.planner.plan import plan as make_plan
 
 _COLUMNS = (
     "stage",
@@ -23,6 +25,15 @@ _COLUMNS = (
     "total",
 )
 _MAY_WRAP = ("layers", "in flight")  # one number per model chunk
+
+
+def show(config: RunConfig) -> int:
+    """Print a run's plan on the terminal: the dry run.
+
+    Returns: the exit code, 0 whether or not the run fits; that is an answer, not a failure.
+    """
+    render(make_plan(config), Console())
+    return 0
 
 
 def render(plan: Plan, console: Console) -> None:

@@ -109,12 +109,19 @@ def _introduce(state: TrainState, data: PretrainData, recorder: Recorder, run_di
                 f"{count.active_with_embeddings / 1e6:.2f} M active per token; "
                 f"{state.device.torch_device.type}, {state.device.model_backend}, {config.precision.compute}, "
                 f"{state.parallel.world_size} process(es)",
-                f"data {data.summary()}",
+                f"data {_data_line(data)}",
                 f"training {training.steps} steps × {config.tokens_per_step:,} tokens = {tokens:,}",
                 *lines,
             ]
         )
     )
+
+
+def _data_line(data: PretrainData) -> str:
+    """Say in one line what is trained on."""
+    facts = data.describe()
+    parts = ", ".join(f"{p['path']} ({p['tokens']:,} tokens, {p['epochs']:.2f} passes)" for p in facts["train"])
+    return f"{parts}; vocabulary {facts['tokenizer']['vocab_size']}"
 
 
 def _conclude(

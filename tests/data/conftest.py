@@ -11,7 +11,9 @@ from megatron_q3n.config import RunConfig, validate
 from megatron_q3n.data.prepare import Preparation, prepare
 from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
 
-TEXTS = [f"def f{i}(x):\n    '''Return {i}.'''\n\n    return x + {i}\n" * (1 + i % 4) for i in range(40)]
+TEXTS = [
+    f"def f{i}(x):\n    '''Return {i}.'''\n\n    return x + {i}\n" * (1 + i % 4) for i in range(40)
+]
 OTHER_TEXTS = [f"class C{i}:\n\tvalue = {i * i}\n" * (2 + i % 3) for i in range(30)]
 
 MakeData = Callable[..., Path]
@@ -48,7 +50,9 @@ def make_data(tmp_path: Path, tokenizer_path: Path) -> MakeData:
 def make_config(tmp_path: Path) -> MakeConfig:
     """Return a function that makes the configuration of a small run over prepared folders."""
 
-    def make(train: list[Path] | list[dict[str, Any]], validation: list[Path], **sections: Any) -> RunConfig:
+    def make(
+        train: list[Path] | list[dict[str, Any]], validation: list[Path], **sections: Any
+    ) -> RunConfig:
         blend = [part if isinstance(part, dict) else {"path": str(part)} for part in train]
         data = {
             "source": "blend",
@@ -56,7 +60,12 @@ def make_config(tmp_path: Path) -> MakeConfig:
             "train": blend,
             "validation": [{"path": str(path)} for path in validation],
         }
-        training = {"steps": 6, "sequence_length": 16, "micro_batch_size": 2, "global_batch_size": 8}
+        training = {
+            "steps": 6,
+            "sequence_length": 16,
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+        }
         return validate(
             {
                 "data": data | sections.get("data", {}),

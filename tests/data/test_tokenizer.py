@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from megatron_q3n.config import UserError
 from megatron_q3n.data.tokenizer import TextTokenizer, fingerprint_of, train_bpe
 
-TRAINED = train_bpe(["def f(x):\n    return x\n\n\nclass A:\n    pass\n" * 9, "übergroß — 数え\r\n"], 300)
+TRAINED = train_bpe(
+    ["def f(x):\n    return x\n\n\nclass A:\n    pass\n" * 9, "übergroß — 数え\r\n"], 280
+)
 ANY_TEXT = st.text() | st.text(alphabet=" \t\n\r_aZ0é数🙂<|endoftext|>")
 
 
@@ -37,7 +39,7 @@ def test_text_never_becomes_a_control_token() -> None:
 def test_special_token_counts_no_bytes_and_vocabulary_is_covered() -> None:
     num_bytes_V = TRAINED.token_num_bytes()
     assert num_bytes_V.dtype == np.int64
-    assert num_bytes_V.shape == (TRAINED.vocab_size,) == (300,)
+    assert num_bytes_V.shape == (TRAINED.vocab_size,) == (280,)
     assert num_bytes_V[TRAINED.eod] == 0
     assert (np.delete(num_bytes_V, TRAINED.eod) > 0).all()
 
@@ -62,7 +64,11 @@ def test_training_repeats_in_other_processes(tmp_path: Path) -> None:
             "PYTHONPATH": str(root),
         }
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         prints.add(done.stdout.strip())
     assert len(prints) == 1
@@ -81,7 +87,7 @@ def _foreign(folder: Path, added: list[str], **changes: object) -> Path:
     content = json.loads(json.dumps(TRAINED.__reduce__()[1][0])) | changes
     first = content["added_tokens"][0]
     content["added_tokens"] = [
-        first | {"content": name, "id": first["id"] if i == 0 else 299 + i}
+        first | {"content": name, "id": first["id"] if i == 0 else 279 + i}
         for i, name in enumerate(added)
     ]
     vocab = content["model"]["vocab"]
@@ -96,12 +102,15 @@ def test_end_of_document_of_foreign_tokenizers(tmp_path: Path) -> None:
     qwen = _foreign(tmp_path, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     assert TextTokenizer.load(qwen).eod_token == "<|endoftext|>"
-    assert TextTokenizer.load(qwen, eod_token="<|im_end|>").eod == 301
+    turns = TextTokenizer.load(qwen, eod_token="<|im_end|>")
+    assert turns.decode([turns.eod]) == "<|im_end|>"
     other = _foreign(tmp_path, ["<stop>", "<pad>"])
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
     assert TextTokenizer.load(other).eod_token == "<stop>"
     (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match=r"no known end-of-document token.*--eod-token.*<pad>, <stop>"):
+    with pytest.raises(
+        UserError, match=r"no known end-of-document token.*--eod-token.*<pad>, <stop>"
+    ):
         TextTokenizer.load(other)
     with pytest.raises(UserError, match=r"has no token '<stp>'.*Did you mean '<stop>'"):
         TextTokenizer.load(other, eod_token="<stp>")

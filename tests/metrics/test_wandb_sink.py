@@ -81,17 +81,17 @@ def test_killed_and_resumed(tmp_path: Path, flushed: bool) -> None:
     assert [item["_step"] for item in _history(tmp_path)] == list(range(1, 15 if flushed else 1))
     result = _run(tmp_path, 16, 30)
     assert result.returncode == 0, result.stderr
-    assert "metrics.jsonl: 2 lines after step 15 cut" in result.stdout
+    assert "metrics.jsonl: cut back to step 15 (2 lines)" in result.stdout
     _assert_each_step_once(tmp_path, 30)
     first, second = _logs(tmp_path)
     assert first.name == second.name, "one run id"
 
 
 def test_killed_again_and_again(tmp_path: Path) -> None:
-    """Three kills, one of them before a single new checkpoint; an unreadable log is named, not passed over in silence."""
-    for first_step, kill_after in (1, 7), (6, 8), (6, 13):
+    """Two kills, one before a new checkpoint; an unreadable log is named, not passed over in silence."""
+    for first_step, kill_after in (1, 7), (6, 8):
         assert _run(tmp_path, first_step, 30, f"kill_after={kill_after}").returncode == -9
-    assert _run(tmp_path, 11, 30).returncode == 0
+    assert _run(tmp_path, 6, 30).returncode == 0
     _assert_each_step_once(tmp_path, 30)
     _logs(tmp_path)[-1].write_bytes(b"not a transaction log")
     assert "cannot be read" in _run(tmp_path, 31, 30).stdout

@@ -1,0 +1,199 @@
+"""Charts as inline SVG, drawn by matplotlib in the page's own colours.
+
+matplotlib knows no CSS variables. So each role (ink, grid, the curves) is drawn in a colour that occurs nowhere else, and
+that colour is replaced by `var(--role)` in the SVG text: the same drawing is legible on light and dark paper. Text stays
+text, in the page's font. No pyplot: nothing global, nothing to close.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
+
+from megatron_q3n.metrics.report.series import Array, Series, thin
+
+NUM_COLOURS = 8
+ROLES = ["ink", "soft", "grid", *(f"c{k}" for k in range(NUM_COLOURS))]
+COLOUR = {role: f"#0{k:01x}fe0{k:01x}" for k, role in enumerate(ROLES)}
+
+POINTS_PER_INCH = 72
+WIDTH, HEIGHT = 560, 250  # in points, which the page scales to the card
+LOG_SCALE_ABOVE = 50.0  # largest over smallest value
+MAX_MARKED = 200
+MAX_WRITTEN_CELLS = 96
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "megatron_q3n",  # the same run gives the same bytes
+    "font.size": 10.5,
+    "axes.edgecolor": COLOUR["grid"],
+    "axes.labelcolor": COLOUR["soft"],
+    "xtick.color": COLOUR["soft"],
+    "ytick.color": COLOUR["soft"],
+    "text.color": COLOUR["ink"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.formatter.useoffset": False,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "xtick.major.pad": 6,
+    "path.simplify": False,
+}
+_LOAD_COLOURS = LinearSegmentedColormap.from_list("load", ["#2b5f9e", "#9aa0a6", "#d9822b"])
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart: its series, name, colour role, and whether it is the faint raw one behind a smoothed one."""
+
+    series: Series
+    label: str
+    colour: str
+    faint: bool = False
+    markers: bool = False
+
+
+def line_chart(
+    curves: Sequence[Curve],
+    *,
+    title: str,
+    x_label: str = "step",
+    line_at: float | None = None,
+    line_label: str = "",
+) -> str:
+    """Return an SVG of the curves, with a dashed horizontal line at `line_at`; the y axis is logarithmic if need be."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), layout="constrained")
+        axes = figure.subplots()
+        for curve in curves:
+            _draw(axes, curve)
+        if line_at is not None:
+            _draw_level(axes, line_at, line_label)
+        _dress(axes, curves, x_label)
+        return _svg(figure, title)
+
+
+def heat_map(shares: Sequence[Sequence[float]], row_names: Sequence[str], *, title: str) -> str:
+    """Return an SVG of load over layers (rows) and experts (columns), in multiples of the even share."""
+    load = _over_even_share(shares)
+    rows, columns = load.shape
+    height = 70 + min(max(16 * rows, 40), 480)
+    with matplotlib.rc_context(_STYLE):
+        size = (2 * WIDTH / POINTS_PER_INCH, height / POINTS_PER_INCH)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        most = max(2.0, float(load.max()))
+        norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=most)
+        image = axes.imshow(load, cmap=_LOAD_COLOURS, norm=norm, aspect="auto", interpolation="nearest")
+        bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12, ticks=[0, 1, most])
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.ax.set_yticklabels(["0", "even", f"{most:.2g}×"])
+        axes.set_xlabel("expert")
+        axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+        every = -(-rows // 24)
+        axes.set_yticks(range(0, rows, every), [row_names[r] for r in range(0, rows, every)])
+        axes.spines[:].set_visible(False)
+        if load.size <= MAX_WRITTEN_CELLS:
+            _write_cells(axes, load)
+        return _svg(figure, title)
+
+
+def _draw(axes: Axes, curve: Curve) -> None:
+    series = thin(curve.series)
+    few = len(series.finite) <= 1
+    axes.plot(
+        series.x,
+        series.y,
+        color=COLOUR[curve.colour],
+        linewidth=0.8 if curve.faint else 1.7,
+        alpha=0.28 if curve.faint else 1.0,
+        marker="o" if few or curve.markers else None,
+        markersize=4 if few else 3.2,
+        solid_joinstyle="round",
+    )
+    lost = curve.series.x[~np.isfinite(curve.series.y)][:MAX_MARKED]
+    if len(lost):  # ticks on the x axis where there was no number
+        along_axis = axes.get_xaxis_transform()
+        axes.plot(lost, np.zeros(len(lost)), "|", color=COLOUR["c5"], transform=along_axis, clip_on=False)
+
+
+def _draw_level(axes: Axes, level: float, label: str) -> None:
+    axes.axhline(level, color=COLOUR["soft"], linewidth=1.2, linestyle=(0, (4, 3)))
+    if label:
+        axes.annotate(
+            label,
+            (1, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 4),
+            textcoords="offset points",
+            ha="right",
+            color=COLOUR["soft"],
+            fontsize=9.5,
+        )
+
+
+def _dress(axes: Axes, curves: Sequence[Curve], x_label: str) -> None:
+    axes.grid(axis="y", color=COLOUR["grid"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(x_label)
+    axes.margins(x=0.015, y=0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    values = np.concatenate([curve.series.finite for curve in curves] or [np.zeros(0)])
+    if not len(values):
+        axes.set_yticks([])
+    elif values.min() > 0 and values.max() / values.min() > LOG_SCALE_ABOVE:
+        axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if values.max() >= 10_000:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        elif np.abs(values).max() >= 0.01:
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _over_even_share(shares: Sequence[Sequence[float]]) -> Array:
+    load = np.asarray(shares, dtype=np.float64)
+    mean = load.mean(axis=1, keepdims=True)
+    return np.divide(load, mean, out=np.zeros_like(load), where=mean > 0)
+
+
+def _write_cells(axes: Axes, load: Array) -> None:
+    for row, column in np.ndindex(load.shape):
+        text = f"{load[row, column]:.2f}"
+        axes.text(column, row, text, ha="center", va="center", color="#ffffff", fontsize=9.5)
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """Return the figure as an `<svg>` element that scales with its card and takes the page's colours and font."""
+    out = io.StringIO()
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    for role, colour in COLOUR.items():
+        text = text.replace(colour, f"var(--{role})")
+    label = escape(title, quote=True)
+    return re.sub(
+        r'<svg (.*?)width="[^"]*"(.*?)height="[^"]*"|<svg ',
+        lambda found: _open_tag(found, label),
+        text,
+        count=1,
+        flags=re.DOTALL,
+    )
+
+
+def _open_tag(found: re.Match[str], label: str) -> str:
+    return f'<svg role="img" aria-label="{label}" {found.group(1) or ""}{found.group(2) or ""}'

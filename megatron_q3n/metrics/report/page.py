@@ -1,0 +1,106 @@
+"""The pieces of the page as HTML text: document, sections, tiles, cards, tables. Whatever comes from a file is escaped here."""
+
+import os
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from megatron_q3n.metrics.report.style import CSS
+
+
+def document(title: str, subtitle: str, body: Iterable[str]) -> str:
+    """Return a whole page; `title` and `subtitle` are plain text, `body` is HTML."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<style>{CSS}</style>
+</head>
+<body>
+<main>
+<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>
+{"".join(body)}
+</main>
+</body>
+</html>
+"""
+
+
+def section(title: str, cards: Iterable[str]) -> str:
+    """Return a heading and a grid of cards; nothing when there are no cards."""
+    inner = "".join(cards)
+    return f'<h2>{escape(title)}</h2><div class="grid">{inner}</div>' if inner else ""
+
+
+def tiles(entries: Sequence[tuple[str, str, str, str]]) -> str:
+    """Return the row of headline numbers: (label, value, remark, tone), tone one of "", "good", "bad"."""
+    inner = "".join(
+        f'<div class="tile"><span>{escape(label)}</span><strong>{escape(value)}</strong>'
+        f'<em class="{tone}">{escape(remark)}</em></div>'
+        for label, value, remark, tone in entries
+    )
+    return f'<div class="tiles">{inner}</div>'
+
+
+def card(
+    title: str,
+    body: str,
+    *,
+    unit: str = "",
+    value: str = "",
+    legend: Sequence[tuple[str, str]] = (),
+    note: str = "",
+    wide: bool = False,
+) -> str:
+    """Return one card; `body` is HTML, the rest plain text. `legend` holds (label, colour role)."""
+    keys = "".join(
+        f'<span class="key"><i style="background:var(--{colour})"></i>{escape(label)}</span>'
+        for label, colour in legend
+    )
+    reading = f'<span class="value">{escape(value)}</span>' if value else ""
+    small = f"<small>{escape(unit)}</small>" if unit else ""
+    foot = f'<p class="note">{escape(note)}</p>' if note else ""
+    kind = "card wide" if wide else "card"
+    return (
+        f'<section class="{kind}"><div class="head"><h3>{escape(title)} {small}</h3>'
+        f'<div class="right">{keys}{reading}</div></div><div class="body">{body}</div>{foot}</section>'
+    )
+
+
+def sentence(text: str) -> str:
+    """Return a remark in place of a chart."""
+    return f'<p class="absent">{escape(text)}</p>'
+
+
+def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> str:
+    """Return a table; the first column is the row's name."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f"<tr><th>{escape(str(name))}</th>"
+        + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in rows
+    )
+    return f'<div class="scroll"><table>{f"<tr>{head}</tr>" if head else ""}{body}</table></div>'
+
+
+def preformatted(text: str) -> str:
+    """Return text as it is, in a fixed-width font."""
+    return f"<pre>{escape(text)}</pre>"
+
+
+def folded(summary: str, body: str) -> str:
+    """Return HTML that opens on a click."""
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
+def write(path: Path, text: str) -> Path:
+    """Replace `path` in one go, so that a reader never sees half a page."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path

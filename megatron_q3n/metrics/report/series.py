@@ -1,0 +1,86 @@
+"""Curves ready to draw: picked from the records, smoothed, and thinned without losing a spike."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_q3n.metrics.jsonl import Record
+
+MAX_POINTS = 1500  # of one drawn curve; more than a screen has pixels across
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over the run: `x` (steps or tokens) and `y` of equal length; y holds nan where it was not finite."""
+
+    x: Array
+    y: Array
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def finite(self) -> Array:
+        """The values that are numbers."""
+        return self.y[np.isfinite(self.y)]
+
+    @property
+    def last(self) -> float | None:
+        """The last value that is a number."""
+        return float(self.finite[-1]) if len(self.finite) else None
+
+    @property
+    def num_not_finite(self) -> int:
+        """How many values were nan or infinite."""
+        return len(self.y) - len(self.finite)
+
+
+def pick(records: Sequence[Record], name: str, x_name: str = "step") -> Series:
+    """Return the metric `name` over the records that hold it."""
+    rows = [(record[x_name], record[name]) for record in records if name in record and x_name in record]
+    table = np.asarray(rows, dtype=np.float64).reshape(-1, 2)
+    return Series(table[:, 0], table[:, 1])
+
+
+def names_in(records: Iterable[Record]) -> list[str]:
+    """Return every metric name that occurs, in order of first occurrence."""
+    return list(dict.fromkeys(name for record in records for name in record))
+
+
+def smooth(series: Series) -> Series:
+    """Return the exponential moving average over about a fiftieth of the run.
+
+    The average is unbiased at the start (it divides by the weight seen so far) and passes over values not finite.
+    """
+    span = max(5.0, len(series) / 50)
+    keep = 1 - 1 / span
+    total = weight = 0.0
+    smoothed = np.full(len(series), np.nan)
+    for index, value in enumerate(series.y.tolist()):
+        if np.isfinite(value):
+            total = keep * total + (1 - keep) * value
+            weight = keep * weight + (1 - keep)
+        if weight:
+            smoothed[index] = total / weight
+    return Series(series.x, smoothed)
+
+
+def thin(series: Series, max_points: int = MAX_POINTS) -> Series:
+    """Return at most `max_points` points: each bucket's minimum and maximum, in their order, so that spikes stay.
+
+    A bucket without a finite value becomes one nan, a gap in the line.
+    """
+    if len(series) <= max_points:
+        return series
+    kept: list[int] = []
+    for bucket in np.array_split(np.arange(len(series)), max_points // 2):
+        finite = bucket[np.isfinite(series.y[bucket])]
+        if len(finite):
+            ends = {int(finite[np.argmin(series.y[finite])]), int(finite[np.argmax(series.y[finite])])}
+            kept += sorted(ends)
+        else:
+            kept.append(int(bucket[0]))
+    return Series(series.x[kept], series.y[kept])

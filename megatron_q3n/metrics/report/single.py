@@ -1,0 +1,187 @@
+"""report.html of one run: headline numbers, charts, expert load, samples, settings and environment, in this order."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_q3n.metrics.progress import clock_text
+from megatron_q3n.metrics.report import page
+from megatron_q3n.metrics.report.charts import heat_map
+from megatron_q3n.metrics.report.panels import (
+    EXPERTS,
+    LEARNING,
+    MORE,
+    OPTIMIZER,
+    SPEED,
+    panel_card,
+    panels_for,
+    reading,
+)
+from megatron_q3n.metrics.report.run_files import RunFiles, flatten, load, not_default
+from megatron_q3n.metrics.report.series import pick, smooth
+
+REPORT_FILE = "report.html"
+VALIDATION = "bits_per_byte/validation"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html into a run directory, finished or not, and return its path.
+
+    Raises: UserError when the directory is not a run's.
+    """
+    run = load(run_dir)
+    body = [
+        page.tiles(list(_headline(run))),
+        page.section(LEARNING, _charts(run, LEARNING)),
+        page.section(EXPERTS, [*_charts(run, EXPERTS), _expert_load(run)]),
+        page.section(OPTIMIZER, _charts(run, OPTIMIZER)),
+        page.section(SPEED, _charts(run, SPEED)),
+        page.section(MORE, _charts(run, MORE)),
+        page.section("Generated text", [_samples(run)]),
+        page.section("Settings and environment", [_settings(run), _environment(run)]),
+    ]
+    return page.write(run_dir / REPORT_FILE, page.document(run.name, _subtitle(run), body))
+
+
+def status_text(run: RunFiles) -> str:
+    """Return how far the run is: "done", or "at step 340 of 1,000"."""
+    last = int(run.records[-1]["step"]) if run.records else 0
+    status = str(run.summary.get("status", ""))
+    if run.total_steps and last < run.total_steps:
+        return f"{status or 'unfinished'}, at step {last:,} of {run.total_steps:,}"
+    return status or ("all steps done" if run.total_steps else "")
+
+
+def against_baseline(run: RunFiles, bits: float) -> tuple[str, str]:
+    """Return the sentence that compares with the baseline, and its tone; empty without a baseline."""
+    baseline = _baseline(run)
+    if baseline is None:
+        return "no baseline", ""
+    percent = 100 * (1 - bits / baseline[1])
+    side, tone = ("below", "good") if percent >= 0 else ("above", "bad")
+    return f"{abs(percent):.1f} % {side} {baseline[0]}", tone
+
+
+def active_seconds(run: RunFiles) -> float | None:
+    """Return the seconds spent in steps; of a run that did not log them, first record to last."""
+    in_steps = pick(run.records, "throughput/step_seconds").finite
+    if len(in_steps):
+        return float(in_steps.sum())
+    times = pick(run.records, "time").finite
+    return float(times[-1] - times[0]) if len(times) > 1 else None
+
+
+def compact(number: float) -> str:
+    """Return 2_870_000 as "2.87 M"."""
+    for size, letter in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k")):
+        if number >= size:
+            return f"{number / (1e3 if letter == ' k' else size):.3g}{letter}"
+    return f"{number:,.0f}"
+
+
+def _subtitle(run: RunFiles) -> str:
+    last = run.records[-1].get("time") if run.records else None
+    when = datetime.fromtimestamp(last, UTC).strftime("%Y-%m-%d %H:%M UTC") if last else ""
+    parts = (run.config.get("recipe"), status_text(run), when)
+    return " · ".join(str(part) for part in parts if part)
+
+
+def _headline(run: RunFiles) -> Iterator[tuple[str, str, str, str]]:
+    bits = pick(run.records, VALIDATION).last
+    if bits is not None:
+        yield ("Validation, bits per byte", f"{bits:.3f}", *against_baseline(run, bits))
+    loss = smooth(pick(run.records, "loss/train")).last
+    validation = pick(run.records, "loss/validation").last
+    remark = f"validation {validation:.4f}" if validation is not None else "nats per token"
+    yield ("Training loss", "–" if loss is None else f"{loss:.4f}", remark, "")
+    steps = int(run.records[-1]["step"]) if run.records else 0
+    tokens = pick(run.records, "tokens").last
+    yield ("Steps", f"{steps:,}", f"of {run.total_steps:,}" if run.total_steps else "", "")
+    yield ("Tokens", "–" if tokens is None else compact(tokens), "", "")
+    speed = pick(run.records, "throughput/tokens_per_second").finite
+    mfu = pick(run.records, "throughput/mfu").finite
+    median = compact(float(np.median(speed))) if len(speed) else "–"
+    yield ("Tokens per second", median, f"MFU {np.median(mfu):.1%}" if len(mfu) else "median", "")
+    seconds = active_seconds(run)
+    yield ("Time in steps", "–" if seconds is None else clock_text(seconds), "", "")
+    parameters = run.summary.get("parameters")
+    if isinstance(parameters, int | float):
+        active = run.summary.get("active_parameters")
+        each = f"{compact(active)} active per token" if isinstance(active, int | float) else ""
+        yield ("Parameters", compact(parameters), each, "")
+
+
+def _charts(run: RunFiles, section: str) -> list[str]:
+    cards = []
+    for panel in panels_for(run.records):
+        if panel.section == section:
+            baseline = _baseline(run) if VALIDATION in panel.metrics else None
+            name, bits = baseline or ("", None)
+            cards.append(panel_card(panel, run.records, line_at=bits, line_label=name))
+    return cards
+
+
+def _baseline(run: RunFiles) -> tuple[str, float] | None:
+    found = run.baseline if isinstance(run.baseline, dict) else {}
+    bits = found.get("bits_per_byte")
+    return (str(found.get("name", "baseline")), float(bits)) if isinstance(bits, int | float) else None
+
+
+def _expert_load(run: RunFiles) -> str:
+    title = "Expert load"
+    found = run.expert_load if isinstance(run.expert_load, dict) else {}
+    layers = [layer for layer in found.get("layers", []) if layer.get("share")]
+    if not layers or len({len(layer["share"]) for layer in layers}) > 1:
+        return page.card(title, page.sentence(_absent(run, "expert_load.json")), wide=True)
+    shares = [layer["share"] for layer in layers]
+    chart = heat_map(shares, [str(layer["name"]) for layer in layers], title=title)
+    when = f"at step {found['step']:,}" if isinstance(found.get("step"), int) else ""
+    note = "Tokens of each expert over the layer's mean: 1 is an even share, 0 a dead expert."
+    return page.card(title, chart, unit=when, note=note, wide=True)
+
+
+def _samples(run: RunFiles) -> str:
+    samples = run.samples if isinstance(run.samples, list) else []
+    texts = [
+        f'<div class="sample"><pre><b>{escape(str(s.get("prompt", "")))}</b>{escape(str(s.get("text", "")))}</pre></div>'
+        for s in samples
+        if isinstance(s, dict)
+    ]
+    body = "".join(texts) or page.sentence(_absent(run, "samples.json"))
+    return page.card("Samples", body, note="The prompt is marked." if texts else "", wide=True)
+
+
+def _settings(run: RunFiles) -> str:
+    title = "Settings"
+    if run.config_text is None or "config.yaml" in run.damaged:
+        return page.card(title, page.sentence(_absent(run, "config.yaml")))
+    changed = not_default(run.config)
+    rows = page.table((name, _plain(value)) for name, value in changed.items())
+    body = rows if changed else page.sentence("Every setting has its default.")
+    whole = page.folded("config.yaml, resolved", page.preformatted(run.config_text))
+    return page.card(title, body + whole, unit="that differ from the defaults")
+
+
+def _environment(run: RunFiles) -> str:
+    if run.environment is None:
+        return page.card("Environment", page.sentence(_absent(run, "environment.json")))
+    flat = flatten(run.environment, "" if isinstance(run.environment, dict) else "environment")
+    return page.card("Environment", page.table((name, _plain(value)) for name, value in flat.items()))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_plain(inner)}" for name, inner in value.items())
+    return "not set" if value is None else str(value)
+
+
+def _absent(run: RunFiles, name: str) -> str:
+    if name in run.damaged:
+        return f"{name} cannot be read: {run.damaged[name]}"
+    return f"This run has no {name} yet." if not (run.path / name).exists() else f"{name} holds nothing to show."

@@ -1,0 +1,59 @@
+"""Packing documents into one row."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_q3n.data.batch import Batch, batch_of_documents, batch_of_rows
+
+EOD = 0
+
+
+@given(st.lists(st.integers(0, 4), min_size=3, max_size=40))
+def test_documents_end_after_each_eod_and_do_not_see_each_other(row: list[int]) -> None:
+    text = torch.tensor(row)
+    tokens, labels = text[None, :-1], text[None, 1:]
+    batch = batch_of_documents(tokens, labels, torch.ones(1, len(row) - 1), EOD)
+    assert batch.cu_seqlens is not None
+    edges = batch.cu_seqlens.tolist()
+    assert batch.cu_seqlens.dtype == torch.int32
+    length = len(row) - 1
+    inner = [i + 1 for i in range(length - 1) if row[i] == EOD]
+    assert edges == [0, *inner, length]
+    assert batch.max_seqlen == max(b - a for a, b in zip(edges, edges[1:]))
+    position = 0
+    for i in range(length):
+        assert batch.position_ids_BT[0, i] == position
+        position = 0 if row[i] == EOD else position + 1
+        assert batch.loss_mask_BT[0, i] == (0 if row[i] == EOD else 1)
+    assert batch.num_loss_tokens == length - row[:-1].count(EOD)
+
+
+def test_a_masked_position_stays_masked() -> None:
+    tokens, labels = torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])
+    batch = batch_of_documents(tokens, labels, torch.tensor([[1.0, 0.0, 1.0]]), EOD)
+    assert batch.loss_mask_BT.tolist() == [[1.0, 0.0, 1.0]]
+
+
+def test_plain_rows() -> None:
+    tokens = torch.arange(6).view(2, 3)
+    batch = batch_of_rows(tokens, tokens + 1, torch.ones(2, 3))
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert batch.cu_seqlens is None
+    assert batch.max_seqlen is None
+    assert int(batch.num_loss_tokens) == 6
+
+
+def test_moving_keeps_everything() -> None:
+    tokens = torch.tensor([[1, EOD, 3]])
+    batch = batch_of_documents(tokens, tokens, torch.ones(1, 3), EOD)
+    moved = batch.to("meta")
+    assert moved.tokens_BT.device.type == moved.cu_seqlens.device.type == "meta"  # type: ignore[union-attr]
+    assert moved.max_seqlen == batch.max_seqlen == 2
+
+
+def test_packed_rows_must_be_one() -> None:
+    two = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(AssertionError, match="one row"):
+        Batch(two, two, two.float(), two, torch.tensor([0, 6], dtype=torch.int32), 6)

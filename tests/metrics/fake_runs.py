@@ -1,0 +1,127 @@
+"""Run directories with plausible curves, for tests of the report and for looking at it.
+
+    python tests/metrics/fake_runs.py DIRECTORY [STEPS]     writes one and its report
+"""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_q3n.config import validate
+from megatron_q3n.metrics import jsonl
+
+TOKENS_PER_STEP = 1024
+BYTES_PER_TOKEN = 2.4
+START_TIME = 1_780_000_000.0
+
+
+def write_run(run_dir: Path, steps: int = 700, total_steps: int | None = None, seed: int = 0) -> Path:
+    """Write every file of a finished run (killed at `steps` when `total_steps` is more)."""
+    rng = random.Random(seed)
+    total_steps = total_steps or steps
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = jsonl.open_at(run_dir / "metrics.jsonl", 0)
+    for step in range(1, steps + 1):
+        file.append(_record(step, total_steps, rng))
+    file.close()
+    tree = {
+        "recipe": "pretrain-tiny",
+        "training": {"steps": total_steps, "seed": 4000 + seed},
+        "schedule": {"lr": 2e-3, "warmup_steps": 0},
+        "samples": {"prompts": ["def ", "class "]},
+    }
+    config = validate(tree).model_dump(mode="json")
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    _dump(run_dir / "environment.json", _environment())
+    _dump(run_dir / "samples.json", _samples())
+    _dump(run_dir / "expert_load.json", expert_load(4, 8, rng, steps))
+    baseline = {"name": "Witten-Bell bigram, same tokens", "bits_per_byte": 2.41, "bits_per_token": 5.8}
+    _dump(run_dir / "baseline.json", baseline)
+    summary = {"status": "done", "parameters": 1_962_496, "active_parameters": 1_175_000}
+    if steps == total_steps:
+        _dump(run_dir / "summary.json", summary)
+    return run_dir
+
+
+def expert_load(num_layers: int, num_experts: int, rng: random.Random, step: int) -> dict[str, Any]:
+    """Return a load with one dead and one favoured expert."""
+    layers = []
+    for layer in range(num_layers):
+        weights = [math.exp(rng.gauss(0, 0.3)) for _ in range(num_experts)]
+        weights[0] = 0.0 if layer == 1 else weights[0]
+        weights[-1] *= 2.5 if layer == 2 else 1
+        share = [weight / sum(weights) for weight in weights]
+        layers.append({"name": f"layer {layer}", "share": share})
+    return {"layers": layers, "step": step}
+
+
+def _record(step: int, total_steps: int, rng: random.Random) -> dict[str, float]:
+    clean = 3.62 + 2.6 * math.exp(-step / 60) + 0.55 * math.exp(-step / 400)
+    loss = clean + rng.gauss(0, 0.08)
+    seconds = 0.31 + abs(rng.gauss(0, 0.015)) + (0.9 if step == 1 else 0)
+    record = {
+        "step": step,
+        "time": START_TIME + 0.33 * step,
+        "tokens": step * TOKENS_PER_STEP,
+        "loss/train": loss,
+        "loss/mtp_1": loss + 0.35 + rng.gauss(0, 0.05),
+        "loss/balance": 1 + 0.35 * math.exp(-step / 90) + abs(rng.gauss(0, 0.008)),
+        "grad_norm": 0.5 + 6 * math.exp(-step / 25) + abs(rng.gauss(0, 0.12)) + (4 if step == 431 else 0),
+        "learning_rate": _learning_rate(step, total_steps),
+        "throughput/tokens_per_second": TOKENS_PER_STEP / seconds,
+        "throughput/step_seconds": seconds,
+        "throughput/model_tflops_per_second": 7.1e-6 * TOKENS_PER_STEP / seconds,
+        "memory/peak_gib": 1.31,
+        "experts/max_over_mean": 1.4 + 1.2 * math.exp(-step / 80) + abs(rng.gauss(0, 0.08)),
+        "experts/dead": max(0, 3 - step // 40),
+        "skipped_steps": 0,
+    }
+    if step % 50 == 0 or step == total_steps:
+        record["loss/validation"] = clean + 0.05 + rng.gauss(0, 0.008)
+        bits = record["loss/validation"] / math.log(2) / BYTES_PER_TOKEN
+        record["bits_per_byte/validation"] = bits
+    return record
+
+
+def _learning_rate(step: int, total_steps: int) -> float:
+    if step < 20:
+        return 2e-3 * step / 20
+    return 2e-4 + 0.9e-3 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "python": "3.12.1",
+        "torch": "2.11.0",
+        "megatron_core": "0.19.2",
+        "device": {"kind": "cpu", "name": "AMD EPYC", "cores": 2},
+        "backends": {
+            "collectives": {"chosen": "gloo", "why": "no CUDA device"},
+            "gated_delta_net": {"chosen": "torch", "why": "fla needs a GPU"},
+            "attention": {"chosen": "torch sdpa", "why": "transformer_engine is not installed"},
+        },
+    }
+
+
+def _samples() -> list[dict[str, str]]:
+    return [
+        {"prompt": "def ", "text": "get_name(self, <name>):\n    return self._names[name] & 0xff\n"},
+        {"prompt": "class ", "text": "Handler(BaseHandler):\n    '''</pre><script>alert(1)</script>'''\n"},
+        {"prompt": "import ", "text": "os\nimport sys\nfrom typing import Any, Optional\n\n\ndef main() -> None:\n"},
+    ]
+
+
+def _dump(path: Path, tree: Any) -> None:
+    path.write_text(json.dumps(tree))
+
+
+if __name__ == "__main__":
+    from megatron_q3n.metrics.report import write_report  # late: the tests import this file without drawing
+
+    run = write_run(Path(sys.argv[1]), *map(int, sys.argv[2:3]))
+    print(write_report(run))
