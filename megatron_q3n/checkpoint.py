@@ -30,7 +30,8 @@ FORMAT = 1
 # what may differ between two models that share weights
 _FREE = {
     "name", "backend", "max_position_embeddings", "rotary_base", "moe_aux_loss_coeff", "moe_z_loss_coeff",
-    "moe_router_load_balancing_type", "mtp_loss_scaling_factor", "init_method_std", "linear_chunk_size",
+    "moe_router_load_balancing_type", "mtp_loss_scaling_factor", "init_method_std", "embedding_init_method_std",
+    "linear_chunk_size",
     "moe_router_normalized_init", "megatron",
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, UserError, known_settings, launch, suggest, validate
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-STAGES = {"pretrain": "megatron_q3n.stages.pretrain"}
+STAGES = {"pretrain": "megatron_q3n.stages.pretrain", "longcontext": "megatron_q3n.stages.pretrain"}
 HYDRA_FLAGS = ("--cfg", "-c", "--multirun", "-m", "--info", "-i", "--hydra-help", "--shell-completion", "-sc", "--resolve")
 
 

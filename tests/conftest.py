@@ -9,8 +9,9 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,3 +83,21 @@ def run_module(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def alone() -> Iterator[Any]:
+    """Join megatron-core's process groups as a run of one process, in this process.
+
+    Returns: (Device, Parallel). Imports megatron-core late: it takes seconds, and only some tests need it.
+    """
+    from megatron_q3n.config import validate
+    from megatron_q3n.device import choose_device, quiet_known_warnings
+
+    quiet_known_warnings()
+    from megatron_q3n import parallel
+
+    config = validate({})
+    device = choose_device(config)
+    yield device, parallel.initialize(config, device)
+    parallel.shutdown()

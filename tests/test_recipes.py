@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
 
-from megatron_q3n.config import ModelConfig, RunConfig, validate
+from megatron_q3n.config import ModelConfig, RunConfig, UserError, validate
 from megatron_q3n.config.sizes import parameters
 from megatron_q3n.planner import plan
 
@@ -41,7 +41,9 @@ def composed(recipe: str, *overrides: str) -> dict[str, Any]:
 
 
 def run_config(recipe: str, *overrides: str) -> RunConfig:
-    return validate(composed(recipe, *overrides))
+    """Validate a recipe, with the value it leaves to its user: what to continue from."""
+    start = ["checkpoint.load=runs/latest"] if "longcontext" in " ".join((recipe, *overrides)) else []
+    return validate(composed(recipe, *start, *overrides))
 
 
 def part_names(group: str) -> list[str]:
@@ -58,6 +60,11 @@ def test_recipe_composes_and_validates_under_its_own_name(recipe: str) -> None:
     config = run_config(recipe)
     assert config.recipe == recipe
     assert plan(config).stages
+
+
+def test_longer_context_asks_what_to_continue() -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.load=RUN_DIR"):
+        validate(composed("longcontext-tiny"))
 
 
 @pytest.mark.parametrize("part", PARTS)

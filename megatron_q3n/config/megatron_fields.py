@@ -39,6 +39,7 @@ OWNED_FIELDS = {
     "mtp_loss_scaling_factor": "model.mtp_loss_scaling_factor",
     "mtp_use_repeated_layer": "model.mtp_use_repeated_layer",
     "init_method_std": "model.init_method_std",
+    "embedding_init_method_std": "model.embedding_init_method_std",
     "layernorm_epsilon": "model.layernorm_epsilon",
     "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
     "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",

@@ -34,6 +34,11 @@ class ModelConfig(Section):
     )
     max_position_embeddings: int = Field(32768, gt=0)
     init_method_std: float = Field(0.02, gt=0)
+    embedding_init_method_std: float | None = Field(
+        None,
+        gt=0,
+        description="null: init_method_std. Narrow models need more: their first blocks drown it",
+    )
     layernorm_epsilon: float = Field(1e-6, gt=0)
     # gated attention
     num_attention_heads: int = Field(4, gt=0)

@@ -56,7 +56,7 @@ class SampleConfig(Section):
 class RunConfig(Section):
     """Everything a run needs to know. `config.yaml` in the run directory is exactly this, resolved."""
 
-    stage: Literal["pretrain"] = "pretrain"
+    stage: Literal["pretrain", "longcontext"] = "pretrain"
     recipe: str = Field("custom", description="name of the recipe, for the run directory")
     run_dir: str | None = Field(
         None,
@@ -80,11 +80,30 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _legal(self) -> "RunConfig":
-        training, schedule = self.training, self.schedule
+        self.parallel.check_against(self.model, self.training.sequence_length, self.world_size)
+        self._check_start()
+        self._check_batch()
+        self._check_schedule()
+        self._check_recompute()
+        self._check_data()
+        return self
+
+    def _check_start(self) -> None:
+        if self.stage == "longcontext" and self.checkpoint.load is None:
+            raise UserError(
+                "stage=longcontext continues a trained model: say which with checkpoint.load=RUN_DIR "
+                "(or a checkpoint in one, e.g. checkpoint.load=runs/latest)."
+            )
+        if self.checkpoint.load_optimizer and self.checkpoint.load is None:
+            raise UserError("checkpoint.load_optimizer=true has no effect without checkpoint.load.")
+
+    def _check_batch(self) -> None:
+        training, layout = self.training, self.parallel
         if training.sequence_length > self.model.max_position_embeddings:
             raise UserError(
                 f"training.sequence_length={training.sequence_length} is more than "
-                f"model.max_position_embeddings={self.model.max_position_embeddings}; raise the latter or shorten."
+                f"model.max_position_embeddings={self.model.max_position_embeddings}; "
+                "raise the latter or shorten."
             )
         per_pass = training.micro_batch_size * self.data_parallel_size
         if training.global_batch_size % per_pass:
@@ -93,35 +112,57 @@ class RunConfig(Section):
                 f"training.micro_batch_size={training.micro_batch_size} × data parallel size "
                 f"{self.data_parallel_size} (= {per_pass}); make it a multiple."
             )
-        if (
-            schedule.warmup_steps + (schedule.decay_steps or 0) > training.steps
-            and schedule.style == "wsd"
-        ):
+        pipeline = layout.pipeline_model_parallel_size
+        if layout.virtual_pipeline_model_parallel_size and self.num_microbatches % pipeline:
             raise UserError(
-                f"schedule.warmup_steps={schedule.warmup_steps} + schedule.decay_steps={schedule.decay_steps} is more "
-                f"than training.steps={training.steps}; shorten one of them."
+                f"{self.num_microbatches} micro-batches per step are not divisible by "
+                f"parallel.pipeline_model_parallel_size={pipeline}, as interleaved stages need; "
+                "change training.global_batch_size or training.micro_batch_size."
             )
-        if schedule.warmup_steps >= training.steps and schedule.warmup_steps:
+
+    def _check_schedule(self) -> None:
+        schedule, steps = self.schedule, self.training.steps
+        if schedule.warmup_steps >= steps and schedule.warmup_steps:
             raise UserError(
-                f"schedule.warmup_steps={schedule.warmup_steps} must be below training.steps={training.steps}."
+                f"schedule.warmup_steps={schedule.warmup_steps} must be below training.steps={steps}."
             )
+        if schedule.style == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > steps:
+            raise UserError(
+                f"schedule.warmup_steps={schedule.warmup_steps} + "
+                f"schedule.decay_steps={schedule.decay_steps} is more than training.steps={steps}; "
+                "shorten one of them."
+            )
+
+    def _check_recompute(self) -> None:
+        method, sublayers = self.training.recompute_method, self.training.recompute_num_layers
+        full = self.training.recompute_granularity == "full"
+        if full and self.model.mtp_num_layers and (method, sublayers) != ("uniform", 1):
+            raise UserError(
+                f"training.recompute_method={method} with training.recompute_num_layers={sublayers}: "
+                "megatron-core recomputes MTP layers only with uniform and 1; set these, or "
+                "model.mtp_num_layers=0."
+            )
+
+    def _check_data(self) -> None:
         if self.data.source == "stdlib" and self.data.stdlib_vocab_size > self.model.vocab_size:
             raise UserError(
-                f"data.stdlib_vocab_size={self.data.stdlib_vocab_size} is more than model.vocab_size="
-                f"{self.model.vocab_size}; the model needs a row for every token."
+                f"data.stdlib_vocab_size={self.data.stdlib_vocab_size} is more than "
+                f"model.vocab_size={self.model.vocab_size}; the model needs a row for every token."
             )
-        if self.data.mask_document_boundaries and training.micro_batch_size != 1:
+        if not self.data.mask_document_boundaries:
+            return
+        if self.training.micro_batch_size != 1:
             raise UserError(
-                f"data.mask_document_boundaries=true packs documents into one row: training.micro_batch_size must be "
-                f"1, found {training.micro_batch_size}. Use a longer sequence or more micro-batches instead."
+                "data.mask_document_boundaries=true packs documents into one row: "
+                f"training.micro_batch_size must be 1, found {self.training.micro_batch_size}. "
+                "Use a longer sequence or more micro-batches instead."
             )
-        if self.data.mask_document_boundaries and self.parallel.context_parallel_size > 1:
+        if self.parallel.context_parallel_size > 1:
             raise UserError(
                 "data.mask_document_boundaries=true does not work with "
-                f"parallel.context_parallel_size={self.parallel.context_parallel_size} yet; set one of them back."
+                f"parallel.context_parallel_size={self.parallel.context_parallel_size} yet; "
+                "set one of them back."
             )
-        self.parallel.check_against(self.model, training.sequence_length, self.world_size)
-        return self
 
     @property
     def world_size(self) -> int:

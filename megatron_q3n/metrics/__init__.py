@@ -1,4 +1,4 @@
-"""Numbers about a run and where they go: names, meters, and the sinks (progress bar, metrics.jsonl, wandb, report.html).
+"""Numbers about a run and where they go: names, meters, and sinks (terminal, metrics.jsonl, wandb, report.html).
 
 The training loop knows one object, `Recorder`. What is not here: how a loss or a norm is computed (training, model).
 """

@@ -1,8 +1,9 @@
-"""metrics.jsonl: one JSON object per optimizer step, in order, each step once. It is the truth; wandb and the report follow it.
+"""metrics.jsonl: one JSON object per optimizer step, in order, each step once. wandb and the report follow it.
 
-A process killed between two checkpoints leaves lines of steps that will be run again, and perhaps half a line. `open_at`
-cuts both before the first new line is appended, in a way that a second kill cannot spoil: the kept lines go to a temporary
-file which then replaces the old one. JSON has no word for nan or infinity, so they are written as null and read as nan.
+A process killed between two checkpoints leaves lines of steps that will be run again, and perhaps half a line.
+`open_at` cuts both before the first new line is appended, in a way that a second kill cannot spoil: the kept
+lines go to a temporary file which then replaces the old one. JSON has no word for nan or infinity, so they are
+written as null and read as nan.
 """
 
 import json
@@ -40,7 +41,7 @@ class MetricsFile:
             while line:  # a nearly full disk takes a part and refuses the rest
                 line = line[self._file.write(line) :]
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         self.last_step = int(record[STEP])
 
     def sync(self) -> None:
@@ -63,7 +64,7 @@ def open_at(path: Path, step: int) -> MetricsFile:
         last_step, cut_lines = _cut_back(path, step) if path.exists() else (0, 0)
         return MetricsFile(path, last_step, cut_lines)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def read(path: Path) -> list[Record]:
@@ -118,7 +119,8 @@ def _cut_back(path: Path, step: int) -> tuple[int, int]:
     return last_step, num_lines - kept_lines
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """Return what to tell the user when the disk refuses."""
     return UserError(
         f"{path}: cannot be written ({error.strerror}). The checkpoints are untouched; make room or permit writing, "
         "then start again with run_dir set to this run's directory."

@@ -1,7 +1,8 @@
 """How fast a run goes: time per step, tokens per second, model FLOP/s and its share of the hardware's peak.
 
-Plain Python, no torch. FLOPs per token come from `model/sizes.py`, the peak from `device.py`; both are arguments, so that
-this file knows neither the model nor the machine. On a GPU the caller synchronises before it reads the clock.
+Plain Python, no torch. FLOPs per token come from `model/sizes.py`, the peak from `device.py`; both are
+arguments, so that this file knows neither the model nor the machine. On a GPU the caller synchronises before it
+reads the clock.
 """
 
 import statistics
@@ -15,8 +16,8 @@ TERA = 1e12
 class StepTimer:
     """Time steps and keep the recent ones.
 
-    `lap()` measures from the previous lap; `restart()` begins afresh, so that a validation or a checkpoint between two
-    steps is counted to neither.
+    `lap()` measures from the previous lap; `restart()` begins afresh, so that a validation or a checkpoint
+    between two steps is counted to neither.
     """
 
     def __init__(
@@ -71,7 +72,8 @@ def throughput(
         FLOP/s of all devices together, or None where no peak is known, and then there is no MFU.
     Reference: model FLOPs utilisation, PaLM (arXiv 2204.02311), appendix B.
     """
-    assert tokens > 0 and seconds > 0, (tokens, seconds)
+    assert tokens > 0, tokens
+    assert seconds > 0, seconds
     flops_per_second = tokens * flops_per_token / seconds
     values = {
         "throughput/tokens_per_second": tokens / seconds,

@@ -1,9 +1,11 @@
 """The one table of metric names. metrics.jsonl, wandb, the progress bar and report.html all use exactly these.
 
-What does not live here: how a number is computed (training, model) or shown (the sinks). Names are stable: a dashboard or
-a script made today reads the runs of next year. A new number means a new row here first; an unknown name is refused.
+What does not live here: how a number is computed (training, model) or shown (the sinks). Names are stable: a
+dashboard or a script made today reads the runs of next year. A new number means a new row here first; an
+unknown name is refused.
 
-A name may hold one place for a whole number, written `<k>`: `loss/mtp_<k>` stands for `loss/mtp_1`, `loss/mtp_2` and so on.
+A name may hold one place for a whole number, written `<k>`: `loss/mtp_<k>` stands for `loss/mtp_1`,
+`loss/mtp_2` and so on.
 """
 
 import re
@@ -27,7 +29,9 @@ METRICS = (
     Metric("time", "seconds", "when the record was written (unix time)", "progress"),
     Metric("skipped_steps", "steps", "updates skipped so far: a gradient not finite", "progress"),
     Metric("loss/train", "nats/token", "language-model loss of the global batch, alone", "loss"),
-    Metric("loss/mtp_<k>", "nats/token", "loss of multi-token prediction depth k, unscaled", "loss"),
+    Metric(
+        "loss/mtp_<k>", "nats/token", "loss of multi-token prediction depth k, unscaled", "loss"
+    ),
     Metric("loss/balance", "1", "expert balance loss, unscaled; 1.0 is perfectly even", "loss"),
     Metric("loss/validation", "nats/token", "language-model loss on held-out text", "loss"),
     Metric("bits_per_byte/validation", "bits/byte", "the same per byte of text", "loss"),
@@ -49,8 +53,15 @@ METRICS = (
         "throughput",
     ),
     Metric("memory/peak_gib", "GiB", "peak memory of the fullest rank", "memory"),
-    Metric("experts/max_over_mean", "1", "fullest expert's tokens over the mean, worst layer", "experts"),
-    Metric("experts/dead", "experts", "experts without a token in the batch, all layers", "experts"),
+    Metric(
+        "experts/max_over_mean",
+        "1",
+        "fullest expert's tokens over the mean, worst layer",
+        "experts",
+    ),
+    Metric(
+        "experts/dead", "experts", "experts without a token in the batch, all layers", "experts"
+    ),
 )
 
 GROUPS = tuple(dict.fromkeys(metric.group for metric in METRICS))
@@ -79,7 +90,9 @@ def check(name: str) -> Metric:
     Raises: AssertionError for a name that the table does not hold; the caller logs something undocumented.
     """
     metric = find(name)
-    assert metric is not None, f"metric {name!r} has no row in megatron_q3n/metrics/names.py; add one"
+    assert metric is not None, (
+        f"metric {name!r} has no row in megatron_q3n/metrics/names.py; add one"
+    )
     return metric
 
 

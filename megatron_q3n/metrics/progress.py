@@ -1,7 +1,8 @@
-"""What a person sees in the terminal: one live line on a terminal, plain lines in a log file. Only the leader shows anything.
+"""What a person sees while a run goes on: one live line on a terminal, plain lines in a log file.
 
-The live line gives up its least important parts first when the terminal is narrow. It is redrawn when a step is logged and
-by no thread of its own: data loader workers fork, and a lock held by a drawing thread would be copied held.
+The live line gives up its least important parts first when the terminal is narrow. It is redrawn when a step is
+logged and by no thread of its own: data loader workers fork, and a lock held by a drawing thread would be
+copied held.
 """
 
 import time
@@ -93,7 +94,9 @@ class Progress:
     def _texts_for(self, columns: int) -> list[Text]:
         parts: list[Part] = [(0, "", f"{self._step}/{self._total_steps}"), *self._parts()]
         while True:
-            texts = [Text.assemble((f"{label} ".lstrip(), "dim"), value) for _, label, value in parts]
+            texts = [
+                Text.assemble((f"{label} ".lstrip(), "dim"), value) for _, label, value in parts
+            ]
             used = sum(text.cell_len + 2 for text in texts)
             if used + MIN_BAR_COLUMNS <= columns or len(parts) == 1:
                 return texts

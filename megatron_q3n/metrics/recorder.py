@@ -1,7 +1,8 @@
 """The one object a training loop talks to: every number and every message of a run goes through the Recorder.
 
-It composes the sinks (metrics.jsonl, wandb, the terminal) and owns their order: metrics.jsonl first, because wandb follows
-it and a resumed run cuts it back. Only the leader writes; on all other ranks the same calls do nothing.
+It composes the sinks (metrics.jsonl, wandb, the terminal) and owns their order: metrics.jsonl first, because
+wandb follows it and a resumed run cuts it back. Only the leader writes; on all other ranks the same calls do
+nothing.
 """
 
 import time
@@ -26,8 +27,8 @@ Status = Literal["done", "stopped", "failed"]
 class Recorder:
     """Record the steps `first_step`…`total_steps` of one run directory.
 
-    Steps count from 1: a fresh run has first_step=1, one resumed from the checkpoint of step S has first_step=S+1, and what
-    an earlier process recorded after S is cut.
+    Steps count from 1: a fresh run has first_step=1, one resumed from the checkpoint of step S has
+    first_step=S+1, and what an earlier process recorded after S is cut.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class Recorder:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record one step, every step once and in order; names are those of `metrics/names.py`.
 
-        `values` must hold "tokens"; "step" and "time" are added. Numbers measured between steps (a validation) belong to the
-        step they were measured after.
+        `values` must hold "tokens"; "step" and "time" are added. Numbers measured between steps (a validation)
+        belong to the step they were measured after.
         """
         if not self.enabled:
             return
@@ -80,8 +81,11 @@ class Recorder:
         if not self.enabled:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        with self._events_path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{now} {line}\n" for line in message.splitlines())
+        try:
+            with self._events_path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{now} {line}\n" for line in message.splitlines())
+        except OSError as error:
+            raise jsonl.cannot_write(self._events_path, error) from error
         self._progress.message(message)
 
     def close(self, status: Status) -> None:

@@ -1,13 +1,15 @@
 """Weights & Biases: the only file that imports wandb, and a run does without it where it is not installed.
 
-wandb follows metrics.jsonl instead of being told each number a second time: the sink reads the lines that are new there and
-sends those whose step wandb does not hold yet. That is what makes each step appear once, with the same numbers, however
-often a run is killed. Three facts about wandb 0.31 shape it:
+wandb follows metrics.jsonl instead of being told each number a second time: the sink reads the lines that are
+new there and sends those whose step wandb does not hold yet. That is what makes each step appear once, with the
+same numbers, however often a run is killed. Three facts about wandb 0.31 shape it:
 
-- A step once logged cannot be taken back offline (and `resume_from` is a server's feature). So an offline run, which nobody
-  watches live, is sent only what a complete checkpoint covers; an online run is sent every step at once, and the steps it
-  repeats after a resume are skipped.
-- wandb's service keeps up to 15 seconds in memory and drops them when the run is killed. So a resumed run asks what wandb
+- A step once logged cannot be taken back offline (and `resume_from` is a server's feature). So an offline run,
+which nobody
+  watches live, is sent only what a complete checkpoint covers; an online run is sent every step at once, and
+  the steps it repeats after a resume are skipped.
+- wandb's service keeps up to 15 seconds in memory and drops them when the run is killed. So a resumed run asks
+what wandb
   really holds (the newest local transaction log offline, the server online) and sends the rest from metrics.jsonl.
 - An offline resume writes a second directory with the same run id; `wandb sync` joins them.
 """
@@ -64,7 +66,8 @@ class WandbSink:
 def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Note) -> WandbSink | None:
     """Start or continue this run directory's wandb run and say so through `note`; None when there is to be none.
 
-    Raises: UserError when `logging.wandb.mode` asks for what wandb cannot do: not installed, not logged in, no network.
+    Raises: UserError when `logging.wandb.mode` asks for what wandb cannot do: not installed, not logged in, no
+    network.
     """
     mode = _resolve_mode(run_dir, config.logging.wandb.mode, note)
     if mode == "disabled":
@@ -86,7 +89,8 @@ def installed() -> bool:
 def held_offline(run_dir: Path, note: Note) -> int:
     """Return the last step in the local transaction logs, 0 for none, read by wandb's own reader.
 
-    Each log starts after the ones before it, so the newest that holds a step decides. A killed run's log may hold none.
+    Each log starts after the ones before it, so the newest that holds a step decides. A killed run's log may
+    hold none.
     """
     logs = (run_dir / "wandb").glob("*run-*/*.wandb")
     by_start_time = sorted(logs, key=lambda log: log.parent.name.removeprefix("offline-"))

@@ -98,6 +98,7 @@ def _architecture(config: RunConfig) -> dict[str, Any]:
         "init_method": init,
         "output_layer_init_method": init,  # one std for all, as the released configuration says
         "init_method_std": model.init_method_std,
+        "embedding_init_method_std": model.embedding_init_method_std,
         "linear_conv_kernel_dim": model.linear_conv_kernel_dim,
         "linear_key_head_dim": model.linear_key_head_dim,
         "linear_value_head_dim": model.linear_value_head_dim,

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from megatron_q3n.config import RunConfig, validate
 from megatron_q3n.data.prepare import Preparation, prepare
 from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
 
+# a deadline per example would only measure what else the machine is doing
+settings.register_profile("data", deadline=None)
+settings.load_profile("data")
+
 TEXTS = [
     f"def f{i}(x):\n    '''Return {i}.'''\n\n    return x + {i}\n" * (1 + i % 4) for i in range(40)
 ]
-OTHER_TEXTS = [f"class C{i}:\n\tvalue = {i * i}\n" * (2 + i % 3) for i in range(30)]
 
 MakeData = Callable[..., Path]
 MakeConfig = Callable[..., RunConfig]

@@ -1,5 +1,7 @@
 """Packing documents into one row."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +23,7 @@ def test_documents_end_after_each_eod_and_do_not_see_each_other(row: list[int]) 
     length = len(row) - 1
     inner = [i + 1 for i in range(length - 1) if row[i] == EOD]
     assert edges == [0, *inner, length]
-    assert batch.max_seqlen == max(b - a for a, b in zip(edges, edges[1:]))
+    assert batch.max_seqlen == max(b - a for a, b in itertools.pairwise(edges))
     position = 0
     for i in range(length):
         assert batch.position_ids_BT[0, i] == position

@@ -1,5 +1,6 @@
 """The bigram yardstick against the formulas written out pair by pair."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -20,7 +21,7 @@ ROWS = st.lists(
 
 def slow_probability(rows: list[np.ndarray], first: int, second: int) -> float:
     """Witten-Bell as in the textbook, with dictionaries."""
-    pairs = Counter((int(v), int(w)) for row in rows for v, w in zip(row[:-1], row[1:]))
+    pairs = Counter((int(v), int(w)) for row in rows for v, w in itertools.pairwise(row))
     tokens: Counter[int] = Counter()
     for (_, w), count in pairs.items():
         tokens[w] += count
@@ -49,7 +50,7 @@ def test_probabilities_are_the_textbook_ones_and_sum_to_one(rows: list[np.ndarra
 def test_bits_per_byte(train: list[np.ndarray], validation: list[np.ndarray]) -> None:
     num_bytes_V = np.array([1, 1, 2, 3, 1, 4, 2])
     result = witten_bell_bits_per_byte(iter(train), iter(validation), VOCAB_SIZE, num_bytes_V)
-    pairs = [(v, w) for row in validation for v, w in zip(row[:-1], row[1:])]
+    pairs = [(v, w) for row in validation for v, w in itertools.pairwise(row)]
     bits = -sum(math.log2(slow_probability(train, v, w)) for v, w in pairs)
     assert result.num_validation_pairs == len(pairs)
     assert result.num_train_pairs == sum(len(row) - 1 for row in train)
@@ -68,7 +69,7 @@ def test_many_blocks_of_a_large_vocabulary_are_counted_as_one() -> None:
         np.concatenate([rows[0][:-1], rows[-1][:-1]]),
         np.concatenate([rows[0][1:], rows[-1][1:]]),
     )
-    followers = Counter((int(v), int(w)) for row in rows for v, w in zip(row[:-1], row[1:]))
+    followers = Counter((int(v), int(w)) for row in rows for v, w in itertools.pairwise(row))
     contexts = Counter(int(v) for row in rows for v in row[:-1])
     for v, w, got in zip(first, second, model.probability(first, second)):
         different = sum(1 for pair in followers if pair[0] == v)

@@ -234,7 +234,7 @@ def test_with_torch_distributed_initialised(make_config, folders, tmp_path) -> N
     arguments = [str(tmp_path / "meeting"), config.model_dump_json()]
     root = Path(__file__).parents[2]
     processes = [subprocess.Popen([*command, str(r), *arguments], cwd=root) for r in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     expected = torch.cat(all_rows(build_pretrain_data(config)))
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"meeting.{rank}"), expected)

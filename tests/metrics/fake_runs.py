@@ -1,6 +1,6 @@
 """Run directories with plausible curves, for tests of the report and for looking at it.
 
-    python tests/metrics/fake_runs.py DIRECTORY [STEPS]     writes one and its report
+python tests/metrics/fake_runs.py DIRECTORY [STEPS]     writes one and its report
 """
 
 import json
@@ -20,7 +20,9 @@ BYTES_PER_TOKEN = 2.4
 START_TIME = 1_780_000_000.0
 
 
-def write_run(run_dir: Path, steps: int = 700, total_steps: int | None = None, seed: int = 0) -> Path:
+def write_run(
+    run_dir: Path, steps: int = 700, total_steps: int | None = None, seed: int = 0
+) -> Path:
     """Write every file of a finished run (killed at `steps` when `total_steps` is more)."""
     rng = random.Random(seed)
     total_steps = total_steps or steps
@@ -40,9 +42,18 @@ def write_run(run_dir: Path, steps: int = 700, total_steps: int | None = None, s
     _dump(run_dir / "environment.json", _environment())
     _dump(run_dir / "samples.json", _samples())
     _dump(run_dir / "expert_load.json", expert_load(4, 8, rng, steps))
-    baseline = {"name": "Witten-Bell bigram, same tokens", "bits_per_byte": 2.41, "bits_per_token": 5.8}
+    baseline = {
+        "name": "Witten-Bell bigram, same tokens",
+        "bits_per_byte": 2.41,
+        "bits_per_token": 5.8,
+    }
     _dump(run_dir / "baseline.json", baseline)
-    summary = {"status": "done", "parameters": 1_962_496, "active_parameters": 1_175_000}
+    summary = {
+        "parameters": 1_962_496,
+        "active_parameters": 1_175_000,
+        "python_lines": 20,
+        "python_lines_accepted": 13,
+    }
     if steps == total_steps:
         _dump(run_dir / "summary.json", summary)
     return run_dir
@@ -71,7 +82,10 @@ def _record(step: int, total_steps: int, rng: random.Random) -> dict[str, float]
         "loss/train": loss,
         "loss/mtp_1": loss + 0.35 + rng.gauss(0, 0.05),
         "loss/balance": 1 + 0.35 * math.exp(-step / 90) + abs(rng.gauss(0, 0.008)),
-        "grad_norm": 0.5 + 6 * math.exp(-step / 25) + abs(rng.gauss(0, 0.12)) + (4 if step == 431 else 0),
+        "grad_norm": 0.5
+        + 6 * math.exp(-step / 25)
+        + abs(rng.gauss(0, 0.12))
+        + (4 if step == 431 else 0),
         "learning_rate": _learning_rate(step, total_steps),
         "throughput/tokens_per_second": TOKENS_PER_STEP / seconds,
         "throughput/step_seconds": seconds,
@@ -96,23 +110,37 @@ def _learning_rate(step: int, total_steps: int) -> float:
 
 def _environment() -> dict[str, Any]:
     return {
-        "python": "3.12.1",
-        "torch": "2.11.0",
-        "megatron_core": "0.19.2",
-        "device": {"kind": "cpu", "name": "AMD EPYC", "cores": 2},
+        "started": "2026-05-28T20:26:12+00:00",
+        "command": ["train.py", "--config-name", "pretrain-tiny"],
+        "host": "node1",
+        "platform": "Linux-6.1-x86_64",
+        "processes": 1,
+        "gpu": None,
         "backends": {
-            "collectives": {"chosen": "gloo", "why": "no CUDA device"},
-            "gated_delta_net": {"chosen": "torch", "why": "fla needs a GPU"},
-            "attention": {"chosen": "torch sdpa", "why": "transformer_engine is not installed"},
+            "communication": "gloo: no CUDA device",
+            "gated_delta_rule": "torch: flash-linear-attention needs a GPU",
+            "model": "torch: TransformerEngine is not installed",
         },
+        "packages": {"torch": "2.11.0", "megatron-core": "0.19.2", "triton": None},
+        "git": "63a28de0b1c2-dirty",
+        "earlier_sessions": [{"started": "2026-05-28T19:01:00+00:00", "host": "node0"}],
     }
 
 
 def _samples() -> list[dict[str, str]]:
     return [
-        {"prompt": "def ", "text": "get_name(self, <name>):\n    return self._names[name] & 0xff\n"},
-        {"prompt": "class ", "text": "Handler(BaseHandler):\n    '''</pre><script>alert(1)</script>'''\n"},
-        {"prompt": "import ", "text": "os\nimport sys\nfrom typing import Any, Optional\n\n\ndef main() -> None:\n"},
+        {
+            "prompt": "def ",
+            "text": "get_name(self, <name>):\n    return self._names[name] & 0xff\n",
+        },
+        {
+            "prompt": "class ",
+            "text": "Handler(BaseHandler):\n    '''</pre><script>alert(1)</script>'''\n",
+        },
+        {
+            "prompt": "import ",
+            "text": "os\nimport sys\nfrom typing import Any, Optional\n\n\ndef main() -> None:\n",
+        },
     ]
 
 
@@ -121,7 +149,9 @@ def _dump(path: Path, tree: Any) -> None:
 
 
 if __name__ == "__main__":
-    from megatron_q3n.metrics.report import write_report  # late: the tests import this file without drawing
+    from megatron_q3n.metrics.report import (
+        write_report,
+    )  # late: the tests import this file without drawing
 
     run = write_run(Path(sys.argv[1]), *map(int, sys.argv[2:3]))
     print(write_report(run))

@@ -1,4 +1,4 @@
-"""metrics.jsonl on a disk that was left in any state: what is kept, what is cut, and that a refused write is told plainly."""
+"""metrics.jsonl left in any state: what is kept, what is cut, and that a refused write is told plainly."""
 
 import json
 import math
@@ -13,7 +13,10 @@ from megatron_q3n.metrics import jsonl
 
 
 def _lines(num_steps: int) -> list[bytes]:
-    return [json.dumps({"step": s, "loss/train": 1 / s}).encode() + b"\n" for s in range(1, num_steps + 1)]
+    return [
+        json.dumps({"step": s, "loss/train": 1 / s}).encode() + b"\n"
+        for s in range(1, num_steps + 1)
+    ]
 
 
 @settings(deadline=None)  # the disk may be busy
@@ -44,7 +47,9 @@ def test_lines_that_are_no_record_are_dropped(
 ) -> None:
     path = tmp_path_factory.mktemp("junk") / "metrics.jsonl"
     good = _lines(3)
-    path.write_bytes(good[0] + b"".join(j.replace(b"\n", b"") + b"\n" for j in junk) + good[1] + good[2])
+    path.write_bytes(
+        good[0] + b"".join(j.replace(b"\n", b"") + b"\n" for j in junk) + good[1] + good[2]
+    )
     with_digits_only = [r for r in jsonl.read(path) if set(r) == {"step", "loss/train"}]
     assert [r["step"] for r in with_digits_only] == [1, 2, 3]
     file = jsonl.open_at(path, 2)
@@ -98,7 +103,9 @@ def test_read_from_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_clear_message() -> None:
     """/dev/full refuses every write as a full disk does."""
     file = jsonl.MetricsFile(Path("/dev/full"), last_step=0, cut_lines=0)
-    with pytest.raises(UserError, match=r"/dev/full: cannot be written \(No space left on device\)"):
+    with pytest.raises(
+        UserError, match=r"/dev/full: cannot be written \(No space left on device\)"
+    ):
         file.append({"step": 1})
     file.close()
 

@@ -1,4 +1,4 @@
-"""The live line rendered at real widths, and the plain lines of a log file. Colours are looked at by people, not here."""
+"""The live line rendered at real widths, and the plain lines of a log file. Colours are not covered."""
 
 import io
 

@@ -66,7 +66,9 @@ def test_a_run_never_interrupted(tmp_path: Path) -> None:
     assert lines[0].startswith("wandb: offline; to upload: wandb sync ")
     assert [line.split()[1] for line in lines[1:]] == ["1/12", "5/12", "10/12", "12/12"]
     assert result.stderr == ""
-    metrics = [record["metric"] for record in _held(_logs(tmp_path)[0]) if record["type"] == "metric"]
+    metrics = [
+        record["metric"] for record in _held(_logs(tmp_path)[0]) if record["type"] == "metric"
+    ]
     assert any(m.get("glob_name") == "*" and m.get("step_metric") == "tokens" for m in metrics)
 
 
@@ -102,7 +104,9 @@ def test_going_back_behind_what_wandb_holds(tmp_path: Path) -> None:
     assert _run(tmp_path, 1, 20).returncode == 0
     assert _run(tmp_path, 11, 30).returncode == 0
     assert [item["_step"] for item in _history(tmp_path)] == list(range(1, 31))
-    assert [record["step"] for record in jsonl.read(tmp_path / "metrics.jsonl")] == list(range(1, 31))
+    assert [record["step"] for record in jsonl.read(tmp_path / "metrics.jsonl")] == list(
+        range(1, 31)
+    )
 
 
 def test_disabled_leaves_no_trace(tmp_path: Path) -> None:
@@ -112,7 +116,7 @@ def test_disabled_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_without_wandb_the_run_goes_on_and_says_so_once(tmp_path: Path) -> None:
-    """An empty `wandb` folder in the way of the import stands for a machine without it, as a namespace package would."""
+    """`sys.modules["wandb"] = None` is how Python spells a module that cannot be imported."""
     blocked = tmp_path / "blocked"
     (blocked / "sitecustomize").mkdir(parents=True)
     (blocked / "sitecustomize" / "__init__.py").write_text(

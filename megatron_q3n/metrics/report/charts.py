@@ -1,8 +1,8 @@
 """Charts as inline SVG, drawn by matplotlib in the page's own colours.
 
-matplotlib knows no CSS variables. So each role (ink, grid, the curves) is drawn in a colour that occurs nowhere else, and
-that colour is replaced by `var(--role)` in the SVG text: the same drawing is legible on light and dark paper. Text stays
-text, in the page's font. No pyplot: nothing global, nothing to close.
+matplotlib knows no CSS variables. So each role (ink, grid, the curves) is drawn in a colour that occurs nowhere
+else, and that colour is replaced by `var(--role)` in the SVG text: the same drawing is legible on light and
+dark paper. Text stays text, in the page's font. No pyplot: nothing global, nothing to close.
 """
 
 import io
@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -27,10 +28,11 @@ COLOUR = {role: f"#0{k:01x}fe0{k:01x}" for k, role in enumerate(ROLES)}
 POINTS_PER_INCH = 72
 WIDTH, HEIGHT = 560, 250  # in points, which the page scales to the card
 LOG_SCALE_ABOVE = 50.0  # largest over smallest value
+USUAL_ABOVE = 30  # points; fewer are all shown
 MAX_MARKED = 200
 MAX_WRITTEN_CELLS = 96
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "megatron_q3n",  # the same run gives the same bytes
     "font.size": 10.5,
@@ -70,23 +72,32 @@ def line_chart(
     x_label: str = "step",
     line_at: float | None = None,
     line_label: str = "",
+    usual_range: bool = False,
 ) -> str:
-    """Return an SVG of the curves, with a dashed horizontal line at `line_at`; the y axis is logarithmic if need be."""
+    """Return an SVG of the curves, with a dashed horizontal line at `line_at`.
+
+    The y axis is logarithmic where the values span more than a factor of fifty. With `usual_range` it covers
+    what is usual and lets the odd first step run out of the frame.
+    """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), layout="constrained")
+        figure = Figure(
+            figsize=(WIDTH / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), layout="constrained"
+        )
         axes = figure.subplots()
         for curve in curves:
             _draw(axes, curve)
         if line_at is not None:
             _draw_level(axes, line_at, line_label)
-        _dress(axes, curves, x_label)
+        _dress(axes, x_label)
+        values = np.concatenate([curve.series.finite for curve in curves] or [np.zeros(0)])
+        _scale(axes, values, usual_range)
         return _svg(figure, title)
 
 
 def heat_map(shares: Sequence[Sequence[float]], row_names: Sequence[str], *, title: str) -> str:
     """Return an SVG of load over layers (rows) and experts (columns), in multiples of the even share."""
     load = _over_even_share(shares)
-    rows, columns = load.shape
+    rows = len(load)
     height = 70 + min(max(16 * rows, 40), 480)
     with matplotlib.rc_context(_STYLE):
         size = (2 * WIDTH / POINTS_PER_INCH, height / POINTS_PER_INCH)
@@ -94,7 +105,9 @@ def heat_map(shares: Sequence[Sequence[float]], row_names: Sequence[str], *, tit
         axes = figure.subplots()
         most = max(2.0, float(load.max()))
         norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=most)
-        image = axes.imshow(load, cmap=_LOAD_COLOURS, norm=norm, aspect="auto", interpolation="nearest")
+        image = axes.imshow(
+            load, cmap=_LOAD_COLOURS, norm=norm, aspect="auto", interpolation="nearest"
+        )
         bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12, ticks=[0, 1, most])
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.ax.set_yticklabels(["0", "even", f"{most:.2g}×"])
@@ -124,42 +137,51 @@ def _draw(axes: Axes, curve: Curve) -> None:
     lost = curve.series.x[~np.isfinite(curve.series.y)][:MAX_MARKED]
     if len(lost):  # ticks on the x axis where there was no number
         along_axis = axes.get_xaxis_transform()
-        axes.plot(lost, np.zeros(len(lost)), "|", color=COLOUR["c5"], transform=along_axis, clip_on=False)
-
-
-def _draw_level(axes: Axes, level: float, label: str) -> None:
-    axes.axhline(level, color=COLOUR["soft"], linewidth=1.2, linestyle=(0, (4, 3)))
-    if label:
-        axes.annotate(
-            label,
-            (1, level),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, 4),
-            textcoords="offset points",
-            ha="right",
-            color=COLOUR["soft"],
-            fontsize=9.5,
+        axes.plot(
+            lost, np.zeros(len(lost)), "|", color=COLOUR["c5"], transform=along_axis, clip_on=False
         )
 
 
-def _dress(axes: Axes, curves: Sequence[Curve], x_label: str) -> None:
+def _draw_level(axes: Axes, level: float, label: str) -> None:
+    """Draw the line, its label at the left below it: curves start high, so that corner is free."""
+    axes.axhline(level, color=COLOUR["soft"], linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.annotate(
+        label,
+        (0, level),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, -11),
+        textcoords="offset points",
+        color=COLOUR["soft"],
+        fontsize=9.5,
+    )
+
+
+def _dress(axes: Axes, x_label: str) -> None:
     axes.grid(axis="y", color=COLOUR["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.set_xlabel(x_label)
-    axes.margins(x=0.015, y=0.08)
+    axes.margins(x=0.015, y=0.1)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    values = np.concatenate([curve.series.finite for curve in curves] or [np.zeros(0)])
+
+
+def _scale(axes: Axes, values: Array, usual_range: bool) -> None:
+    """Choose range, scale and tick labels of the y axis by the values drawn."""
     if not len(values):
         axes.set_yticks([])
+        return
+    if usual_range and len(values) > USUAL_ABOVE:
+        low, high = np.percentile(values, [1, 99])
+        pad = 0.25 * (high - low) or 0.05 * abs(high) or 1.0
+        axes.set_ylim(low - pad, high + pad)
     elif values.min() > 0 and values.max() / values.min() > LOG_SCALE_ABOVE:
         axes.set_yscale("log")
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        if values.max() >= 10_000:
-            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-        elif np.abs(values).max() >= 0.01:
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        return
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=bool((values == np.round(values)).all())))
+    if np.abs(values).max() >= 10_000:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    elif np.abs(values).max() >= 0.01:
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _over_even_share(shares: Sequence[Sequence[float]]) -> Array:

@@ -30,7 +30,9 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
     Raises: UserError when a directory is not a run's, or there are more runs than colours.
     """
     if not 2 <= len(run_dirs) <= NUM_COLOURS:
-        raise UserError(f"--compare takes 2 to {NUM_COLOURS} run directories, found {len(run_dirs)}.")
+        raise UserError(
+            f"--compare takes 2 to {NUM_COLOURS} run directories, found {len(run_dirs)}."
+        )
     runs = [load(run_dir) for run_dir in run_dirs]
     records = [record for run in runs for record in run.records]
     panels = panels_for(records)
@@ -47,7 +49,7 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
 
 def _overview(runs: Sequence[RunFiles]) -> str:
     header = ("run", "bits/byte", "validation loss", "training loss", "steps", "tokens", "time", "")
-    keys = [(run.name, f"c{index}") for index, run in enumerate(runs)]
+    keys = [(run.name, f"c{index}", "") for index, run in enumerate(runs)]
     table = page.table((_overview_row(run) for run in runs), header)
     return page.card("Where they ended", table, legend=keys, wide=True)
 
@@ -73,7 +75,8 @@ def _differences(runs: Sequence[RunFiles]) -> str:
     rows = [
         (name, *(one.get(name, "–") for one in settings))
         for name in every
-        if name not in _NOT_SETTINGS and any(one.get(name) != settings[0].get(name) for one in settings)
+        if name not in _NOT_SETTINGS
+        and any(one.get(name) != settings[0].get(name) for one in settings)
     ]
     header = ("setting", *(run.name for run in runs))
     same = page.sentence("The runs have the same settings.")
@@ -92,8 +95,8 @@ def _card(panel: Panel, runs: Sequence[RunFiles]) -> str:
             curves += [curve for curve in found if not curve.faint]
     if not curves:
         return ""
-    keys = [(run.name, f"c{index}") for index, run in enumerate(runs)]
-    chart = line_chart(curves, title=panel.title, x_label="tokens")
+    keys = [(run.name, f"c{index}", "") for index, run in enumerate(runs)]
+    chart = line_chart(curves, title=panel.title, x_label="tokens", usual_range=panel.usual_range)
     return page.card(panel.title, chart, unit=units, legend=keys if len(runs) <= 3 else ())
 
 

@@ -1,4 +1,4 @@
-"""The pieces of the page as HTML text: document, sections, tiles, cards, tables. Whatever comes from a file is escaped here."""
+"""The pieces of the page as HTML text: document, sections, tiles, cards, tables. Plain text is escaped here."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -52,14 +52,14 @@ def card(
     *,
     unit: str = "",
     value: str = "",
-    legend: Sequence[tuple[str, str]] = (),
+    legend: Sequence[tuple[str, str, str]] = (),
     note: str = "",
     wide: bool = False,
 ) -> str:
-    """Return one card; `body` is HTML, the rest plain text. `legend` holds (label, colour role)."""
+    """Return one card; `body` is HTML, the rest plain text. `legend` holds (label, colour role, value)."""
     keys = "".join(
-        f'<span class="key"><i style="background:var(--{colour})"></i>{escape(label)}</span>'
-        for label, colour in legend
+        f'<span class="key"><i style="background:var(--{colour})"></i>{escape(label)} <b>{escape(last)}</b></span>'
+        for label, colour, last in legend
     )
     reading = f'<span class="value">{escape(value)}</span>' if value else ""
     small = f"<small>{escape(unit)}</small>" if unit else ""

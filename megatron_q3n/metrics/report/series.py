@@ -40,7 +40,9 @@ class Series:
 
 def pick(records: Sequence[Record], name: str, x_name: str = "step") -> Series:
     """Return the metric `name` over the records that hold it."""
-    rows = [(record[x_name], record[name]) for record in records if name in record and x_name in record]
+    rows = [
+        (record[x_name], record[name]) for record in records if name in record and x_name in record
+    ]
     table = np.asarray(rows, dtype=np.float64).reshape(-1, 2)
     return Series(table[:, 0], table[:, 1])
 
@@ -51,21 +53,22 @@ def names_in(records: Iterable[Record]) -> list[str]:
 
 
 def smooth(series: Series) -> Series:
-    """Return the exponential moving average over about a fiftieth of the run.
+    """Return the centred, triangular moving average over about a fiftieth of the run; values not finite have no weight.
 
-    The average is unbiased at the start (it divides by the weight seen so far) and passes over values not finite.
+    Centred, because a trailing average lags behind a falling loss and would end above it.
     """
-    span = max(5.0, len(series) / 50)
-    keep = 1 - 1 / span
-    total = weight = 0.0
-    smoothed = np.full(len(series), np.nan)
-    for index, value in enumerate(series.y.tolist()):
-        if np.isfinite(value):
-            total = keep * total + (1 - keep) * value
-            weight = keep * weight + (1 - keep)
-        if weight:
-            smoothed[index] = total / weight
-    return Series(series.x, smoothed)
+    half = max(3, min(len(series) // 100, len(series) // 2))
+    window = np.bartlett(2 * half + 3)[1:-1]
+    known = np.isfinite(series.y)
+    total = _convolve(np.where(known, series.y, 0.0), window)
+    weight = _convolve(known.astype(np.float64), window)
+    average = np.divide(total, weight, out=np.full(len(series), np.nan), where=weight > 1e-9)
+    return Series(series.x, average)
+
+
+def _convolve(values: Array, window: Array) -> Array:
+    half = len(window) // 2
+    return np.convolve(values, window, mode="full")[half : half + len(values)]
 
 
 def thin(series: Series, max_points: int = MAX_POINTS) -> Series:
@@ -79,7 +82,10 @@ def thin(series: Series, max_points: int = MAX_POINTS) -> Series:
     for bucket in np.array_split(np.arange(len(series)), max_points // 2):
         finite = bucket[np.isfinite(series.y[bucket])]
         if len(finite):
-            ends = {int(finite[np.argmin(series.y[finite])]), int(finite[np.argmax(series.y[finite])])}
+            ends = {
+                int(finite[np.argmin(series.y[finite])]),
+                int(finite[np.argmax(series.y[finite])]),
+            }
             kept += sorted(ends)
         else:
             kept.append(int(bucket[0]))

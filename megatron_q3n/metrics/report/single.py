@@ -19,7 +19,6 @@ from megatron_q3n.metrics.report.panels import (
     SPEED,
     panel_card,
     panels_for,
-    reading,
 )
 from megatron_q3n.metrics.report.run_files import RunFiles, flatten, load, not_default
 from megatron_q3n.metrics.report.series import pick, smooth
@@ -42,7 +41,9 @@ def write_report(run_dir: Path) -> Path:
         page.section(SPEED, _charts(run, SPEED)),
         page.section(MORE, _charts(run, MORE)),
         page.section("Generated text", [_samples(run)]),
-        page.section("Settings and environment", [_settings(run), _environment(run)]),
+        page.section(
+            "Settings and environment", [_settings(run), _environment(run), _backends(run)]
+        ),
     ]
     return page.write(run_dir / REPORT_FILE, page.document(run.name, _subtitle(run), body))
 
@@ -93,7 +94,7 @@ def _subtitle(run: RunFiles) -> str:
 def _headline(run: RunFiles) -> Iterator[tuple[str, str, str, str]]:
     bits = pick(run.records, VALIDATION).last
     if bits is not None:
-        yield ("Validation, bits per byte", f"{bits:.3f}", *against_baseline(run, bits))
+        yield ("Validation bits per byte", f"{bits:.3f}", *against_baseline(run, bits))
     loss = smooth(pick(run.records, "loss/train")).last
     validation = pick(run.records, "loss/validation").last
     remark = f"validation {validation:.4f}" if validation is not None else "nats per token"
@@ -105,13 +106,13 @@ def _headline(run: RunFiles) -> Iterator[tuple[str, str, str, str]]:
     speed = pick(run.records, "throughput/tokens_per_second").finite
     mfu = pick(run.records, "throughput/mfu").finite
     median = compact(float(np.median(speed))) if len(speed) else "–"
-    yield ("Tokens per second", median, f"MFU {np.median(mfu):.1%}" if len(mfu) else "median", "")
+    yield ("Tokens/s", median, f"MFU {np.median(mfu):.1%}" if len(mfu) else "median", "")
     seconds = active_seconds(run)
     yield ("Time in steps", "–" if seconds is None else clock_text(seconds), "", "")
     parameters = run.summary.get("parameters")
     if isinstance(parameters, int | float):
         active = run.summary.get("active_parameters")
-        each = f"{compact(active)} active per token" if isinstance(active, int | float) else ""
+        each = f"{compact(active)} active" if isinstance(active, int | float) else ""
         yield ("Parameters", compact(parameters), each, "")
 
 
@@ -128,7 +129,9 @@ def _charts(run: RunFiles, section: str) -> list[str]:
 def _baseline(run: RunFiles) -> tuple[str, float] | None:
     found = run.baseline if isinstance(run.baseline, dict) else {}
     bits = found.get("bits_per_byte")
-    return (str(found.get("name", "baseline")), float(bits)) if isinstance(bits, int | float) else None
+    return (
+        (str(found.get("name", "baseline")), float(bits)) if isinstance(bits, int | float) else None
+    )
 
 
 def _expert_load(run: RunFiles) -> str:
@@ -146,13 +149,16 @@ def _expert_load(run: RunFiles) -> str:
 
 def _samples(run: RunFiles) -> str:
     samples = run.samples if isinstance(run.samples, list) else []
-    texts = [
-        f'<div class="sample"><pre><b>{escape(str(s.get("prompt", "")))}</b>{escape(str(s.get("text", "")))}</pre></div>'
-        for s in samples
-        if isinstance(s, dict)
-    ]
+    texts = [_sample(sample) for sample in samples if isinstance(sample, dict)]
     body = "".join(texts) or page.sentence(_absent(run, "samples.json"))
-    return page.card("Samples", body, note="The prompt is marked." if texts else "", wide=True)
+    good, lines = run.summary.get("python_lines_accepted"), run.summary.get("python_lines")
+    remark = f"; {good} of {lines} longer lines pass Python's tokenizer" if lines else ""
+    return page.card("Samples", body, note=f"Prompts in bold{remark}." if texts else "", wide=True)
+
+
+def _sample(sample: dict[str, Any]) -> str:
+    prompt, text = escape(str(sample.get("prompt", ""))), escape(str(sample.get("text", "")))
+    return f'<div class="sample"><pre><b>{prompt}</b>{text}</pre></div>'
 
 
 def _settings(run: RunFiles) -> str:
@@ -167,10 +173,32 @@ def _settings(run: RunFiles) -> str:
 
 
 def _environment(run: RunFiles) -> str:
-    if run.environment is None:
+    """Return the machine and versions; the backends have a card of their own, and long lists are folded."""
+    if not isinstance(run.environment, dict):
         return page.card("Environment", page.sentence(_absent(run, "environment.json")))
-    flat = flatten(run.environment, "" if isinstance(run.environment, dict) else "environment")
-    return page.card("Environment", page.table((name, _plain(value)) for name, value in flat.items()))
+    folds = ""
+    plain = {}
+    for name, value in run.environment.items():
+        if name != "backends" and isinstance(value, dict | list) and name != "command":
+            folds += page.folded(name.replace("_", " "), _rows(value)) if value else ""
+        elif name != "backends":
+            plain[name] = " ".join(map(str, value)) if isinstance(value, list) else value
+    return page.card("Environment", _rows(plain) + folds)
+
+
+def _backends(run: RunFiles) -> str:
+    """Return which implementation each component got, and why; environment.json says it as "what: why"."""
+    found = run.environment.get("backends") if isinstance(run.environment, dict) else None
+    if not isinstance(found, dict):
+        return ""
+    split = ((name, *str(value).partition(": ")[::2]) for name, value in found.items())
+    return page.card("Backends", page.table(split, ("component", "chosen", "because")), wide=True)
+
+
+def _rows(tree: Any) -> str:
+    if isinstance(tree, list):
+        return "".join(map(_rows, tree))
+    return page.table((name, _plain(value)) for name, value in flatten(tree).items())
 
 
 def _plain(value: Any) -> str:
@@ -184,4 +212,6 @@ def _plain(value: Any) -> str:
 def _absent(run: RunFiles, name: str) -> str:
     if name in run.damaged:
         return f"{name} cannot be read: {run.damaged[name]}"
-    return f"This run has no {name} yet." if not (run.path / name).exists() else f"{name} holds nothing to show."
+    if not (run.path / name).exists():
+        return f"This run has no {name} yet."
+    return f"{name} holds nothing to show."

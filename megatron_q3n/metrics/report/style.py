@@ -1,4 +1,4 @@
-"""The page's style sheet: two columns that become one, colours for light and dark paper, and the roles the charts use."""
+"""The page's style sheet: two columns that become one, light and dark paper, and the colour roles of the charts."""
 
 CSS = """
 :root {
@@ -30,9 +30,10 @@ h2 {
 }
 h3 { margin: 0; font-size: 15px; font-weight: 600; }
 small { font-size: 12.5px; font-weight: 400; color: var(--soft); margin-left: 4px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(134px, 1fr)); gap: 12px; }
 .tile, .card { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; }
 .tile { padding: 14px 16px; display: flex; flex-direction: column; gap: 2px; }
+.tile:first-child { grid-column: span 2; }
 .tile span { color: var(--soft); font-size: 13px; }
 .tile strong { font-size: 23px; font-weight: 620; letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
 .tile em { font-style: normal; font-size: 13px; color: var(--soft); min-height: 1.5em; }
@@ -45,6 +46,7 @@ small { font-size: 12.5px; font-weight: 400; color: var(--soft); margin-left: 4p
 .right { display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 2px 14px; align-items: baseline; }
 .value { font-variant-numeric: tabular-nums; font-weight: 600; }
 .key { display: inline-flex; align-items: center; gap: 6px; font-size: 13px; color: var(--soft); }
+.key b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
 .key i { width: 12px; height: 3px; border-radius: 2px; }
 .body svg { display: block; width: 100%; height: auto; }
 .absent { color: var(--soft); margin: 6px 0 10px; }
@@ -71,6 +73,7 @@ details[open] summary { margin-bottom: 8px; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .body:has(> svg) { overflow-x: auto; }
   .body svg { min-width: 440px; }
+  .wide .body svg { min-width: 760px; }
 }
 @media print { body { background: #fff; } .card, .tile { break-inside: avoid; } }
 """
