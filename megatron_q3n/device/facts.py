@@ -5,6 +5,7 @@ import logging
 import platform
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
@@ -124,22 +125,33 @@ def _cpu(config: RunConfig) -> Device:
     )
 
 
-def quiet_known_warnings() -> None:
-    """Silence, by name, what torch and megatron-core say when CUDA, TransformerEngine or apex is absent.
+_EXPECTED_WARNINGS = (
+    "Transformer Engine and Apex are not installed",
+    ".*Apex is not installed",
+    "absl.logging is not installed",
+    "full scope is deprecated",
+    "MimoModelConfig is experimental",
+    ".*TypedStorage is deprecated",
+)
+_EXPECTED_LOGS = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    "megatron.core.tensor_parallel.random": "CPU RNG state changed within GPU RNG context",
+    "megatron.core.rerun_state_machine": "Rerun",
+    "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
+}
 
-    Call it before the first import of megatron-core. environment.json says the same once, for every component.
+
+def quiet_known_warnings() -> None:
+    """Silence, by name, what torch and megatron-core say on every start whether or not it matters here.
+
+    Most of it is that CUDA, TransformerEngine or apex is absent: environment.json says so once, with
+    what runs instead. Call it before the first import of megatron-core.
     """
-    for message in (
-        "Transformer Engine and Apex are not installed",
-        ".*Apex is not installed",
-        "absl.logging is not installed",
-        "full scope is deprecated",
-        "MimoModelConfig is experimental",
-        ".*TypedStorage is deprecated",
-    ):
+    for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for logger, message in (
-        ("torch.utils.cpp_extension", "No CUDA runtime is found"),
-        ("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context"),
-    ):
-        logging.getLogger(logger).addFilter(lambda record, m=message: m not in record.getMessage())
+    for logger, message in _EXPECTED_LOGS.items():
+        logging.getLogger(logger).addFilter(partial(_lacks, message))
+
+
+def _lacks(text: str, record: logging.LogRecord) -> bool:
+    return text not in record.getMessage()

@@ -53,11 +53,13 @@ def names_in(records: Iterable[Record]) -> list[str]:
 
 
 def smooth(series: Series) -> Series:
-    """Return the centred, triangular moving average over about a fiftieth of the run; values not finite have no weight.
+    """Return the centred, triangular moving average over about a thirtieth of the run.
 
-    Centred, because a trailing average lags behind a falling loss and would end above it.
+    Values not finite have no weight. Centred, because a trailing average lags behind a falling loss and would end above it.
     """
-    half = max(3, min(len(series) // 100, len(series) // 2))
+    if not len(series):
+        return series
+    half = max(3, min(len(series) // 60, len(series) // 2))
     window = np.bartlett(2 * half + 3)[1:-1]
     known = np.isfinite(series.y)
     total = _convolve(np.where(known, series.y, 0.0), window)

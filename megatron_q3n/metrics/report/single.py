@@ -1,5 +1,6 @@
 """report.html of one run: headline numbers, charts, expert load, samples, settings and environment, in this order."""
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from html import escape
@@ -203,10 +204,10 @@ def _rows(tree: Any) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(_plain, value)) or "none"
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, dict):
         return ", ".join(f"{name}: {_plain(inner)}" for name, inner in value.items())
-    return "not set" if value is None else str(value)
+    return "none" if value is None else str(value)
 
 
 def _absent(run: RunFiles, name: str) -> str:

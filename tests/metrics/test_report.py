@@ -1,0 +1,273 @@
+"""The pages from run directories in every state. That they are handsome is looked at by people, in a browser, not here."""
+
+import html.parser
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as np_strategies
+
+from megatron_q3n.config import UserError
+from megatron_q3n.metrics import jsonl
+from megatron_q3n.metrics.report import write_comparison, write_report
+from megatron_q3n.metrics.report.series import Series, pick, smooth, thin
+from tests.metrics.fake_runs import expert_load, write_run
+
+TOOL = Path(__file__).parents[2] / "tools" / "report.py"
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Checker(html.parser.HTMLParser):
+    """Follows the tags: every one closed in order, and nothing fetched from anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in {"script", "link", "iframe"}, tag
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in {"src", "href", "xlink:href"} and not (value or "").startswith(
+                ("#", "data:")
+            ):
+                self.fetched.append(f"{tag} {name}={value}")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def _checked_text(page: Path) -> str:
+    """Check that a page is whole and self-contained; return its text."""
+    source = page.read_text(encoding="utf-8")
+    checker = Checker()
+    checker.feed(source)
+    assert checker.open == []
+    assert checker.fetched == []
+    assert not re.search(r"url\((?!#)|@import", source)
+    return " ".join(" ".join(checker.text).split())
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "pretrain-tiny-x", steps=60)
+
+
+def test_a_finished_run(run_dir: Path) -> None:
+    text = _checked_text(write_report(run_dir))
+    bits = pick(jsonl.read(run_dir / "metrics.jsonl"), "bits_per_byte/validation").last
+    assert bits is not None
+    percent = 100 * (bits / 2.41 - 1)
+    assert f"{bits:.3f} {percent:.1f} % above Witten-Bell bigram" in text
+    for expected in ("60 of 60", "61.4 k", "1.96 M", "13 of 20 longer lines", "samples.prompts"):
+        assert expected in text, expected
+    for title in ("Loss", "Expert load", "Gradient norm", "Throughput", "Settings", "Backends"):
+        assert title in text, title
+    assert "Skipped steps" not in text, "all zero"
+
+
+def test_better_than_the_baseline_reads_below(run_dir: Path, tmp_path: Path) -> None:
+    copy = write_run(tmp_path / "run", steps=30)
+    (copy / "baseline.json").write_text('{"name": "Bigram", "bits_per_byte": 1000}')
+    page = write_report(copy)
+    assert re.search(r"99\.\d % below Bigram", _checked_text(page))
+    assert '<em class="good">' in page.read_text()
+
+
+def test_samples_are_escaped(run_dir: Path) -> None:
+    source = write_report(run_dir).read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in source
+    assert "<script" not in source
+
+
+def test_the_same_run_gives_the_same_bytes(run_dir: Path) -> None:
+    first = write_report(run_dir).read_bytes()
+    assert write_report(run_dir).read_bytes() == first
+
+
+def test_charts_take_the_colours_of_the_page(run_dir: Path) -> None:
+    source = write_report(run_dir).read_text()
+    assert "stroke: var(--c0)" in source
+    assert "DejaVu" not in source
+    used = set(re.findall(r"var\((--\w+)\)", source))
+    light, dark = source.split("prefers-color-scheme: dark")
+    for scheme in (light, dark.split("* { box-sizing")[0]):
+        assert used <= set(re.findall(r"(--\w+):", scheme))
+
+
+@pytest.mark.parametrize(
+    "missing", ["environment", "samples", "expert_load", "baseline", "summary"]
+)
+@pytest.mark.parametrize("damage", [None, '{"half": '], ids=["absent", "torn"])
+def test_every_optional_file(tmp_path: Path, missing: str, damage: str | None) -> None:
+    run_dir = write_run(tmp_path / "run", steps=3)
+    path = run_dir / f"{missing}.json"
+    path.unlink() if damage is None else path.write_text(damage)
+    text = _checked_text(write_report(run_dir))
+    if missing not in ("baseline", "summary"):
+        says = (
+            f"This run has no {missing}.json"
+            if damage is None
+            else f"{missing}.json cannot be read"
+        )
+        assert says in text
+
+
+def test_a_run_killed_at_once(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("recipe: pretrain-tiny\ntraining: {steps: 100}\n")
+    text = _checked_text(write_report(tmp_path))
+    assert "unfinished, at step 0 of 100" in text
+    assert "This run logged no loss/train or loss/validation" in text
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_few_steps_of_many(tmp_path: Path, steps: int) -> None:
+    run_dir = write_run(tmp_path / "run", steps=steps, total_steps=500)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss/tr')
+    assert f"unfinished, at step {steps} of 500" in _checked_text(write_report(run_dir))
+
+
+def test_values_that_are_no_number(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", steps=40)
+    file = jsonl.open_at(run_dir / "metrics.jsonl", 30)
+    for step in range(31, 34):
+        file.append(
+            {
+                "step": step,
+                "time": 1.78e9,
+                "tokens": step,
+                "loss/train": math.nan,
+                "grad_norm": math.inf,
+            }
+        )
+    file.close()
+    text = _checked_text(write_report(run_dir))
+    assert "3 values were not finite" in text
+
+
+def test_nothing_but_nan(tmp_path: Path) -> None:
+    file = jsonl.open_at(tmp_path / "metrics.jsonl", 0)
+    for step in range(1, 40):
+        file.append(
+            {
+                "step": step,
+                "time": 1.78e9,
+                "tokens": step,
+                "loss/train": math.nan,
+                "loss/validation": math.nan,
+            }
+        )
+    file.close()
+    assert "39 values were not finite" in _checked_text(write_report(tmp_path))
+
+
+def test_a_metric_without_a_panel_gets_one(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 1, "health/new_number": 3.5}\n')
+    assert "health/new_number 3.5" in _checked_text(write_report(tmp_path))
+
+
+def test_the_largest_model_has_a_heat_map(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", steps=2)
+    load = expert_load(48, 512, random.Random(0), 2)
+    (run_dir / "expert_load.json").write_text(json.dumps(load))
+    page = write_report(run_dir)
+    assert "layer 46" in _checked_text(page)
+    assert "data:image/png" in page.read_text()
+
+
+def test_a_hundred_thousand_steps_stay_small(tmp_path: Path) -> None:
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(1, 100_001):
+            loss = 99.5 if step == 54_321 else 2 + step % 7 / 10
+            file.write(
+                f'{{"step": {step}, "time": {step}, "tokens": {step}, "loss/train": {loss}}}\n'
+            )
+    page = write_report(tmp_path)
+    assert "100,000" in _checked_text(page)
+    assert page.stat().st_size < 300_000
+
+
+@given(
+    values=np_strategies.arrays(
+        np.float64, st.integers(0, 300), elements=st.floats(-10, 10) | st.just(math.nan)
+    ),
+    max_points=st.integers(2, 60),
+)
+def test_thinning_keeps_the_extremes(values: np.ndarray, max_points: int) -> None:
+    series = Series(np.arange(len(values), dtype=np.float64), values)
+    thinned = thin(series, max_points)
+    assert len(thinned) <= max(max_points, 2)
+    assert (np.diff(thinned.x) > 0).all()
+    np.testing.assert_array_equal(thinned.y, values[thinned.x.astype(int)])
+    if len(series.finite):
+        assert thinned.finite.min() == series.finite.min()
+        assert thinned.finite.max() == series.finite.max()
+
+
+@given(
+    np_strategies.arrays(
+        np.float64, st.integers(1, 300), elements=st.floats(-10, 10) | st.just(math.nan)
+    )
+)
+def test_smoothing_stays_within_the_values(values: np.ndarray) -> None:
+    series = Series(np.arange(len(values), dtype=np.float64), values)
+    smoothed = smooth(series)
+    assert len(smoothed) == len(series)
+    if len(series.finite):
+        assert smoothed.finite.min() >= series.finite.min() - 1e-9
+        assert smoothed.finite.max() <= series.finite.max() + 1e-9
+
+
+def test_smoothing_does_not_lag() -> None:
+    line = Series(np.arange(1000.0), np.arange(1000.0))
+    np.testing.assert_allclose(smooth(line).y[100:-100], line.y[100:-100])
+
+
+def test_comparison(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, steps=30, seed=seed) for seed, name in enumerate("ab")]
+    text = _checked_text(write_comparison(runs, tmp_path / "comparison.html"))
+    assert "2 runs compared" in text
+    assert "training.seed 4000 4001" in text
+    assert "schedule.lr" not in text, "the same in both"
+    with pytest.raises(UserError, match="2 to 8 run directories, found 1"):
+        write_comparison(runs[:1], tmp_path / "comparison.html")
+
+
+def _tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_tool_rebuilds_and_refuses(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", steps=2)
+    done = _tool(run_dir)
+    assert (done.returncode, done.stdout.strip()) == (0, str(run_dir / "report.html"))
+    for wrong, says in (
+        (tmp_path / "nowhere", "no such directory"),
+        (tmp_path, "not a run directory"),
+    ):
+        refused = _tool(wrong)
+        assert refused.returncode == 2
+        assert says in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,87 @@
+"""Killed at a random moment and resumed from its directory alone, a run is the run that was never interrupted, bit for bit.
+
+CPU, one process; other layouts and a GPU are not covered here. The validation loss, the data order, Adam's moments and the
+expert counts all enter the compared losses.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = [
+    "--config-name", "pretrain-tiny", "training.steps=12", "training.sequence_length=64", "validation.interval_steps=5",
+    "validation.batches=1", "validation.bigram_baseline=false", "checkpoint.interval_steps=4", "samples.count=0",
+    "schedule.warmup_steps=2", "logging.wandb.mode=offline",
+]  # fmt: skip
+COMPARED = ("loss/train", "loss/mtp_1", "loss/balance", "grad_norm", "learning_rate", "loss/validation", "tokens")
+
+
+def numbers(run_dir: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 13)), "each step once"
+    return [{name: record.get(name) for name in COMPARED} for record in records]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run([sys.executable, "-m", "megatron_q3n.train", *SMALL, f"run_dir={run_dir}"], check=True, env=os.environ)
+    return numbers(run_dir)
+
+
+def test_sigkill_then_resume_changes_nothing(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
+    run_dir = tmp_path / "run"
+    started = subprocess.Popen(
+        [sys.executable, "-m", "megatron_q3n.train", *SMALL, f"run_dir={run_dir}"],
+        stdout=subprocess.DEVNULL,
+        env=os.environ,
+    )
+    metrics = run_dir / "metrics.jsonl"
+    seen = random.randint(1, 10)
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= seen):
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.2)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    resumed = subprocess.run(
+        [sys.executable, "-m", "megatron_q3n.train", "--resume", str(run_dir)],
+        capture_output=True, text=True, env=os.environ, timeout=200,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    assert numbers(run_dir) == uninterrupted, f"killed after {seen} steps"
+
+
+def test_sigterm_saves_and_asks_to_be_requeued(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "megatron_q3n.train", *SMALL, f"run_dir={run_dir}"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 75
+    assert "SIGTERM received; everything is saved" in output
+    # the same command again, as a scheduler requeues it
+    second = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=200)
+    assert second.returncode == 0, second.stderr
+    assert "resumed from step_" in second.stdout
+    assert numbers(run_dir) == uninterrupted
+
+
+def test_time_limit_saves_and_asks_to_be_requeued(run_module: Callable[..., Any], tmp_path: Path) -> None:
+    done = run_module(*SMALL, f"run_dir={tmp_path / 'run'}", "checkpoint.time_limit_minutes=0.0001")
+    assert done.returncode == 75, done.stderr
+    assert (tmp_path / "run/checkpoints/latest").resolve().name == "step_0000001"
