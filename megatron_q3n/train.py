@@ -32,16 +32,21 @@ def main() -> int:
 
     Returns: the exit code, 0 done, 2 bad configuration or input, 75 stopped early with everything saved.
     """
-    ConfigStore.instance().store("base", RunConfig().model_dump(mode="json"))
+    register_defaults()
     if any(flag.split("=")[0] in HYDRA_FLAGS for flag in sys.argv[1:]):
         hydra.main(version_base="1.3", config_path=str(RECIPES))(_run_composed)()
         return 0
     try:
-        return _run(_configure(sys.argv[1:]))
+        return _run(configure(sys.argv[1:]))
     except UserError as error:
         if launch.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+
+
+def register_defaults() -> None:
+    """Give Hydra the plain tree of every default, under the name recipes begin with."""
+    ConfigStore.instance().store("base", RunConfig().model_dump(mode="json"))
 
 
 def _run(config: RunConfig) -> int:
@@ -62,7 +67,11 @@ def _run_composed(tree: DictConfig) -> None:
         raise SystemExit(code)
 
 
-def _configure(arguments: list[str]) -> RunConfig:
+def configure(arguments: list[str]) -> RunConfig:
+    """Turn command-line arguments into a checked configuration.
+
+    Raises: UserError for a wrong recipe, setting or value.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m megatron_q3n.train",
         description="Train a Qwen3-Next-like model from a recipe.",

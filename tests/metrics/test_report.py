@@ -1,4 +1,4 @@
-"""The pages from run directories in every state. That they are handsome is looked at by people, in a browser, not here."""
+"""The pages from run directories in every state. Not covered: how they look; people do that, in a browser."""
 
 import html.parser
 import json
@@ -114,22 +114,14 @@ def test_charts_take_the_colours_of_the_page(run_dir: Path) -> None:
         assert used <= set(re.findall(r"(--\w+):", scheme))
 
 
-@pytest.mark.parametrize(
-    "missing", ["environment", "samples", "expert_load", "baseline", "summary"]
-)
 @pytest.mark.parametrize("damage", [None, '{"half": '], ids=["absent", "torn"])
-def test_every_optional_file(tmp_path: Path, missing: str, damage: str | None) -> None:
+def test_every_other_file_is_optional(tmp_path: Path, damage: str | None) -> None:
     run_dir = write_run(tmp_path / "run", steps=3)
-    path = run_dir / f"{missing}.json"
-    path.unlink() if damage is None else path.write_text(damage)
+    for path in run_dir.glob("*.json"):
+        path.unlink() if damage is None else path.write_text(damage)
     text = _checked_text(write_report(run_dir))
-    if missing not in ("baseline", "summary"):
-        says = (
-            f"This run has no {missing}.json"
-            if damage is None
-            else f"{missing}.json cannot be read"
-        )
-        assert says in text
+    for name in ("environment.json", "samples.json", "expert_load.json"):
+        assert (f"This run has no {name}" if damage is None else f"{name} cannot be read") in text
 
 
 def test_a_run_killed_at_once(tmp_path: Path) -> None:

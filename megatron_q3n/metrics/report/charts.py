@@ -98,7 +98,8 @@ def heat_map(shares: Sequence[Sequence[float]], row_names: Sequence[str], *, tit
     """Return an SVG of load over layers (rows) and experts (columns), in multiples of the even share."""
     load = _over_even_share(shares)
     rows = len(load)
-    height = 70 + min(max(16 * rows, 40), 480)
+    cells_height = min(max(16 * rows, 40), 480)
+    height = 70 + cells_height
     with matplotlib.rc_context(_STYLE):
         size = (2 * WIDTH / POINTS_PER_INCH, height / POINTS_PER_INCH)
         figure = Figure(figsize=size, layout="constrained")
@@ -108,7 +109,7 @@ def heat_map(shares: Sequence[Sequence[float]], row_names: Sequence[str], *, tit
         image = axes.imshow(
             load, cmap=_LOAD_COLOURS, norm=norm, aspect="auto", interpolation="nearest"
         )
-        bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12, ticks=[0, 1, most])
+        bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=cells_height / 10, ticks=[0, 1, most])
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.ax.set_yticklabels(["0", "even", f"{most:.2g}×"])
         axes.set_xlabel("expert")
@@ -166,10 +167,16 @@ def _dress(axes: Axes, x_label: str) -> None:
 
 
 def _scale(axes: Axes, values: Array, usual_range: bool) -> None:
-    """Choose range, scale and tick labels of the y axis by the values drawn."""
+    """Choose range, scale and tick labels by the values drawn."""
+    left, right = axes.get_xlim()
+    if right - left < 2:  # a single step
+        axes.set_xlim((left + right) / 2 - 1, (left + right) / 2 + 1)
     if not len(values):
         axes.set_yticks([])
         return
+    counts = bool((values == np.round(values)).all())
+    if counts and values.min() == values.max():
+        axes.set_ylim(values[0] - 1, values[0] + 1)
     if usual_range and len(values) > USUAL_ABOVE:
         low, high = np.percentile(values, [1, 99])
         pad = 0.25 * (high - low) or 0.05 * abs(high) or 1.0
@@ -177,7 +184,7 @@ def _scale(axes: Axes, values: Array, usual_range: bool) -> None:
     elif values.min() > 0 and values.max() / values.min() > LOG_SCALE_ABOVE:
         axes.set_yscale("log")
         return
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=bool((values == np.round(values)).all())))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=counts))
     if np.abs(values).max() >= 10_000:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     elif np.abs(values).max() >= 0.01:
@@ -204,7 +211,7 @@ def _svg(figure: Figure, title: str) -> str:
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     for role, colour in COLOUR.items():
         text = text.replace(colour, f"var(--{role})")
     label = escape(title, quote=True)

@@ -55,7 +55,8 @@ def names_in(records: Iterable[Record]) -> list[str]:
 def smooth(series: Series) -> Series:
     """Return the centred, triangular moving average over about a thirtieth of the run.
 
-    Values not finite have no weight. Centred, because a trailing average lags behind a falling loss and would end above it.
+    Values not finite have no weight. Centred, because a trailing average lags behind a falling loss and would end
+    above it.
     """
     if not len(series):
         return series
