@@ -1,8 +1,9 @@
 """Checkpoints through megatron-core's dist_checkpointing: complete or absent, found again, and bounded in number.
 
-A checkpoint is written to a hidden folder, described by `checkpoint.json` (written last), and renamed into place: what is
-named `step_0000200` is whole, wherever a kill struck. Its tensors are keyed by parameter, not by rank, so any layout can
-read them. Data position and learning rate follow from the step; the generators' states are kept per rank.
+A checkpoint is written to a hidden folder, described by `checkpoint.json` (written last), and
+renamed into place: what is named `step_0000200` is whole, wherever a kill struck. Its tensors are
+keyed by parameter, not by rank, so any layout can read them. Data position and learning rate follow
+from the step; the generators' states are kept per rank.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_q3n.config import ModelConfig, UserError
 from megatron_q3n.training.optimizer import torch_adam_states
@@ -51,10 +53,13 @@ def save(state: TrainState, run_dir: Path) -> Path:
             _check_space(partial, state)
     except OSError as error:
         problem = str(error)
-    _agree(state, final, problem)
+    _agree(state, final, problem, partial)
     try:
         dist_checkpointing.save(_sharded(state, loading=False, with_optimizer=True), str(partial))
-    except Exception as error:  # the writer wraps an OSError in its own types; whatever it was, the save is void
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # the writer wraps an OSError in its own types; whatever it was, the save is void
         problem = f"{type(error).__name__}: {_root_cause(error)}"
     _agree(state, final, problem, partial)
     if leader:
@@ -80,7 +85,9 @@ def load(state: TrainState, checkpoint: Path, *, resume: bool, with_optimizer: b
     same_world = description["world_size"] == state.parallel.world_size
     if not (resume and same_world):
         sharded.pop("rng")
-    loaded = dist_checkpointing.load(sharded, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED)
+    loaded = dist_checkpointing.load(
+        sharded, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED
+    )
     for index, model in enumerate(state.models):
         model.load_state_dict(loaded[f"model{index}"], strict=False)
     if with_optimizer:
@@ -90,6 +97,7 @@ def load(state: TrainState, checkpoint: Path, *, resume: bool, with_optimizer: b
         state.optimizer.reload_model_params()
     if resume:
         state.set_step(description["step"])
+        state.skipped_steps = description["skipped_steps"]
         if same_world:
             _restore_generators(loaded["rng"])
 
@@ -106,7 +114,9 @@ def describe(checkpoint: Path) -> dict[str, Any]:
         description = json.loads(path.read_text())
         files = description["files"]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}); the checkpoint is damaged, use another.") from None
+        raise UserError(
+            f"{path} cannot be read ({error}); the checkpoint is damaged, use another."
+        ) from None
     for name, size in files.items():
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else None
@@ -125,7 +135,9 @@ def check_architecture(description: dict[str, Any], model: ModelConfig, checkpoi
         if name not in _FREE and saved.get(name) != value
     ]
     if differ:
-        raise UserError(f"{checkpoint} holds a model of another architecture: " + "; ".join(differ) + ".")
+        raise UserError(
+            f"{checkpoint} holds a model of another architecture: " + "; ".join(differ) + "."
+        )
 
 
 def find(path: str | Path) -> Path:
@@ -170,9 +182,14 @@ def _sharded(state: TrainState, *, loading: bool, with_optimizer: bool) -> dict[
     if with_optimizer:
         if loading:
             _prime_torch_adam(state)
-        sharded["optimizer"] = state.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+        sharded["optimizer"] = state.optimizer.sharded_state_dict(
+            models, is_loading=loading, metadata=metadata
+        )
     sharded["rng"] = ShardedObject(
-        "rng", None if loading else _generators(), (state.parallel.world_size,), (state.parallel.rank,)
+        "rng",
+        None if loading else _generators(),
+        (state.parallel.world_size,),
+        (state.parallel.rank,),
     )
     return sharded
 
@@ -189,8 +206,9 @@ def _prime_torch_adam(state: TrainState) -> None:
 
 
 def _separate_steps(state: TrainState) -> None:
-    """Give each parameter a `step` tensor of its own: after loading they share one, counted once per parameter
-    and step (distrib_optimizer.py:1027), which silently spoils Adam's bias correction."""
+    """Give each parameter a `step` tensor of its own: after loading they share one, counted once
+    per parameter and step (distrib_optimizer.py:1027), which silently spoils Adam's bias
+    correction."""
     for adam, parameter in torch_adam_states(state.optimizer):
         entry = adam.state.get(parameter)
         if entry:
@@ -234,11 +252,11 @@ def _check_space(folder: Path, state: TrainState) -> None:
         raise OSError(f"{free / 2**30:.2f} GiB free, about {needed / 2**30:.2f} GiB needed")
 
 
-def _agree(state: TrainState, final: Path, problem: str, partial: Path | None = None) -> None:
+def _agree(state: TrainState, final: Path, problem: str, partial: Path) -> None:
     """Let every rank fail together if one could not write."""
     if not state.parallel.any(bool(problem)):
         return
-    if partial is not None and state.parallel.is_leader:
+    if state.parallel.is_leader:
         shutil.rmtree(partial, ignore_errors=True)
     kept = newest_in(final.parent.parent)
     raise UserError(
@@ -255,11 +273,16 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _describe(folder: Path, state: TrainState) -> None:
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {
+        str(p.relative_to(folder)): p.stat().st_size
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
     description = {
         "format": FORMAT,
         "step": state.step,
         "tokens": state.tokens,
+        "skipped_steps": state.skipped_steps,
         "world_size": state.parallel.world_size,
         "saved_at": time.time(),
         "model": state.config.model.model_dump(mode="json"),

@@ -1,7 +1,7 @@
 """The process groups of a run, made once and handed on as a ProcessGroupCollection; and the seeds of every rank.
 
-The only file that touches `megatron.core.parallel_state`, which must be initialised even though the groups are handed on: HybridModel's
-MTP placement and several utilities still ask it.
+The only file that touches `megatron.core.parallel_state`, which must be initialised even though the
+groups are handed on: HybridModel's MTP placement and several utilities still ask it.
 """
 
 import datetime
@@ -77,7 +77,7 @@ def initialize(config: RunConfig, device: Device) -> Parallel:
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-        create_gloo_process_groups=not device.is_cuda,
+        create_gloo_process_groups=True,  # the distributed optimizer gathers its state over them
     )
     seed(config.training.seed)
     return Parallel(rank, world_size, ProcessGroupCollection.use_mpu_process_groups())

@@ -20,11 +20,30 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, UserError, known_settings, launch, suggest, validate
+from megatron_q3n.config import (
+    EXIT_BAD_INPUT,
+    RunConfig,
+    UserError,
+    known_settings,
+    launch,
+    suggest,
+    validate,
+)
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 STAGES = {"pretrain": "megatron_q3n.stages.pretrain", "longcontext": "megatron_q3n.stages.pretrain"}
-HYDRA_FLAGS = ("--cfg", "-c", "--multirun", "-m", "--info", "-i", "--hydra-help", "--shell-completion", "-sc", "--resolve")
+HYDRA_FLAGS = (
+    "--cfg",
+    "-c",
+    "--multirun",
+    "-m",
+    "--info",
+    "-i",
+    "--hydra-help",
+    "--shell-completion",
+    "-sc",
+    "--resolve",
+)
 
 
 def main() -> int:
@@ -79,10 +98,16 @@ def configure(arguments: list[str]) -> RunConfig:
         allow_abbrev=False,
     )
     start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--config-name", "-cn", metavar="RECIPE", help="a file of recipes/, without .yaml")
+    start.add_argument(
+        "--config-name", "-cn", metavar="RECIPE", help="a file of recipes/, without .yaml"
+    )
     start.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this directory")
-    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder of recipes of your own")
-    parser.add_argument("overrides", nargs="*", metavar="setting=value", help="e.g. training.steps=2000")
+    parser.add_argument(
+        "--config-dir", "-cd", metavar="DIR", help="a folder of recipes of your own"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="setting=value", help="e.g. training.steps=2000"
+    )
     given = parser.parse_args(arguments)
     if given.resume:
         return _resumed(Path(given.resume), given.overrides)
@@ -110,7 +135,9 @@ def _composed(recipe: str, own_recipes: str | None, overrides: list[str]) -> dic
 def _resumed(run_dir: Path, overrides: list[str]) -> RunConfig:
     path = run_dir / "config.yaml"
     if not path.is_file():
-        raise UserError(f"--resume {run_dir}: not a run directory (it has no config.yaml). Try --resume runs/latest.")
+        raise UserError(
+            f"--resume {run_dir}: not a run directory (it has no config.yaml). Try --resume runs/latest."
+        )
     try:
         tree = OmegaConf.load(path)
         assert isinstance(tree, DictConfig)
@@ -118,7 +145,9 @@ def _resumed(run_dir: Path, overrides: list[str]) -> RunConfig:
         OmegaConf.set_struct(tree.model.megatron, False)
         for override in overrides:
             name, _, value = override.partition("=")
-            OmegaConf.update(tree, name.lstrip("+"), OmegaConf.from_dotlist([f"x={value}"]).x, merge=False)
+            OmegaConf.update(
+                tree, name.lstrip("+"), OmegaConf.from_dotlist([f"x={value}"]).x, merge=False
+            )
     except (OmegaConfBaseException, AttributeError) as error:
         raise UserError(_explain(error, overrides)) from None
     return validate(_plain(tree) | {"run_dir": str(run_dir.resolve())})
@@ -136,7 +165,12 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     for override in overrides:
         name = override.partition("=")[0].lstrip("+~")
         is_part = (RECIPES / name).is_dir()
-        if "=" in override and name not in known and not is_part and not name.startswith(("hydra.", "model.megatron.")):
+        if (
+            "=" in override
+            and name not in known
+            and not is_part
+            and not name.startswith(("hydra.", "model.megatron."))
+        ):
             return f"{name}: no such setting.{suggest(name, known)} config.yaml of any run lists them all."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines) or type(error).__name__

@@ -42,7 +42,9 @@ def composed(recipe: str, *overrides: str) -> dict[str, Any]:
 
 def run_config(recipe: str, *overrides: str) -> RunConfig:
     """Validate a recipe, with the value it leaves to its user: what to continue from."""
-    start = ["checkpoint.load=runs/latest"] if "longcontext" in " ".join((recipe, *overrides)) else []
+    start = (
+        ["checkpoint.load=runs/latest"] if "longcontext" in " ".join((recipe, *overrides)) else []
+    )
     return validate(composed(recipe, *start, *overrides))
 
 

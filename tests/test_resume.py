@@ -1,7 +1,8 @@
-"""Killed at a random moment and resumed from its directory alone, a run is the run that was never interrupted, bit for bit.
+"""Killed at a random moment and resumed from its directory alone, a run is the run that was never
+interrupted, bit for bit.
 
-CPU, one process; other layouts and a GPU are not covered here. The validation loss, the data order, Adam's moments and the
-expert counts all enter the compared losses.
+CPU, one process; other layouts and a GPU are not covered here. The validation loss, the data order,
+Adam's moments and the expert counts all enter the compared losses.
 """
 
 import json
@@ -22,7 +23,15 @@ SMALL = [
     "validation.batches=1", "validation.bigram_baseline=false", "checkpoint.interval_steps=4", "samples.count=0",
     "schedule.warmup_steps=2", "logging.wandb.mode=offline",
 ]  # fmt: skip
-COMPARED = ("loss/train", "loss/mtp_1", "loss/balance", "grad_norm", "learning_rate", "loss/validation", "tokens")
+COMPARED = (
+    "loss/train",
+    "loss/mtp_1",
+    "loss/balance",
+    "grad_norm",
+    "learning_rate",
+    "loss/validation",
+    "tokens",
+)
 
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
@@ -34,11 +43,17 @@ def numbers(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run([sys.executable, "-m", "megatron_q3n.train", *SMALL, f"run_dir={run_dir}"], check=True, env=os.environ)
+    subprocess.run(
+        [sys.executable, "-m", "megatron_q3n.train", *SMALL, f"run_dir={run_dir}"],
+        check=True,
+        env=os.environ,
+    )
     return numbers(run_dir)
 
 
-def test_sigkill_then_resume_changes_nothing(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
+def test_sigkill_then_resume_changes_nothing(
+    tmp_path: Path, uninterrupted: list[dict[str, Any]]
+) -> None:
     run_dir = tmp_path / "run"
     started = subprocess.Popen(
         [sys.executable, "-m", "megatron_q3n.train", *SMALL, f"run_dir={run_dir}"],
@@ -49,7 +64,8 @@ def test_sigkill_then_resume_changes_nothing(tmp_path: Path, uninterrupted: list
     seen = random.randint(1, 10)
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= seen):
-        assert started.poll() is None and time.monotonic() < deadline
+        assert started.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(random.random() * 0.2)
     started.send_signal(signal.SIGKILL)
@@ -62,7 +78,9 @@ def test_sigkill_then_resume_changes_nothing(tmp_path: Path, uninterrupted: list
     assert numbers(run_dir) == uninterrupted, f"killed after {seen} steps"
 
 
-def test_sigterm_saves_and_asks_to_be_requeued(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
+def test_sigterm_saves_and_asks_to_be_requeued(
+    tmp_path: Path, uninterrupted: list[dict[str, Any]]
+) -> None:
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "megatron_q3n.train", *SMALL, f"run_dir={run_dir}"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
@@ -81,7 +99,9 @@ def test_sigterm_saves_and_asks_to_be_requeued(tmp_path: Path, uninterrupted: li
     assert numbers(run_dir) == uninterrupted
 
 
-def test_time_limit_saves_and_asks_to_be_requeued(run_module: Callable[..., Any], tmp_path: Path) -> None:
+def test_time_limit_saves_and_asks_to_be_requeued(
+    run_module: Callable[..., Any], tmp_path: Path
+) -> None:
     done = run_module(*SMALL, f"run_dir={tmp_path / 'run'}", "checkpoint.time_limit_minutes=0.0001")
     assert done.returncode == 75, done.stderr
     assert (tmp_path / "run/checkpoints/latest").resolve().name == "step_0000001"

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # All that the scripts may assume of a machine.
-PROGRAMS = "awk bash cat cmp cp dirname env find flock git id mkdir rm sed sh sleep tail uname"
+PROGRAMS = "awk bash cat cmp cp dirname env find flock git grep id mkdir rm sed sh sleep tail uname"
 PREPARE = "source tools/environment.sh; prepare_environment requirements.txt"
 
 
@@ -228,6 +228,23 @@ def test_development_tools_are_a_second_step(prepared: Machine) -> None:
     assert "installing requirements.txt requirements-dev.txt: done" in prepared.bash(both).stderr
     assert prepared.bash(both).stderr == ""
     assert prepared.bash(PREPARE).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "installer"),
+    [({}, "uv pip install --python"), ({"PIP_INDEX_URL": "file:///packages"}, "-m pip install")],
+)
+def test_uv_installs_unless_pip_is_told_where_packages_are(
+    prepared: Machine, settings: dict[str, str], installer: str
+) -> None:
+    """uv does not read pip's settings; on a machine with a mirror of its own it would look in the wrong place."""
+    uv = prepared.add(prepared.bin / "uv", "exit 0")
+    (prepared.root / ".venv/requirements.txt.installed").unlink()
+    # The null device keeps out what the machine that runs this test tells pip.
+    result = prepared.bash(PREPARE, PIP_CONFIG_FILE=os.devnull, **settings)
+    uv.unlink()
+    assert result.returncode == 0
+    assert f"{installer} " in (prepared.root / ".venv/install.log").read_text()
 
 
 def test_an_environment_whose_python_is_gone_is_made_anew(prepared: Machine) -> None:

@@ -3,13 +3,16 @@
 
     tools/bench.py --config-name pretrain-tiny [setting=value …] [--steps 20] [--json FILE]
 
-Real model, real optimizer, random tokens; nothing is written but the JSON. Model FLOPs are counted as
-`megatron_q3n/config/sizes.py` states. Compare ratios within one run: machines and their neighbours differ.
+Real model, real optimizer, random tokens; nothing is written but the JSON. Model FLOPs are counted
+as `megatron_q3n/config/sizes.py` states. Compare ratios within one run: machines and their
+neighbours differ.
 """
 
 import time
 
-PROCESS_START = time.perf_counter()  # before the slow imports: the time to the first step is what users wait
+PROCESS_START = (
+    time.perf_counter()
+)  # before the slow imports: the time to the first step is what users wait
 
 import argparse  # noqa: E402
 import importlib  # noqa: E402
@@ -32,7 +35,9 @@ from megatron_q3n.train import configure, register_defaults  # noqa: E402
 def main() -> int:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--steps", type=int, default=20, help="timed steps, after the warm-up")
     parser.add_argument("--warmup", type=int, default=3)
@@ -76,8 +81,14 @@ def measure(config: RunConfig, warmup: int, steps: int) -> dict[str, Any]:
     def batches() -> list[Any]:
         made = []
         for _ in range(config.num_microbatches):
-            rows = torch.randint(0, config.model.vocab_size, (size, length + 1), generator=generator)
-            made.append(batch_room.batch_of_rows(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.ones(size, length)))
+            rows = torch.randint(
+                0, config.model.vocab_size, (size, length + 1), generator=generator
+            )
+            made.append(
+                batch_room.batch_of_rows(
+                    rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.ones(size, length)
+                )
+            )
         return made
 
     seconds, first = [], None
@@ -118,7 +129,9 @@ def show(figures: dict[str, Any]) -> None:
     """Print the figures as a table."""
     table = Table(show_header=False, box=None)
     for name, value in figures.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+        shown = (
+            f"{value:,.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+        )
         table.add_row(name.replace("_", " "), shown)
     Console().print(table)
 

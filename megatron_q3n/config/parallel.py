@@ -30,9 +30,6 @@ class ParallelConfig(Section):
     expert_model_parallel_size: int = Field(1, gt=0)
     expert_tensor_parallel_size: int = Field(1, gt=0)
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
-    use_distributed_optimizer: bool = Field(
-        False, description="shard optimizer state over data parallel ranks"
-    )
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     gpus_per_node: int = Field(8, gt=0, description="for the dry run's placement advice")
@@ -54,12 +51,9 @@ class ParallelConfig(Section):
                 f"{self.tensor_model_parallel_size}: megatron-core trains MoE under tensor parallelism only with "
                 "sequence parallelism; leave it null."
             )
-        if self.overlap_param_gather and not (
-            self.use_distributed_optimizer and self.overlap_grad_reduce
-        ):
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise UserError(
-                "parallel.overlap_param_gather needs parallel.use_distributed_optimizer=true and "
-                "parallel.overlap_grad_reduce=true."
+                "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true."
             )
         return self
 

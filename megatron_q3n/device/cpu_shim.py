@@ -1,8 +1,9 @@
 """Let megatron-core run where there is no CUDA: the smallest set of replacements that its CPU path needs.
 
-megatron-core's distributed optimizer, schedules, checkpoints and datasets are device-neutral in substance, but name CUDA in
-their spelling (`device="cuda"`, `torch.cuda.current_device()`, a comparison with `'torch.cuda.FloatTensor'`). Each entry
-below names the site that needs it (megatron-core 0.19.2). Nothing here is installed where CUDA exists.
+megatron-core's distributed optimizer, schedules, checkpoints and datasets are device-neutral in
+substance, but name CUDA in their spelling (`device="cuda"`, `torch.cuda.current_device()`, a
+comparison with `'torch.cuda.FloatTensor'`). Each entry below names the site that needs it
+(megatron-core 0.19.2). Nothing here is installed where CUDA exists.
 """
 
 import contextlib
@@ -92,7 +93,7 @@ def _replace_cuda_calls() -> None:
     # tensor_parallel/random.py:303-345,490 keep the model-parallel RNG in torch.cuda's generator
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    cuda.manual_seed = lambda seed: None if torch.manual_seed(seed) else None
+    cuda.manual_seed = torch.manual_seed
     cuda.max_memory_allocated = cuda.memory_allocated = lambda *_: 0
 
 
@@ -146,7 +147,8 @@ def _patch_megatron() -> None:
     move = token_dispatcher.maybe_move_tensor_to_cpu
 
     def splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # token_dispatcher.py:927-943: a tensor already on the CPU stays a tensor, and gloo's all_to_all rejects it as splits
+        # token_dispatcher.py:927-943: a tensor already on the CPU stays a tensor, and gloo's
+        # all_to_all rejects it as splits
         if as_numpy and torch.is_tensor(tensor):
             return tensor.numpy()
         return move(tensor, as_numpy=as_numpy, record_stream=False)

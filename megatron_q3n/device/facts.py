@@ -3,11 +3,12 @@
 import importlib.util
 import logging
 import platform
+import resource
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import partial
 
-import psutil
 import torch
 
 from megatron_q3n.config import RunConfig, UserError, launch
@@ -35,8 +36,8 @@ class Device:
         """Return the peak memory of this process: allocated GPU memory, or resident memory on a CPU."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated() / 2**30
-        memory = psutil.Process().memory_info()
-        return getattr(memory, "peak_wset", memory.rss) / 2**30
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
 
     def synchronize(self) -> None:
         """Wait for queued GPU work, so that a host clock reads true."""
@@ -92,9 +93,15 @@ def _cuda(config: RunConfig) -> Device:
             "pip install -r requirements-gpu.txt, or set model.backend=auto."
         )
     if config.precision.fp8 and not has_te:
-        raise UserError("precision.fp8 needs TransformerEngine: pip install -r requirements-gpu.txt.")
+        raise UserError(
+            "precision.fp8 needs TransformerEngine: pip install -r requirements-gpu.txt."
+        )
     use_te = has_te and wanted != "torch"
-    reason = "installed" if use_te else ("model.backend=torch" if has_te else "TransformerEngine is not installed")
+    reason = (
+        "installed"
+        if use_te
+        else ("model.backend=torch" if has_te else "TransformerEngine is not installed")
+    )
     return Device(
         torch_device=device,
         communication="nccl",
@@ -109,9 +116,13 @@ def _cuda(config: RunConfig) -> Device:
 
 def _cpu(config: RunConfig) -> Device:
     if config.model.backend == "transformer_engine":
-        raise UserError("model.backend=transformer_engine needs a GPU; set model.backend=auto or torch.")
+        raise UserError(
+            "model.backend=transformer_engine needs a GPU; set model.backend=auto or torch."
+        )
     if config.precision.fp8:
-        raise UserError(f"precision.fp8={config.precision.fp8} needs a GPU; set precision.fp8=null.")
+        raise UserError(
+            f"precision.fp8={config.precision.fp8} needs a GPU; set precision.fp8=null."
+        )
     cpu_shim.install()
     return Device(
         torch_device=torch.device("cpu"),
@@ -144,8 +155,8 @@ _EXPECTED_LOGS = {
 def quiet_known_warnings() -> None:
     """Silence, by name, what torch and megatron-core say on every start whether or not it matters here.
 
-    Most of it is that CUDA, TransformerEngine or apex is absent: environment.json says so once, with
-    what runs instead. Call it before the first import of megatron-core.
+    Most of it is that CUDA, TransformerEngine or apex is absent: environment.json says so once,
+    with what runs instead. Call it before the first import of megatron-core.
     """
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

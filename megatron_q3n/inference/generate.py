@@ -1,4 +1,6 @@
-"""Sample text by running the whole prefix again for every token: simple, exact, and enough for a report's few samples."""
+"""Sample text by running the whole prefix again for every token: simple, exact, and enough for a
+report's few samples.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,13 @@ from torch import Tensor
 
 @torch.no_grad()
 def generate(
-    model: Any, prompts: list[list[int]], num_tokens: int, *, temperature: float, seed: int, stop_token: int
+    model: Any,
+    prompts: list[list[int]],
+    num_tokens: int,
+    *,
+    temperature: float,
+    seed: int,
+    stop_token: int,
 ) -> list[list[int]]:
     """Continue each prompt by up to `num_tokens` tokens, ending at `stop_token`.
 

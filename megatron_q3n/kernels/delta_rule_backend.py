@@ -1,8 +1,9 @@
-"""Which implementation of the gated delta rule runs, and why: chosen once, checked on this very device, never by chance.
+"""Which implementation of the gated delta rule runs, and why: chosen once, checked on this very
+device, never by chance.
 
-FLA's Triton backward is silently wrong on Hopper with Triton 3.4 to 3.7.0 (flash-linear-attention issue 640), so no kernel
-is trusted by its version: `choose` compares its output and every gradient with the reference before the first step, and
-refuses it when they differ.
+FLA's Triton backward is silently wrong on Hopper with Triton 3.4 to 3.7.0 (flash-linear-attention
+issue 640), so no kernel is trusted by its version: `choose` compares its output and every gradient
+with the reference before the first step, and refuses it when they differ.
 """
 
 import importlib.util
@@ -32,7 +33,9 @@ def choose(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: in
     if device.type != "cuda":
         return "torch: chunked reference, the only one without a GPU"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"torch: the fused kernels take bf16 or fp16, not {str(dtype).removeprefix('torch.')}"
+        return (
+            f"torch: the fused kernels take bf16 or fp16, not {str(dtype).removeprefix('torch.')}"
+        )
     if importlib.util.find_spec("fla") is None:
         return "torch: flash-linear-attention is not installed (pip install -r requirements-gpu.txt); expect slow steps"
     error = _gradient_error(fused_gated_delta_rule, device, dtype, key_dim, value_dim)
@@ -79,7 +82,10 @@ def _gradient_error(
         return torch.randn(*shape, generator=generator, device=device)
 
     tokens, key_heads, value_heads = 192, 2, 4
-    q, k = (torch.nn.functional.normalize(random(1, tokens, key_heads, key_dim), dim=-1).to(dtype) for _ in "qk")
+    q, k = (
+        torch.nn.functional.normalize(random(1, tokens, key_heads, key_dim), dim=-1).to(dtype)
+        for _ in "qk"
+    )
     v = random(1, tokens, value_heads, value_dim).to(dtype)
     g = -torch.nn.functional.softplus(random(1, tokens, value_heads))
     inputs = [x.requires_grad_() for x in (q, k, v, g, random(1, tokens, value_heads).sigmoid())]

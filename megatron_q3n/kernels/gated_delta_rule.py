@@ -4,23 +4,26 @@ Per value head, with a state S of shape [K, V] that maps keys to values:
 
     S_t = exp(g_t) · S_{t-1} + k_t ⊗ β_t (v_t - k_tᵀ · exp(g_t) · S_{t-1})        o_t = scale · q_tᵀ S_t
 
-Decay by exp(g_t) ≤ 1, then replace what the key k_t now recalls by a share β_t of the new value (Gated Delta Networks,
-arXiv 2412.06464, eq. 10; the chunked form is its section 3.3 and DeltaNet, arXiv 2406.06484).
+Decay by exp(g_t) ≤ 1, then replace what the key k_t now recalls by a share β_t of the new value
+(Gated Delta Networks, arXiv 2412.06464, eq. 10; the chunked form is its section 3.3 and DeltaNet,
+arXiv 2406.06484).
 
-Token by token that is a long chain of small operations. In a chunk of C tokens the chain is linear in the state at the
-chunk's start, so it becomes matrix products and one triangular solve:
+Token by token that is a long chain of small operations. In a chunk of C tokens the chain is linear
+in the state at the chunk's start, so it becomes matrix products and one triangular solve:
 
     A = tril(β_i (k_i·k_j) exp(G_i - G_j), -1)      G = running sum of g in the chunk
-    [u | w] = (I + A)⁻¹ [β v | β exp(G) k]           what each token writes, and what it must subtract from the old state
+    [u | w] = (I + A)⁻¹ [β v | β exp(G) k]           what a token writes; what the old state takes
     v' = u - w S                                     S ← exp(G_C) S + Σ_i exp(G_C - G_i) k_i ⊗ v'_i
     o  = exp(G) q S + tril(q kᵀ exp(G_i - G_j)) v'
 
-Only the last two lines walk over chunks. Grouped heads are not repeated in memory: q kᵀ and k kᵀ are computed once per key
-head and serve its value heads. Packed documents (`cu_seqlens`) are laid out so that each starts a chunk, where the state
-is simply set anew.
+Only the last two lines walk over chunks. Grouped heads are not repeated in memory: q kᵀ and k kᵀ
+are computed once per key head and serve its value heads. Packed documents (`cu_seqlens`) are laid
+out so that each starts a chunk, where the state is simply set anew.
 
 Shapes: B batch, T tokens, Hk key heads, Hv = R·Hk value heads, K/V head dims, N chunks, C chunk, D documents.
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +57,9 @@ def chunk_gated_delta_rule(
     chunk = min(chunk_size, max(1, tokens))
     pad = -tokens % chunk
     inputs = [_pad_tokens(x, pad) for x in (query_BTHK, key_BTHK, value_BTHV, decay_BTH, beta_BTH)]
-    output_BTHV, states = _chunked(*inputs, chunk, initial_state_DHKV, starts=None)
+    output_BTHV, states = _chunked(
+        *inputs, chunk=chunk, initial_state=initial_state_DHKV, starts=None
+    )
     return output_BTHV[:, :tokens].to(value_BTHV.dtype), states[-1]
 
 
@@ -105,7 +110,7 @@ def _packed(
             f"cu_seqlens must run from 0 to the number of tokens in a batch of one row: found batch {query.shape[0]}, "
             f"{tokens} tokens, bounds {bounds[0]}…{bounds[-1]}"
         )
-    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     chunks = [-(-length // chunk) for length in lengths]
     first_chunk = [sum(chunks[:i]) for i in range(len(chunks))]
     place_T = torch.cat(
@@ -116,7 +121,7 @@ def _packed(
         for x in (query, key, value, decay, beta)
     ]
     starts = {first: i for i, (first, n) in enumerate(zip(first_chunk, chunks)) if n}
-    output, states = _chunked(*laid_out, chunk, initial_state, starts=starts)
+    output, states = _chunked(*laid_out, chunk=chunk, initial_state=initial_state, starts=starts)
     empty = _zero_state(key, value)[:1] if initial_state is None else None
     finals = [
         states[first + n - 1] if n else (empty if empty is not None else initial_state[i : i + 1])  # type: ignore[index]
@@ -131,11 +136,14 @@ def _chunked(
     value: Tensor,
     decay: Tensor,
     beta: Tensor,
+    *,
     chunk: int,
     initial_state: Tensor | None,
     starts: dict[int, int] | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run whole chunks. `starts` maps a chunk to the document that begins there; returns the state after every chunk."""
+    """Run whole chunks. `starts` maps a chunk to the document that begins there; returns the state
+    after every chunk.
+    """
     wide = _compute_dtype(value)
     batch, tokens, key_heads, key_dim = key.shape
     value_heads, value_dim = value.shape[2:]

@@ -87,7 +87,9 @@ class Progress:
         grid.add_column(ratio=1)
         for _ in texts:
             grid.add_column(no_wrap=True)
-        bar = ProgressBar(total=self._total_steps, completed=self._step)
+        bar = ProgressBar(
+            self._total_steps, self._step, complete_style="blue", finished_style="green"
+        )
         grid.add_row(bar, *texts)
         yield grid
 

@@ -124,8 +124,9 @@ def _resolve_mode(run_dir: Path, asked: str, note: Note) -> str:
     if asked != "auto":
         return asked
     wish = os.environ.get("WANDB_MODE", "")
+    if wish == "disabled":
+        note("wandb: off, by WANDB_MODE")
     if wish in ("offline", "disabled"):
-        note(f"wandb: WANDB_MODE={wish}")
         return wish
     began_offline = any((run_dir / "wandb").glob("offline-run-*"))
     return "offline" if began_offline or not _logged_in() else "online"

@@ -1,10 +1,13 @@
-"""Core attention for the torch backend: causal softmax attention with grouped key/value heads, packing and context parallelism.
+"""Core attention for the torch backend: causal softmax attention with grouped key/value heads,
+packing and context parallelism.
 
-Everything around it (projections, QK-norm, partial RoPE, the sigmoid output gate of arXiv 2505.06708) is megatron-core's
+Everything around it (projections, QK-norm, partial RoPE, the sigmoid output gate of arXiv
+2505.06708) is megatron-core's
 SelfAttention. megatron-core's own torch core, DotProductAttention, refuses both packing and context parallelism.
 
-Context parallelism keeps megatron-core's zigzag order: rank r of n holds chunks r and 2n-1-r of 2n, so that every rank has
-the same work under the causal mask. Keys and values are gathered; queries stay.
+Context parallelism keeps megatron-core's zigzag order: rank r of n holds chunks r and 2n-1-r of 2n,
+so that every rank has the same work under the causal mask. Keys and values are gathered; queries
+stay.
 """
 
 import math
@@ -33,7 +36,8 @@ class TorchCausalAttention(nn.Module):
         **_: object,
     ) -> None:
         super().__init__()
-        assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
+        assert attn_mask_type == AttnMaskType.causal
+        assert attention_type == "self"
         assert config.attention_dropout == 0.0, "the architecture has no attention dropout"
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.cp_group = pg_collection.cp
@@ -50,7 +54,8 @@ class TorchCausalAttention(nn.Module):
     ) -> Tensor:
         """Attend.
 
-        Shapes: query [T,B,h,d], key and value [T,B,kv,d]; packed: [T,h,d] and [T,kv,d]. The mask argument is unused: the
+        Shapes: query [T,B,h,d], key and value [T,B,kv,d]; packed: [T,h,d] and [T,kv,d]. The mask
+        argument is unused: the
             mask is causal, within documents when packed.
         Returns: [T,B,h·d]; packed: [T,h·d].
         """
@@ -64,7 +69,7 @@ class TorchCausalAttention(nn.Module):
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
             mask = self._zigzag_mask(query.shape[0], query.device)
-        elif packed:
+        elif packed_seq_params is not None:
             mask = _document_mask(packed_seq_params.cu_seqlens_q, query.shape[0])
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(

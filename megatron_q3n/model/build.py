@@ -1,4 +1,5 @@
-"""From a RunConfig to model chunks on this rank: megatron-core's config, the pattern with its pipeline cuts, HybridModel.
+"""From a RunConfig to model chunks on this rank: megatron-core's config, the pattern with its
+pipeline cuts, HybridModel.
 
 Build order on one screen: transformer_config -> pattern -> one HybridModel per virtual pipeline stage.
 """
@@ -163,7 +164,8 @@ def _numerics(config: RunConfig) -> dict[str, Any]:
 
 def _recompute(config: RunConfig) -> dict[str, Any]:
     training = config.training
-    # our Gated DeltaNet owns its recompute: megatron-core ties its own to a variant check that limits context parallelism
+    # our Gated DeltaNet owns its recompute: megatron-core ties its own to a variant check that
+    # limits context parallelism
     modules = [module for module in training.recompute_modules if module != "gated_delta_net"]
     granularity = training.recompute_granularity
     if granularity == "selective" and not modules:
@@ -183,7 +185,9 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 def _check_built(model: Qwen3NextModel, config: RunConfig, is_last: bool) -> None:
     """HybridModel leaves MTP out without a word if pattern and mtp_num_layers disagree; and these must be fp32."""
-    assert model.mtp_process == (is_last and config.model.mtp_num_layers > 0), "MTP was not built where it belongs"
+    assert model.mtp_process == (is_last and config.model.mtp_num_layers > 0), (
+        "MTP was not built where it belongs"
+    )
     for name, parameter in model.named_parameters():
         if name.endswith(("A_log", "dt_bias", "out_norm.weight")):
             assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"

@@ -1,7 +1,8 @@
-"""Routed experts with stacked weights: one [experts, out, in] tensor per linear, as a grouped matrix product wants them.
+"""Routed experts with stacked weights: one [experts, out, in] tensor per linear, as a grouped
+matrix product wants them.
 
-One parameter per linear instead of one per expert: with 512 experts × 48 layers that is 96 tensors instead of 49,152 for
-the optimizer, DDP buckets and checkpoints to walk through.
+One parameter per linear instead of one per expert: with 512 experts × 48 layers that is 96 tensors
+instead of 49,152 for the optimizer, DDP buckets and checkpoints to walk through.
 """
 
 from typing import Any
@@ -37,7 +38,9 @@ class StackedExperts(MegatronModule):
         hidden = config.hidden_size
         # cut differently from the dense weights: reduced over the expert data parallel group (layers.py:961)
         shards = self.ep_group.size() > 1 or self.etp_group.size() != pg_collection.tp.size()
-        self.linear_fc1 = _Stack(num_local_experts, 2 * ffn, hidden, config, config.init_method, 1, shards)
+        self.linear_fc1 = _Stack(
+            num_local_experts, 2 * ffn, hidden, config, config.init_method, 1, shards
+        )
         self.linear_fc2 = _Stack(
             num_local_experts, hidden, ffn, config, config.output_layer_init_method, 2, shards
         )
@@ -52,7 +55,9 @@ class StackedExperts(MegatronModule):
         Shapes: rows [T,H] sorted by local expert, counts [local experts], gates [T].
         Returns: ([T,H], None): there is no bias.
         """
-        if rows_TH.shape[0] == 0:  # nobody chose this rank's experts; keep the graph, so that DDP hears from us
+        if (
+            rows_TH.shape[0] == 0
+        ):  # nobody chose this rank's experts; keep the graph, so that DDP hears from us
             touched = self.linear_fc1.weight.sum() * 0 + self.linear_fc2.weight.sum() * 0
             return rows_TH + touched.to(rows_TH.dtype), None
         gate_up = grouped_linear(rows_TH, self.linear_fc1.weight, rows_per_expert_E)
@@ -72,7 +77,12 @@ class StackedExperts(MegatronModule):
         assert not sharded_offsets
         return {
             f"{prefix}{name}.weight": stacked_experts(
-                f"{prefix}{name}.weight", stack.weight, self.ep_group, self.etp_group, self.edp_rank, cut=cut
+                f"{prefix}{name}.weight",
+                stack.weight,
+                self.ep_group,
+                self.etp_group,
+                self.edp_rank,
+                cut=cut,
             )
             for name, stack, cut in (
                 ("linear_fc1", self.linear_fc1, "gated_outputs"),
@@ -105,7 +115,9 @@ class _Stack(nn.Module):
     ) -> None:
         super().__init__()
         device = torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs, dtype=config.params_dtype, device=device))
+        self.weight = nn.Parameter(
+            torch.empty(experts, outputs, inputs, dtype=config.params_dtype, device=device)
+        )
         self.weight.allreduce = not own_groups  # type: ignore[attr-defined]
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, partition_dim, 1)
         if config.perform_initialization:

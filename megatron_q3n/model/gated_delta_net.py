@@ -3,9 +3,9 @@
 hidden -> [q | k | v | z] and [β | α] -> causal conv + SiLU over q|k|v -> L2-norm of q and k -> gated delta rule
        -> RMSNorm(o) · SiLU(z) -> out_proj
 
-Ours rather than megatron-core's GatedDeltaNet because that one has no packing without Triton, no state in or out,
-A_log in bf16, q and k repeated in memory, and β/α inside the projection that FP8 quantises. What is fixed here, and
-checkpoints depend on: the parameter names and shapes below.
+Ours rather than megatron-core's GatedDeltaNet because that one has no packing without Triton, no
+state in or out, A_log in bf16, q and k repeated in memory, and β/α inside the projection that FP8
+quantises. What is fixed here, and checkpoints depend on: the parameter names and shapes below.
 
 | parameter | shape | kept in |
 |---|---|---|
@@ -16,8 +16,9 @@ checkpoints depend on: the parameter names and shapes below.
 | out_norm.weight | [V], zero-centered | fp32 always |
 | out_proj.weight | [H, Hv·V] | the compute format, FP8 allowed |
 
-Tensor parallel: whole heads per rank. Context parallel: an all-to-all trades sequence for heads around the mixer, so
-TP × CP must divide the key heads. B batch, T tokens, Hk key heads, Hv value heads, K/V head dims, D documents.
+Tensor parallel: whole heads per rank. Context parallel: an all-to-all trades sequence for heads
+around the mixer, so TP × CP must divide the key heads. B batch, T tokens, Hk key heads, Hv value
+heads, K/V head dims, D documents.
 """
 
 from dataclasses import dataclass
@@ -94,7 +95,9 @@ class GatedDeltaNet(MegatronModule):
         self.qkvz_sections = (self.key_dim, self.key_dim, self.value_dim, self.value_dim)
         assert config.linear_num_key_heads % (tp * cp) == 0, "the configuration refuses this"
 
-        def linear(spec: ModuleSpec | type, inputs: int, outputs: int, part: str, **options: Any) -> nn.Module:
+        def linear(
+            spec: ModuleSpec | type, inputs: int, outputs: int, part: str, **options: Any
+        ) -> nn.Module:
             return build_module(
                 spec, inputs, outputs, config=config, bias=False, is_expert=False, tp_group=self.tp_group,
                 name=f"{name}.{part}" if name else None, **options,
@@ -125,12 +128,16 @@ class GatedDeltaNet(MegatronModule):
         channels = 2 * self.key_dim + self.value_dim
         self.conv1d = _ConvWeight(channels, self.taps, config.params_dtype, device)
         self.A_log = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32, device=device))
-        self.dt_bias = nn.Parameter(torch.ones(self.value_heads, dtype=torch.float32, device=device))
+        self.dt_bias = nn.Parameter(
+            torch.ones(self.value_heads, dtype=torch.float32, device=device)
+        )
         for parameter in (self.conv1d.weight, self.A_log, self.dt_bias):
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         if config.perform_initialization:
             with get_cuda_rng_tracker().fork(), torch.no_grad():
-                bound = self.taps**-0.5  # torch's default for a depthwise convolution with this fan-in
+                bound = (
+                    self.taps**-0.5
+                )  # torch's default for a depthwise convolution with this fan-in
                 self.conv1d.weight.uniform_(-bound, bound)
                 # A ~ U(0, 16) as the released model's code; away from 0, whose log is -inf
                 self.A_log.uniform_(1e-4, 16).log_()
@@ -166,7 +173,8 @@ class GatedDeltaNet(MegatronModule):
         qkvz, _ = self.in_proj(hidden_SBH)
         beta_alpha, _ = self.beta_alpha_proj(hidden_SBH)
         if self.recompute and self.training:
-            assert state is None and not return_state
+            assert state is None
+            assert not return_state
             core = tensor_parallel.checkpoint(
                 lambda x, ba: self._core(x, ba, None, cu_seqlens, False)[0], False, qkvz, beta_alpha
             )
@@ -216,9 +224,14 @@ class GatedDeltaNet(MegatronModule):
         """Trade heads for sequence over the context-parallel group; batch first afterwards."""
         cp = self.cp_group.size()
         tensors = []
-        for x, sections in ((qkvz_TBX, self.qkvz_sections), (beta_alpha_TBX, (self.value_heads,) * 2)):
+        for x, sections in (
+            (qkvz_TBX, self.qkvz_sections),
+            (beta_alpha_TBX, (self.value_heads,) * 2),
+        ):
             if cp > 1:
-                order = _build_head_perm_for_split_sections(sections, cp, torch.cuda.current_device())
+                order = _build_head_perm_for_split_sections(
+                    sections, cp, torch.cuda.current_device()
+                )
                 x = tensor_a2a_cp2hp(x.index_select(-1, order), 0, -1, self.cp_group)
             tensors.append(x.transpose(0, 1))
         return tensors[0], tensors[1]
@@ -234,12 +247,21 @@ class GatedDeltaNet(MegatronModule):
         )
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None, **_: object
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple = (),
+        metadata: dict | None = None,
+        **_: object,
     ) -> dict[str, Any]:
-        """Describe the parameters to dist_checkpointing: q, k, v, z (and β, α) as sections of their own,
-        so that a checkpoint can be cut anew for another tensor-parallel size."""
+        """Describe the parameters to dist_checkpointing: q, k, v, z (and β, α) as sections of their
+        own, so that a checkpoint can be cut anew for another tensor-parallel size."""
         sharded = sharded_parameters(
-            self, prefix, sharded_offsets, metadata, self.tp_group, {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0}
+            self,
+            prefix,
+            sharded_offsets,
+            metadata,
+            self.tp_group,
+            {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0},
         )
         names = ["query", "key", "value", "z"]
         shard_by_section(sharded, f"{prefix}in_proj.weight", self.qkvz_sections, names)

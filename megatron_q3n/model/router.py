@@ -1,15 +1,17 @@
 """The top-k router: unbiased at the start, balanced over the whole global batch, the same in every layout.
 
-**Init.** Every row of the router gets the same norm, so that at step 0 no expert wins by length alone (Qwen3-Next's
-description; σ-MoE, arXiv 2310.10837, section 4).
+**Init.** Every row of the router gets the same norm, so that at step 0 no expert wins by length
+alone (Qwen3-Next's description; σ-MoE, arXiv 2310.10837, section 4).
 
-**Balance loss** (Demons in the Detail, arXiv 2501.11873): E · Σᵢ fᵢ Pᵢ with fᵢ the share of routed slots and Pᵢ the mean router
-probability of expert i, both over the global batch, so that experts may specialise within a sequence or micro-batch; 1.0 is
-perfect balance. fᵢ has no gradient. With several micro-batches the true fᵢ is known only after the last one, when the
-gradients of the first are long done. megatron-core uses the counts so far, which makes the loss depend on how the batch was
-cut. Here fᵢ comes from the *previous* global batch (none yet: uniform, whose gradient is zero): a delay of one step in a slow
-feedback loop, in exchange for a loss that is the same for every layout and micro-batch size, and for one all-reduce per step
-instead of one per layer and micro-batch. The reported value uses the present batch's f and P.
+**Balance loss** (Demons in the Detail, arXiv 2501.11873): E · Σᵢ fᵢ Pᵢ with fᵢ the share of routed
+slots and Pᵢ the mean router probability of expert i, both over the global batch, so that experts
+may specialise within a sequence or micro-batch; 1.0 is perfect balance. fᵢ has no gradient. With
+several micro-batches the true fᵢ is known only after the last one, when the gradients of the first
+are long done. megatron-core uses the counts so far, which makes the loss depend on how the batch
+was cut. Here fᵢ comes from the *previous* global batch (none yet: uniform, whose gradient is zero):
+a delay of one step in a slow feedback loop, in exchange for a loss that is the same for every
+layout and micro-batch size, and for one all-reduce per step instead of one per layer and
+micro-batch. The reported value uses the present batch's f and P.
 """
 
 from typing import Any
@@ -65,7 +67,9 @@ class GlobalBatchRouter(TopKRouter):
         return probs
 
     def _attach_balance_loss(self, probs: Tensor, scores_TE: Tensor) -> Tensor:
-        """Add coeff · E · Σ f·p, summed over this rank's tokens: finalize_model_grads divides by the global token count."""
+        """Add coeff · E · Σ f·p, summed over this rank's tokens: finalize_model_grads divides by
+        the global token count.
+        """
         loss = self.num_experts * (scores_TE * self.expert_load).sum()
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
             loss = loss / self.config.mtp_num_layers  # one layer, run once per depth

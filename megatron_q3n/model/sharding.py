@@ -1,7 +1,8 @@
 """How our modules' parameters are described to dist_checkpointing: keys and cuts that do not depend on the layout.
 
-TransformerEngine adds `_extra_state` entries to its modules. The FP8 recipes here keep nothing between steps, and a
-checkpoint must load on either backend, so those entries never reach a checkpoint (`drop_extra_state`).
+TransformerEngine adds `_extra_state` entries to its modules. The FP8 recipes here keep nothing
+between steps, and a checkpoint must load on either backend, so those entries never reach a
+checkpoint (`drop_extra_state`).
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,9 @@ def sharded_parameters(
     for name, child in module.named_children():
         if not any(key.startswith(f"{name}.") for key in own):
             sharded.update(
-                sharded_state_dict_default(child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group)
+                sharded_state_dict_default(
+                    child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group
+                )
             )
     return sharded
 
@@ -57,21 +60,29 @@ def stacked_experts(
 ) -> ShardedTensor | ShardedTensorFactory:
     """Describe [local experts, out, in] as a slice of the global [experts, out, in].
 
-    `cut` says how expert tensor parallelism slices it: "inputs" (columns), or "gated_outputs", where the rows are a gate
-    half and an up half, each sliced by itself.
+    `cut` says how expert tensor parallelism slices it: "inputs" (columns), or "gated_outputs",
+    where the rows are a gate half and an up half, each sliced by itself.
     """
     experts = (0, ep_group.rank(), ep_group.size())
     rank, size = etp_group.rank(), etp_group.size()
     replica = (0, 0, edp_rank)
     if cut == "inputs":
-        return ShardedTensor.from_rank_offsets(key, weight, experts, (2, rank, size), replica_id=replica)
+        return ShardedTensor.from_rank_offsets(
+            key, weight, experts, (2, rank, size), replica_id=replica
+        )
     assert cut == "gated_outputs"
 
-    def build(name: str, data: torch.Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
+    def build(
+        name: str, data: torch.Tensor, replica_id: Any, flattened_range: Any
+    ) -> list[ShardedTensor]:
         assert flattened_range is None
         return [
             ShardedTensor.from_rank_offsets(
-                name, half.contiguous(), experts, (1, offset + rank, 2 * size), replica_id=replica_id
+                name,
+                half.contiguous(),
+                experts,
+                (1, offset + rank, 2 * size),
+                replica_id=replica_id,
             )
             for half, offset in zip(data.chunk(2, dim=1), (0, size))
         ]

@@ -1,7 +1,7 @@
 """The one file that names megatron-core's layer specs: which class fills which slot, per backend.
 
-Two backends, one spec: the same parameter names, shapes and checkpoint keys. `torch` runs anywhere; `transformer_engine`
-needs a GPU. What differs is only the class behind a name.
+Two backends, one spec: the same parameter names, shapes and checkpoint keys. `torch` runs anywhere;
+`transformer_engine` needs a GPU. What differs is only the class behind a name.
 
 A HybridModel layer is half of what the paper calls a layer: G (Gated DeltaNet) or * (gated attention), then E (MoE).
 """
@@ -53,7 +53,9 @@ class Backend:
 def backend_named(name: str) -> Backend:
     """Return the classes of "torch" or "transformer_engine"."""
     if name == "torch":
-        return Backend(ZeroCenteredRMSNorm, ColumnParallelLinear, RowParallelLinear, TorchCausalAttention)
+        return Backend(
+            ZeroCenteredRMSNorm, ColumnParallelLinear, RowParallelLinear, TorchCausalAttention
+        )
     assert name == "transformer_engine"
     from megatron.core.extensions.transformer_engine import (  # late: needs TransformerEngine
         TEColumnParallelLinear,
@@ -71,7 +73,9 @@ class MoESublayer(MoETransformerLayer):
     HybridStack 0.19.2 tells the attention slot but not this one (hybrid_block.py:182-192); its name says it.
     """
 
-    def __init__(self, *args: Any, name: str | None = None, is_mtp_layer: bool = False, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, name: str | None = None, is_mtp_layer: bool = False, **options: Any
+    ) -> None:
         inside_mtp = is_mtp_layer or (name or "").startswith("mtp")
         super().__init__(*args, name=name, is_mtp_layer=inside_mtp, **options)
 
@@ -90,7 +94,9 @@ def stack_spec(config: RunConfig, backend: Backend) -> ModuleSpec:
             moe_layer=ModuleSpec(
                 module=MoESublayer,
                 submodules=TransformerLayerSubmodules(
-                    pre_mlp_layernorm=backend.norm, mlp=_moe(config, backend), mlp_bda=get_bias_dropout_add
+                    pre_mlp_layernorm=backend.norm,
+                    mlp=_moe(config, backend),
+                    mlp_bda=get_bias_dropout_add,
                 ),
             ),
             mtp_block_spec=_mtp(backend),
@@ -141,7 +147,9 @@ def _moe(config: RunConfig, backend: Backend) -> Any:
     return partial(
         MoELayer,
         submodules=MoESubmodules(
-            router=partial(GlobalBatchRouter, normalized_init=config.model.moe_router_normalized_init),
+            router=partial(
+                GlobalBatchRouter, normalized_init=config.model.moe_router_normalized_init
+            ),
             experts=StackedExperts,
             shared_experts=partial(SharedExpertMLP, submodules=shared),
         ),

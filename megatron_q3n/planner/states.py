@@ -101,10 +101,9 @@ def state_bytes(config: RunConfig, held: Held) -> StateBytes:
 
 def optimizer_shards(config: RunConfig) -> tuple[int, int]:
     """Return over how many ranks the optimizer state of dense weights and of experts is cut."""
-    parallel = config.parallel
-    if not parallel.use_distributed_optimizer:
-        return 1, 1
-    return config.data_parallel_size * parallel.context_parallel_size, expert_replicas(config)
+    return config.data_parallel_size * config.parallel.context_parallel_size, expert_replicas(
+        config
+    )
 
 
 def expert_replicas(config: RunConfig) -> int:

@@ -13,7 +13,7 @@ from megatron_q3n.data.pretrain import PretrainData, build_pretrain_data
 from megatron_q3n.device import choose_device, measured_matmul_flops
 from megatron_q3n.kernels import delta_rule_backend
 from megatron_q3n.metrics.meters import throughput
-from megatron_q3n.metrics.recorder import Recorder
+from megatron_q3n.metrics.recorder import Recorder, Status
 from megatron_q3n.metrics.report import write_report
 from megatron_q3n.model.build import compute_dtype
 from megatron_q3n.stages import run_directory
@@ -39,16 +39,23 @@ def run(config: RunConfig, run_dir: Path) -> int:
         run_directory.open_directory(run_dir, config)
     model = config.model
     rule = delta_rule_backend.choose(
-        device.torch_device, compute_dtype(config), model.linear_key_head_dim, model.linear_value_head_dim
+        device.torch_device,
+        compute_dtype(config),
+        model.linear_key_head_dim,
+        model.linear_value_head_dim,
     )
     if group.is_leader:
         run_directory.record_environment(run_dir, device, {"gated_delta_rule": rule})
     state = build_state(config, device, group)
     origin = _start(state, run_dir)
     recorder = Recorder(
-        run_dir, config, first_step=state.step + 1, total_steps=config.training.steps, enabled=group.is_leader
+        run_dir,
+        config,
+        first_step=state.step + 1,
+        total_steps=config.training.steps,
+        enabled=group.is_leader,
     )
-    status = "failed"
+    status: Status = "failed"
     try:
         _introduce(state, data, recorder, run_dir, [origin, f"delta rule: {rule}"])
         pace = Pace(
@@ -68,7 +75,11 @@ def run(config: RunConfig, run_dir: Path) -> int:
         if group.is_leader and (run_dir / "metrics.jsonl").exists():
             report = write_report(run_dir)
     if group.is_leader:
-        resume = f"\ncontinue      python -m megatron_q3n.train --resume {run_dir}" if result.stopped else ""
+        resume = (
+            f"\ncontinue      python -m megatron_q3n.train --resume {run_dir}"
+            if result.stopped
+            else ""
+        )
         print(f"\nrun directory {run_dir}\nreport        {report}{resume}")
     parallel.shutdown()
     return EXIT_REQUEUE if result.stopped else 0
@@ -89,11 +100,15 @@ def _start(state: TrainState, run_dir: Path) -> str:
     if settings.load:
         source = checkpoint.find(settings.load)
         checkpoint.load(state, source, resume=False, with_optimizer=settings.load_optimizer)
-        return f"weights from {source}" + (", with optimizer state" if settings.load_optimizer else "")
+        return f"weights from {source}" + (
+            ", with optimizer state" if settings.load_optimizer else ""
+        )
     return f"fresh weights, seed {state.config.training.seed}"
 
 
-def _introduce(state: TrainState, data: PretrainData, recorder: Recorder, run_dir: Path, lines: list[str]) -> None:
+def _introduce(
+    state: TrainState, data: PretrainData, recorder: Recorder, run_dir: Path, lines: list[str]
+) -> None:
     """Say what is about to happen, and leave the weight-decay table in the logs."""
     if not state.parallel.is_leader:
         return
@@ -120,12 +135,19 @@ def _introduce(state: TrainState, data: PretrainData, recorder: Recorder, run_di
 def _data_line(data: PretrainData) -> str:
     """Say in one line what is trained on."""
     facts = data.describe()
-    parts = ", ".join(f"{p['path']} ({p['tokens']:,} tokens, {p['epochs']:.2f} passes)" for p in facts["train"])
+    parts = ", ".join(
+        f"{p['path']} ({p['tokens']:,} tokens, {p['epochs']:.2f} passes)" for p in facts["train"]
+    )
     return f"{parts}; vocabulary {facts['tokenizer']['vocab_size']}"
 
 
 def _conclude(
-    state: TrainState, data: PretrainData, result: FitResult, run_dir: Path, recorder: Recorder, seconds: float
+    state: TrainState,
+    data: PretrainData,
+    result: FitResult,
+    run_dir: Path,
+    recorder: Recorder,
+    seconds: float,
 ) -> None:
     """Sample, compare with the bigram, and leave the results for the report."""
     config = state.config
@@ -143,14 +165,18 @@ def _conclude(
     run_directory.write_json(run_dir / "expert_load.json", {"step": state.step, "layers": layers})
     samples = []
     if config.parallel.model_parallel_size == 1 and config.parallel.expert_model_parallel_size == 1:
-        samples = sample_texts(state.models[0], data.tokenizer, config.samples, config.training.seed)
+        samples = sample_texts(
+            state.models[0], data.tokenizer, config.samples, config.training.seed
+        )
     else:
         recorder.note("no samples: generation needs the whole model in one process for now")
     run_directory.write_json(run_dir / "samples.json", samples)
     if samples and config.data.source == "stdlib":
         good, lines = share_of_python_lines(samples)
         summary |= {"python_lines_accepted": good, "python_lines": lines}
-        recorder.note(f"{good} of {lines} sampled lines of 20 characters or more pass Python's tokenizer")
+        recorder.note(
+            f"{good} of {lines} sampled lines of 20 characters or more pass Python's tokenizer"
+        )
     if config.validation.bigram_baseline and result.bits_per_byte is not None:
         summary |= _compare_with_bigram(state, data, result.bits_per_byte, run_dir, recorder)
     run_directory.write_json(run_dir / "summary.json", summary)
@@ -167,7 +193,11 @@ def _compare_with_bigram(
         data.tokenizer.token_num_bytes(),
     )
     name = "Witten-Bell bigram on the same tokens"
-    baseline = {"name": name, "bits_per_byte": bigram.bits_per_byte, "bits_per_token": bigram.bits_per_token}
+    baseline = {
+        "name": name,
+        "bits_per_byte": bigram.bits_per_byte,
+        "bits_per_token": bigram.bits_per_token,
+    }
     run_directory.write_json(run_dir / "baseline.json", baseline)
     below = 100 * (1 - ours / bigram.bits_per_byte)
     assert math.isfinite(below)

@@ -1,4 +1,6 @@
-"""The run directory: config.yaml, environment.json, metrics.jsonl, checkpoints/, logs/, report.html. It is all a resume needs."""
+"""The run directory: config.yaml, environment.json, metrics.jsonl, checkpoints/, logs/,
+report.html. It is all a resume needs.
+"""
 
 import contextlib
 import json
@@ -55,9 +57,13 @@ def record_environment(run_dir: Path, device: Device, choices: dict[str, str]) -
     path = run_dir / ENVIRONMENT
     sessions: list[Any] = []
     if path.is_file():
-        with contextlib.suppress(ValueError):  # a torn file from a kill: its history is not worth failing for
+        with contextlib.suppress(
+            ValueError
+        ):  # a torn file from a kill: its history is not worth failing for
             sessions = json.loads(path.read_text()).get("earlier_sessions", [])
-            sessions.append({k: v for k, v in json.loads(path.read_text()).items() if k != "earlier_sessions"})
+            sessions.append(
+                {k: v for k, v in json.loads(path.read_text()).items() if k != "earlier_sessions"}
+            )
     environment = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

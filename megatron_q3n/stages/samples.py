@@ -12,16 +12,25 @@ LINE_LENGTH = 20  # shorter lines say little
 LINES = 20
 
 
-def sample_texts(model: Any, tokenizer: TextTokenizer, settings: SampleConfig, seed: int) -> list[dict[str, str]]:
+def sample_texts(
+    model: Any, tokenizer: TextTokenizer, settings: SampleConfig, seed: int
+) -> list[dict[str, str]]:
     """Return `settings.count` samples, the prompts taken in turn."""
     prompts = [settings.prompts[i % len(settings.prompts)] for i in range(settings.count)]
     if not prompts:
         return []
     ids = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt in prompts]
     continued = generate(
-        model, ids, settings.tokens, temperature=settings.temperature, seed=seed, stop_token=tokenizer.eod
+        model,
+        ids,
+        settings.tokens,
+        temperature=settings.temperature,
+        seed=seed,
+        stop_token=tokenizer.eod,
     )
-    return [{"prompt": prompt, "text": tokenizer.decode(new)} for prompt, new in zip(prompts, continued)]
+    return [
+        {"prompt": prompt, "text": tokenizer.decode(new)} for prompt, new in zip(prompts, continued)
+    ]
 
 
 def share_of_python_lines(samples: list[dict[str, str]]) -> tuple[int, int]:

@@ -59,7 +59,6 @@ def fit(state: TrainState, data: PretrainData, recorder: StepLog, pace: Pace) ->
     token_bytes = torch.from_numpy(np.asarray(data.tokenizer.token_num_bytes()))
     result = FitResult(stopped=None)
     steps = data.train_batches(state.step, state.parallel.data_rank, state.parallel.data_size)
-    skipped = 0
     for batches in steps:
         if state.step >= last:
             break
@@ -67,8 +66,7 @@ def fit(state: TrainState, data: PretrainData, recorder: StepLog, pace: Pace) ->
         report = train_step(state, batches)
         state.device.synchronize()
         seconds = time.perf_counter() - started
-        skipped += report.skipped
-        values = _values(state, report, skipped)
+        values = _values(state, report)
         values |= pace.throughput(settings.tokens_per_step, seconds, flops, pace.peak_flops)
         result.expert_load = report.expert_load
         if _due(state.step, settings.validation.interval_steps, last):
@@ -84,7 +82,7 @@ def fit(state: TrainState, data: PretrainData, recorder: StepLog, pace: Pace) ->
     return result
 
 
-def _values(state: TrainState, report: StepReport, skipped: int) -> dict[str, float]:
+def _values(state: TrainState, report: StepReport) -> dict[str, float]:
     values: dict[str, float] = {
         "tokens": state.tokens,
         "loss/train": report.loss,
@@ -100,8 +98,8 @@ def _values(state: TrainState, report: StepReport, skipped: int) -> dict[str, fl
         values["loss/balance"] = sum(report.balance_losses.values()) / len(report.balance_losses)
         values["experts/max_over_mean"] = max(max(load) * len(load) for load in loads)
         values["experts/dead"] = sum(share == 0 for load in loads for share in load)
-    if skipped:
-        values["skipped_steps"] = skipped
+    if state.skipped_steps:
+        values["skipped_steps"] = state.skipped_steps
     return values
 
 

@@ -1,7 +1,7 @@
 """One forward pass and its loss, as megatron-core's pipeline schedules want them.
 
-Losses are sums over unmasked tokens here; finalize_model_grads divides every gradient by the global batch's token count. So a
-mean is a mean over tokens, whatever the micro-batches, ranks and masks.
+Losses are sums over unmasked tokens here; finalize_model_grads divides every gradient by the global
+batch's token count. So a mean is a mean over tokens, whatever the micro-batches, ranks and masks.
 """
 
 from collections.abc import Iterator

@@ -5,10 +5,15 @@ Which parameters are decayed (`decays`):
 | parameters | decayed | why |
 |---|---|---|
 | matrices: projections, experts, router, embedding, head, conv1d | yes | as usual |
-| zero-centered norm weights: layer, q/k, final, GDN output, MTP | yes (optimizer.decay_norm_weights) | the stored weight is the distance from 1; decay keeps it bounded (Qwen3-Next's description) |
-| A_log, dt_bias | no | decay to 0 would mean a certain forgetting speed, not a small one |
+| every norm weight, MTP's too | yes (an option) | zero-centered: decay pulls the scale to 1 |
+| A_log, dt_bias | no | 0 is a certain forgetting speed, not a small one |
 
 megatron-core alone decays only q/k norms and never the others.
+
+The optimizer is always megatron-core's distributed one, on one process too: its checkpoints are the
+same for fp32 and bf16, CPU and GPU, while its plain bf16 optimizer cannot save a model with some
+fp32 parameters at all. Parameters that are fp32 in every model stand in groups of their own,
+because it pairs states with parameters wrongly where a group mixes formats.
 """
 
 from functools import partial
@@ -35,6 +40,7 @@ NORM_WEIGHTS = (
     "hnorm.weight",
 )
 NEVER_DECAYED = ("A_log", "dt_bias")
+ALWAYS_FP32 = ("A_log", "dt_bias", "out_norm.weight")
 
 
 def decays(parameter: torch.Tensor, name: str, *, decay_norm_weights: bool) -> bool:
@@ -46,7 +52,9 @@ def decays(parameter: torch.Tensor, name: str, *, decay_norm_weights: bool) -> b
         return False
     if name.endswith(NORM_WEIGHTS):
         return decay_norm_weights
-    assert parameter.dim() >= 2, f"{name}: no decay rule for this vector; place it in training/optimizer.py"
+    assert parameter.dim() >= 2, (
+        f"{name}: no decay rule for this vector; place it in training/optimizer.py"
+    )
     return True
 
 
@@ -79,21 +87,52 @@ def build_optimizer(chunks: list[nn.Module], config: RunConfig) -> MegatronOptim
         clip_grad=settings.clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
         log_num_zeros_in_grad=False,
     )
     zero_centered = chunks[0].config.layernorm_zero_centered_gamma
-    assert zero_centered or not settings.decay_norm_weights, "decay would pull these norms to 0, not to 1"
+    assert zero_centered or not settings.decay_norm_weights, (
+        "decay would pull these norms to 0, not to 1"
+    )
 
     def undecayed(parameter: torch.Tensor, name: str) -> bool:
         return not decays(parameter, name, decay_norm_weights=settings.decay_norm_weights)
 
-    key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="undecayed", fn=undecayed))
-    return get_megatron_optimizer(megatron, chunks, config_overrides={key: {"wd_mult": 0.0}})
+    def always_fp32(_: torch.Tensor, name: str) -> bool:
+        return name.endswith(ALWAYS_FP32)
+
+    # start_wd and end_wd say again what holds anyway: they only mark the group as another one
+    same = {"start_wd": settings.weight_decay, "end_wd": settings.weight_decay}
+    overrides = {
+        ParamKey(with_name_predicate=ParamWithNamePredicate(name="undecayed", fn=undecayed)): {
+            "wd_mult": 0.0
+        },
+        ParamKey(
+            with_name_predicate=ParamWithNamePredicate(name="always_fp32", fn=always_fp32)
+        ): same,
+    }
+    optimizer = get_megatron_optimizer(megatron, chunks, config_overrides=overrides)
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            _expect_no_step_tensor(part)
+    return optimizer
 
 
-def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, step: int) -> OptimizerParamScheduler:
+def _expect_no_step_tensor(part: Any) -> None:
+    """Let torch's AdamW load: its state holds a `step` tensor, which a checkpoint's tensors lack.
+
+    distrib_optimizer.py:1223 copies every tensor of the state and fails on that one; checkpoint.py sets it.
+    """
+    load = part._set_main_param_and_optimizer_states
+    part._set_main_param_and_optimizer_states = lambda parameter, tensors: load(
+        parameter, {"step": None, **tensors}
+    )
+
+
+def build_schedule(
+    optimizer: MegatronOptimizer, config: RunConfig, step: int
+) -> OptimizerParamScheduler:
     """Build the learning-rate schedule, positioned at `step`: it is a pure function of the step, and is not saved."""
     schedule, steps = config.schedule, config.training.steps
     wsd = schedule.style == "wsd"

@@ -4,7 +4,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
@@ -27,6 +31,7 @@ class TrainState:
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     step: int = 0
+    skipped_steps: int = 0
 
     @property
     def models(self) -> list[nn.Module]:
@@ -54,7 +59,7 @@ def build_state(config: RunConfig, device: Device, parallel: Parallel) -> TrainS
         grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        use_distributed_optimizer=True,
         check_for_nan_in_grad=True,
     )
     chunks = [
@@ -65,7 +70,9 @@ def build_state(config: RunConfig, device: Device, parallel: Parallel) -> TrainS
         chunk.broadcast_params()
     optimizer = build_optimizer(chunks, config)
     _connect_schedules(chunks, optimizer, config)
-    return TrainState(config, device, parallel, chunks, optimizer, build_schedule(optimizer, config, 0))
+    return TrainState(
+        config, device, parallel, chunks, optimizer, build_schedule(optimizer, config, 0)
+    )
 
 
 def _connect_schedules(chunks: list[Any], optimizer: MegatronOptimizer, config: RunConfig) -> None:
@@ -77,4 +84,6 @@ def _connect_schedules(chunks: list[Any], optimizer: MegatronOptimizer, config: 
     if config.parallel.overlap_grad_reduce:
         hooks.no_sync_func = chunks[0].no_sync if single else [c.no_sync for c in chunks]
     if config.parallel.overlap_param_gather:
-        hooks.param_sync_func = chunks[0].start_param_sync if single else [c.start_param_sync for c in chunks]
+        hooks.param_sync_func = (
+            chunks[0].start_param_sync if single else [c.start_param_sync for c in chunks]
+        )

@@ -24,7 +24,6 @@ class StepReport:
     mtp_losses: list[float]
     balance_losses: dict[str, float]
     expert_load: dict[str, list[float]]
-    skipped: bool
 
 
 def train_step(state: TrainState, batches: list[Batch]) -> StepReport:
@@ -38,6 +37,7 @@ def train_step(state: TrainState, batches: list[Batch]) -> StepReport:
     updated, grad_norm, _ = state.optimizer.step()
     state.schedule.step(1)
     state.step += 1
+    state.skipped_steps += not updated
     loads, balance = _close_balance(state)
     total, tokens = reduce_losses(reports, state.parallel)
     return StepReport(
@@ -47,7 +47,6 @@ def train_step(state: TrainState, batches: list[Batch]) -> StepReport:
         mtp_losses=_mtp_losses(state, len(batches)),
         balance_losses=balance,
         expert_load=loads,
-        skipped=not updated,
     )
 
 
@@ -61,7 +60,9 @@ def evaluate(state: TrainState, global_batches: Any) -> tuple[float, float]:
         chunk.eval()
     total = tokens = 0.0
     for batches in global_batches:
-        part, count = reduce_losses(run_microbatches(state, batches, forward_only=True), state.parallel)
+        part, count = reduce_losses(
+            run_microbatches(state, batches, forward_only=True), state.parallel
+        )
         total, tokens = total + part, tokens + count
     MTPLossLoggingHelper.clean_metrics_in_tracker()
     return total, tokens
@@ -113,7 +114,9 @@ def _mtp_losses(state: TrainState, num_microbatches: int) -> list[float]:
         return []
     device = torch.cuda.current_device()
     values = MTPLossLoggingHelper.tracker.get("loss_values")
-    sums = torch.zeros(depths, device=device) if values is None else values.clone() / num_microbatches
+    sums = (
+        torch.zeros(depths, device=device) if values is None else values.clone() / num_microbatches
+    )
     parallel = state.parallel
     if parallel.world_size > 1:
         torch.distributed.all_reduce(sums, group=parallel.groups.dp_cp)

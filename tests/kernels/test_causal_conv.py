@@ -1,4 +1,6 @@
-"""The shifted-sum convolution against torch's grouped conv1d, in fp64; packing and carried inputs against single documents."""
+"""The shifted-sum convolution against torch's grouped conv1d, in fp64; packing and carried inputs
+against single documents.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,9 @@ from megatron_q3n.kernels.causal_conv import causal_conv, next_conv_state
 def test_equals_conv1d() -> None:
     x = torch.randn(2, 20, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    theirs = F.conv1d(x.transpose(1, 2), weight[:, None], padding=3, groups=6)[..., :20].transpose(1, 2)
+    theirs = F.conv1d(x.transpose(1, 2), weight[:, None], padding=3, groups=6)[..., :20].transpose(
+        1, 2
+    )
     ours = causal_conv(x, weight)
     torch.testing.assert_close(ours, F.silu(theirs), rtol=0, atol=1e-12)
     for a, b in zip(

@@ -1,4 +1,6 @@
-"""The chunked rule against the token-by-token definition, in fp64: outputs, states, gradients, packing, carried state."""
+"""The chunked rule against the token-by-token definition, in fp64: outputs, states, gradients,
+packing, carried state.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,13 @@ from megatron_q3n.kernels.norms import l2_norm
 
 
 def problem(
-    batch: int, tokens: int, key_heads: int, value_heads: int, key_dim: int, value_dim: int, seed: int = 0
+    batch: int,
+    tokens: int,
+    key_heads: int,
+    value_heads: int,
+    key_dim: int,
+    value_dim: int,
+    seed: int = 0,
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -28,9 +36,15 @@ def problem(
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
 @pytest.mark.parametrize(("key_heads", "value_heads"), [(1, 1), (2, 6)])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_chunked_equals_recurrent(tokens: int, key_heads: int, value_heads: int, with_state: bool) -> None:
+def test_chunked_equals_recurrent(
+    tokens: int, key_heads: int, value_heads: int, with_state: bool
+) -> None:
     inputs = problem(2, tokens, key_heads, value_heads, 8, 5)
-    state = torch.randn(2, value_heads, 8, 5, dtype=torch.float64).requires_grad_() if with_state else None
+    state = (
+        torch.randn(2, value_heads, 8, 5, dtype=torch.float64).requires_grad_()
+        if with_state
+        else None
+    )
     leaves = inputs + ([state] if state is not None else [])
     results = []
     for rule in (chunk_gated_delta_rule, recurrent_gated_delta_rule):
@@ -47,7 +61,9 @@ def test_chunked_equals_recurrent(tokens: int, key_heads: int, value_heads: int,
     chunk=st.sampled_from([4, 16, 64]),
     with_state=st.booleans(),
 )
-def test_packed_documents_equal_single_ones(lengths: list[int], chunk: int, with_state: bool) -> None:
+def test_packed_documents_equal_single_ones(
+    lengths: list[int], chunk: int, with_state: bool
+) -> None:
     """Empty documents included: they hand their state on untouched."""
     inputs = problem(1, sum(lengths), 2, 4, 4, 3)
     state = torch.randn(len(lengths), 4, 4, 3, dtype=torch.float64) if with_state else None
@@ -60,10 +76,14 @@ def test_packed_documents_equal_single_ones(lengths: list[int], chunk: int, with
     for d, (start, end) in enumerate(zip(bounds.tolist(), bounds.tolist()[1:])):
         before = state[d : d + 1] if state is not None else None
         if start == end:
-            expected = before if before is not None else torch.zeros(1, 4, 4, 3, dtype=torch.float64)
+            expected = (
+                before if before is not None else torch.zeros(1, 4, 4, 3, dtype=torch.float64)
+            )
             torch.testing.assert_close(finals[d : d + 1], expected, rtol=0, atol=0)
             continue
-        alone, final = recurrent_gated_delta_rule(*(x[:, start:end] for x in inputs), initial_state_DHKV=before)
+        alone, final = recurrent_gated_delta_rule(
+            *(x[:, start:end] for x in inputs), initial_state_DHKV=before
+        )
         torch.testing.assert_close(finals[d : d + 1], final, rtol=0, atol=1e-12)
         singles.append(alone)
     together = torch.cat(singles, dim=1)

@@ -155,6 +155,7 @@ def test_values_that_are_no_number(tmp_path: Path) -> None:
     file.close()
     text = _checked_text(write_report(run_dir))
     assert "3 values were not finite" in text
+    assert "Training loss not finite 3 such steps" in text
 
 
 def test_nothing_but_nan(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ TOKENS = 150  # not a multiple of the chunk
 def megatron_model(config: Any, alone: Any) -> Any:
     from megatron_q3n.model.build import build_model
 
-    device, parallel = alone
+    _device, parallel = alone
     return build_model(config, "torch", parallel.groups)[0].train()
 
 
@@ -75,7 +75,9 @@ def test_matches_the_reference(variant: str, alone: Any) -> None:
     for router, load in zip(routers, wanted.router_loads):
         router.expert_load.copy_(load)  # as if the previous global batch had been this one
     losses = model(inputs, positions, None, labels=labels, loss_mask=mask)
-    scale = TOKENS * 2 / mask.sum()  # the balance loss counts all tokens, finalize_model_grads divides by the unmasked
+    scale = (
+        TOKENS * 2 / mask.sum()
+    )  # the balance loss counts all tokens, finalize_model_grads divides by the unmasked
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     MoEAuxLossAutoScaler.set_loss_scale(1 / scale)
@@ -92,7 +94,9 @@ def test_matches_the_reference(variant: str, alone: Any) -> None:
         assert error < 1e-3, f"{name}: gradient off by {error:.1e}"
     if not config.model.mtp_use_repeated_layer:
         _, balance = finish_balance(routers, alone[1].groups.tp_dp_cp)
-        torch.testing.assert_close(balance, torch.stack(wanted.balance_loss).float().detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            balance, torch.stack(wanted.balance_loss).float().detach(), rtol=1e-5, atol=0
+        )
 
     model.eval()
     with torch.no_grad():
@@ -112,14 +116,24 @@ def test_mtp_loss_matches_the_reference(alone: Any) -> None:
     mask = torch.ones(2, 40)
     mask[:, -7:] = 0
     wanted = exact(tokens[:, :-1], tokens[:, 1:], mask.double()).mtp_losses
-    model(tokens[:, :-1], torch.arange(40).expand(2, -1), None, labels=tokens[:, 1:].contiguous(), loss_mask=mask)
+    model(
+        tokens[:, :-1],
+        torch.arange(40).expand(2, -1),
+        None,
+        labels=tokens[:, 1:].contiguous(),
+        loss_mask=mask,
+    )
     got = MTPLossLoggingHelper.tracker["loss_values"]
     torch.testing.assert_close(got, torch.stack(wanted).float().detach(), rtol=1e-6, atol=0)
 
 
 def test_matches_transformers(alone: Any) -> None:
     """Against Qwen3NextForCausalLM, same random weights: logits within 1e-4, gradients within 1e-3 relative."""
-    settings = {"mtp_num_layers": 0, "moe_aux_loss_coeff": 0.0, "moe_router_load_balancing_type": "none"}
+    settings = {
+        "mtp_num_layers": 0,
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_load_balancing_type": "none",
+    }
     config = validate({"model": settings})
     theirs = qwen3_next().Qwen3NextForCausalLM(published_config(config.model))
     move_from_init(theirs)
@@ -135,7 +149,9 @@ def test_matches_transformers(alone: Any) -> None:
     published = {n: p.grad for n, p in theirs.named_parameters()}
     wanted = hf.to_megatron(published, config.model, gradients=True)
     for name, parameter in model.named_parameters():
-        error = (parameter.grad - wanted[name]).abs().max() / wanted[name].abs().max().clamp(min=1e-9)
+        error = (parameter.grad - wanted[name]).abs().max() / wanted[name].abs().max().clamp(
+            min=1e-9
+        )
         assert error < 1e-3, f"{name}: gradient off by {error:.1e}"
     with torch.no_grad():
         got = model.eval()(inputs, positions, None)

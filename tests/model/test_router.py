@@ -30,7 +30,9 @@ def test_balance_does_not_depend_on_micro_batches(alone: Any) -> None:
     results = []
     for size in (4, 2, 1):
         training = {"micro_batch_size": size, "global_batch_size": 4, "sequence_length": 64}
-        state = build_state(validate({"training": training, "model": {"moe_aux_loss_coeff": 0.1}}), *alone)
+        state = build_state(
+            validate({"training": training, "model": {"moe_aux_loss_coeff": 0.1}}), *alone
+        )
         weights = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in state.models[0].parameters():
@@ -38,10 +40,13 @@ def test_balance_does_not_depend_on_micro_batches(alone: Any) -> None:
         steps = []
         for rows in tokens:
             batches = [
-                batch_of_rows(part[:, :-1], part[:, 1:].contiguous(), torch.ones(size, 64)) for part in rows.split(size)
+                batch_of_rows(part[:, :-1], part[:, 1:].contiguous(), torch.ones(size, 64))
+                for part in rows.split(size)
             ]
             report = train_step(state, batches)
-            steps.append([report.loss, report.grad_norm, *report.balance_losses.values(), *report.mtp_losses])
+            steps.append(
+                [report.loss, report.grad_norm, *report.balance_losses.values(), *report.mtp_losses]
+            )
         results.append(torch.tensor(steps))
     for split in results[1:]:
         torch.testing.assert_close(split, results[0], rtol=1e-5, atol=0)

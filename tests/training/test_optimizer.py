@@ -1,4 +1,6 @@
-"""Weight decay by its explicit rule, on the real model and through real optimizer steps; the learning rate by its formula."""
+"""Weight decay by its explicit rule, on the real model and through real optimizer steps; the
+learning rate by its formula.
+"""
 
 import math
 from typing import Any
@@ -86,7 +88,9 @@ def test_decay_table_lists_every_parameter(state: Any) -> None:
     ],
     ids=["constant", "cosine", "wsd"],
 )
-def test_learning_rate_follows_its_formula(alone: Any, schedule: dict[str, Any], expected: Any) -> None:
+def test_learning_rate_follows_its_formula(
+    alone: Any, schedule: dict[str, Any], expected: Any
+) -> None:
     """`step` finished steps: the rate of the next one. Warm-up is linear and its first step already learns."""
     from megatron_q3n.training.optimizer import learning_rate
 

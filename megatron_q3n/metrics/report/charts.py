@@ -109,7 +109,9 @@ def heat_map(shares: Sequence[Sequence[float]], row_names: Sequence[str], *, tit
         image = axes.imshow(
             load, cmap=_LOAD_COLOURS, norm=norm, aspect="auto", interpolation="nearest"
         )
-        bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=cells_height / 10, ticks=[0, 1, most])
+        bar = figure.colorbar(
+            image, ax=axes, pad=0.01, aspect=cells_height / 10, ticks=[0, 1, most]
+        )
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.ax.set_yticklabels(["0", "even", f"{most:.2g}×"])
         axes.set_xlabel("expert")

@@ -96,10 +96,7 @@ def _headline(run: RunFiles) -> Iterator[tuple[str, str, str, str]]:
     bits = pick(run.records, VALIDATION).last
     if bits is not None:
         yield ("Validation bits per byte", f"{bits:.3f}", *against_baseline(run, bits))
-    loss = smooth(pick(run.records, "loss/train")).last
-    validation = pick(run.records, "loss/validation").last
-    remark = f"validation {validation:.4f}" if validation is not None else "nats per token"
-    yield ("Training loss", "–" if loss is None else f"{loss:.4f}", remark, "")
+    yield _loss_tile(run)
     steps = int(run.records[-1]["step"]) if run.records else 0
     tokens = pick(run.records, "tokens").last
     yield ("Steps", f"{steps:,}", f"of {run.total_steps:,}" if run.total_steps else "", "")
@@ -115,6 +112,16 @@ def _headline(run: RunFiles) -> Iterator[tuple[str, str, str, str]]:
         active = run.summary.get("active_parameters")
         each = f"{compact(active)} active" if isinstance(active, int | float) else ""
         yield ("Parameters", compact(parameters), each, "")
+
+
+def _loss_tile(run: RunFiles) -> tuple[str, str, str, str]:
+    raw = pick(run.records, "loss/train")
+    loss = smooth(raw).last
+    validation = pick(run.records, "loss/validation").last
+    if len(raw) and not np.isfinite(raw.y[-1]):
+        return ("Training loss", "not finite", f"{raw.num_not_finite:,} such steps", "bad")
+    remark = f"validation {validation:.4f}" if validation is not None else "nats per token"
+    return ("Training loss", "–" if loss is None else f"{loss:.4f}", remark, "")
 
 
 def _charts(run: RunFiles, section: str) -> list[str]:

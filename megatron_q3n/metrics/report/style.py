@@ -43,7 +43,10 @@ small { font-size: 12.5px; font-weight: 400; color: var(--soft); margin-left: 4p
 .card { padding: 14px 16px 12px; min-width: 0; }
 .wide { grid-column: 1 / -1; }
 .head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 12px; margin-bottom: 8px; }
-.right { margin-left: auto; display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 2px 14px; align-items: baseline; }
+.right {
+  margin-left: auto; display: flex; flex-wrap: wrap; justify-content: flex-end;
+  gap: 2px 14px; align-items: baseline;
+}
 .value { font-variant-numeric: tabular-nums; font-weight: 600; }
 .key { display: inline-flex; align-items: center; gap: 6px; font-size: 13px; color: var(--soft); }
 .key b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }

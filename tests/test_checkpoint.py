@@ -1,0 +1,209 @@
+"""Checkpoints in this process: what is saved comes back, what is damaged or foreign is refused, what is good survives.
+
+One process and one layout; resharding is not covered here. Bit-for-bit resumption of whole runs: tests/test_resume.py.
+"""
+
+import json
+import os
+import resource
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_q3n.config import UserError, validate
+
+TINY = {
+    "model": {"hidden_size": 32, "num_layers": 4, "vocab_size": 64},
+    "data": {"source": "blend", "train": [{"path": "unused"}]},
+    "training": {
+        "sequence_length": 32,
+        "steps": 100,
+        "micro_batch_size": 2,
+        "global_batch_size": 2,
+    },
+}
+
+
+def state_of(alone: Any, settings: dict[str, Any] | None = None) -> Any:
+    from megatron_q3n.training.state import build_state
+
+    tree = {**TINY, **(settings or {})}
+    return build_state(validate(tree), *alone)
+
+
+def step(state: Any) -> float:
+    """Take a step on tokens that depend on the step alone."""
+    from megatron_q3n.data.batch import batch_of_rows
+    from megatron_q3n.training.step import train_step
+
+    rows = torch.randint(0, 64, (2, 33), generator=torch.Generator().manual_seed(state.step))
+    return train_step(
+        state, [batch_of_rows(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(2, 32))]
+    ).loss
+
+
+@pytest.fixture
+def saved(alone: Any, tmp_path: Path) -> tuple[Any, Path]:
+    """Return a state after two steps and its checkpoint."""
+    from megatron_q3n import checkpoint
+
+    state = state_of(alone)
+    for _ in range(2):
+        step(state)
+    return state, checkpoint.save(state, tmp_path)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_resumed_training_is_bit_equal(alone: Any, tmp_path: Path, compute: str) -> None:
+    from megatron_q3n import checkpoint
+
+    settings = {"precision": {"compute": compute}}
+    first = state_of(alone, settings)
+    for _ in range(3):
+        step(first)
+    path = checkpoint.save(first, tmp_path)
+    wanted = [step(first) for _ in range(3)]
+    second = state_of(alone, settings)
+    checkpoint.load(second, path, resume=True)
+    assert second.step == 3
+    assert [step(second) for _ in range(3)] == wanted
+    for (name, a), b in zip(
+        first.models[0].state_dict().items(), second.models[0].state_dict().values()
+    ):
+        assert a is None or torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("formats", [("fp32", "bf16"), ("bf16", "fp32")])
+def test_weights_and_moments_load_in_another_format(
+    alone: Any, tmp_path: Path, formats: tuple[str, str]
+) -> None:
+    """A CPU's fp32 checkpoint goes on in a GPU's bf16, and back: master weights and moments are fp32 in both."""
+    from megatron_q3n import checkpoint
+
+    first, second = (state_of(alone, {"precision": {"compute": compute}}) for compute in formats)
+    for _ in range(3):
+        step(first)
+    path = checkpoint.save(first, tmp_path)
+    wanted = [step(first) for _ in range(3)]
+    checkpoint.load(second, path, resume=True)
+    assert [step(second) for _ in range(3)] == pytest.approx(wanted, rel=1e-2)
+
+
+def test_new_run_from_weights_starts_at_step_zero(alone: Any, saved: tuple[Any, Path]) -> None:
+    from megatron_q3n import checkpoint
+
+    state, path = saved
+    other = state_of(alone, {"model": TINY["model"] | {"rotary_base": 5e6}})
+    checkpoint.load(other, path, resume=False, with_optimizer=False)
+    assert other.step == 0
+    for (name, a), b in zip(state.models[0].named_parameters(), other.models[0].parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_another_architecture_is_refused_by_name(alone: Any, saved: tuple[Any, Path]) -> None:
+    from megatron_q3n import checkpoint
+
+    other = state_of(alone, {"model": TINY["model"] | {"num_moe_experts": 4}})
+    before = other.models[0].embedding.word_embeddings.weight.clone()
+    with pytest.raises(UserError, match=r"model\.num_moe_experts: 8 there, 4 here"):
+        checkpoint.load(other, saved[1], resume=False)
+    assert torch.equal(other.models[0].embedding.word_embeddings.weight, before)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "description"])
+def test_damage_is_found_before_loading(alone: Any, saved: tuple[Any, Path], damage: str) -> None:
+    from megatron_q3n import checkpoint
+
+    path = saved[1]
+    victim = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "short":
+        os.truncate(victim, victim.stat().st_size - 1)
+    else:
+        (path / "checkpoint.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load(state_of(alone), path, resume=True)
+
+
+def test_an_unfinished_save_is_no_checkpoint(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    """What a SIGKILL leaves: a hidden folder, or one without its description."""
+    from megatron_q3n import checkpoint
+
+    (tmp_path / "checkpoints/.step_0000009.partial").mkdir()
+    (tmp_path / "checkpoints/step_0000008").mkdir()
+    assert checkpoint.newest_in(tmp_path) == saved[1].resolve()
+    assert checkpoint.find(tmp_path) == saved[1].resolve()
+    with pytest.raises(UserError, match="no checkpoint found"):
+        checkpoint.find(tmp_path / "elsewhere")
+
+
+def test_old_checkpoints_go_and_milestones_stay(alone: Any, tmp_path: Path) -> None:
+    from megatron_q3n import checkpoint
+
+    state = state_of(alone, {"checkpoint": {"keep_last": 2, "keep_every_steps": 3}})
+    for _ in range(6):
+        step(state)
+        checkpoint.save(state, tmp_path)
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*"))
+    assert kept == ["step_0000003", "step_0000005", "step_0000006"]
+    assert (tmp_path / "checkpoints/latest").resolve().name == "step_0000006"
+    assert json.loads((tmp_path / "checkpoints/latest/checkpoint.json").read_text())["step"] == 6
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder on a disk that holds one checkpoint of the tiny model, not two."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("may not mount a small disk here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(alone: Any, small_disk: Path) -> None:
+    from megatron_q3n import checkpoint
+
+    state = state_of(alone)
+    step(state)
+    good = checkpoint.save(state, small_disk)
+    step(state)
+    with pytest.raises(
+        UserError, match=r"could not be written.*last good checkpoint is .*step_0000001"
+    ):
+        checkpoint.save(state, small_disk)
+    resumed = state_of(alone)
+    checkpoint.load(resumed, good, resume=True)
+    assert resumed.step == 1
+    assert [
+        p.name for p in (small_disk / "checkpoints").iterdir() if p.name.startswith(".step")
+    ] == []
+
+
+def test_a_write_that_fails_midway_keeps_the_last_good_checkpoint(
+    alone: Any, saved: tuple[Any, Path], tmp_path: Path
+) -> None:
+    """The disk had room when the save began: a file size limit stops the writers in the middle."""
+    from megatron_q3n import checkpoint
+
+    state, good = saved
+    step(state)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="could not be written"):
+            checkpoint.save(state, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.newest_in(tmp_path) == good.resolve()
+    assert checkpoint.save(state, tmp_path).name == "step_0000003"
