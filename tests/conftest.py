@@ -85,6 +85,17 @@ def run_module(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
     return run
 
 
+@pytest.fixture(autouse=True)
+def fresh_process_state() -> None:
+    """Drop what megatron-core keeps for the whole process: its trackers keep the first model's number
+    of depths, its loss scale the first caller's shape."""
+    core = "megatron.core.transformer"
+    if predictions := sys.modules.get(f"{core}.multi_token_prediction"):
+        predictions.MTPLossLoggingHelper.tracker.clear()
+    if mixture := sys.modules.get(f"{core}.moe.moe_utils"):
+        mixture.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
 @pytest.fixture(scope="session")
 def alone() -> Iterator[Any]:
     """Join megatron-core's process groups as a run of one process, in this process.

@@ -16,6 +16,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 python=$venv/bin/python
 log=$venv/install.log
+lock=$venv/install.lock # not .lock: uv takes that one itself
 supported="3.12 3.13" # best first; the pinned megatron-core has wheels on PyPI for these
 ask_version='import sys; print("%d.%d" % sys.version_info[:2] + getattr(sys, "abiflags", ""))'
 ticker=""
@@ -48,7 +49,10 @@ vet_python() { # PYTHON VERSIONS
 # has, and the shim fails unless that version is chosen), so the caller asks each one.
 list_candidates() { # VERSION
   type -aP "python$1" python3 python || true
-  printf '%s\n' "${PYENV_ROOT:-}"/versions/"$1".*/bin/python "${HOME:-}"/.pyenv/versions/"$1".*/bin/python
+  local pyenv
+  for pyenv in "${PYENV_ROOT:-}" "${HOME:-}/.pyenv"; do
+    printf '%s\n' "$pyenv/versions/$1".*/bin/python
+  done
   uv python find --system "$1" 2>/dev/null || true
 }
 
@@ -139,18 +143,20 @@ make_venv() {
   fi
   interpreter=$(find_python)
   if [ -e "$venv/pyvenv.cfg" ]; then say "$python does not run any more: making .venv anew"; fi
-  find "$venv/" -mindepth 1 -maxdepth 1 ! -name .lock ! -name install.log -exec rm -rf {} +
+  find "$venv/" -mindepth 1 -maxdepth 1 ! -name install.lock ! -name install.log -exec rm -rf {} +
   phase "making .venv with $interpreter" "$interpreter" -m venv "$venv"
 }
 
-# Say whether this machine tells pip where packages come from. uv reads none of that, so such a machine
-# is pip's; elsewhere uv, where there is one, is the faster.
+# Say whether this machine tells pip where packages come from. uv reads none of that, so pip serves
+# such a machine; elsewhere uv, where there is one, is faster.
 pip_is_configured() {
-  "$python" -m pip config list 2>/dev/null | grep -E 'index|find-links|cert|proxy|trusted-host' >/dev/null
+  local settings
+  settings=$("$python" -m pip config list 2>/dev/null) || return 1
+  grep -qE 'index|find-links|cert|proxy|trusted-host' <<<"$settings"
 }
 
 install_requirements() { # REQUIREMENTS_FILE…
-  local file command=("$python" -m pip install --progress-bar off --no-input)
+  local file command=("$python" -m pip install --no-input --disable-pip-version-check --progress-bar off)
   if command -v uv >/dev/null && ! pip_is_configured; then
     command=(uv pip install --python "$python")
   elif ! "$python" -m pip --version >/dev/null 2>&1; then
@@ -169,14 +175,14 @@ install_requirements() { # REQUIREMENTS_FILE…
 prepare_environment() { # REQUIREMENTS_FILE…
   if is_current "$@"; then return; fi
   if [ "$(uname -s)" != Linux ]; then
-    say "This set-up is for Linux: megatron-core has no wheels for others. Use WSL 2 or a container."
+    say "This is for Linux: megatron-core has no wheels for others. Use WSL 2 or a container."
     exit 2
   fi
   trap 'exit 130' INT
   trap 'exit 143' TERM
   trap stop_ticker EXIT
   mkdir -p "$venv"
-  exec 9>"$venv/.lock"
+  exec 9>"$lock"
   if ! flock -n 9; then
     say "another call is preparing $venv; waiting for it"
     flock 9

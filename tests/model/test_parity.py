@@ -28,14 +28,6 @@ def set_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-@pytest.fixture(autouse=True)
-def fresh_mtp_tracker(alone: Any) -> None:
-    """Drop megatron-core's process-wide tracker, which keeps the first model's number of depths."""
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-
-    MTPLossLoggingHelper.tracker.clear()
-
-
 VARIANTS = {
     "tiny": {},
     "no-mtp": {"mtp_num_layers": 0},
