@@ -16,7 +16,7 @@ from typing import Any
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -172,6 +172,13 @@ def _explain(error: Exception, overrides: list[str]) -> str:
             and not name.startswith(("hydra.", "model.megatron."))
         ):
             return f"{name}: no such setting.{suggest(name, known)} config.yaml of any run lists them all."
+        if is_part and isinstance(error, MissingConfigException):
+            parts = sorted(path.stem for path in (RECIPES / name).glob("*.yaml"))
+            chosen = override.partition("=")[2]
+            return (
+                f"{override}: there is no recipes/{name}/{chosen}.yaml.{suggest(chosen, parts)} "
+                f"There are: {', '.join(parts)}."
+            )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines) or type(error).__name__
 

@@ -16,10 +16,12 @@ class UserError(ValueError):
 
 
 def suggest(unknown: str, known: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the closest known name, or the empty string."""
+    """Return " Did you mean 'x'?" for the closest known name, or the empty string.
+
+    A right leaf under a wrong parent (optimizer.lr) names its true place (schedule.lr).
+    """
     names = list(known)
-    close = difflib.get_close_matches(unknown, names, n=1, cutoff=0.6)
-    if not close:  # a right leaf under a wrong parent: optimizer.lr for training.lr
-        leaf = unknown.rsplit(".", 1)[-1]
-        close = [name for name in names if name.rsplit(".", 1)[-1] == leaf][:1]
+    leaf = unknown.rsplit(".", 1)[-1]
+    same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == leaf]
+    close = difflib.get_close_matches(unknown, same_leaf or names, n=1, cutoff=0.0 if same_leaf else 0.6)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -34,6 +34,8 @@ def run(config: RunConfig, run_dir: Path) -> int:
     device = choose_device(config)
     group = parallel.initialize(config, device)
     run_dir = Path(group.from_leader(str(run_dir)))
+    if config.checkpoint.load:
+        checkpoint.find(config.checkpoint.load)
     data = build_pretrain_data(config, is_leader=group.is_leader, barrier=group.barrier)
     if group.is_leader:
         run_directory.open_directory(run_dir, config)
