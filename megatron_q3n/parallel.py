@@ -19,6 +19,15 @@ from megatron_q3n.device import Device
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """Where processes without a launcher meet: a store they share (a FileStore, say), and who this one is."""
+
+    store: torch.distributed.Store
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True)
 class Parallel:
     """This process's place in the run."""
 
@@ -66,9 +75,10 @@ class Parallel:
         return holder[0]
 
 
-def initialize(config: RunConfig, device: Device) -> Parallel:
-    """Join the other processes, build the groups of config.parallel, and seed this rank."""
-    rank, world_size = _join(device)
+def initialize(config: RunConfig, device: Device, meeting: Meeting | None = None) -> Parallel:
+    """Join the other processes (the launcher's, or those of a meeting), build the groups of
+    config.parallel, and seed this rank."""
+    rank, world_size = _join(device, meeting)
     layout = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
@@ -98,16 +108,17 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _join(device: Device) -> tuple[int, int]:
-    timeout = datetime.timedelta(minutes=30)
-    if not launch.has_neighbours():
-        store = torch.distributed.HashStore()  # alone: no port to collide with a neighbour's
-        torch.distributed.init_process_group(
-            device.communication, store=store, rank=0, world_size=1, timeout=timeout
-        )
-        return 0, 1
-    rank, world_size = launch.rank(), launch.world_size()
+def _join(device: Device, meeting: Meeting | None) -> tuple[int, int]:
+    if meeting is None and not launch.has_neighbours():
+        # alone: no port to collide with a neighbour's
+        meeting = Meeting(torch.distributed.HashStore(), rank=0, world_size=1)
+    rank = meeting.rank if meeting else launch.rank()
+    world_size = meeting.world_size if meeting else launch.world_size()
     torch.distributed.init_process_group(
-        device.communication, rank=rank, world_size=world_size, timeout=timeout
+        device.communication,
+        store=meeting.store if meeting else None,
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(minutes=30),
     )
     return rank, world_size

@@ -47,6 +47,11 @@ class DataConfig(Section):
         False,
         description="attention and recurrent state start anew at each document (packed sequences)",
     )
+    document_alignment: int = Field(
+        1,
+        gt=0,
+        description="pad packed documents to a multiple; context parallelism needs 2 × its size",
+    )
     num_workers: int = Field(
         0, ge=0, description="loader processes per rank; 0 loads in the training process"
     )
@@ -61,5 +66,10 @@ class DataConfig(Section):
         if self.source == "stdlib" and (self.train or self.validation):
             raise UserError(
                 "data.train and data.validation have no effect with data.source=stdlib; set source: blend."
+            )
+        if self.document_alignment > 1 and not self.mask_document_boundaries:
+            raise UserError(
+                f"data.document_alignment={self.document_alignment} has no effect without "
+                "data.mask_document_boundaries=true."
             )
         return self

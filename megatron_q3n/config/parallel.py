@@ -24,7 +24,7 @@ class ParallelConfig(Section):
         None, gt=1, description="model chunks per pipeline rank"
     )
     context_parallel_size: int = Field(1, gt=0)
-    linear_context_parallel: Literal["all_to_all"] = Field(
+    linear_context_parallel: Literal["all_to_all", "state_passing"] = Field(
         "all_to_all", description="how Gated DeltaNet spreads a sequence: trade sequence for heads"
     )
     expert_model_parallel_size: int = Field(1, gt=0)

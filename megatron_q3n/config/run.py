@@ -157,11 +157,17 @@ class RunConfig(Section):
                 f"training.micro_batch_size must be 1, found {self.training.micro_batch_size}. "
                 "Use a longer sequence or more micro-batches instead."
             )
-        if self.parallel.context_parallel_size > 1:
+        alignment, context = self.data.document_alignment, self.parallel.context_parallel_size
+        if context > 1 and alignment % (2 * context):
             raise UserError(
-                "data.mask_document_boundaries=true does not work with "
-                f"parallel.context_parallel_size={self.parallel.context_parallel_size} yet; "
-                "set one of them back."
+                f"data.document_alignment={alignment} must be a multiple of 2 × "
+                f"parallel.context_parallel_size={context} (= {2 * context}): every document is cut "
+                "into so many equal chunks."
+            )
+        if self.training.sequence_length % alignment:
+            raise UserError(
+                f"training.sequence_length={self.training.sequence_length} is not divisible by "
+                f"data.document_alignment={alignment}; make it a multiple."
             )
 
     @property

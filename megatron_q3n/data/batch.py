@@ -57,24 +57,40 @@ def batch_of_rows(
 
 
 def batch_of_documents(
-    tokens_1T: torch.Tensor, labels_1T: torch.Tensor, loss_mask_1T: torch.Tensor, eod: int
+    tokens_1T: torch.Tensor,
+    labels_1T: torch.Tensor,
+    loss_mask_1T: torch.Tensor,
+    eod: int,
+    alignment: int = 1,
 ) -> Batch:
     """Make a batch of one row whose documents do not see each other.
 
     A document ends after each `eod`. Positions start anew, and the end-of-document token is not asked to
-    predict the unrelated document behind it.
+    predict the unrelated document behind it. With an alignment, each document is padded to a multiple
+    of it with unasked `eod`s, and what then reaches over the row's end is left out.
     """
     (length,) = tokens_1T[0].shape
+    assert length % alignment == 0, "the configuration refuses this"
     ends = (tokens_1T[0] == eod).nonzero()[:, 0] + 1
-    inner_ends = ends[ends < length]
-    edges = torch.tensor([0, *inner_ends.tolist(), length])
-    lengths = edges.diff()
-    starts_T = torch.repeat_interleave(edges[:-1], lengths)
+    edges = torch.tensor([0, *ends[ends < length].tolist(), length])
+    padded = (edges.diff() + alignment - 1) // alignment * alignment
+    new_edges = torch.cat([edges[:1], padded.cumsum(0)])
+    moved_by_T = torch.repeat_interleave(new_edges[:-1] - edges[:-1], edges.diff())
+    place_T = torch.arange(length) + moved_by_T
+    kept_T = place_T < length
+    place_T = place_T[kept_T]
+
+    def laid_out(row_1T: torch.Tensor, fill: float) -> torch.Tensor:
+        return torch.full_like(row_1T, fill).index_copy(1, place_T, row_1T[:, kept_T])
+
+    asked_1T = loss_mask_1T * (tokens_1T != eod)
+    bounds = torch.cat([new_edges[new_edges < length], torch.tensor([length])])
+    starts_T = torch.repeat_interleave(bounds[:-1], bounds.diff())
     return Batch(
-        tokens_1T,
-        labels_1T,
-        loss_mask_1T * (tokens_1T != eod),
+        laid_out(tokens_1T, eod),
+        laid_out(labels_1T, eod),
+        laid_out(asked_1T, 0),
         (torch.arange(length) - starts_T)[None],
-        cu_seqlens=edges.to(torch.int32),
-        max_seqlen=int(lengths.max()),
+        cu_seqlens=bounds.to(torch.int32),
+        max_seqlen=int(bounds.diff().max()),
     )

@@ -94,12 +94,14 @@ class PretrainData:
             for step in steps
             for micro in range(num_microbatches)
         )
-        eod = self.tokenizer.eod if self.config.data.mask_document_boundaries else None
+        packing = None
+        if self.config.data.mask_document_boundaries:
+            packing = (self.tokenizer.eod, self.config.data.document_alignment)
         loader = torch.utils.data.DataLoader(
             rows,
             batch_sampler=(range(first, first + size) for first in first_rows),
             num_workers=num_workers,
-            collate_fn=partial(_collate, eod=eod),
+            collate_fn=partial(_collate, packing=packing),
             generator=torch.Generator(),  # the loader draws a seed; not from the global generator
         )
         for batches in itertools.batched(loader, num_microbatches):
@@ -147,13 +149,13 @@ def _build(config: RunConfig, may_build: bool) -> PretrainData:
     )
 
 
-def _collate(items: list[dict[str, torch.Tensor]], eod: int | None) -> Batch:
-    """Stack rows; with `eod`, take the one row as packed documents."""
+def _collate(items: list[dict[str, torch.Tensor]], packing: tuple[int, int] | None) -> Batch:
+    """Stack rows; with `packing` (eod, alignment), take the one row as packed documents."""
     names = ("tokens", "labels", "loss_mask")
     tokens_BT, labels_BT, loss_mask_BT = (torch.stack([item[n] for item in items]) for n in names)
-    if eod is None:
+    if packing is None:
         return batch_of_rows(tokens_BT, labels_BT, loss_mask_BT)
-    return batch_of_documents(tokens_BT, labels_BT, loss_mask_BT, eod)
+    return batch_of_documents(tokens_BT, labels_BT, loss_mask_BT, *packing)
 
 
 def _row(item: dict[str, torch.Tensor]) -> np.ndarray:

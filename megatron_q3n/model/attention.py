@@ -2,12 +2,10 @@
 packing and context parallelism.
 
 Everything around it (projections, QK-norm, partial RoPE, the sigmoid output gate of arXiv
-2505.06708) is megatron-core's
-SelfAttention. megatron-core's own torch core, DotProductAttention, refuses both packing and context parallelism.
+2505.06708) is megatron-core's SelfAttention. megatron-core's own torch core, DotProductAttention,
+refuses both packing and context parallelism.
 
-Context parallelism keeps megatron-core's zigzag order: rank r of n holds chunks r and 2n-1-r of 2n,
-so that every rank has the same work under the causal mask. Keys and values are gathered; queries
-stay.
+Under context parallelism keys and values are gathered; queries stay where they are.
 """
 
 import math
@@ -20,6 +18,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
+
+from megatron_q3n.model.context_parallel import zigzag_indices
 
 
 class TorchCausalAttention(nn.Module):
@@ -55,39 +55,39 @@ class TorchCausalAttention(nn.Module):
         """Attend.
 
         Shapes: query [T,B,h,d], key and value [T,B,kv,d]; packed: [T,h,d] and [T,kv,d]. The mask
-        argument is unused: the
-            mask is causal, within documents when packed.
+            argument is unused: the mask is causal, within documents when packed.
         Returns: [T,B,h·d]; packed: [T,h·d].
         """
         assert attention_bias is None
-        packed = packed_seq_params is not None
-        if packed:
+        cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
+        if cu_seqlens is not None:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        mask = None
+        mask = self._mask(cu_seqlens, query.shape[0], query.device)
         if self.cp_group.size() > 1:
-            assert not packed, "packing under context parallelism is refused by the configuration"
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
-            mask = self._zigzag_mask(query.shape[0], query.device)
-        elif packed_seq_params is not None:
-            mask = _document_mask(packed_seq_params.cu_seqlens_q, query.shape[0])
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
         )
         out = out.permute(2, 0, 1, 3).flatten(2)
-        return out.squeeze(1) if packed else out
+        return out if cu_seqlens is None else out.squeeze(1)
 
-    def _zigzag_mask(self, local: int, device: torch.device) -> Tensor:
-        """Which gathered keys each local query may see, [local, n·local], both in zigzag order."""
+    def _mask(self, cu_seqlens: Tensor | None, local: int, device: torch.device) -> Tensor | None:
+        """Which gathered keys each local query may see, [S, T]; None for plain causal attention."""
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        chunks = torch.arange(size * local, device=device).view(2 * size, -1)
-        position_of = [torch.cat([chunks[r], chunks[2 * size - 1 - r]]) for r in range(size)]
-        return torch.cat(position_of)[None, :] <= position_of[rank][:, None]
-
-
-def _document_mask(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """Causal within each document, [T,T]."""
-    index = torch.arange(tokens, device=cu_seqlens.device)
-    document = torch.bucketize(index, cu_seqlens[1:].long(), right=True)
-    return (document[:, None] == document[None, :]) & (index[None, :] <= index[:, None])
+        if size == 1 and cu_seqlens is None:
+            return None
+        held = (
+            zigzag_indices(cu_seqlens, size * local, size)
+            if size > 1
+            else torch.arange(local)[None]
+        )
+        held = held.to(device)
+        seen, asking = held.flatten(), held[rank]
+        mask = seen[None, :] <= asking[:, None]
+        if cu_seqlens is not None:
+            ends = cu_seqlens[1:].long().to(device)
+            document = torch.bucketize(torch.arange(size * local, device=device), ends, right=True)
+            mask &= document[seen][None, :] == document[asking][:, None]
+        return mask

@@ -16,6 +16,7 @@ from megatron.core.utils import init_method_normal
 from megatron_q3n.config import GATED_ATTENTION, RunConfig
 from megatron_q3n.config.model import MOE
 from megatron_q3n.config.sizes import pipeline_segments
+from megatron_q3n.model.mtp import MTPLosses
 from megatron_q3n.model.sharding import drop_extra_state
 from megatron_q3n.model.spec import backend_named, stack_spec
 
@@ -31,6 +32,8 @@ class Qwen3NextModel(HybridModel):
 def build_model(config: RunConfig, backend_name: str, groups: Any) -> list[Qwen3NextModel]:
     """Build this rank's model chunks (one, or one per virtual pipeline stage), initialised from the seed."""
     megatron = transformer_config(config)
+    if config.model.mtp_num_layers:
+        megatron.mtp_losses = MTPLosses(config.model.mtp_num_layers)
     spec = stack_spec(config, backend_named(backend_name))
     rank, stages = groups.pp.rank(), config.parallel.num_stages
     pipeline_size = config.parallel.pipeline_model_parallel_size

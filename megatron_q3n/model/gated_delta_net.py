@@ -16,12 +16,15 @@ quantises. What is fixed here, and checkpoints depend on: the parameter names an
 | out_norm.weight | [V], zero-centered | fp32 always |
 | out_proj.weight | [H, Hv·V] | the compute format, FP8 allowed |
 
-Tensor parallel: whole heads per rank. Context parallel: an all-to-all trades sequence for heads
-around the mixer, so TP × CP must divide the key heads. B batch, T tokens, Hk key heads, Hv value
-heads, K/V head dims, D documents.
+Tensor parallel: whole heads per rank. Context parallel, by `parallel.linear_context_parallel`:
+all_to_all trades sequence for heads around the mixer (TP × CP must divide the key heads);
+state_passing keeps heads and sequence where they are and passes states along (TP must).
+
+B batch, T tokens, Hk key heads, Hv value heads, K/V head dims, D documents.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +34,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.gated_delta_net.common import (
     _build_head_perm_for_split_sections,
     get_parameter_local_cp,
-    tensor_a2a_cp2hp,
-    tensor_a2a_hp2cp,
 )
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -43,6 +45,12 @@ from torch import Tensor, nn
 from megatron_q3n.kernels import delta_rule_backend
 from megatron_q3n.kernels.causal_conv import causal_conv, next_conv_state
 from megatron_q3n.kernels.norms import gated_rms_norm, l2_norm
+from megatron_q3n.model.context_parallel import (
+    heads_for_sequence,
+    in_document_order,
+    local_segments,
+    sequence_for_heads,
+)
 from megatron_q3n.model.norms import ZeroCenteredRMSNorm
 from megatron_q3n.model.sharding import shard_by_section, sharded_parameters
 
@@ -78,6 +86,7 @@ class GatedDeltaNet(MegatronModule):
         pg_collection: Any,
         chunk_size: int = 64,
         recompute: bool = False,
+        passes_state: bool = False,
         name: str | None = None,
         **_: object,
     ) -> None:
@@ -85,6 +94,7 @@ class GatedDeltaNet(MegatronModule):
         self.layer_number, self.chunk_size, self.recompute = layer_number, chunk_size, recompute
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         tp, cp = self.tp_group.size(), self.cp_group.size()
+        self.passes_state = passes_state and cp > 1
         self.key_head_dim = config.linear_key_head_dim
         self.value_head_dim = config.linear_value_head_dim
         self.taps = config.linear_conv_kernel_dim
@@ -93,7 +103,8 @@ class GatedDeltaNet(MegatronModule):
         self.value_heads = config.linear_num_value_heads // tp
         self.key_dim, self.value_dim = key_dim // tp, value_dim // tp
         self.qkvz_sections = (self.key_dim, self.key_dim, self.value_dim, self.value_dim)
-        assert config.linear_num_key_heads % (tp * cp) == 0, "the configuration refuses this"
+        spread = tp if passes_state else tp * cp
+        assert config.linear_num_key_heads % spread == 0, "the configuration refuses this"
 
         def linear(
             spec: ModuleSpec | type, inputs: int, outputs: int, part: str, **options: Any
@@ -192,24 +203,35 @@ class GatedDeltaNet(MegatronModule):
         cu_seqlens: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor, GatedDeltaNetState | None]:
-        """Everything between the projections, on whole sequences of this rank's heads."""
-        cp = self.cp_group.size()
-        assert cp == 1 or (state is None and not return_state and cu_seqlens is None)
-        qkvz, beta_alpha = self._gather_sequence(qkvz_TBX, beta_alpha_TBX)
-        sections = [section // cp for section in self.qkvz_sections]
-        qkv, z = qkvz.split([sum(sections[:3]), sections[3]], -1)
-        conv_weight, a_log, dt_bias = self._local_vectors()
-        mixed = causal_conv(
-            qkv, conv_weight, cu_seqlens=cu_seqlens, initial_state_DCK=state and state.conv
+        """Everything between the projections, however the sequence is spread over ranks."""
+        if self.cp_group.size() == 1:
+            qkvz, beta_alpha = qkvz_TBX.transpose(0, 1), beta_alpha_TBX.transpose(0, 1)
+            gated, new_state = self._mix_rows(qkvz, beta_alpha, state, cu_seqlens, return_state)
+            return gated.transpose(0, 1).contiguous(), new_state
+        assert state is None
+        assert not return_state
+        if self.passes_state:
+            return self._mix_chunks(qkvz_TBX, beta_alpha_TBX, cu_seqlens), None
+        return self._mix_heads(qkvz_TBX, beta_alpha_TBX, cu_seqlens), None
+
+    def _mix_rows(
+        self,
+        qkvz_BTX: Tensor,
+        beta_alpha_BTX: Tensor,
+        state: GatedDeltaNetState | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, GatedDeltaNetState | None]:
+        """Mix rows that are whole, or continue `state`. Returns [B,T,Hv·V] gated and normed."""
+        qkv, z, inputs = self._delta_inputs(
+            qkvz_BTX, beta_alpha_BTX, state and state.conv, cu_seqlens
         )
-        query, key, value = mixed.split(sections[:3], -1)
-        query, key = (l2_norm(x.unflatten(-1, (-1, self.key_head_dim))) for x in (query, key))
-        value, z = (x.unflatten(-1, (-1, self.value_head_dim)) for x in (value, z))
-        beta, alpha = (x.float() for x in beta_alpha.chunk(2, -1))
         output, delta = delta_rule_backend.gated_delta_rule(
-            query, key, value, -a_log.exp() * F.softplus(alpha + dt_bias), beta.sigmoid(),
-            initial_state_DHKV=state and state.delta, cu_seqlens=cu_seqlens, chunk_size=self.chunk_size,
-        )  # fmt: skip
+            *inputs,
+            initial_state_DHKV=state and state.delta,
+            cu_seqlens=cu_seqlens,
+            chunk_size=self.chunk_size,
+        )
         gated = gated_rms_norm(output, z, self.out_norm.weight, self.config.layernorm_epsilon)
         new_state = None
         if return_state:
@@ -217,34 +239,136 @@ class GatedDeltaNet(MegatronModule):
                 qkv, self.taps, initial_state_DCK=state and state.conv, cu_seqlens=cu_seqlens
             )
             new_state = GatedDeltaNetState(conv, delta)
-        out_TBX = gated.flatten(2).transpose(0, 1).contiguous()
-        return tensor_a2a_hp2cp(out_TBX, seq_dim=0, head_dim=-1, cp_group=self.cp_group), new_state
+        return gated.flatten(2), new_state
 
-    def _gather_sequence(self, qkvz_TBX: Tensor, beta_alpha_TBX: Tensor) -> tuple[Tensor, Tensor]:
-        """Trade heads for sequence over the context-parallel group; batch first afterwards."""
-        cp = self.cp_group.size()
-        tensors = []
+    def _delta_inputs(
+        self,
+        qkvz_BTX: Tensor,
+        beta_alpha_BTX: Tensor,
+        conv_state_DCK: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Split, convolve, normalise.
+
+        Returns: raw q|k|v, the gate z [B,T,Hv,V], and the rule's query, key, value, decay, beta.
+        """
+        sections = self._sections()
+        qkv, z = qkvz_BTX.split([sum(sections[:3]), sections[3]], -1)
+        conv_weight, a_log, dt_bias = self._local_vectors()
+        mixed = causal_conv(
+            qkv, conv_weight, cu_seqlens=cu_seqlens, initial_state_DCK=conv_state_DCK
+        )
+        query, key, value = mixed.split(sections[:3], -1)
+        query, key = (l2_norm(x.unflatten(-1, (-1, self.key_head_dim))) for x in (query, key))
+        value, z = (x.unflatten(-1, (-1, self.value_head_dim)) for x in (value, z))
+        beta, alpha = (x.float() for x in beta_alpha_BTX.chunk(2, -1))
+        decay = -a_log.exp() * F.softplus(alpha + dt_bias)
+        return qkv, z, [query, key, value, decay, beta.sigmoid()]
+
+    def _mix_heads(
+        self, qkvz_SBX: Tensor, beta_alpha_SBX: Tensor, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """Context parallelism by heads: all-to-all to whole rows of a share of the heads, and back."""
+        rows = []
         for x, sections in (
-            (qkvz_TBX, self.qkvz_sections),
-            (beta_alpha_TBX, (self.value_heads,) * 2),
+            (qkvz_SBX, self.qkvz_sections),
+            (beta_alpha_SBX, (self.value_heads,) * 2),
         ):
-            if cp > 1:
-                order = _build_head_perm_for_split_sections(
-                    sections, cp, torch.cuda.current_device()
+            order = _build_head_perm_for_split_sections(
+                sections, self.cp_group.size(), torch.cuda.current_device()
+            )
+            whole = heads_for_sequence(x.index_select(-1, order), cu_seqlens, self.cp_group)
+            rows.append(whole.transpose(0, 1))
+        gated, _ = self._mix_rows(rows[0], rows[1], None, cu_seqlens, False)
+        return sequence_for_heads(gated.transpose(0, 1), cu_seqlens, self.cp_group)
+
+    def _mix_chunks(
+        self, qkvz_SBX: Tensor, beta_alpha_SBX: Tensor, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """Context parallelism along the sequence: every rank keeps its chunks and all its heads.
+
+        A chunk turns the state S before it into M S + N, with M and N its own affair: N is its final
+        state from zero, M the final state from the identity with nothing to write. The ranks gather
+        (M, N), walk the few chunks of each document, and run their own from the state that is due.
+        The convolution's halo travels the same way. TP × CP need not divide the heads.
+        """
+        local, rows = qkvz_SBX.shape[:2]
+        bounds = local_segments(cu_seqlens, rows, local, self.cp_group.size()).to(qkvz_SBX.device)
+        qkvz, beta_alpha = (
+            x.transpose(0, 1).reshape(1, rows * local, -1) for x in (qkvz_SBX, beta_alpha_SBX)
+        )
+        qkv = qkvz[..., : sum(self.qkvz_sections[:3])]
+        halo = self._halo(qkv, bounds)
+        _, z, inputs = self._delta_inputs(qkvz, beta_alpha, halo, bounds)
+        entering = self._entering_states(inputs, bounds)
+        output, _ = delta_rule_backend.gated_delta_rule(
+            *inputs, initial_state_DHKV=entering, cu_seqlens=bounds, chunk_size=self.chunk_size
+        )
+        gated = gated_rms_norm(output, z, self.out_norm.weight, self.config.layernorm_epsilon)
+        return gated.flatten(2).view(rows, local, -1).transpose(0, 1).contiguous()
+
+    def _halo(self, qkv_1TC: Tensor, bounds: Tensor) -> Tensor:
+        """Return the inputs just before each of this rank's chunks, [2 · documents, C, taps-1]."""
+        tails = next_conv_state(qkv_1TC, self.taps, cu_seqlens=bounds)
+        lengths = bounds.diff()[::2].tolist()  # of every chunk of a document alike
+        before = torch.zeros_like(tails[::2])
+        halos = []
+        for tail in self._gathered_chunks(tails):
+            halos.append(before)
+            kept = [
+                torch.cat(
+                    [old[:, min(length, self.taps - 1) :], new[:, -min(length, self.taps - 1) :]],
+                    -1,
                 )
-                x = tensor_a2a_cp2hp(x.index_select(-1, order), 0, -1, self.cp_group)
-            tensors.append(x.transpose(0, 1))
-        return tensors[0], tensors[1]
+                for old, new, length in zip(before, tail, lengths)
+            ]
+            before = torch.stack(kept)
+        return self._own_chunks(halos)
+
+    def _entering_states(self, inputs: list[Tensor], bounds: Tensor) -> Tensor:
+        """Return the delta state before each of this rank's chunks, [2 · documents, Hv, K, V] fp32."""
+        query, key, value, decay, beta = inputs
+        run = partial(
+            delta_rule_backend.gated_delta_rule, cu_seqlens=bounds, chunk_size=self.chunk_size
+        )
+        _, written = run(query, key, value, decay, beta)
+        chunks, heads, width = written.shape[0], value.shape[2], key.shape[-1]
+        identity = torch.eye(width, dtype=torch.float32, device=key.device).expand(
+            chunks, heads, width, width
+        )
+        nothing = value.new_zeros(*value.shape[:3], width)
+        _, kept = run(query, key, nothing, decay, beta, initial_state_DHKV=identity)
+        transitions = self._gathered_chunks(kept.float())
+        state = torch.zeros_like(written[::2])
+        states = []
+        for transition, addition in zip(transitions, self._gathered_chunks(written.float())):
+            states.append(state)
+            state = transition @ state + addition
+        return self._own_chunks(states)
+
+    def _gathered_chunks(self, mine: Tensor) -> list[Tensor]:
+        """From this rank's [2 · documents, …] to all 2n chunks in order, each [documents, …]."""
+        everyone = gather_from_sequence_parallel_region(mine.contiguous(), group=self.cp_group)
+        return in_document_order(list(everyone.chunk(self.cp_group.size())))
+
+    def _own_chunks(self, chunks: list[Tensor]) -> Tensor:
+        """From all 2n chunks in order to this rank's two per document, [2 · documents, …]."""
+        rank, last = self.cp_group.rank(), len(chunks) - 1
+        return torch.stack([chunks[rank], chunks[last - rank]], dim=1).flatten(0, 1)
+
+    def _sections(self) -> list[int]:
+        """Widths of q, k, v, z of the heads at hand: a share of them after an all-to-all."""
+        share = 1 if self.passes_state else self.cp_group.size()
+        return [section // share for section in self.qkvz_sections]
 
     def _local_vectors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """This context-parallel rank's part of the per-channel and per-head parameters."""
-        sections = list(self.qkvz_sections[:3])
-        conv = get_parameter_local_cp(self.conv1d.weight, 0, self.cp_group, split_sections=sections)
-        return (
-            conv.squeeze(1),
-            get_parameter_local_cp(self.A_log, 0, self.cp_group),
-            get_parameter_local_cp(self.dt_bias, 0, self.cp_group),
-        )
+        """The convolution's weight, A_log and dt_bias of the heads at hand."""
+        conv, a_log, dt_bias = self.conv1d.weight, self.A_log, self.dt_bias
+        if self.cp_group.size() > 1 and not self.passes_state:
+            sections = list(self.qkvz_sections[:3])
+            conv = get_parameter_local_cp(conv, 0, self.cp_group, split_sections=sections)
+            a_log, dt_bias = (get_parameter_local_cp(p, 0, self.cp_group) for p in (a_log, dt_bias))
+        return conv.squeeze(1), a_log, dt_bias
 
     def sharded_state_dict(
         self,

@@ -119,6 +119,7 @@ def _gated_delta_net(config: RunConfig, backend: Backend) -> ModuleSpec:
         params={
             "chunk_size": config.model.linear_chunk_size,
             "recompute": "gated_delta_net" in config.training.recompute_modules,
+            "passes_state": config.parallel.linear_context_parallel == "state_passing",
         },
         submodules=GatedDeltaNetSubmodules(
             in_proj=backend.column_linear,

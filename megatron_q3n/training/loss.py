@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_q3n.data.batch import Batch
+from megatron_q3n.model.context_parallel import slice_for_rank
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
@@ -29,9 +29,7 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
         "loss_mask": batch.loss_mask_BT,
         "position_ids": batch.position_ids_BT,
     }
-    cp_group = model.module.pg_collection.cp
-    if cp_group.size() > 1:  # without the group megatron-core would slice over the whole world
-        tensors = get_batch_on_this_cp_rank(tensors, False, cp_group=cp_group)
+    tensors = slice_for_rank(tensors, batch.cu_seqlens, model.module.pg_collection.cp)
     output = model(
         tensors["tokens"], tensors["position_ids"], None,
         labels=tensors["labels"], loss_mask=tensors["loss_mask"], packed_seq_params=packing,

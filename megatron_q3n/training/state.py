@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -17,7 +18,11 @@ from megatron_q3n.config import RunConfig
 from megatron_q3n.device import Device
 from megatron_q3n.model.build import build_model
 from megatron_q3n.parallel import Parallel
-from megatron_q3n.training.optimizer import build_optimizer, build_schedule
+from megatron_q3n.training.optimizer import (
+    build_optimizer,
+    build_schedule,
+    torch_adam_states,
+)
 
 
 @dataclass
@@ -69,10 +74,25 @@ def build_state(config: RunConfig, device: Device, parallel: Parallel) -> TrainS
     for chunk in chunks:
         chunk.broadcast_params()
     optimizer = build_optimizer(chunks, config)
+    _give_torch_adam_its_state(optimizer)
     _connect_schedules(chunks, optimizer, config)
     return TrainState(
         config, device, parallel, chunks, optimizer, build_schedule(optimizer, config, 0)
     )
+
+
+def _give_torch_adam_its_state(optimizer: MegatronOptimizer) -> None:
+    """Make the moments that torch's AdamW would make in its first step.
+
+    megatron-core describes an optimizer to checkpoints by the state it finds and asserts one
+    `step` in it (distrib_optimizer.py:838); so a run can be saved before its first step, and loaded.
+    """
+    for adam, parameter in torch_adam_states(optimizer):
+        adam.state[parameter] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
 
 
 def _connect_schedules(chunks: list[Any], optimizer: MegatronOptimizer, config: RunConfig) -> None:

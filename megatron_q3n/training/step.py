@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from megatron_q3n.data.batch import Batch
+from megatron_q3n.model.mtp import count_predictions
 from megatron_q3n.model.router import finish_balance, routers_of
 from megatron_q3n.training.loss import forward_step, reduce_losses
 from megatron_q3n.training.optimizer import learning_rate
@@ -33,6 +33,7 @@ def train_step(state: TrainState, batches: list[Batch]) -> StepReport:
         chunk.train()
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
+    _share_mtp_ratios(state, batches)
     reports = run_microbatches(state, batches, forward_only=False)
     updated, grad_norm, _ = state.optimizer.step()
     state.schedule.step(1)
@@ -44,7 +45,7 @@ def train_step(state: TrainState, batches: list[Batch]) -> StepReport:
         loss=total / max(tokens, 1),
         grad_norm=None if grad_norm is None else float(grad_norm),
         learning_rate=rate,
-        mtp_losses=_mtp_losses(state, len(batches)),
+        mtp_losses=_mtp_losses(state),
         balance_losses=balance,
         expert_load=loads,
     )
@@ -64,7 +65,6 @@ def evaluate(state: TrainState, global_batches: Any) -> tuple[float, float]:
             run_microbatches(state, batches, forward_only=True), state.parallel
         )
         total, tokens = total + part, tokens + count
-    MTPLossLoggingHelper.clean_metrics_in_tracker()
     return total, tokens
 
 
@@ -107,22 +107,30 @@ def _layer_name(router: Any) -> str:
     return "mtp" if router.is_mtp_layer else f"layer {router.layer_number // 2 - 1}"
 
 
-def _mtp_losses(state: TrainState, num_microbatches: int) -> list[float]:
-    """Return the mean loss per MTP depth and clear megatron-core's tracker."""
+def _share_mtp_ratios(state: TrainState, batches: list[Batch]) -> None:
+    """Tell the MTP loss how many predictions the whole global batch has, at each depth."""
     depths = state.config.model.mtp_num_layers
     if depths == 0:
+        return
+    counts = sum(count_predictions(b.loss_mask_BT, b.cu_seqlens, depths) for b in batches)
+    assert isinstance(counts, torch.Tensor)
+    if state.parallel.data_size > 1:
+        counts = counts.to(torch.cuda.current_device())
+        torch.distributed.all_reduce(counts, group=state.parallel.groups.dp)
+    ratios = (counts[0] / counts[1:].clamp(min=1)).tolist()
+    for model in state.models:
+        model.config.mtp_losses.ratios = ratios  # type: ignore[union-attr]
+
+
+def _mtp_losses(state: TrainState) -> list[float]:
+    """Return the mean loss of each MTP depth over the global batch."""
+    if state.config.model.mtp_num_layers == 0:
         return []
-    device = torch.cuda.current_device()
-    values = MTPLossLoggingHelper.tracker.get("loss_values")
-    sums = (
-        torch.zeros(depths, device=device) if values is None else values.clone() / num_microbatches
-    )
+    totals = state.models[-1].config.mtp_losses.take_totals()  # type: ignore[union-attr]
     parallel = state.parallel
     if parallel.world_size > 1:
-        torch.distributed.all_reduce(sums, group=parallel.groups.dp_cp)
-        sums /= parallel.groups.dp_cp.size()
+        torch.distributed.all_reduce(totals, group=parallel.groups.dp_cp)
         if parallel.groups.pp.size() > 1:
             last = torch.distributed.get_process_group_ranks(parallel.groups.pp)[-1]
-            torch.distributed.broadcast(sums, src=last, group=parallel.groups.pp)
-    MTPLossLoggingHelper.clean_metrics_in_tracker()
-    return sums.tolist()
+            torch.distributed.broadcast(totals, src=last, group=parallel.groups.pp)
+    return (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()

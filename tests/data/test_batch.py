@@ -59,3 +59,26 @@ def test_packed_rows_must_be_one() -> None:
     two = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(AssertionError, match="one row"):
         Batch(two, two, two.float(), two, torch.tensor([0, 6], dtype=torch.int32), 6)
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=8).filter(lambda lengths: sum(lengths) >= 16),
+    st.sampled_from([1, 2, 4, 8]),
+)
+def test_aligned_documents_keep_their_tokens_in_order(lengths: list[int], alignment: int) -> None:
+    """Every document starts at a multiple; its asked tokens and labels are the unaligned ones, but for what was cut."""
+    tokens = torch.cat([torch.tensor([*range(1, n), 0]) for n in lengths])[:16][None]
+    labels, mask = tokens + 100, torch.ones(1, 16)
+    plain = batch_of_documents(tokens, labels, mask, eod=0)
+    aligned = batch_of_documents(tokens, labels, mask, eod=0, alignment=alignment)
+    assert aligned.cu_seqlens is not None
+    assert (aligned.cu_seqlens % alignment == 0).all()
+    assert aligned.tokens_BT.shape == (1, 16)
+    asked = aligned.loss_mask_BT.bool()
+    wanted = plain.loss_mask_BT.bool()
+    kept = int(asked.sum())
+    assert aligned.tokens_BT[asked].tolist() == plain.tokens_BT[wanted].tolist()[:kept]
+    assert aligned.labels_BT[asked].tolist() == plain.labels_BT[wanted].tolist()[:kept]
+    assert aligned.position_ids_BT[asked].tolist() == plain.position_ids_BT[wanted].tolist()[:kept]
+    if alignment == 1:
+        assert kept == int(wanted.sum())

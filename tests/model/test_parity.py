@@ -97,9 +97,7 @@ def test_matches_the_reference(variant: str, alone: Any) -> None:
 
 
 def test_mtp_loss_matches_the_reference(alone: Any) -> None:
-    """megatron-core's tracker holds the mean loss per depth, over the tokens its own mask leaves."""
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-
+    """The reported loss per depth is the mean over the tokens its own mask leaves."""
     config = validate({"model": VARIANTS["two-depths"]})
     exact = reference(config.model)
     model = megatron_model(config, alone)
@@ -108,15 +106,11 @@ def test_mtp_loss_matches_the_reference(alone: Any) -> None:
     mask = torch.ones(2, 40)
     mask[:, -7:] = 0
     wanted = exact(tokens[:, :-1], tokens[:, 1:], mask.double()).mtp_losses
-    model(
-        tokens[:, :-1],
-        torch.arange(40).expand(2, -1),
-        None,
-        labels=tokens[:, 1:].contiguous(),
-        loss_mask=mask,
-    )
-    got = MTPLossLoggingHelper.tracker["loss_values"]
-    torch.testing.assert_close(got, torch.stack(wanted).float().detach(), rtol=1e-6, atol=0)
+    positions = torch.arange(40).expand(2, -1)
+    model(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous(), loss_mask=mask)
+    totals = model.config.mtp_losses.take_totals()
+    got = totals[:, 0] / totals[:, 1]
+    torch.testing.assert_close(got, torch.stack(wanted).detach(), rtol=1e-6, atol=0)
 
 
 def test_matches_transformers(alone: Any) -> None:

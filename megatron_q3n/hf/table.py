@@ -22,6 +22,8 @@ What differs between the two sides, and why it is so here:
 - `mtp.fc` takes [embedding | hidden] and so does `eh_proj`. A swap of the halves would survive any
   round trip; tests/test_hf.py pins where the values land.
 
+Names here are Qwen3-Next's; `Family` says where another family differs.
+
 Depths of multi-token prediction beyond the first, when they have layers of their own, have no
 published names. `reference.py` calls them mtp_deeper; they are read, and refused on export.
 """
@@ -35,6 +37,7 @@ import torch
 from torch import Tensor
 
 from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, ModelConfig, UserError
+from megatron_q3n.hf.families import QWEN3_NEXT, Family
 
 HUGGING_FACE, MEGATRON = "Hugging Face", "megatron-core"
 Shape = tuple[int, ...]
@@ -50,12 +53,13 @@ class Rule:
     join: Callable[[list[Tensor]], Tensor]  # published, in order -> megatron-core
     split: Callable[[Tensor], list[Tensor]]  # and back
     shift: float = 0.0  # megatron-core weight = published weight + shift
-    fused: str | None = None  # what transformers 5 calls the megatron-core tensor in memory
+    stacked: str | None = None  # the name of the megatron-core tensor where it is published whole
 
     def sources(self, available: Container[str]) -> dict[str, Shape]:
-        """Say which tensors to read of those there are: the published ones, or the fused one."""
-        if self.fused is not None and self.fused in available:
-            return {self.fused: self.shape}
+        """Say which tensors to read of those there are: one by one, or stacked as transformers 5
+        holds experts in memory and some families publish them."""
+        if self.stacked is not None and self.stacked in available:
+            return {self.stacked: self.shape}
         return self.hf
 
     def to_megatron(self, hf: Mapping[str, Tensor], gradients: bool = False) -> Tensor:
@@ -79,25 +83,45 @@ class Rule:
 
 
 def to_megatron(
-    hf: Mapping[str, Tensor], config: ModelConfig, gradients: bool = False
+    hf: Mapping[str, Tensor],
+    config: ModelConfig,
+    gradients: bool = False,
+    family: Family = QWEN3_NEXT,
 ) -> dict[str, Tensor]:
-    """Rename and reshape published weights to megatron-core's; experts one by one or fused.
+    """Rename and reshape published weights to megatron-core's; experts one by one or stacked.
 
     gradients: these are gradients of weights, which a shift leaves alone.
     Returns: whole tensors, some of them views of the input, in its dtypes but for the shift above.
     Raises: UserError naming what is missing, unexpected or of another shape.
     """
-    table = rules(config)
-    _check_names(HUGGING_FACE, hf, [name for rule in table for name in rule.sources(hf)])
+    table = rules(config, family)
+    check_names(HUGGING_FACE, hf, [name for rule in table for name in rule.sources(hf)])
     return {rule.megatron: rule.to_megatron(hf, gradients) for rule in table}
 
 
 def to_hf(
-    megatron: Mapping[str, Tensor], config: ModelConfig, gradients: bool = False
+    megatron: Mapping[str, Tensor],
+    config: ModelConfig,
+    gradients: bool = False,
+    family: Family = QWEN3_NEXT,
 ) -> dict[str, Tensor]:
     """Rename and reshape megatron-core's weights to the published form, experts one by one.
 
     Arguments, returns and raises as `to_megatron`; and UserError where there is no published form.
+    """
+    check_publishable(config)
+    table = rules(config, family)
+    check_names(MEGATRON, megatron, [rule.megatron for rule in table])
+    published: dict[str, Tensor] = {}
+    for rule in table:
+        published |= rule.to_hf(megatron[rule.megatron], gradients)
+    return published
+
+
+def check_publishable(config: ModelConfig) -> None:
+    """Refuse a model for which there are no published names.
+
+    Raises: UserError naming the setting.
     """
     if _num_predictors(config) > 1:
         raise UserError(
@@ -105,15 +129,9 @@ def to_hf(
             "published form: checkpoints hold one multi-token prediction layer. Export a model "
             "with model.mtp_num_layers of 0 or 1, or with model.mtp_use_repeated_layer=true."
         )
-    table = rules(config)
-    _check_names(MEGATRON, megatron, [rule.megatron for rule in table])
-    published: dict[str, Tensor] = {}
-    for rule in table:
-        published |= rule.to_hf(megatron[rule.megatron], gradients)
-    return published
 
 
-def rules(config: ModelConfig) -> list[Rule]:
+def rules(config: ModelConfig, family: Family = QWEN3_NEXT) -> list[Rule]:
     """Return the whole table for a model of these dimensions, in the order of the layers.
 
     megatron-core's HybridModel counts a mixer and its MoE as two layers: published layer i is
@@ -121,15 +139,16 @@ def rules(config: ModelConfig) -> list[Rule]:
     """
     embedding, norm = (config.vocab_size, config.hidden_size), (config.hidden_size,)
     table = [
-        _same("embedding.word_embeddings.weight", "model.embed_tokens.weight", embedding),
-        _same("decoder.final_norm.weight", "model.norm.weight", norm),
+        _same("embedding.word_embeddings.weight", family.prefix + "embed_tokens.weight", embedding),
+        _same("decoder.final_norm.weight", family.prefix + "norm.weight", norm),
         _same("output_layer.weight", "lm_head.weight", embedding),
     ]
     for i, mixer in enumerate(config.mixers):
-        table += _layer(config, mixer, "decoder.", 2 * i, f"model.layers.{i}.")
+        published = f"{family.prefix}layers.{i}."
+        table += _layer(config, family, mixer, "decoder.", 2 * i, published)
     for depth in range(_num_predictors(config)):
         published = "mtp." if depth == 0 else f"mtp_deeper.{depth - 1}."
-        table += _predictor(config, f"mtp.layers.{depth}.", published)
+        table += _predictor(config, family, f"mtp.layers.{depth}.", published)
     return table
 
 
@@ -137,43 +156,64 @@ def _num_predictors(config: ModelConfig) -> int:
     return min(config.mtp_num_layers, 1) if config.mtp_use_repeated_layer else config.mtp_num_layers
 
 
-def _predictor(config: ModelConfig, m: str, h: str) -> list[Rule]:
+def _predictor(config: ModelConfig, family: Family, m: str, h: str) -> list[Rule]:
     """Multi-token prediction. Here and below, m and h begin the names of the two sides."""
     hidden = config.hidden_size
     return [
         _same(m + "enorm.weight", h + "pre_fc_norm_embedding.weight", (hidden,)),
         _same(m + "hnorm.weight", h + "pre_fc_norm_hidden.weight", (hidden,)),
         _same(m + "eh_proj.weight", h + "fc.weight", (hidden, 2 * hidden)),
-        *_layer(config, GATED_ATTENTION, m + "mtp_model_layer.", 0, h + "layers.0."),
+        *_layer(config, family, GATED_ATTENTION, m + "mtp_model_layer.", 0, h + "layers.0."),
         _same(m + "final_layernorm.weight", h + "norm.weight", (hidden,)),
     ]
 
 
-def _layer(config: ModelConfig, mixer: str, m: str, number: int, h: str) -> list[Rule]:
+def _layer(
+    config: ModelConfig, family: Family, mixer: str, m: str, number: int, h: str
+) -> list[Rule]:
     first, second, norm = f"{m}layers.{number}.", f"{m}layers.{number + 1}.", (config.hidden_size,)
-    mixer_rules = _delta_net if mixer == GATED_DELTA_NET else _attention
+    attention = first + "self_attention."
     return [
         _same(first + "input_layernorm.weight", h + "input_layernorm.weight", norm),
-        *mixer_rules(config, first + "self_attention.", h),
+        *(
+            _delta_net(config, family, attention, h)
+            if mixer == GATED_DELTA_NET
+            else _attention(config, attention, h)
+        ),
         _same(second + "pre_mlp_layernorm.weight", h + "post_attention_layernorm.weight", norm),
         *_moe(config, second + "mlp.", h + "mlp."),
     ]
 
 
-def _delta_net(config: ModelConfig, m: str, h: str) -> list[Rule]:
+def _delta_net(config: ModelConfig, family: Family, m: str, h: str) -> list[Rule]:
     h += "linear_attn."
-    keys, values, heads = config.key_dim, config.value_dim, config.linear_num_value_heads
-    qkvz, beta_alpha = (keys, keys, values, values), (heads, heads)
+    values, heads = config.value_dim, config.linear_num_value_heads
     conv = (config.conv_dim, 1, config.linear_conv_kernel_dim)
     norm = (config.linear_value_head_dim,)
     return [
-        _by_key_head(m + "in_proj.weight", h + "in_proj_qkvz.weight", qkvz, config),
-        _by_key_head(m + "beta_alpha_proj.weight", h + "in_proj_ba.weight", beta_alpha, config),
+        *_delta_net_projections(config, family, m, h),
         _same(m + "conv1d.weight", h + "conv1d.weight", conv),
         _same(m + "A_log", h + "A_log", (heads,)),
         _same(m + "dt_bias", h + "dt_bias", (heads,)),
         _same(m + "out_norm.weight", h + "norm.weight", norm, shift=-1.0),
         _same(m + "out_proj.weight", h + "out_proj.weight", (config.hidden_size, values)),
+    ]
+
+
+def _delta_net_projections(config: ModelConfig, family: Family, m: str, h: str) -> list[Rule]:
+    keys, values, heads = config.key_dim, config.value_dim, config.linear_num_value_heads
+    qkvz, beta_alpha = m + "in_proj.weight", m + "beta_alpha_proj.weight"
+    if family.flat_projections:
+        qkv = 2 * keys + values
+        flat = {h + "in_proj_qkv.weight": qkv, h + "in_proj_z.weight": values}
+        beta_alpha_flat = {h + "in_proj_b.weight": heads, h + "in_proj_a.weight": heads}
+        return [
+            _one_after_the_other(qkvz, flat, config.hidden_size),
+            _one_after_the_other(beta_alpha, beta_alpha_flat, config.hidden_size),
+        ]
+    return [
+        _by_key_head(qkvz, h + "in_proj_qkvz.weight", (keys, keys, values, values), config),
+        _by_key_head(beta_alpha, h + "in_proj_ba.weight", (heads, heads), config),
     ]
 
 
@@ -213,7 +253,7 @@ def _moe(config: ModelConfig, m: str, h: str) -> list[Rule]:
             {name: (ffn, hidden) for expert in one_by_one for name in _gate_up(expert)},
             partial(_stack, num),
             partial(_unstack, 2),
-            fused=h + "experts.gate_up_proj",
+            stacked=h + "experts.gate_up_proj",
         ),
         Rule(
             m + "experts.linear_fc2.weight",
@@ -221,14 +261,10 @@ def _moe(config: ModelConfig, m: str, h: str) -> list[Rule]:
             {expert + "down_proj.weight": (hidden, ffn) for expert in one_by_one},
             partial(_stack, num),
             partial(_unstack, 1),
-            fused=h + "experts.down_proj",
+            stacked=h + "experts.down_proj",
         ),
-        Rule(
-            shared_m + "linear_fc1.weight",
-            (2 * shared_ffn, hidden),
-            dict.fromkeys(_gate_up(shared_h), (shared_ffn, hidden)),
-            torch.cat,
-            lambda tensor: list(tensor.chunk(2)),
+        _one_after_the_other(
+            shared_m + "linear_fc1.weight", dict.fromkeys(_gate_up(shared_h), shared_ffn), hidden
         ),
         _same(shared_m + "linear_fc2.weight", shared_h + "down_proj.weight", (hidden, shared_ffn)),
         _same(shared_m + "gate_weight", h + "shared_expert_gate.weight", (1, hidden)),
@@ -242,6 +278,17 @@ def _gate_up(expert: str) -> list[str]:
 def _same(megatron: str, hf: str, shape: Shape, shift: float = 0.0) -> Rule:
     """One tensor under two names."""
     return Rule(megatron, shape, {hf: shape}, lambda one: one[0], lambda one: [one], shift)
+
+
+def _one_after_the_other(megatron: str, rows: dict[str, int], columns: int) -> Rule:
+    """Published tensors of so many rows, one after the other."""
+    return Rule(
+        megatron,
+        (sum(rows.values()), columns),
+        {name: (num, columns) for name, num in rows.items()},
+        torch.cat,
+        lambda tensor: list(tensor.split(list(rows.values()))),
+    )
 
 
 def _by_key_head(megatron: str, hf: str, rows: Shape, config: ModelConfig) -> Rule:
@@ -304,7 +351,8 @@ def _fetch(tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
     return tensors[name]
 
 
-def _check_names(side: str, found: Iterable[str], expected: Iterable[str]) -> None:
+def check_names(side: str, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Raise UserError if names are missing or unexpected, naming the first of them."""
     missing, unexpected = set(expected) - set(found), set(found) - set(expected)
     if missing or unexpected:
         _refuse(side, sorted(missing), sorted(unexpected))

@@ -1,0 +1,89 @@
+"""What a checkpoint holds, as megatron-core's sharded state: weights, master weights and moments, generators.
+
+Tensors are keyed by parameter, not by rank, so any layout can read them. Data position and learning
+rate follow from the step and are not saved. Two traps of megatron-core 0.19.2 over torch's AdamW,
+which keeps a `step` tensor per parameter, are dealt with here: loading needs the entry to be there
+already, and afterwards all parameters share one.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_q3n.training.optimizer import torch_adam_states
+from megatron_q3n.training.state import TrainState
+
+
+def sharded(state: TrainState, *, loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
+    """Return the sharded state dict of everything a resume needs. A collective call."""
+    metadata = {
+        "chained_optim_avoid_prefix": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "dp_cp_group": state.parallel.groups.dp_cp,
+    }
+    models = {
+        f"model{index}": model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        for index, model in enumerate(state.models)
+    }
+    content: dict[str, Any] = dict(models)
+    if with_optimizer:
+        if loading:
+            _prime_torch_adam(state)
+        content["optimizer"] = state.optimizer.sharded_state_dict(
+            models, is_loading=loading, metadata=metadata
+        )
+    content["rng"] = ShardedObject(
+        "rng",
+        None if loading else _generators(),
+        (state.parallel.world_size,),
+        (state.parallel.rank,),
+    )
+    return content
+
+
+def separate_steps(state: TrainState) -> None:
+    """Give each parameter a `step` tensor of its own: after loading they share one, counted once
+    per parameter and step (distrib_optimizer.py:1027), which silently spoils Adam's bias
+    correction."""
+    for adam, parameter in torch_adam_states(state.optimizer):
+        entry = adam.state.get(parameter)
+        if entry:
+            entry["step"] = torch.as_tensor(entry["step"], dtype=torch.float32).clone()
+
+
+def restore_generators(states: dict[str, Any]) -> None:
+    """Put every random generator of this rank where it was."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _generators() -> dict[str, Any]:
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _prime_torch_adam(state: TrainState) -> None:
+    """Give torch's AdamW the `step` entry that megatron-core's loading expects (distrib_optimizer.py:838, :1223)."""
+    for adam, parameter in torch_adam_states(state.optimizer):
+        if not adam.state[parameter]:
+            adam.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }

@@ -1,0 +1,81 @@
+"""Context parallelism: which tokens of a sequence live on which rank, and how parts travel between ranks.
+
+megatron-core's and TransformerEngine's order: every document is cut into 2n equal chunks for n
+ranks, and rank r holds chunks r and 2n-1-r, so that causal attention costs each the same. Without
+packing a row is one document. Lengths must be multiples of 2n (`data.document_alignment`).
+
+T tokens of a whole row, S = T/n tokens of a rank, n ranks.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from megatron.core.ssm.gated_delta_net.common import tensor_a2a_cp2hp, tensor_a2a_hp2cp
+from torch import Tensor
+
+
+def zigzag_indices(cu_seqlens: Tensor | None, tokens: int, size: int) -> Tensor:
+    """Return which tokens of the row each rank holds, in its own order.
+
+    Shapes: cu_seqlens [documents + 1] or None; returns int64 [n, S].
+    Raises: ValueError if a document's length is not a multiple of 2n.
+    """
+    bounds = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
+    by_rank: list[list[Tensor]] = [[] for _ in range(size)]
+    for start, end in pairwise(bounds):
+        if (end - start) % (2 * size):
+            raise ValueError(
+                f"a document of {end - start} tokens cannot be cut into 2 × {size} equal chunks; "
+                f"set data.document_alignment to a multiple of {2 * size}"
+            )
+        chunks = torch.arange(start, end).view(2 * size, -1)
+        for rank in range(size):
+            by_rank[rank] += [chunks[rank], chunks[2 * size - 1 - rank]]
+    return torch.stack([torch.cat(parts) for parts in by_rank])
+
+
+def slice_for_rank(
+    tensors: dict[str, Tensor], cu_seqlens: Tensor | None, group: Any
+) -> dict[str, Tensor]:
+    """Keep this rank's tokens of [B,T] tensors."""
+    if group.size() == 1:
+        return tensors
+    tokens = next(iter(tensors.values())).shape[1]
+    mine = zigzag_indices(cu_seqlens, tokens, group.size())[group.rank()]
+    return {name: x.index_select(1, mine.to(x.device)) for name, x in tensors.items()}
+
+
+def heads_for_sequence(x_SBH: Tensor, cu_seqlens: Tensor | None, group: Any) -> Tensor:
+    """Trade heads for sequence: [S,B,H] with all heads becomes [T,B,H/n] in the row's own order."""
+    gathered = tensor_a2a_cp2hp(x_SBH, 0, -1, group, undo_attention_load_balancing=False)
+    order = zigzag_indices(cu_seqlens, gathered.shape[0], group.size()).flatten()
+    return gathered.index_select(0, order.argsort().to(x_SBH.device))
+
+
+def sequence_for_heads(x_TBH: Tensor, cu_seqlens: Tensor | None, group: Any) -> Tensor:
+    """Undo `heads_for_sequence`."""
+    order = zigzag_indices(cu_seqlens, x_TBH.shape[0], group.size()).flatten()
+    zigzag = x_TBH.index_select(0, order.to(x_TBH.device)).contiguous()
+    return tensor_a2a_hp2cp(zigzag, 0, -1, group, redo_attention_load_balancing=False)
+
+
+def local_segments(cu_seqlens: Tensor | None, rows: int, local_tokens: int, size: int) -> Tensor:
+    """Return the bounds of this rank's chunks in its own rows laid end to end, two per document.
+
+    Shapes: int32 [2 · documents + 1], documents = rows without packing.
+    """
+    if cu_seqlens is None:
+        lengths = torch.full((2 * rows,), local_tokens // 2)
+    else:
+        lengths = (cu_seqlens.diff() // (2 * size)).repeat_interleave(2)
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+
+
+def in_document_order(gathered: list[Tensor]) -> list[Tensor]:
+    """Sort the ranks' chunks: from n tensors [2 · documents, …], two rows a document, to 2n tensors
+    [documents, …] from the document's first chunk to its last."""
+    size = len(gathered)
+    halves = [x.unflatten(0, (-1, 2)) for x in gathered]
+    first = [halves[chunk][:, 0] for chunk in range(size)]
+    return first + [halves[2 * size - 1 - chunk][:, 1] for chunk in range(size, 2 * size)]

@@ -1,0 +1,392 @@
+#!/usr/bin/env python3
+"""Train the same model on the same data in different parallel layouts and compare every step with one process.
+
+    tools/check_layout.py --all                                  every layout of the built-in list
+    tools/check_layout.py tp2-pp2 cp2-ep2-overlap                layouts by short name
+    tools/check_layout.py tensor_model_parallel_size=2 expert_model_parallel_size=2
+    tools/check_layout.py pp2 --reshard tp2:pp2 --masked 0.3 model.mtp_num_layers=2
+
+One process saves its fresh weights; every layout loads them and takes the same steps on the same
+rows, which checks the resharding of weights too. With --reshard A:B a run goes on in layout B from
+what layout A saved halfway, and must equal A never having stopped. Data are random walks over the
+vocabulary, a function of step and row alone.
+
+megatron-core is imported once; every rank of every run is a fork of that process, on a CPU, over
+gloo. So nothing may compute with torch before the forks. Exit status: 0 all within tolerance, 1 not, 2 bad input.
+"""
+
+import argparse
+import importlib
+import math
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, UserError, suggest
+from megatron_q3n.config.parallel import ParallelConfig
+from megatron_q3n.train import configure, register_defaults
+
+SINGLE = "single"
+LAYOUTS = (
+    "tp2", "tp2-etp2", "pp2", "pp2-vpp2", "ep2", "dp2", "dp2-overlap", "cp2",
+    "tp2-ep2", "tp2-pp2", "tp2-cp2", "cp2-ep2", "pp2-ep2-overlap",
+)  # fmt: skip
+RESHARDS = (
+    "single:tp2", "tp2:pp2", "single:ep2", "ep2:single", "dp2:cp2", "pp2:single", "pp2-vpp2:tp2",
+    "tp2:tp2-etp2", "tp2-etp2:ep2", "ep2:pp2-ep2-overlap",
+)  # fmt: skip
+SIZES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+    "dp": "data parallel size",
+}
+OVERLAP = {"overlap_grad_reduce": "true", "overlap_param_gather": "true"}
+# small, and divisible by all of the above; a strong balance loss and a narrow embedding that learns at once
+TINY = (
+    "model.hidden_size=64", "model.kv_channels=16", "model.moe_aux_loss_coeff=0.05",
+    "training.sequence_length=64", "training.micro_batch_size=1", "training.global_batch_size=4",
+    "training.steps=1000", "schedule.warmup_steps=2", "precision=fp32",
+)  # fmt: skip
+# what a step reports -> largest relative difference allowed
+TOLERANCES = {"loss": 1e-5, "grad norm": 1e-4, "mtp": 1e-5, "balance": 1e-5}
+LIMIT_SECONDS = 600
+Step = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Data:
+    """How rows are made: the share of masked targets, and whether rows are packed documents."""
+
+    masked: float = 0.0
+    packed: bool = False
+
+
+@dataclass
+class Run:
+    """One training run over `world_size` forked processes: where it starts, which steps it takes, where it saves."""
+
+    name: str
+    config: RunConfig
+    data: Data
+    first_step: int
+    last_step: int
+    start: Path | None = None  # None: fresh weights
+    resume: bool = False  # go on from `start` with its step and optimizer
+    save: dict[int, Path] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    problem: str = ""
+
+    @property
+    def world_size(self) -> int:
+        """Processes."""
+        return self.config.world_size
+
+
+def main() -> int:
+    """Parse, run, compare, print."""
+    options, words = _parser().parse_known_args()
+    register_defaults()
+    try:
+        runs, verdicts = check(options, words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    show(verdicts)
+    for run in runs:
+        if run.problem:
+            print(f"\n{run.name}: {run.problem}", file=sys.stderr)
+    return 0 if all(verdict["ok"] for verdict in verdicts) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s [LAYOUT …] [PARALLEL_SETTING=value …] [setting=value …] [options]",
+    )
+    parser.add_argument("--all", action="store_true", help=f"layouts: {', '.join(LAYOUTS)}")
+    parser.add_argument(
+        "--reshard", nargs="*", metavar="A:B", help=f"without names: {', '.join(RESHARDS)}"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="save for --reshard halfway")
+    parser.add_argument("--config-name", metavar="RECIPE", help="instead of a tiny model")
+    parser.add_argument("--masked", type=float, default=0.0, help="share of targets masked out")
+    parser.add_argument("--packed", action="store_true", help="rows are packed documents")
+    parser.add_argument("--processes", type=int, default=4, help="at once")
+    return parser
+
+
+def check(options: argparse.Namespace, words: list[str]) -> tuple[list[Run], list[dict[str, Any]]]:
+    """Plan all runs, make them, and compare.
+
+    Raises: UserError, before anything starts, for a layout the configuration refuses.
+    """
+    names, settings = _sort_words(words)
+    names += LAYOUTS if options.all else ()
+    pairs = _pairs(options.reshard)
+    if not names and not pairs:
+        raise UserError("nothing to check: name a layout (tp2-pp2), or give --all or --reshard.")
+    needed = dict.fromkeys([SINGLE, *names, *(source for source, _ in pairs)])
+    recipe = ["--config-name", options.config_name or "pretrain-tiny"]
+    base = [*recipe, *(() if options.config_name else TINY), *settings]
+    configs = {
+        name: configure([*base, *_overrides(name)])
+        for name in [*needed, *(target for _, target in pairs)]
+    }
+    data = Data(options.masked, options.packed)
+    _import_everything(configs[SINGLE])
+    with tempfile.TemporaryDirectory(prefix="check_layout-") as folder:
+        root, half = Path(folder), options.steps // 2
+        layouts = {name: Run(name, configs[name], data, 0, options.steps) for name in needed}
+        single = layouts.pop(SINGLE)
+        single.save[0] = root / "fresh"
+        for source, _ in pairs:
+            (single if source == SINGLE else layouts[source]).save[half] = root / source
+        launch([single], options.processes)
+        for run in layouts.values():
+            run.start = single.save[0]
+        launch(list(layouts.values()), options.processes)
+        layouts[SINGLE] = single
+        resumed = [
+            Run(
+                f"{source} → {target}", configs[target], data, half, options.steps, root / source, resume=True
+            )  # fmt: skip
+            for source, target in pairs
+        ]
+        launch(resumed, options.processes)
+    verdicts = [compare(layouts[name], single) for name in dict.fromkeys(names)]
+    verdicts += [
+        compare(run, replace(layouts[source], steps=layouts[source].steps[half:]))
+        for run, (source, _) in zip(resumed, pairs)
+    ]
+    return [*layouts.values(), *resumed], verdicts
+
+
+def _sort_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Tell layout names, parallel settings (together one layout) and other settings apart."""
+    names = [word for word in words if "=" not in word]
+    own = [word for word in words if word.split("=")[0] in ParallelConfig.model_fields]
+    settings = [word for word in words if "=" in word and word not in own]
+    return [*names, *([" ".join(own)] if own else [])], settings
+
+
+def _pairs(given: list[str] | None) -> list[tuple[str, str]]:
+    if given is None:
+        return []
+    for word in given:
+        if word.count(":") != 1:
+            raise UserError(f"--reshard {word}: expected two layouts, FROM:TO, such as tp2:pp2.")
+    pairs = [tuple(word.split(":")) for word in given or RESHARDS]
+    return [(source, target) for source, target in pairs]
+
+
+def _overrides(layout: str) -> list[str]:
+    """Translate a layout's name, or its own settings, into overrides, with the smallest world that holds it."""
+    if layout == SINGLE:
+        return []
+    if "=" in layout:
+        settings = dict(word.split("=", 1) for word in layout.split())
+        replicas = 1
+    else:
+        settings, replicas = _named(layout)
+    size = {short: int(settings.get(name, 1)) for short, name in SIZES.items()}
+    dense = size["tp"] * size["pp"] * size["cp"]
+    world = math.lcm(dense * replicas, size["etp"] * size["ep"] * size["pp"])
+    settings.setdefault("world_size", str(world))
+    return [f"parallel.{name}={value}" for name, value in settings.items()]
+
+
+def _named(layout: str) -> tuple[dict[str, str], int]:
+    """Read "tp2-ep2-overlap".
+
+    Returns: settings, and the data parallel size asked for.
+    """
+    settings: dict[str, str] = {}
+    for word in layout.split("-"):
+        sized = re.fullmatch(r"([a-z]+)(\d+)", word)
+        if word == "overlap":
+            settings |= OVERLAP
+        elif sized and sized[1] in SIZES:
+            settings[SIZES[sized[1]]] = sized[2]
+        else:
+            raise UserError(
+                f"{layout}: no such layout.{suggest(layout, LAYOUTS)} A name is any of {', '.join(SIZES)} with a "
+                "size, and overlap, joined by -, e.g. tp2-ep2-overlap."
+            )
+    return settings, int(settings.pop(SIZES["dp"], 1))
+
+
+def _import_everything(config: RunConfig) -> None:
+    """Import once what every fork needs; the shim first, since megatron-core looks at it when imported."""
+    device = importlib.import_module("megatron_q3n.device")
+    device.quiet_known_warnings()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork cannot share a CUDA context
+    device.choose_device(config)
+    for room in ("parallel", "checkpoint", "data.batch", "training.state", "training.step"):
+        importlib.import_module(f"megatron_q3n.{room}")
+    importlib.import_module("torch.distributed.checkpoint")
+
+
+def launch(runs: list[Run], processes: int) -> None:
+    """Make the runs, as many at once as `processes` allows (at least one run)."""
+    waiting, working = list(runs), dict[Connection, tuple[Run, Any, list[Any]]]()
+    busy = 0
+    fork = multiprocessing.get_context("fork")
+    while waiting or working:
+        while waiting and (not working or busy + waiting[0].world_size <= processes):
+            run = waiting.pop(0)
+            busy += run.world_size
+            _start(run, fork, working)
+        for end in wait(list(working), timeout=1):
+            run, process, siblings = working.pop(end)
+            message = _message(end, process)
+            process.join()
+            if isinstance(message, list):
+                run.steps = message or run.steps
+                busy -= 1
+                continue
+            run.problem = run.problem or message
+            for sibling in siblings:  # they would wait for the dead one
+                sibling.terminate()
+            busy -= 1
+
+
+def _start(run: Run, fork: Any, working: dict[Connection, Any]) -> None:
+    meeting = tempfile.mktemp(prefix="check_layout-meeting-")
+    siblings: list[Any] = []
+    for rank in range(run.world_size):
+        ours, theirs = fork.Pipe(duplex=False)
+        process = fork.Process(target=_work, args=(run, rank, meeting, theirs))
+        siblings.append(process)
+        process.start()
+        theirs.close()
+        working[ours] = (run, process, siblings)
+
+
+def _message(end: Any, process: Any) -> list[Step] | str:
+    try:
+        return end.recv()
+    except EOFError:
+        process.join()
+        return f"a process ended with {process.exitcode} without a word"
+
+
+def _work(run: Run, rank: int, meeting: str, answer: Connection) -> None:
+    """Be one rank of a run, in a process of its own, and send back its steps or what went wrong."""
+    try:
+        answer.send(_train(run, rank, meeting))
+    except BaseException:
+        answer.send(f"rank {rank}:\n{traceback.format_exc()}")
+
+
+def _train(run: Run, rank: int, meeting: str) -> list[Step]:
+    import torch  # imported long ago, in the parent; named here to keep the parser's start quick
+
+    from megatron_q3n import checkpoint, parallel
+    from megatron_q3n.device import choose_device
+    from megatron_q3n.training.state import build_state
+    from megatron_q3n.training.step import train_step
+
+    device = choose_device(run.config)
+    store = torch.distributed.FileStore(meeting, run.world_size)
+    group = parallel.initialize(
+        run.config, device, parallel.Meeting(store, rank, run.world_size)
+    )
+    state = build_state(run.config, device, group)
+    if run.start:
+        checkpoint.load(
+            state, checkpoint.find(run.start), resume=run.resume, with_optimizer=run.resume
+        )
+    assert state.step == run.first_step
+    steps = []
+    for step in range(run.first_step, run.last_step + 1):
+        if step in run.save:
+            checkpoint.save(state, run.save[step])
+        if step < run.last_step:
+            steps.append(_flat(train_step(state, list(batches(run, step, group)))))
+    parallel.shutdown()
+    return steps if rank == 0 else []
+
+
+def _flat(report: Any) -> Step:
+    step = {"loss": report.loss, "grad norm": report.grad_norm}
+    step |= {f"mtp {depth}": loss for depth, loss in enumerate(report.mtp_losses, 1)}
+    return step | {f"balance {name}": loss for name, loss in report.balance_losses.items()}
+
+
+def batches(run: Run, step: int, group: Any) -> Iterator[Any]:
+    """Make this rank's micro-batches of a step: random walks, so that there is something to learn."""
+    import torch  # as in _train
+
+    from megatron_q3n.data.batch import batch_of_documents, batch_of_rows
+
+    training, vocab = run.config.training, run.config.model.vocab_size
+    rows, length, size = training.global_batch_size, training.sequence_length, training.micro_batch_size
+    random = torch.Generator().manual_seed(step)
+    jumps = torch.randint(1, 4, (rows, length + 1), generator=random)
+    jumps[:, 0] = torch.randint(0, vocab, (rows,), generator=random)
+    tokens_RT = jumps.cumsum(1) % vocab
+    # each row with a share of its own, so that micro-batches count different numbers of tokens
+    shares = torch.rand(rows, 1, generator=random) * 2 * run.data.masked
+    mask_RT = (torch.rand(rows, length, generator=random) >= shares).float()
+    ends_RT = torch.rand(rows, length + 1, generator=random) < 4 / length
+    if run.data.packed:
+        tokens_RT = torch.where(ends_RT, 0, tokens_RT.clamp(min=1))
+    for first in range(group.data_rank * size, rows, group.data_size * size):
+        part = slice(first, first + size)
+        inputs, labels = tokens_RT[part, :-1].contiguous(), tokens_RT[part, 1:].contiguous()
+        if run.data.packed:
+            yield batch_of_documents(inputs, labels, mask_RT[part], 0)
+        else:
+            yield batch_of_rows(inputs, labels, mask_RT[part].contiguous())
+
+
+def compare(run: Run, reference: Run) -> dict[str, Any]:
+    """Return the largest relative difference over all steps of each kind of figure, and the verdict."""
+    worst = dict.fromkeys(TOLERANCES, 0.0 if run.steps else math.nan)
+    for ours, wanted in zip(run.steps, reference.steps):
+        assert ours.keys() == wanted.keys()
+        for name, value in wanted.items():
+            kind = next(kind for kind in worst if name.startswith(kind))
+            difference = abs(ours[name] - value) / max(abs(value), 1e-30)
+            worst[kind] = max(worst[kind], difference) if difference == difference else math.nan
+    whole = len(run.steps) == len(reference.steps) > 0
+    ok = whole and all(worst[kind] <= TOLERANCES[kind] for kind in worst)
+    return {"layout": run.name, "processes": run.world_size, **worst, "ok": ok, "failed": not whole}
+
+
+def show(verdicts: list[dict[str, Any]]) -> None:
+    """Print one line per layout: the largest relative differences from the reference, and the verdict."""
+    table = Table(title="largest relative difference over all steps")
+    for column in ("layout", "processes", *TOLERANCES, "verdict"):
+        limit = f"\n≤ {TOLERANCES[column]:.0e}" if column in TOLERANCES else ""
+        table.add_column(column + limit, justify="left" if column in ("layout", "verdict") else "right")
+    for verdict in verdicts:
+        figures = [f"{verdict[kind]:.1e}" for kind in TOLERANCES]
+        words = "ok" if verdict["ok"] else "did not run" if verdict["failed"] else "DIFFERS"
+        table.add_row(verdict["layout"], str(verdict["processes"]), *figures, words)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
