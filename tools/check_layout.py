@@ -17,6 +17,7 @@ gloo. So nothing may compute with torch before the forks. Exit status: 0 all wit
 
 import argparse
 import importlib
+import json
 import math
 import multiprocessing
 import os
@@ -111,6 +112,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     show(verdicts)
+    if options.json:
+        options.json.write_text(json.dumps({run.name: run.steps for run in runs}, indent=1))
     for run in runs:
         if run.problem:
             print(f"\n{run.name}: {run.problem}", file=sys.stderr)
@@ -132,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-name", metavar="RECIPE", help="instead of a tiny model")
     parser.add_argument("--masked", type=float, default=0.0, help="share of targets masked out")
     parser.add_argument("--packed", action="store_true", help="rows are packed documents")
+    parser.add_argument("--json", type=Path, help="write every run's figures here")
     parser.add_argument("--processes", type=int, default=4, help="at once")
     return parser
 
@@ -169,7 +173,13 @@ def check(options: argparse.Namespace, words: list[str]) -> tuple[list[Run], lis
         layouts[SINGLE] = single
         resumed = [
             Run(
-                f"{source} → {target}", configs[target], data, half, options.steps, root / source, resume=True
+                f"{source} → {target}",
+                configs[target],
+                data,
+                half,
+                options.steps,
+                root / source,
+                resume=True,
             )  # fmt: skip
             for source, target in pairs
         ]
@@ -309,9 +319,7 @@ def _train(run: Run, rank: int, meeting: str) -> list[Step]:
 
     device = choose_device(run.config)
     store = torch.distributed.FileStore(meeting, run.world_size)
-    group = parallel.initialize(
-        run.config, device, parallel.Meeting(store, rank, run.world_size)
-    )
+    group = parallel.initialize(run.config, device, parallel.Meeting(store, rank, run.world_size))
     state = build_state(run.config, device, group)
     if run.start:
         checkpoint.load(
@@ -341,7 +349,11 @@ def batches(run: Run, step: int, group: Any) -> Iterator[Any]:
     from megatron_q3n.data.batch import batch_of_documents, batch_of_rows
 
     training, vocab = run.config.training, run.config.model.vocab_size
-    rows, length, size = training.global_batch_size, training.sequence_length, training.micro_batch_size
+    rows, length, size = (
+        training.global_batch_size,
+        training.sequence_length,
+        training.micro_batch_size,
+    )
     random = torch.Generator().manual_seed(step)
     jumps = torch.randint(1, 4, (rows, length + 1), generator=random)
     jumps[:, 0] = torch.randint(0, vocab, (rows,), generator=random)
@@ -365,14 +377,23 @@ def compare(run: Run, reference: Run) -> dict[str, Any]:
     """Return the largest relative difference over all steps of each kind of figure, and the verdict."""
     worst = dict.fromkeys(TOLERANCES, 0.0 if run.steps else math.nan)
     for ours, wanted in zip(run.steps, reference.steps):
-        assert ours.keys() == wanted.keys()
-        for name, value in wanted.items():
+        for name in ours.keys() | wanted.keys():
             kind = next(kind for kind in worst if name.startswith(kind))
-            difference = abs(ours[name] - value) / max(abs(value), 1e-30)
-            worst[kind] = max(worst[kind], difference) if difference == difference else math.nan
+            worst[kind] = _larger(worst[kind], _difference(ours.get(name), wanted.get(name)))
     whole = len(run.steps) == len(reference.steps) > 0
-    ok = whole and all(worst[kind] <= TOLERANCES[kind] for kind in worst)
+    ok = whole and all(worst[kind] <= TOLERANCES[kind] for kind in worst)  # nan is not
     return {"layout": run.name, "processes": run.world_size, **worst, "ok": ok, "failed": not whole}
+
+
+def _difference(ours: float | None, wanted: float | None) -> float:
+    """Return the relative difference; nan where only one side has the figure."""
+    if ours is None or wanted is None:
+        return math.nan
+    return 0.0 if ours == wanted else abs(ours - wanted) / max(abs(wanted), 1e-30)
+
+
+def _larger(a: float, b: float) -> float:
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
 def show(verdicts: list[dict[str, Any]]) -> None:
@@ -380,7 +401,9 @@ def show(verdicts: list[dict[str, Any]]) -> None:
     table = Table(title="largest relative difference over all steps")
     for column in ("layout", "processes", *TOLERANCES, "verdict"):
         limit = f"\n≤ {TOLERANCES[column]:.0e}" if column in TOLERANCES else ""
-        table.add_column(column + limit, justify="left" if column in ("layout", "verdict") else "right")
+        table.add_column(
+            column + limit, justify="left" if column in ("layout", "verdict") else "right"
+        )
     for verdict in verdicts:
         figures = [f"{verdict[kind]:.1e}" for kind in TOLERANCES]
         words = "ok" if verdict["ok"] else "did not run" if verdict["failed"] else "DIFFERS"

@@ -64,6 +64,7 @@ OWNED_FIELDS = {
     "layernorm_zero_centered_gamma": "model (zero-centered norms are the architecture)",
     "attention_output_gate": "model.attention_output_gate",
     "calculate_per_token_loss": "training (losses are means over the global batch's tokens)",
+    "moe_grouped_gemm": "model (experts are stacked)",
     "moe_router_dtype": "model (the router computes in fp32)",
     "transformer_impl": "model.backend",
     "deterministic_mode": "training.deterministic",

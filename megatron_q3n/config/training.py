@@ -159,6 +159,14 @@ class CheckpointConfig(Section):
     keep_every_steps: int = Field(
         0, ge=0, description="multiples of this are never deleted; 0 keeps none for good"
     )
+    asynchronous: bool = Field(
+        True,
+        description="write behind the training, from a copy of the state in host memory; false waits for the disk",
+    )
+    verify: Literal["full", "sizes"] = Field(
+        "full",
+        description="what is checked before a checkpoint is loaded or counted as kept: every byte, or only sizes",
+    )
     time_limit_minutes: float | None = Field(
         None, gt=0, description="save and exit 75 after this long"
     )

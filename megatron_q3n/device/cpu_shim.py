@@ -68,6 +68,8 @@ def install() -> None:
     _installed = True
     _replace_cuda_calls()
     _replace_tensor_methods()
+    # torch lists its factories once, for `with torch.device(...)`: it must see the real ones
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     # megatron-core wraps small functions in torch.compile (jit.py); compiling them for a CPU costs minutes.

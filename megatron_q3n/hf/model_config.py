@@ -7,13 +7,15 @@ Rotary positions come in two spellings, `rope_theta` beside `rope_scaling`, or a
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, ModelConfig, UserError, suggest
-from megatron_q3n.hf.families import FAMILIES, QWEN3_5_MOE, Family
+from megatron_q3n.hf.families import FAMILIES, QWEN3_5_MOE, QWEN3_NEXT, Family
 from megatron_q3n.hf.table import check_publishable
+from megatron_q3n.hf.weights import CONFIG, read_json
 
 MULTIMODAL = "qwen3_5_moe"  # its text_config is QWEN3_5_MOE's
 LAYER_TYPES = {"linear_attention": GATED_DELTA_NET, "full_attention": GATED_ATTENTION}
@@ -79,6 +81,16 @@ def from_published(published: Mapping[str, Any], *, has_mtp: bool) -> tuple[Mode
         raise UserError(f"config.json describes a model that cannot be built: {problems}") from None
 
 
+def family_of(model_type: str | None, like: Path | None) -> Family:
+    """Say what to export as: what is asked for, or what the folder to be like is, or Qwen3-Next.
+
+    Raises: UserError for a model_type we do not know.
+    """
+    if model_type is not None:
+        return _text_section({"model_type": model_type})[1]
+    return _text_section(read_json(like / CONFIG))[1] if like else QWEN3_NEXT
+
+
 def to_published(
     model: ModelConfig, family: Family, like: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -118,7 +130,7 @@ def _text_section(published: Mapping[str, Any]) -> tuple[Mapping[str, Any], Fami
     if model_type not in known:
         names = [*known, MULTIMODAL]
         raise UserError(
-            f"config.json: model_type={model_type!r} is not a model we know; it can be one of "
+            f"model_type={model_type!r} is not a model we convert; it can be one of "
             f"{', '.join(names)}.{suggest(str(model_type), names)}"
         )
     return published, known[model_type]

@@ -61,7 +61,7 @@ class PublishedWeights(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = {name: _open(folder / name) for name in _shards(folder)}
-        self._where = {name: file for file, opened in self._files.items() for name in opened.keys()}
+        self._where = {name: file for file, opened in self._files.items() for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)
         for name, file in _index(folder).items():
             if self._where.get(name) != file:
                 raise UserError(
@@ -175,7 +175,8 @@ class ShardWriter:
     """Writes one shard; every tensor must have been put before it is closed."""
 
     def __init__(self, path: Path, shard: Shard) -> None:
-        self._shard, self._missing = shard, shard.num_bytes - len(shard.header)
+        self._shard = shard
+        self.num_written = len(shard.header)
         self._file = path.open("wb", buffering=0)
         self._file.write(shard.header)
         self._file.truncate(shard.num_bytes)
@@ -196,11 +197,11 @@ class ShardWriter:
         view = memoryview(data)
         while view:  # an unbuffered write may take less than it is given
             view = view[self._file.write(view) :]
-        self._missing -= len(data)
+        self.num_written += len(data)
 
     def close(self) -> None:
         """Close the file, now whole."""
-        assert self._missing == 0, f"{self._missing} bytes of {self._shard.name} were never written"
+        assert self.num_written == self._shard.num_bytes, self._shard.name
         self._file.close()
 
 

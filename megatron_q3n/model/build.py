@@ -109,6 +109,7 @@ def _architecture(config: RunConfig) -> dict[str, Any]:
         "linear_num_key_heads": model.linear_num_key_heads,
         "linear_num_value_heads": model.linear_num_value_heads,
         "num_moe_experts": model.num_moe_experts,
+        "moe_grouped_gemm": True,
         "moe_router_topk": model.moe_router_topk,
         "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,

@@ -7,12 +7,16 @@ packing a row is one document. Lengths must be multiples of 2n (`data.document_a
 T tokens of a whole row, S = T/n tokens of a rank, n ranks.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 from megatron.core.ssm.gated_delta_net.common import tensor_a2a_cp2hp, tensor_a2a_hp2cp
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
+
+from megatron_q3n.kernels.causal_conv import next_conv_state
 
 
 def zigzag_indices(cu_seqlens: Tensor | None, tokens: int, size: int) -> Tensor:
@@ -72,10 +76,65 @@ def local_segments(cu_seqlens: Tensor | None, rows: int, local_tokens: int, size
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
 
 
-def in_document_order(gathered: list[Tensor]) -> list[Tensor]:
-    """Sort the ranks' chunks: from n tensors [2 · documents, …], two rows a document, to 2n tensors
-    [documents, …] from the document's first chunk to its last."""
-    size = len(gathered)
-    halves = [x.unflatten(0, (-1, 2)) for x in gathered]
-    first = [halves[chunk][:, 0] for chunk in range(size)]
-    return first + [halves[2 * size - 1 - chunk][:, 1] for chunk in range(size, 2 * size)]
+def inputs_before_chunks(qkv_1SC: Tensor, taps: int, bounds: Tensor, group: Any) -> Tensor:
+    """Return the causal convolution's halo: the last taps-1 inputs before each of this rank's chunks.
+
+    Shapes: qkv [1, S, C] of chunks within `bounds`; returns [2 · documents, C, taps-1], oldest first,
+        zeros before a document.
+    """
+    tails = next_conv_state(qkv_1SC, taps, cu_seqlens=bounds)
+    lengths = bounds.diff()[::2].tolist()  # a document's chunks are all of one length
+    before = torch.zeros_like(tails[::2])
+    halos = []
+    for tail in _gathered_chunks(tails, group):
+        halos.append(before)
+        before = torch.stack(
+            [
+                torch.cat([old[:, min(length, taps - 1) :], new[:, -min(length, taps - 1) :]], -1)
+                for old, new, length in zip(before, tail, lengths)
+            ]
+        )
+    return _own_chunks(halos, group)
+
+
+def states_before_chunks(rule: Callable[..., Any], inputs: list[Tensor], group: Any) -> Tensor:
+    """Return the delta state before each of this rank's chunks, without running the whole sequence.
+
+    A chunk turns the state S before it into M S + N, and M and N are its own affair: N is its final
+    state from zero, M its final state from the identity with nothing to write. The ranks gather all
+    (M, N) and walk the few chunks of each document.
+
+    Shapes: `rule` over this rank's chunks, inputs query … beta [1, S, …]; returns
+        [2 · documents, Hv, K, V] fp32.
+    """
+    query, key, value, decay, beta = inputs
+    _, written = rule(query, key, value, decay, beta)
+    width = key.shape[-1]
+    identity = torch.eye(width, dtype=torch.float32, device=key.device)
+    identity = identity.expand(written.shape[0], value.shape[2], width, width).contiguous()
+    nothing = value.new_zeros(*value.shape[:3], width)
+    _, kept = rule(query, key, nothing, decay, beta, initial_state_DHKV=identity)
+    transitions = _gathered_chunks(kept.float(), group)
+    additions = _gathered_chunks(written.float(), group)
+    state = torch.zeros_like(written[::2])
+    states = []
+    for transition, addition in zip(transitions, additions):
+        states.append(state)
+        state = transition @ state + addition
+    return _own_chunks(states, group)
+
+
+def _gathered_chunks(mine: Tensor, group: Any) -> list[Tensor]:
+    """From this rank's [2 · documents, …], two chunks a document, to all 2n chunks in the documents'
+    order, each [documents, …]."""
+    size = group.size()
+    everyone = gather_from_sequence_parallel_region(mine.contiguous(), group=group)
+    halves = [x.unflatten(0, (-1, 2)) for x in everyone.chunk(size)]
+    first = [halves[rank][:, 0] for rank in range(size)]
+    return first + [halves[rank][:, 1] for rank in reversed(range(size))]
+
+
+def _own_chunks(chunks: list[Tensor], group: Any) -> Tensor:
+    """From all 2n chunks in order to this rank's [2 · documents, …]."""
+    rank, last = group.rank(), len(chunks) - 1
+    return torch.stack([chunks[rank], chunks[last - rank]], dim=1).flatten(0, 1)

@@ -36,7 +36,6 @@ from megatron.core.ssm.gated_delta_net.common import (
     get_parameter_local_cp,
 )
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -47,9 +46,10 @@ from megatron_q3n.kernels.causal_conv import causal_conv, next_conv_state
 from megatron_q3n.kernels.norms import gated_rms_norm, l2_norm
 from megatron_q3n.model.context_parallel import (
     heads_for_sequence,
-    in_document_order,
+    inputs_before_chunks,
     local_segments,
     sequence_for_heads,
+    states_before_chunks,
 )
 from megatron_q3n.model.norms import ZeroCenteredRMSNorm
 from megatron_q3n.model.sharding import shard_by_section, sharded_parameters
@@ -287,10 +287,8 @@ class GatedDeltaNet(MegatronModule):
     ) -> Tensor:
         """Context parallelism along the sequence: every rank keeps its chunks and all its heads.
 
-        A chunk turns the state S before it into M S + N, with M and N its own affair: N is its final
-        state from zero, M the final state from the identity with nothing to write. The ranks gather
-        (M, N), walk the few chunks of each document, and run their own from the state that is due.
-        The convolution's halo travels the same way. TP × CP need not divide the heads.
+        What enters a chunk, the convolution's last inputs and the delta state, is worked out from
+        what the ranks tell each other about theirs (model/context_parallel.py).
         """
         local, rows = qkvz_SBX.shape[:2]
         bounds = local_segments(cu_seqlens, rows, local, self.cp_group.size()).to(qkvz_SBX.device)
@@ -298,63 +296,16 @@ class GatedDeltaNet(MegatronModule):
             x.transpose(0, 1).reshape(1, rows * local, -1) for x in (qkvz_SBX, beta_alpha_SBX)
         )
         qkv = qkvz[..., : sum(self.qkvz_sections[:3])]
-        halo = self._halo(qkv, bounds)
+        halo = inputs_before_chunks(qkv, self.taps, bounds, self.cp_group)
         _, z, inputs = self._delta_inputs(qkvz, beta_alpha, halo, bounds)
-        entering = self._entering_states(inputs, bounds)
-        output, _ = delta_rule_backend.gated_delta_rule(
-            *inputs, initial_state_DHKV=entering, cu_seqlens=bounds, chunk_size=self.chunk_size
+        rule = partial(
+            delta_rule_backend.gated_delta_rule, cu_seqlens=bounds, chunk_size=self.chunk_size
+        )
+        output, _ = rule(
+            *inputs, initial_state_DHKV=states_before_chunks(rule, inputs, self.cp_group)
         )
         gated = gated_rms_norm(output, z, self.out_norm.weight, self.config.layernorm_epsilon)
         return gated.flatten(2).view(rows, local, -1).transpose(0, 1).contiguous()
-
-    def _halo(self, qkv_1TC: Tensor, bounds: Tensor) -> Tensor:
-        """Return the inputs just before each of this rank's chunks, [2 · documents, C, taps-1]."""
-        tails = next_conv_state(qkv_1TC, self.taps, cu_seqlens=bounds)
-        lengths = bounds.diff()[::2].tolist()  # of every chunk of a document alike
-        before = torch.zeros_like(tails[::2])
-        halos = []
-        for tail in self._gathered_chunks(tails):
-            halos.append(before)
-            kept = [
-                torch.cat(
-                    [old[:, min(length, self.taps - 1) :], new[:, -min(length, self.taps - 1) :]],
-                    -1,
-                )
-                for old, new, length in zip(before, tail, lengths)
-            ]
-            before = torch.stack(kept)
-        return self._own_chunks(halos)
-
-    def _entering_states(self, inputs: list[Tensor], bounds: Tensor) -> Tensor:
-        """Return the delta state before each of this rank's chunks, [2 · documents, Hv, K, V] fp32."""
-        query, key, value, decay, beta = inputs
-        run = partial(
-            delta_rule_backend.gated_delta_rule, cu_seqlens=bounds, chunk_size=self.chunk_size
-        )
-        _, written = run(query, key, value, decay, beta)
-        chunks, heads, width = written.shape[0], value.shape[2], key.shape[-1]
-        identity = torch.eye(width, dtype=torch.float32, device=key.device).expand(
-            chunks, heads, width, width
-        )
-        nothing = value.new_zeros(*value.shape[:3], width)
-        _, kept = run(query, key, nothing, decay, beta, initial_state_DHKV=identity)
-        transitions = self._gathered_chunks(kept.float())
-        state = torch.zeros_like(written[::2])
-        states = []
-        for transition, addition in zip(transitions, self._gathered_chunks(written.float())):
-            states.append(state)
-            state = transition @ state + addition
-        return self._own_chunks(states)
-
-    def _gathered_chunks(self, mine: Tensor) -> list[Tensor]:
-        """From this rank's [2 · documents, …] to all 2n chunks in order, each [documents, …]."""
-        everyone = gather_from_sequence_parallel_region(mine.contiguous(), group=self.cp_group)
-        return in_document_order(list(everyone.chunk(self.cp_group.size())))
-
-    def _own_chunks(self, chunks: list[Tensor]) -> Tensor:
-        """From all 2n chunks in order to this rank's two per document, [2 · documents, …]."""
-        rank, last = self.cp_group.rank(), len(chunks) - 1
-        return torch.stack([chunks[rank], chunks[last - rank]], dim=1).flatten(0, 1)
 
     def _sections(self) -> list[int]:
         """Widths of q, k, v, z of the heads at hand: a share of them after an all-to-all."""

@@ -2,7 +2,6 @@
 
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 from megatron_q3n import checkpoint, parallel
@@ -59,9 +58,11 @@ def run(config: RunConfig, run_dir: Path) -> int:
     )
     status: Status = "failed"
     try:
-        _introduce(state, data, recorder, run_dir, [origin, f"delta rule: {rule}"])
+        _introduce(state, data, recorder, run_dir, [*origin, f"delta rule: {rule}"])
+        saver = checkpoint.Saver(state, run_dir, recorder.note)
         pace = Pace(
-            save=partial(checkpoint.save, state, run_dir),
+            save=saver.save,
+            settle=saver.settle,
             stop_reason=stop.reason,
             throughput=throughput,
             peak_flops=measured_matmul_flops(device, group.world_size),
@@ -87,25 +88,24 @@ def run(config: RunConfig, run_dir: Path) -> int:
     return EXIT_REQUEUE if result.stopped else 0
 
 
-def _start(state: TrainState, run_dir: Path) -> str:
-    """Put weights where the run should begin: its own newest checkpoint, another run's weights, or the fresh init."""
-    own = checkpoint.newest_in(run_dir)
-    if own is not None:
-        checkpoint.load(state, own, resume=True)
+def _start(state: TrainState, run_dir: Path) -> list[str]:
+    """Put weights where the run should begin: its own newest good checkpoint, another run's weights, or the
+    fresh init. Return what to tell the user of it."""
+    resumed = checkpoint.resume(state, run_dir)
+    if resumed.checkpoint is not None:
         if state.step >= state.config.training.steps:
             raise UserError(
                 f"{run_dir} is already at step {state.step} of {state.config.training.steps}; "
                 "raise training.steps to continue it."
             )
-        return f"resumed from {own.name} at step {state.step}"
+        return [*resumed.notes, f"resumed from {resumed.checkpoint.name} at step {state.step}"]
     settings = state.config.checkpoint
     if settings.load:
         source = checkpoint.find(settings.load)
         checkpoint.load(state, source, resume=False, with_optimizer=settings.load_optimizer)
-        return f"weights from {source}" + (
-            ", with optimizer state" if settings.load_optimizer else ""
-        )
-    return f"fresh weights, seed {state.config.training.seed}"
+        optimizer = ", with optimizer state" if settings.load_optimizer else ""
+        return [f"weights from {source}{optimizer}"]
+    return [f"fresh weights, seed {state.config.training.seed}"]
 
 
 def _introduce(

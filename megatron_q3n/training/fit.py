@@ -33,7 +33,8 @@ class StepLog(Protocol):
 class Pace:
     """What the caller lends to the loop."""
 
-    save: Callable[[], object]
+    save: Callable[[], object]  # may go on writing behind the training
+    settle: Callable[[bool], list[int]]  # steps whose checkpoint is complete by now; True waits
     stop_reason: Callable[[], str | None]
     throughput: Callable[[int, float, float, float | None], dict[str, float]]
     peak_flops: float | None = None
@@ -75,11 +76,17 @@ def fit(state: TrainState, data: PretrainData, recorder: StepLog, pace: Pace) ->
         reason = _agreed_stop(state, pace) if state.step < last else None
         if reason or _due(state.step, settings.checkpoint.interval_steps, last):
             pace.save()
-            recorder.checkpointed(state.step)
+        _report_checkpoints(recorder, pace, wait=False)
         if reason:
             result.stopped = reason
             break
+    _report_checkpoints(recorder, pace, wait=True)
     return result
+
+
+def _report_checkpoints(recorder: StepLog, pace: Pace, *, wait: bool) -> None:
+    for step in pace.settle(wait):
+        recorder.checkpointed(step)
 
 
 def _values(state: TrainState, report: StepReport) -> dict[str, float]:

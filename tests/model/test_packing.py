@@ -42,7 +42,9 @@ def test_packed_documents_equal_single_ones(depths: int, alone: Any) -> None:
     with torch.no_grad():
         for name, parameter in state.models[0].named_parameters():
             if name.endswith("A_log"):
-                parameter.fill_(-2.0)  # forgetting all at once would make its gradient mere rounding
+                parameter.fill_(
+                    -2.0
+                )  # forgetting all at once would make its gradient mere rounding
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=weights) * 0.06)
     tokens = torch.randint(1, 512, (1, sum(LENGTHS)), generator=weights)

@@ -49,10 +49,14 @@ def candidates(run_dir: Path) -> list[Path]:
     return sorted(steps + replaced, key=step_of, reverse=True)
 
 
+def complete(run_dir: Path) -> list[Path]:
+    """Return the checkpoints that have a description, newest first; their files are not verified here."""
+    return [path for path in candidates(run_dir) if (path / DESCRIPTION).is_file()]
+
+
 def newest_in(run_dir: Path) -> Path | None:
     """Return the newest complete checkpoint of a run directory, if any; its files are not verified here."""
-    complete = (path for path in candidates(run_dir) if (path / DESCRIPTION).is_file())
-    return next(complete, None)
+    return next(iter(complete(run_dir)), None)
 
 
 def find(path: str | Path) -> Path:
@@ -108,12 +112,11 @@ def set_aside(checkpoint: Path) -> Path:
     return aside
 
 
-def superfluous(run_dir: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
-    """Return the complete checkpoints beyond the newest `keep_last` that are no milestones."""
-    complete = [path for path in candidates(run_dir) if (path / DESCRIPTION).is_file()]
+def superfluous(newest_first: list[Path], keep: int, keep_every_steps: int) -> list[Path]:
+    """Return the checkpoints beyond the first `keep` that are no milestones."""
     return [
         old
-        for old in complete[keep_last:]
+        for old in newest_first[keep:]
         if not (keep_every_steps and step_of(old) % keep_every_steps == 0)
     ]
 

@@ -118,9 +118,7 @@ def _listed(group: Parallel, run_dir: Path) -> list[Path]:
     return [Path(name) for name in json.loads(names)]
 
 
-def _fall_back(
-    group: Parallel, passed_over: list[tuple[Path, list[str]]], good: Path
-) -> list[str]:
+def _fall_back(group: Parallel, passed_over: list[tuple[Path, list[str]]], good: Path) -> list[str]:
     """Set damaged checkpoints aside and say what was wrong and what is used instead."""
     notes = []
     for damaged, problems in passed_over:
@@ -140,7 +138,10 @@ def _restore(state: TrainState, checkpoint: Path, *, resume: bool, with_optimize
     """Load a verified checkpoint."""
     description = integrity.read(checkpoint)
     if not integrity.is_sealed(description) and state.parallel.is_leader:
-        print(f"warning: {checkpoint} has no digests; only its files' sizes were verified", file=sys.stderr)
+        print(
+            f"warning: {checkpoint} has no digests; only its files' sizes were verified",
+            file=sys.stderr,
+        )
     check_architecture(description, state.config.model, checkpoint)
     wanted = content.sharded(state, loading=True, with_optimizer=with_optimizer)
     same_world = description["world_size"] == state.parallel.world_size

@@ -109,7 +109,7 @@ class Saver:
             self._finish_active(wait=True)
         return save.final
 
-    def settle(self, *, wait: bool) -> list[int]:
+    def settle(self, wait: bool) -> list[int]:
         """Return the steps whose checkpoints became complete since the last call; with `wait`, all that were begun.
 
         Raises: UserError if one could not be written.
@@ -135,7 +135,7 @@ def save(state: TrainState, run_dir: Path) -> Path:
     """
     saver = Saver(state, run_dir)
     place = saver.save()
-    saver.settle(wait=True)
+    saver.settle(True)
     return place
 
 
@@ -266,8 +266,11 @@ def _prune(save: _Save, everyone: list[_Written]) -> list[str]:
                 f"checkpoint {old.name} is damaged: {'; '.join(dict.fromkeys(found))}; kept as {aside.name}, "
                 "and no older checkpoint is deleted this time"
             )
-    if not notes:
-        folders.discard(save.superfluous)
+    try:
+        if not notes:
+            folders.discard(save.superfluous)
+    except OSError as error:
+        notes.append(f"an old checkpoint could not be deleted: {error}")
     return notes
 
 

@@ -1,0 +1,152 @@
+#!/usr/bin/env python3
+"""Turn a Hugging Face model folder into a checkpoint to train from, and a checkpoint into such a folder."""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # runs from a clone, installed or not
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from megatron_q3n.config import EXIT_BAD_INPUT, UserError
+
+EXAMPLES = """examples:
+  tools/convert_hf.py import Qwen3-Next-80B-A3B-Instruct/ --output checkpoints/qwen3-next
+  tools/convert_hf.py export runs/latest --output exported/ --like Qwen3-Next-80B-A3B-Instruct/
+  tools/convert_hf.py export runs/latest --output exported/ --dtype fp32 --model-type qwen3_5_moe_text
+
+Both ways go tensor by tensor: memory is bounded by the largest one, whatever the model's size. After
+an interruption the same command continues. The output appears when it is complete.
+"""
+UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="convert_hf.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ways = parser.add_subparsers(dest="way", required=True)
+    into = ways.add_parser("import", help="Hugging Face folder -> checkpoint, for checkpoint.load")
+    into.add_argument("source", type=Path, metavar="MODEL_FOLDER")
+    out = ways.add_parser("export", help="checkpoint or run directory -> Hugging Face folder")
+    out.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+    out.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="(%(default)s)")
+    out.add_argument("--max-shard-size", type=size, default="4GB", metavar="SIZE",
+                     help="data per safetensors file, e.g. 4GB or 512MiB (%(default)s)")  # fmt: skip
+    out.add_argument(
+        "--model-type", help="qwen3_next or qwen3_5_moe_text (as --like, or qwen3_next)"
+    )
+    out.add_argument("--like", type=Path, metavar="MODEL_FOLDER",
+                     help="take tokenizer files and what the model does not decide from here, e.g. the model\n"
+                     "that was imported, or huggingface/ in its checkpoint")  # fmt: skip
+    out.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="take tokenizer files from here"
+    )
+    out.add_argument("--verify", choices=["full", "sizes"], default="full",
+                     help="how to check the checkpoint's files first (%(default)s)")  # fmt: skip
+    for way in (into, out):
+        way.add_argument("--output", type=Path, required=True, help="folder to write")
+    return parser.parse_args(arguments)
+
+
+def size(text: str) -> int:
+    """Parse a number of bytes with a unit."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if not match or match[2] not in UNITS or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write e.g. 4GB or 512MiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def run_import(options: argparse.Namespace, console: Console) -> None:
+    """Import and say how to train from the result."""
+    # late: torch takes seconds, and a wrong command line should be refused at once
+    from megatron_q3n.conversion.importing import MODEL_PART, import_weights
+
+    with progress(console) as (note, advance):
+        imported = import_weights(options.source, options.output, note, advance)
+    if imported.num_left_out:
+        console.print(f"left out: {imported.num_left_out} tensors of the vision tower")
+    print(
+        f"checkpoint {imported.checkpoint}\n"
+        "train from it, with any recipe whose model has the same dimensions, by one override:\n"
+        f"  checkpoint.load={imported.checkpoint}\n"
+        "or with any other recipe and the imported model's own dimensions:\n"
+        "  python -m megatron_q3n.train --config-name pretrain-tiny "
+        f"--config-dir {imported.checkpoint} model={MODEL_PART} checkpoint.load={imported.checkpoint}"
+    )
+
+
+def run_export(options: argparse.Namespace, console: Console) -> None:
+    """Export and say from which checkpoint."""
+    import torch  # late, as above
+
+    from megatron_q3n.conversion.exporting import Export, export_weights
+    from megatron_q3n.hf.model_config import family_of
+
+    family = family_of(options.model_type, options.like)
+    export = Export(
+        options.source,
+        options.output,
+        family,
+        {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype],
+        options.max_shard_size,
+        options.like,
+        options.tokenizer,
+        options.verify,
+    )
+    with progress(console) as (note, advance):
+        checkpoint = export_weights(export, note, advance)
+    print(f"{options.output}: {family.architecture}, from {checkpoint}")
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[tuple]:
+    """Show a bar on a terminal; elsewhere, notes only."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("converting", total=None)
+        yield (
+            lambda text: console.print(text, soft_wrap=True),
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def main() -> int:
+    """Run; 0 when done, 2 with one message on stderr for bad input."""
+    options = parse(sys.argv[1:])
+    try:
+        {"import": run_import, "export": run_export}[options.way](options, Console(stderr=True))
+    except UserError as error:
+        print(f"convert_hf.py: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
