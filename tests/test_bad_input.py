@@ -1,4 +1,6 @@
-"""Bad input gets one clear message and exit code 2: where, what, what is allowed. Settings are refused before torch is imported.
+"""Bad input gets one clear message and exit code 2: where, what, what is allowed.
+
+Settings are refused before torch is imported.
 
 Data preparation's own refusals are in tests/data, checkpoints' in tests/checkpoint.
 """
@@ -139,3 +141,19 @@ def test_missing_data_and_checkpoint_are_refused_before_anything_is_made(
         assert message in done.stderr
         assert "Traceback" not in done.stderr
         assert not run_dir.exists()
+
+
+def test_a_read_only_disk_is_refused(run_module: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a read-only disk here")
+    try:
+        done = run_module("--config-name", "pretrain-tiny", f"runs_dir={folder}")
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr
+    assert "Read-only file system" in done.stderr
+    assert "Traceback" not in done.stderr

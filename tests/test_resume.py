@@ -93,6 +93,11 @@ def test_sigterm_saves_and_asks_to_be_requeued(
     assert first.returncode == 75
     assert "SIGTERM received; everything is saved" in output
     # the same command again, as a scheduler requeues it
+    other = subprocess.run(
+        [*command, "training.global_batch_size=8"], capture_output=True, text=True, env=os.environ
+    )
+    assert other.returncode == 2
+    assert "training.global_batch_size: 4 there, 8 here" in other.stderr
     second = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=200)
     assert second.returncode == 0, second.stderr
     assert "resumed from step_" in second.stdout

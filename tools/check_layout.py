@@ -16,6 +16,7 @@ gloo. So nothing may compute with torch before the forks. Exit status: 0 all wit
 """
 
 import argparse
+import gc
 import importlib
 import json
 import math
@@ -44,12 +45,13 @@ from megatron_q3n.train import configure, register_defaults
 
 SINGLE = "single"
 LAYOUTS = (
-    "tp2", "tp2-etp2", "pp2", "pp2-vpp2", "ep2", "dp2", "dp2-overlap", "cp2",
-    "tp2-ep2", "tp2-pp2", "tp2-cp2", "cp2-ep2", "pp2-ep2-overlap",
+    "tp2", "tp2-etp2", "pp2", "pp2-vpp2", "ep2", "dp2", "dp2-overlap", "cp2", "cp2-passing",
+    "tp2-ep2", "tp2-pp2", "tp2-cp2", "tp2-cp2-passing", "cp2-ep2", "pp2-ep2-overlap",
 )  # fmt: skip
 RESHARDS = (
     "single:tp2", "tp2:pp2", "single:ep2", "ep2:single", "dp2:cp2", "pp2:single", "pp2-vpp2:tp2",
     "tp2:tp2-etp2", "tp2-etp2:ep2", "ep2:pp2-ep2-overlap",
+    "dp2-overlap:single",
 )  # fmt: skip
 SIZES = {
     "tp": "tensor_model_parallel_size",
@@ -60,16 +62,22 @@ SIZES = {
     "etp": "expert_tensor_parallel_size",
     "dp": "data parallel size",
 }
-OVERLAP = {"overlap_grad_reduce": "true", "overlap_param_gather": "true"}
-# small, and divisible by all of the above; a strong balance loss and a narrow embedding that learns at once
+WORDS = {
+    "overlap": {"overlap_grad_reduce": "true", "overlap_param_gather": "true"},
+    "passing": {"linear_context_parallel": "state_passing"},
+    "allgather": {"moe_token_dispatcher_type": "allgather"},
+}
+# Small, and divisible by all of the above, under a strong balance loss. A large epsilon keeps Adam
+# from turning the last bit of a vanishing gradient into a whole step, which no layout could repeat.
 TINY = (
-    "model.hidden_size=64", "model.kv_channels=16", "model.moe_aux_loss_coeff=0.05",
-    "training.sequence_length=64", "training.micro_batch_size=1", "training.global_batch_size=4",
-    "training.steps=1000", "schedule.warmup_steps=2", "precision=fp32",
+    "model.hidden_size=64", "model.kv_channels=16", "model.init_method_std=0.05", "model.moe_aux_loss_coeff=0.5",
+    "training.sequence_length=64", "training.micro_batch_size=2", "training.global_batch_size=8",
+    "training.steps=1000", "optimizer.adam_eps=1e-5", "schedule.lr=1e-3", "schedule.warmup_steps=2",
 )  # fmt: skip
 # what a step reports -> largest relative difference allowed
 TOLERANCES = {"loss": 1e-5, "grad norm": 1e-4, "mtp": 1e-5, "balance": 1e-5}
-LIMIT_SECONDS = 600
+ONE_ROW = ("training.micro_batch_size=1", "training.global_batch_size=4")  # as packing wants it
+ALIGNMENT = 8  # tokens, of packed documents: 2 × the largest context parallel size checked
 Step = dict[str, float]
 
 
@@ -95,6 +103,8 @@ class Run:
     save: dict[int, Path] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     problem: str = ""
+    started: float = 0.0
+    seconds: float = 0.0
 
     @property
     def world_size(self) -> int:
@@ -113,7 +123,11 @@ def main() -> int:
         return EXIT_BAD_INPUT
     show(verdicts)
     if options.json:
-        options.json.write_text(json.dumps({run.name: run.steps for run in runs}, indent=1))
+        options.json.write_text(
+            json.dumps(
+                {run.name: {"seconds": run.seconds, "steps": run.steps} for run in runs}, indent=1
+            )
+        )
     for run in runs:
         if run.problem:
             print(f"\n{run.name}: {run.problem}", file=sys.stderr)
@@ -152,7 +166,8 @@ def check(options: argparse.Namespace, words: list[str]) -> tuple[list[Run], lis
         raise UserError("nothing to check: name a layout (tp2-pp2), or give --all or --reshard.")
     needed = dict.fromkeys([SINGLE, *names, *(source for source, _ in pairs)])
     recipe = ["--config-name", options.config_name or "pretrain-tiny"]
-    base = [*recipe, *(() if options.config_name else TINY), *settings]
+    base = [*recipe, *(() if options.config_name else TINY)]
+    base += [*(ONE_ROW if options.packed else ()), *settings]
     configs = {
         name: configure([*base, *_overrides(name)])
         for name in [*needed, *(target for _, target in pairs)]
@@ -166,10 +181,12 @@ def check(options: argparse.Namespace, words: list[str]) -> tuple[list[Run], lis
         single.save[0] = root / "fresh"
         for source, _ in pairs:
             (single if source == SINGLE else layouts[source]).save[half] = root / source
-        launch([single], options.processes)
+        launch([single], options.processes, root)
+        if single.problem:
+            raise UserError(f"one process alone failed: {single.problem}")
         for run in layouts.values():
             run.start = single.save[0]
-        launch(list(layouts.values()), options.processes)
+        launch(list(layouts.values()), options.processes, root)
         layouts[SINGLE] = single
         resumed = [
             Run(
@@ -183,7 +200,7 @@ def check(options: argparse.Namespace, words: list[str]) -> tuple[list[Run], lis
             )  # fmt: skip
             for source, target in pairs
         ]
-        launch(resumed, options.processes)
+        launch(resumed, options.processes, root)
     verdicts = [compare(layouts[name], single) for name in dict.fromkeys(names)]
     verdicts += [
         compare(run, replace(layouts[source], steps=layouts[source].steps[half:]))
@@ -234,14 +251,14 @@ def _named(layout: str) -> tuple[dict[str, str], int]:
     settings: dict[str, str] = {}
     for word in layout.split("-"):
         sized = re.fullmatch(r"([a-z]+)(\d+)", word)
-        if word == "overlap":
-            settings |= OVERLAP
+        if word in WORDS:
+            settings |= WORDS[word]
         elif sized and sized[1] in SIZES:
             settings[SIZES[sized[1]]] = sized[2]
         else:
             raise UserError(
                 f"{layout}: no such layout.{suggest(layout, LAYOUTS)} A name is any of {', '.join(SIZES)} with a "
-                "size, and overlap, joined by -, e.g. tp2-ep2-overlap."
+                f"size, and {', '.join(WORDS)}, joined by -, e.g. tp2-ep2-overlap."
             )
     return settings, int(settings.pop(SIZES["dp"], 1))
 
@@ -254,62 +271,72 @@ def _import_everything(config: RunConfig) -> None:
     device.choose_device(config)
     for room in ("parallel", "checkpoint", "data.batch", "training.state", "training.step"):
         importlib.import_module(f"megatron_q3n.{room}")
-    importlib.import_module("torch.distributed.checkpoint")
+    gc.freeze()  # a collection in a fork would touch, and so copy, every page
 
 
-def launch(runs: list[Run], processes: int) -> None:
-    """Make the runs, as many at once as `processes` allows (at least one run)."""
+def launch(runs: list[Run], processes: int, folder: Path) -> None:
+    """Make the runs, as many at once as `processes` allows (at least one run); they meet in `folder`."""
     waiting, working = list(runs), dict[Connection, tuple[Run, Any, list[Any]]]()
-    busy = 0
     fork = multiprocessing.get_context("fork")
-    while waiting or working:
-        while waiting and (not working or busy + waiting[0].world_size <= processes):
-            run = waiting.pop(0)
-            busy += run.world_size
-            _start(run, fork, working)
-        for end in wait(list(working), timeout=1):
-            run, process, siblings = working.pop(end)
-            message = _message(end, process)
-            process.join()
-            if isinstance(message, list):
-                run.steps = message or run.steps
-                busy -= 1
-                continue
-            run.problem = run.problem or message
-            for sibling in siblings:  # they would wait for the dead one
-                sibling.terminate()
-            busy -= 1
+    try:
+        while waiting or working:
+            while waiting and (not working or len(working) + waiting[0].world_size <= processes):
+                working |= _start(
+                    waiting.pop(0), fork, folder / f"meeting-{len(waiting)}-{runs[0].name}"
+                )
+            for end in wait(list(working)):
+                assert isinstance(end, Connection)
+                run, process, siblings = working.pop(end)
+                message = _message(end, process)
+                run.seconds = time.monotonic() - run.started
+                if isinstance(message, list):
+                    run.steps = message or run.steps
+                    continue
+                run.problem = run.problem or message
+                for sibling in siblings:  # they would wait for the dead one
+                    sibling.terminate()
+    finally:
+        for _, process, _ in working.values():
+            process.terminate()
 
 
-def _start(run: Run, fork: Any, working: dict[Connection, Any]) -> None:
-    meeting = tempfile.mktemp(prefix="check_layout-meeting-")
+def _start(run: Run, fork: Any, meeting: Path) -> dict[Connection, tuple[Run, Any, list[Any]]]:
+    """Fork the ranks of a run.
+
+    Returns: for each, the pipe its answer comes through, and whom to end if it fails.
+    """
+    run.started = time.monotonic()
+    started: dict[Connection, tuple[Run, Any, list[Any]]] = {}
     siblings: list[Any] = []
     for rank in range(run.world_size):
         ours, theirs = fork.Pipe(duplex=False)
         process = fork.Process(target=_work, args=(run, rank, meeting, theirs))
-        siblings.append(process)
         process.start()
         theirs.close()
-        working[ours] = (run, process, siblings)
+        siblings.append(process)
+        started[ours] = (run, process, siblings)
+    return started
 
 
-def _message(end: Any, process: Any) -> list[Step] | str:
+def _message(end: Connection, process: Any) -> list[Step] | str:
     try:
-        return end.recv()
+        message = end.recv()
     except EOFError:
-        process.join()
-        return f"a process ended with {process.exitcode} without a word"
+        message = "ended without a word"
+    process.join()
+    return message if isinstance(message, list) else f"{message} (exit {process.exitcode})"
 
 
-def _work(run: Run, rank: int, meeting: str, answer: Connection) -> None:
+def _work(run: Run, rank: int, meeting: Path, answer: Connection) -> None:
     """Be one rank of a run, in a process of its own, and send back its steps or what went wrong."""
     try:
         answer.send(_train(run, rank, meeting))
     except BaseException:
         answer.send(f"rank {rank}:\n{traceback.format_exc()}")
+        os._exit(1)  # not politely: leaving a group with calls outstanding can wait for its timeout
 
 
-def _train(run: Run, rank: int, meeting: str) -> list[Step]:
+def _train(run: Run, rank: int, meeting: Path) -> list[Step]:
     import torch  # imported long ago, in the parent; named here to keep the parser's start quick
 
     from megatron_q3n import checkpoint, parallel
@@ -318,7 +345,7 @@ def _train(run: Run, rank: int, meeting: str) -> list[Step]:
     from megatron_q3n.training.step import train_step
 
     device = choose_device(run.config)
-    store = torch.distributed.FileStore(meeting, run.world_size)
+    store = torch.distributed.FileStore(str(meeting), run.world_size)
     group = parallel.initialize(run.config, device, parallel.Meeting(store, rank, run.world_size))
     state = build_state(run.config, device, group)
     if run.start:
@@ -368,7 +395,7 @@ def batches(run: Run, step: int, group: Any) -> Iterator[Any]:
         part = slice(first, first + size)
         inputs, labels = tokens_RT[part, :-1].contiguous(), tokens_RT[part, 1:].contiguous()
         if run.data.packed:
-            yield batch_of_documents(inputs, labels, mask_RT[part], 0)
+            yield batch_of_documents(inputs, labels, mask_RT[part], 0, ALIGNMENT)
         else:
             yield batch_of_rows(inputs, labels, mask_RT[part].contiguous())
 

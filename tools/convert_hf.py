@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 from megatron_q3n.config import EXIT_BAD_INPUT, UserError
+from megatron_q3n.conversion.memory import return_freed_memory
 
 EXAMPLES = """examples:
   tools/convert_hf.py import Qwen3-Next-80B-A3B-Instruct/ --output checkpoints/qwen3-next
@@ -52,7 +53,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     out.add_argument("--max-shard-size", type=size, default="4GB", metavar="SIZE",
                      help="data per safetensors file, e.g. 4GB or 512MiB (%(default)s)")  # fmt: skip
     out.add_argument(
-        "--model-type", help="qwen3_next or qwen3_5_moe_text (as --like, or qwen3_next)"
+        "--model-type",
+        help="qwen3_next, qwen3_5_moe_text, or qwen3_5_moe with the vision tower of --like\n"
+        "(what --like is, or qwen3_next)",
     )
     out.add_argument("--like", type=Path, metavar="MODEL_FOLDER",
                      help="take tokenizer files and what the model does not decide from here, e.g. the model\n"
@@ -84,13 +87,14 @@ def run_import(options: argparse.Namespace, console: Console) -> None:
         imported = import_weights(options.source, options.output, note, advance)
     if imported.num_left_out:
         console.print(f"left out: {imported.num_left_out} tensors of the vision tower")
+    checkpoint = imported.checkpoint.resolve()
     print(
-        f"checkpoint {imported.checkpoint}\n"
+        f"checkpoint {checkpoint}\n"
         "train from it, with any recipe whose model has the same dimensions, by one override:\n"
-        f"  checkpoint.load={imported.checkpoint}\n"
+        f"  checkpoint.load={checkpoint}\n"
         "or with any other recipe and the imported model's own dimensions:\n"
         "  python -m megatron_q3n.train --config-name pretrain-tiny "
-        f"--config-dir {imported.checkpoint} model={MODEL_PART} checkpoint.load={imported.checkpoint}"
+        f"--config-dir {checkpoint} model={MODEL_PART} checkpoint.load={checkpoint}"
     )
 
 
@@ -140,6 +144,7 @@ def progress(console: Console) -> Iterator[tuple]:
 def main() -> int:
     """Run; 0 when done, 2 with one message on stderr for bad input."""
     options = parse(sys.argv[1:])
+    return_freed_memory()
     try:
         {"import": run_import, "export": run_export}[options.way](options, Console(stderr=True))
     except UserError as error:

@@ -1,9 +1,10 @@
 """What a checkpoint holds, as megatron-core's sharded state: weights, master weights and moments, generators.
 
 Tensors are keyed by parameter, not by rank, so any layout can read them. Data position and learning
-rate follow from the step and are not saved. Two traps of megatron-core 0.19.2 over torch's AdamW,
-which keeps a `step` tensor per parameter, are dealt with here: loading needs the entry to be there
-already, and afterwards all parameters share one.
+rate follow from the step and are not saved. Three traps of megatron-core 0.19.2 are dealt with here.
+Over torch's AdamW, which keeps a `step` tensor per parameter, loading needs the entry to be there
+already, and afterwards all parameters share one. And where gradients are reduced in several buckets,
+saving reads the optimizer's states at the wrong places (`_count_padding`).
 """
 
 import random
@@ -20,6 +21,8 @@ from megatron_q3n.training.state import TrainState
 
 def sharded(state: TrainState, *, loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
     """Return the sharded state dict of everything a resume needs. A collective call."""
+    if not loading:
+        state.gather_parameters()
     metadata = {
         "chained_optim_avoid_prefix": True,
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -34,6 +37,8 @@ def sharded(state: TrainState, *, loading: bool, with_optimizer: bool = True) ->
     if with_optimizer:
         if loading:
             _prime_torch_adam(state)
+        else:
+            _count_padding(state)
         content["optimizer"] = state.optimizer.sharded_state_dict(
             models, is_loading=loading, metadata=metadata
         )
@@ -76,6 +81,24 @@ def _generators() -> dict[str, Any]:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
+
+
+def _count_padding(state: TrainState) -> None:
+    """Let the padding behind each bucket count as part of it while the optimizer's states are gathered.
+
+    get_parameter_state_dp_zero (distrib_optimizer.py:1375) closes the gaps between buckets in the tensors it
+    gathers; sharded_param_state_fully_reshardable (:1790) then cuts parameters out of them by
+    positions that count the gaps. From the second bucket on, master weights and moments of other
+    parameters were saved. Any model with an odd-sized vector has such gaps (ours: A_log, dt_bias)
+    once it has two buckets: with overlapped reduction beyond 40 million parameters, and on a pipeline
+    stage with MTP's copy of the embedding, which is a bucket of its own. Nothing else reads these
+    numbers after the buffers are built.
+    """
+    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+        for buffer in [] if part.is_stub_optimizer else part.buffers:
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _prime_torch_adam(state: TrainState) -> None:

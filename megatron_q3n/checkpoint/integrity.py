@@ -188,7 +188,7 @@ def _description_problem(text: str, description: Any) -> str | None:
 
 
 def _placement_problems(checkpoint: Path, description: Mapping[str, Any]) -> list[str]:
-    """Find what no file's own digest shows: another step's contents, or a file that would be read in another's place."""
+    """Find what no digest shows: another step's contents, or a file that would be read in place of another."""
     problems = []
     name = checkpoint.name.removeprefix("step_")
     if name != checkpoint.name and name.isdigit() and int(name) != description["step"]:

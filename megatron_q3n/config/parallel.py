@@ -25,7 +25,9 @@ class ParallelConfig(Section):
     )
     context_parallel_size: int = Field(1, gt=0)
     linear_context_parallel: Literal["all_to_all", "state_passing"] = Field(
-        "all_to_all", description="how Gated DeltaNet spreads a sequence: trade sequence for heads"
+        "all_to_all",
+        description="how Gated DeltaNet spreads a sequence: all_to_all trades it for heads (TP × CP must divide "
+        "the key heads); state_passing hands states along it (any CP)",
     )
     expert_model_parallel_size: int = Field(1, gt=0)
     expert_tensor_parallel_size: int = Field(1, gt=0)
@@ -98,11 +100,12 @@ class ParallelConfig(Section):
         )
         _cut("model.num_attention_heads", model.num_attention_heads, tensor, tp)
         _cut("model.num_query_groups", model.num_query_groups, tensor, tp)
+        by_heads = self.linear_context_parallel == "all_to_all"
         _cut(
             "model.linear_num_key_heads",
             model.linear_num_key_heads,
-            f"{tensor} × {context}",
-            tp * cp,
+            f"{tensor} × {context}" if by_heads else tensor,
+            tp * cp if by_heads else tp,
         )
         _cut("model.vocab_size", model.vocab_size, tensor, tp)
         _cut("model.hidden_size", model.hidden_size, tensor, tp)
@@ -128,10 +131,13 @@ class ParallelConfig(Section):
             )
         if self.uses_sequence_parallel:
             _cut("training.sequence_length", sequence_length, f"{context} × {tensor}", cp * tp)
-        if self.num_stages > model.megatron_num_layers:
+        # cuts may fall on any sublayer, but each stage must hold experts: megatron-core trains them with an optimizer
+        # of their own, and a stage without it could not share checkpoints with the others (optimizer.py:1579)
+        if self.num_stages > model.num_layers:
             raise UserError(
-                f"{self.num_stages} pipeline stages for {model.megatron_num_layers} sublayers "
-                "(two per layer); use at most one stage per sublayer."
+                f"{self.num_stages} pipeline stages (parallel.pipeline_model_parallel_size={pp} × "
+                f"virtual {self.num_stages // pp}) for model.num_layers={model.num_layers}: some stage would hold no "
+                "experts, and its optimizer state would not load in another layout; use at most one stage per layer."
             )
         _cut(
             "the world size", world_size,

@@ -7,12 +7,13 @@ A_log disagrees with training. Readers take either format.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_q3n.checkpoint.folders import find
 from megatron_q3n.checkpoint.integrity import Verify, damage, read
@@ -20,13 +21,15 @@ from megatron_q3n.config import ModelConfig, UserError
 from megatron_q3n.conversion.importing import SIDE_FILES, Advance
 from megatron_q3n.conversion.pieces import Piece, pieces
 from megatron_q3n.conversion.torch_dist import SavedTensors
-from megatron_q3n.conversion.unfinished import Note, Unfinished
+from megatron_q3n.conversion.unfinished import Note, Unfinished, plan_digest
 from megatron_q3n.hf import Family, rules
 from megatron_q3n.hf.model_config import to_published
-from megatron_q3n.hf.table import Shape
+from megatron_q3n.hf.rule import Shape
 from megatron_q3n.hf.weights import (
     CONFIG,
     INDEX,
+    VISION,
+    PublishedWeights,
     Shard,
     ShardWriter,
     index_of,
@@ -66,13 +69,16 @@ def export_weights(export: Export, note: Note, advance: Advance) -> Path:
     for piece in model_pieces:
         for box in piece.boxes:
             saved.check(box)
-    shards = plan_shards(_published(model, model_pieces, saved, export), export.max_shard_bytes)
+    others = _others(export)
+    tensors = _published(model, model_pieces, saved, export)
+    tensors |= {name: (tuple(other.shape), other.dtype) for name, other in others.items()}
+    shards = plan_shards(tensors, export.max_shard_bytes)
     total = sum(shard.num_bytes for shard in shards)
     task = {
         "export": str(checkpoint),
         "saved_at": read(checkpoint)["saved_at"],
         "config": config,
-        "shards": {shard.name: shard.num_bytes for shard in shards},
+        "plan": plan_digest(shards),
     }
     with Unfinished(export.output, task, note) as unfinished:
         unfinished.require_space(total + total // 100)
@@ -80,7 +86,7 @@ def export_weights(export: Export, note: Note, advance: Advance) -> Path:
         for shard in shards:
             if unfinished.finished(shard.name) is None:
                 with unfinished.writing(shard.name) as (path, _):
-                    for written in _write_shard(path, shard, model_pieces, saved):
+                    for written in _write_shard(path, shard, model_pieces, saved, others):
                         advance(done + written, total)
             done += shard.num_bytes
             advance(done, total)
@@ -121,16 +127,31 @@ def _published(
     return tensors
 
 
+def _others(export: Export) -> dict[str, Tensor]:
+    """Return the tensors of a multimodal model that are not ours, as views of the files to be like."""
+    if not export.family.multimodal:
+        return {}
+    assert export.like is not None, "to_published refuses this"
+    weights = PublishedWeights(export.like)
+    return {name: weights[name] for name in weights if name.startswith(VISION)}
+
+
 def _fits(piece: Piece, saved: SavedTensors, dtype: torch.dtype) -> bool:
     tensors = piece.rule.to_hf(piece.join([saved.read(box) for box in piece.boxes])).values()
     return all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in tensors)
 
 
 def _write_shard(
-    path: Path, shard: Shard, model_pieces: list[Piece], saved: SavedTensors
+    path: Path,
+    shard: Shard,
+    model_pieces: list[Piece],
+    saved: SavedTensors,
+    others: Mapping[str, Tensor],
 ) -> Iterator[int]:
     """Write a shard, yielding the bytes written so far."""
     writer = ShardWriter(path, shard)
+    for name, tensor in others.items():
+        writer.put(name, tensor)
     for piece in model_pieces:
         if not any(_is_in(shard, name) for name in piece.rule.hf):
             continue

@@ -21,8 +21,8 @@ from megatron_q3n.checkpoint.integrity import seal
 from megatron_q3n.config import ModelConfig
 from megatron_q3n.conversion.pieces import Box, Piece, fresh_state, pieces
 from megatron_q3n.conversion.torch_dist import Record, write_data, write_metadata
-from megatron_q3n.conversion.unfinished import Note, Unfinished
-from megatron_q3n.hf import QWEN3_5_MOE, Family, rules
+from megatron_q3n.conversion.unfinished import Note, Unfinished, plan_digest
+from megatron_q3n.hf import QWEN3_5_MOE, QWEN3_NEXT, Family, rules
 from megatron_q3n.hf.model_config import from_published
 from megatron_q3n.hf.weights import CONFIG, VISION, PublishedWeights, read_json
 
@@ -62,6 +62,7 @@ def import_weights(source: Path, output: Path, note: Note, advance: Advance) -> 
         "files": weights.sizes_bytes(),
         "changed": {name: (source / name).stat().st_mtime_ns for name in weights.sizes_bytes()},
         "model": model.model_dump(mode="json"),
+        "plan": plan_digest([box for piece, _ in group for box in piece.boxes] for group in groups),
     }
     with Unfinished(output, task, note) as unfinished:
         unfinished.require_space(total + total // 100)
@@ -88,10 +89,10 @@ def import_weights(source: Path, output: Path, note: Note, advance: Advance) -> 
 
 
 def _as_named(family: Family, weights: PublishedWeights) -> Family:
-    """Take the prefix that this folder uses: text-only copies of a multimodal model may lack it."""
-    if family is QWEN3_5_MOE and not any(name.startswith(family.prefix) for name in weights):
-        return replace(family, prefix="model.")
-    return family
+    """Take the prefix that this folder uses: text-only copies keep or lose the multimodal one."""
+    prefixes = (QWEN3_5_MOE.prefix, QWEN3_NEXT.prefix)
+    used = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in weights)]
+    return replace(family, prefix=used[0]) if used else family
 
 
 def _groups(model: list[Piece], weights: PublishedWeights) -> list[list[tuple[Piece, int]]]:

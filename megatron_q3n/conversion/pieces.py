@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_q3n.config import ModelConfig
 from megatron_q3n.hf import Family, Rule, rules
-from megatron_q3n.hf.table import Shape
+from megatron_q3n.hf.rule import Shape
 
 # kept in fp32 in every checkpoint, whatever the compute format (`model/gated_delta_net.py`)
 FLOAT32 = (".A_log", ".dt_bias", ".out_norm.weight")

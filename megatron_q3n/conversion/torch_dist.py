@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_q3n.config import UserError
 from megatron_q3n.conversion.pieces import Box
-from megatron_q3n.hf.table import Shape
+from megatron_q3n.hf.rule import Shape
 
 METADATA, BACKEND = ".metadata", "metadata.json"
 # where megatron-core keeps what is no tensor; a list with one dict (serialization.py)

@@ -7,10 +7,11 @@ note before it is kept.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -133,6 +134,14 @@ class Unfinished:
         if kept:
             note(f"continuing: {len(kept)} finished files kept")
         return kept
+
+
+def plan_digest(files: Iterable[object]) -> str:
+    """Return a fingerprint of what goes into which file, in order: a leftover must agree in it."""
+    plan = hashlib.sha256()
+    for file in files:
+        plan.update(repr(file).encode())
+    return plan.hexdigest()
 
 
 def _write_json(path: Path, content: Any) -> None:

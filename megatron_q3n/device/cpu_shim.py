@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils import _device as torch_device
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -69,7 +70,7 @@ def install() -> None:
     _replace_cuda_calls()
     _replace_tensor_methods()
     # torch lists its factories once, for `with torch.device(...)`: it must see the real ones
-    torch.utils._device._device_constructors()
+    torch_device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     # megatron-core wraps small functions in torch.compile (jit.py); compiling them for a CPU costs minutes.
@@ -156,3 +157,36 @@ def _patch_megatron() -> None:
         return move(tensor, as_numpy=as_numpy, record_stream=False)
 
     token_dispatcher.maybe_move_tensor_to_cpu = splits_as_numpy
+    _patch_uneven_collectives()
+
+
+def _patch_uneven_collectives() -> None:
+    """Gather and reduce-scatter parts of unequal length, which gloo cannot and NCCL can.
+
+    Expert tensor parallelism over several expert-parallel ranks needs both (token_dispatcher.py:739).
+    """
+    from megatron.core.tensor_parallel import mappings  # late, as above
+
+    even_gather = mappings._gather_along_first_dim
+    even_scatter = mappings._reduce_scatter_along_first_dim
+
+    def gather(part: Any, group: Any, lengths: Any = None, use_global_buffer: bool = False) -> Any:
+        if group.size() == 1 or lengths is None:
+            return even_gather(part, group, None, use_global_buffer)
+        padded = part.new_zeros(max(lengths), *part.shape[1:])
+        padded[: len(part)] = part
+        everyones = [torch.empty_like(padded) for _ in lengths]
+        torch.distributed.all_gather(everyones, padded, group=group)
+        return torch.cat([one[:length] for one, length in zip(everyones, lengths)])
+
+    def reduce_scatter(
+        whole: Any, group: Any, lengths: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if group.size() == 1 or lengths is None:
+            return even_scatter(whole, group, None, use_global_buffer)
+        total = whole.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split([int(length) for length in lengths])[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = reduce_scatter

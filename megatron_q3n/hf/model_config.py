@@ -13,18 +13,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, ModelConfig, UserError, suggest
-from megatron_q3n.hf.families import FAMILIES, QWEN3_5_MOE, QWEN3_NEXT, Family
+from megatron_q3n.hf.families import FAMILIES, QWEN3_NEXT, Family
 from megatron_q3n.hf.table import check_publishable
 from megatron_q3n.hf.weights import CONFIG, read_json
 
-MULTIMODAL = "qwen3_5_moe"  # its text_config is QWEN3_5_MOE's
 LAYER_TYPES = {"linear_attention": GATED_DELTA_NET, "full_attention": GATED_ATTENTION}
 
-# published field -> (ours, what transformers takes it for when it is left out: for all, or by family)
+# published field -> (ours, what transformers takes it for when it is left out: for all families,
+# or for Qwen3-Next and for Qwen3.5)
 _SHARED: dict[str, tuple[str, Any]] = {
-    "vocab_size": ("vocab_size", {"qwen3_next": 151936, "qwen3_5_moe_text": 248320}),
+    "vocab_size": ("vocab_size", (151936, 248320)),
     "hidden_size": ("hidden_size", 2048),
-    "num_hidden_layers": ("num_layers", {"qwen3_next": 48, "qwen3_5_moe_text": 40}),
+    "num_hidden_layers": ("num_layers", (48, 40)),
     "max_position_embeddings": ("max_position_embeddings", 32768),
     "initializer_range": ("init_method_std", 0.02),
     "rms_norm_eps": ("layernorm_epsilon", 1e-6),
@@ -36,8 +36,8 @@ _SHARED: dict[str, tuple[str, Any]] = {
     "linear_key_head_dim": ("linear_key_head_dim", 128),
     "linear_value_head_dim": ("linear_value_head_dim", 128),
     "linear_conv_kernel_dim": ("linear_conv_kernel_dim", 4),
-    "num_experts": ("num_moe_experts", {"qwen3_next": 512, "qwen3_5_moe_text": 256}),
-    "num_experts_per_tok": ("moe_router_topk", {"qwen3_next": 10, "qwen3_5_moe_text": 8}),
+    "num_experts": ("num_moe_experts", (512, 256)),
+    "num_experts_per_tok": ("moe_router_topk", (10, 8)),
     "moe_intermediate_size": ("moe_ffn_hidden_size", 512),
     "shared_expert_intermediate_size": ("moe_shared_expert_intermediate_size", 512),
     "router_aux_loss_coef": ("moe_aux_loss_coeff", 0.001),
@@ -105,17 +105,27 @@ def to_published(
             "the gate. Only a model trained with it has a published form."
         )
     check_publishable(model)
-    fields = {name: getattr(model, ours) for name, (ours, _) in _SHARED.items()}
+    if not family.multimodal:
+        kept = _text_section(like)[0] if like else {}
+        return {**_text_published(model, family, kept), "architectures": [family.architecture]}
+    if not like or "vision_config" not in like:
+        raise UserError(
+            f"{family.model_type} is a multimodal model, and the rest of it must come from somewhere: give "
+            "--like with the folder of one, or export the text model alone with "
+            "--model-type qwen3_5_moe_text."
+        )
+    text = _text_published(model, family, _text_section(like)[0])
+    return {**like, "architectures": [family.architecture], "text_config": text}
+
+
+def _text_published(model: ModelConfig, family: Family, kept: Mapping[str, Any]) -> dict[str, Any]:
     types = {symbol: name for name, symbol in LAYER_TYPES.items()}
-    layer_types = {"layer_types": [types[symbol] for symbol in model.mixers]}
-    kept = _text_section(like)[0] if like else {}
-    dropped = {"full_attention_interval", "rope_theta", "rope_scaling", "partial_rotary_factor"}
+    replaced = {"full_attention_interval", "rope_theta", "rope_scaling", "partial_rotary_factor"}
     return {
-        **{name: value for name, value in kept.items() if name not in dropped},
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        **fields,
-        **layer_types,
+        **{name: value for name, value in kept.items() if name not in replaced},
+        "model_type": "qwen3_5_moe_text" if family.multimodal else family.model_type,
+        **{name: getattr(model, ours) for name, (ours, _) in _SHARED.items()},
+        "layer_types": [types[symbol] for symbol in model.mixers],
         **_published_constants(family),
         **_published_rotary(model, family),
         **_published_mtp(model, family),
@@ -125,20 +135,20 @@ def to_published(
 def _text_section(published: Mapping[str, Any]) -> tuple[Mapping[str, Any], Family]:
     model_type = published.get("model_type")
     known = {family.model_type: family for family in FAMILIES}
-    if model_type == MULTIMODAL:
-        return published.get("text_config") or {}, QWEN3_5_MOE
     if model_type not in known:
-        names = [*known, MULTIMODAL]
         raise UserError(
             f"model_type={model_type!r} is not a model we convert; it can be one of "
-            f"{', '.join(names)}.{suggest(str(model_type), names)}"
+            f"{', '.join(known)}.{suggest(str(model_type), known)}"
         )
-    return published, known[model_type]
+    family = known[model_type]
+    return (published.get("text_config") or {}) if family.multimodal else published, family
 
 
 def _value(text: Mapping[str, Any], name: str, family: Family) -> Any:
     default = _SHARED[name][1]
-    return text.get(name, default[family.model_type] if isinstance(default, dict) else default)
+    return text.get(
+        name, default[family is not QWEN3_NEXT] if isinstance(default, tuple) else default
+    )
 
 
 def _layer_types(text: Mapping[str, Any], num_layers: int) -> str:
@@ -179,14 +189,14 @@ def _published_constants(family: Family) -> dict[str, Any]:
     constants: dict[str, Any] = {
         "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False,
     }  # fmt: skip
-    if family is QWEN3_5_MOE:
+    if family is not QWEN3_NEXT:
         return constants | {"attn_output_gate": True}
     return constants | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
 def _published_rotary(model: ModelConfig, family: Family) -> dict[str, Any]:
     plain = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_percent}
-    if family is QWEN3_5_MOE:
+    if family is not QWEN3_NEXT:
         return {"rope_parameters": {"rope_type": "default", **plain}}
     return {"rope_scaling": None, **plain}
 
@@ -194,7 +204,7 @@ def _published_rotary(model: ModelConfig, family: Family) -> dict[str, Any]:
 def _published_mtp(model: ModelConfig, family: Family) -> dict[str, Any]:
     if not model.mtp_num_layers:
         return {}
-    name = "mtp_num_hidden_layers" if family is QWEN3_5_MOE else "num_nextn_predict_layers"
+    name = "mtp_num_hidden_layers" if family is not QWEN3_NEXT else "num_nextn_predict_layers"
     return {name: 1}
 
 

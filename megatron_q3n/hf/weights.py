@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_q3n.config import UserError
-from megatron_q3n.hf.table import HUGGING_FACE, Rule, Shape, check_names
+from megatron_q3n.hf.rule import HUGGING_FACE, Rule, Shape, check_names
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -36,13 +36,9 @@ class StackedExperts(MegatronModule):
         self.edp_rank = pg_collection.expt_dp.rank()
         ffn = config.moe_ffn_hidden_size // self.etp_group.size()
         hidden = config.hidden_size
-        # cut differently from the dense weights: reduced over the expert data parallel group (layers.py:961)
-        shards = self.ep_group.size() > 1 or self.etp_group.size() != pg_collection.tp.size()
-        self.linear_fc1 = _Stack(
-            num_local_experts, 2 * ffn, hidden, config, config.init_method, 1, shards
-        )
+        self.linear_fc1 = _Stack(num_local_experts, 2 * ffn, hidden, config, config.init_method, 1)
         self.linear_fc2 = _Stack(
-            num_local_experts, hidden, ffn, config, config.output_layer_init_method, 2, shards
+            num_local_experts, hidden, ffn, config, config.output_layer_init_method, 2
         )
         selective = config.recompute_granularity == "selective"
         self.recompute_activation = selective and "moe_act" in config.recompute_modules
@@ -111,14 +107,16 @@ class _Stack(nn.Module):
         config: TransformerConfig,
         init_method: Any,
         partition_dim: int,
-        own_groups: bool,
     ) -> None:
         super().__init__()
         device = torch.cuda.current_device()
         self.weight = nn.Parameter(
             torch.empty(experts, outputs, inputs, dtype=config.params_dtype, device=device)
         )
-        self.weight.allreduce = not own_groups  # type: ignore[attr-defined]
+        # Reduced over the expert data parallel group, by an optimizer of their own. Always, though only
+        # some layouts cut experts unlike dense weights: an optimizer state of two parts does not load
+        # into an optimizer of one (optimizer.py:1579), and a checkpoint must load into any layout.
+        self.weight.allreduce = False  # type: ignore[attr-defined]
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, partition_dim, 1)
         if config.perform_initialization:
             with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):

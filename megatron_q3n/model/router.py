@@ -44,6 +44,11 @@ class GlobalBatchRouter(TopKRouter):
         self.register_buffer("probability", zeros(), persistent=False)
         self.global_tokens_per_expert = None  # megatron-core's running average is not used
 
+    def set_layer_number(self, layer_number: int) -> None:
+        """Number the layer as megatron-core's log of auxiliary losses counts: one place per MTP depth,
+        while MTP's stack counts its sublayers (router.py:592 would write behind the log's end)."""
+        super().set_layer_number(1 if self.is_mtp_layer else layer_number)
+
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts.
 
@@ -85,10 +90,13 @@ def normalize_rows(weight: nn.Parameter, std: float) -> None:
 
 
 def routers_of(chunks: list[nn.Module]) -> dict[str, GlobalBatchRouter]:
-    """Return every router of these model chunks by module name, in build order."""
+    """Return every router of these model chunks by chunk and module name, in build order.
+
+    The chunk belongs to the name: each virtual pipeline stage counts its layers from 0.
+    """
     return {
-        name: module
-        for chunk in chunks
+        f"{index}.{name}": module
+        for index, chunk in enumerate(chunks)
         for name, module in chunk.named_modules()
         if isinstance(module, GlobalBatchRouter)
     }

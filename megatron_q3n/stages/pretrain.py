@@ -1,5 +1,6 @@
 """Pretraining, continued pretraining and longer context: from a configuration to a trained model and its report."""
 
+import gc
 import math
 import time
 from pathlib import Path
@@ -35,6 +36,8 @@ def run(config: RunConfig, run_dir: Path) -> int:
     run_dir = Path(group.from_leader(str(run_dir)))
     if config.checkpoint.load:
         checkpoint.find(config.checkpoint.load)
+    if checkpoint.newest_in(run_dir):
+        run_directory.check_same_data(run_dir, config)
     data = build_pretrain_data(config, is_leader=group.is_leader, barrier=group.barrier)
     if group.is_leader:
         run_directory.open_directory(run_dir, config)
@@ -60,6 +63,7 @@ def run(config: RunConfig, run_dir: Path) -> int:
     try:
         _introduce(state, data, recorder, run_dir, [*origin, f"delta rule: {rule}"])
         saver = checkpoint.Saver(state, run_dir, recorder.note)
+        gc.freeze()  # megatron-core collects garbage twice a save: 0.6 s over all that imports left, else 0.02 s
         pace = Pace(
             save=saver.save,
             settle=saver.settle,

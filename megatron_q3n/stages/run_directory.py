@@ -52,6 +52,34 @@ def open_directory(run_dir: Path, config: RunConfig) -> None:
         ) from None
 
 
+def check_same_data(run_dir: Path, config: RunConfig) -> None:
+    """Refuse to resume a run with other data or batches than it began with.
+
+    The position in the data is a function of the step: under another batch size or seed the same step
+    would silently repeat some text and skip other.
+
+    Raises: UserError naming the settings that differ.
+    """
+    path = run_dir / CONFIG
+    if not path.is_file():
+        return
+    before = yaml.safe_load(path.read_text())
+    now = config.model_dump(mode="json")
+    place = {"data": set(now["data"]) - {"cache_dir", "num_workers"}}
+    place["training"] = {"seed", "global_batch_size", "sequence_length"}
+    differ = [
+        f"{section}.{name}: {before[section].get(name)} there, {now[section][name]} here"
+        for section, names in place.items()
+        for name in sorted(names)
+        if before[section].get(name) != now[section][name]
+    ]
+    if differ:
+        raise UserError(
+            f"{run_dir} cannot go on with other data or batches: {'; '.join(differ)}. "
+            f"Set them back, or begin a new run from its weights: checkpoint.load={run_dir}"
+        )
+
+
 def record_environment(run_dir: Path, device: Device, choices: dict[str, str]) -> None:
     """Append this start to environment.json: machine, versions, every backend chosen and why."""
     path = run_dir / ENVIRONMENT

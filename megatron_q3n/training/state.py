@@ -17,6 +17,8 @@ from torch import nn
 from megatron_q3n.config import RunConfig
 from megatron_q3n.device import Device
 from megatron_q3n.model.build import build_model
+from megatron_q3n.model.experts import StackedExperts
+from megatron_q3n.model.gated_delta_net import GatedDeltaNet
 from megatron_q3n.parallel import Parallel
 from megatron_q3n.training.optimizer import (
     build_optimizer,
@@ -48,6 +50,16 @@ class TrainState:
         """Tokens trained on so far."""
         return self.step * self.config.tokens_per_step
 
+    def gather_parameters(self) -> None:
+        """Bring every parameter up to date now, as a checkpoint needs them.
+
+        With overlap_param_gather an optimizer step updates only this rank's share; the rest follows
+        during the next forward pass. A collective call.
+        """
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
     def set_step(self, step: int) -> None:
         """Move to a step: the schedule is a function of it."""
         self.step = step
@@ -73,12 +85,31 @@ def build_state(config: RunConfig, device: Device, parallel: Parallel) -> TrainS
     ]
     for chunk in chunks:
         chunk.broadcast_params()
+        if config.parallel.overlap_param_gather:
+            _wait_where_parts_are_read(chunk)
     optimizer = build_optimizer(chunks, config)
     _give_torch_adam_its_state(optimizer)
     _connect_schedules(chunks, optimizer, config)
     return TrainState(
         config, device, parallel, chunks, optimizer, build_schedule(optimizer, config, 0)
     )
+
+
+def _wait_where_parts_are_read(chunk: DistributedDataParallel) -> None:
+    """Let mixers and expert stacks wait for all their parameters when they are entered.
+
+    With overlap_param_gather, DDP waits for a parameter when the module that owns it is called
+    (distributed_data_parallel.py:432). These two read weights of parts that they never call.
+    """
+
+    def wait(module: nn.Module, _: Any) -> None:
+        for parameter in module.parameters():
+            group = chunk.param_to_bucket_group[parameter]
+            group.finish_param_sync(skip_next_bucket_dispatch=chunk.ddp_config.align_param_gather)
+
+    for module in chunk.modules():
+        if isinstance(module, GatedDeltaNet | StackedExperts):
+            module.register_forward_pre_hook(wait)
 
 
 def _give_torch_adam_its_state(optimizer: MegatronOptimizer) -> None:

@@ -1,6 +1,7 @@
 """One optimizer step: forward and backward over the micro-batches, clip, update, and what there is to report."""
 
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -91,8 +92,8 @@ def _close_balance(state: TrainState) -> tuple[dict[str, list[float]], dict[str,
     balance: dict[str, float] = {}
     if routers:
         load_LE, balance_L = finish_balance(routers, state.parallel.groups.tp_dp_cp)
-        for router, load, loss in zip(routers, load_LE.tolist(), balance_L.tolist()):
-            loads[_layer_name(router)], balance[_layer_name(router)] = load, loss
+        for name, load, loss in zip(_layer_names(routers), load_LE.tolist(), balance_L.tolist()):
+            loads[name], balance[name] = load, loss
     pipeline = state.parallel.groups.pp
     if pipeline.size() > 1:
         gathered: list[Any] = [None] * pipeline.size()
@@ -102,9 +103,15 @@ def _close_balance(state: TrainState) -> tuple[dict[str, list[float]], dict[str,
     return loads, balance
 
 
-def _layer_name(router: Any) -> str:
-    """Return "layer 3" counting as the paper does, or "mtp"; a MoE is every second megatron-core layer."""
-    return "mtp" if router.is_mtp_layer else f"layer {router.layer_number // 2 - 1}"
+def _layer_names(routers: list[Any]) -> list[str]:
+    """Return "layer 3" counting as the paper does, "mtp", "mtp 2"; a MoE is every second megatron-core layer."""
+    depths = count(1)
+    return [
+        ("mtp" if (depth := next(depths)) == 1 else f"mtp {depth}")
+        if router.is_mtp_layer
+        else f"layer {router.layer_number // 2 - 1}"
+        for router in routers
+    ]
 
 
 def _share_mtp_ratios(state: TrainState, batches: list[Batch]) -> None:

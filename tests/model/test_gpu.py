@@ -95,7 +95,7 @@ def test_a_checkpoint_of_the_torch_backend_goes_on_in_transformer_engine(
     from dataclasses import replace
 
     from megatron_q3n import checkpoint
-    from tests.test_checkpoint import state_of, step
+    from tests.checkpoint.tiny_state import state_of, step
 
     device, parallel = alone
     torch_device = (replace(device, model_backend="torch"), parallel)

@@ -1,4 +1,4 @@
-"""Activation recompute changes memory, never numbers: the same losses and gradient norms as without it, balance loss included."""
+"""Activation recompute changes memory, never numbers: losses, gradient norms and balance as without it."""
 
 from typing import Any
 

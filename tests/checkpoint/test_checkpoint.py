@@ -1,6 +1,7 @@
 """Checkpoints in this process: what is saved comes back, what is damaged or foreign is refused, what is good survives.
 
-One process and one layout; resharding is not covered here. Bit-for-bit resumption of whole runs: tests/test_resume.py.
+One process and one layout; resharding is not covered here. Damage of every kind: test_corruption.py; kills in the
+middle of a save: test_kill.py; resumption of whole runs: tests/test_resume.py.
 """
 
 import json
@@ -14,36 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_q3n.config import UserError, validate
-
-TINY = {
-    "model": {"hidden_size": 32, "num_layers": 4, "vocab_size": 64},
-    "data": {"source": "blend", "train": [{"path": "unused"}]},
-    "training": {
-        "sequence_length": 32,
-        "steps": 100,
-        "micro_batch_size": 2,
-        "global_batch_size": 2,
-    },
-}
-
-
-def state_of(alone: Any, settings: dict[str, Any] | None = None) -> Any:
-    from megatron_q3n.training.state import build_state
-
-    tree = {**TINY, **(settings or {})}
-    return build_state(validate(tree), *alone)
-
-
-def step(state: Any) -> float:
-    """Take a step on tokens that depend on the step alone."""
-    from megatron_q3n.data.batch import batch_of_rows
-    from megatron_q3n.training.step import train_step
-
-    rows = torch.randint(0, 64, (2, 33), generator=torch.Generator().manual_seed(state.step))
-    return train_step(
-        state, [batch_of_rows(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(2, 32))]
-    ).loss
+from megatron_q3n.config import UserError
+from tests.checkpoint.tiny_state import TINY, state_of, step
 
 
 @pytest.fixture

@@ -1,0 +1,125 @@
+"""Two processes, one pipeline stage each, save together, fall back together and fail together.
+
+A program, started by test_two_ranks.py: it imports megatron-core once and forks the ranks.
+"""
+
+import gc
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_q3n.checkpoint import integrity, newest_in
+from megatron_q3n.config import UserError, validate
+from megatron_q3n.device import choose_device, quiet_known_warnings
+from tests.checkpoint.tiny_state import TINY
+
+LAYOUT = {
+    **TINY,
+    "training": TINY["training"] | {"micro_batch_size": 1},
+    "parallel": {"pipeline_model_parallel_size": 2, "world_size": 2},
+    "checkpoint": {"keep_last": 3, "asynchronous": True},
+}
+
+
+def train(state: Any, steps: int) -> None:
+    """Take steps of two micro-batches, which depend on the step alone."""
+    import torch
+
+    from megatron_q3n.data.batch import batch_of_rows
+    from megatron_q3n.training.step import train_step
+
+    for _ in range(steps):
+        generator = torch.Generator().manual_seed(state.step)
+        rows = torch.randint(0, 64, (2, 1, 33), generator=generator)
+        ones = torch.ones(1, 32)
+        train_step(
+            state, [batch_of_rows(row[:, :-1], row[:, 1:].contiguous(), ones) for row in rows]
+        )
+
+
+def work(rank: int, folder: Path) -> None:
+    """Be one rank."""
+    import torch
+
+    from megatron_q3n import checkpoint, parallel
+    from megatron_q3n.training.state import build_state
+    from tests.checkpoint.tiny_state import fingerprint
+
+    config = validate(LAYOUT)
+    device = choose_device(config)
+    store = torch.distributed.FileStore(str(folder / "meeting"), 2)
+    group = parallel.initialize(config, device, parallel.Meeting(store, rank, 2))
+    state = build_state(config, device, group)
+    run_dir = folder / "run"
+    saver = checkpoint.Saver(state, run_dir)
+    prints = {}
+    for _ in range(3):  # each save but the first is begun while the one before is being written
+        train(state, 1)
+        prints[state.step] = fingerprint(state)
+        saver.save()
+    train(state, 2)
+    assert saver.settle(True) == [1, 2, 3]
+
+    checkpoint.resume(state, run_dir)
+    assert (state.step, fingerprint(state)) == (3, prints[3])
+
+    group.barrier()
+    stage_1 = run_dir / "checkpoints/step_0000003/__1_0.distcp"
+    if rank == 0:
+        content = bytearray(stage_1.read_bytes())
+        content[len(content) // 2] ^= 4
+        stage_1.write_bytes(content)
+    group.barrier()
+    resumed = checkpoint.resume(state, run_dir)
+    assert resumed.checkpoint == newest_in(run_dir)
+    assert (state.step, fingerprint(state)) == (2, prints[2])
+    assert len(resumed.notes) == 1
+    assert "__1_0.distcp does not match its digest" in resumed.notes[0]
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    train(state, 2)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    saver.save()
+    try:
+        saver.settle(True)
+    except UserError as error:
+        assert "step_0000004 could not be written" in str(error)
+        assert "File too large" in str(error)
+    else:
+        raise AssertionError("rank 1 could not write, and nobody said so")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert newest_in(run_dir) == resumed.checkpoint
+    assert checkpoint.save(state, run_dir).name == "step_0000004"
+    assert integrity.damage(run_dir / "checkpoints/step_0000004", "full") == []
+    parallel.shutdown()
+
+
+def main() -> int:
+    """Fork the ranks and return how many failed."""
+    quiet_known_warnings()
+    choose_device(validate(LAYOUT))  # the CPU shim, before megatron-core is imported
+    import megatron_q3n.checkpoint.writer
+    import megatron_q3n.training.step
+
+    assert megatron_q3n.checkpoint.writer
+    assert megatron_q3n.training.step
+    gc.freeze()
+    fork = multiprocessing.get_context("fork")
+    folder = Path(sys.argv[1])
+    ranks = [fork.Process(target=work, args=(rank, folder)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return sum(process.exitcode != 0 for process in ranks)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())

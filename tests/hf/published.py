@@ -1,0 +1,121 @@
+"""Small published models for the tests: transformers saves them, multi-token prediction is added by hand.
+
+transformers has no multi-token prediction, so those tensors are random and of the shapes that the
+table says; where they land is tested in tests/test_hf.py.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from megatron_q3n.hf import rules
+from megatron_q3n.hf.model_config import from_published
+from megatron_q3n.hf.weights import CONFIG, INDEX, SINGLE
+from tests.model.test_reference import move_from_init, qwen3_next
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "num_experts_per_tok": 2,
+    "num_experts": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+}
+
+
+def transformers_model(model_type: str) -> nn.Module:
+    """Make a random model of transformers, far from its init."""
+    modeling = qwen3_next()  # first: it keeps flash-linear-attention out
+    if model_type == "qwen3_next":
+        model = modeling.Qwen3NextForCausalLM(modeling.Qwen3NextConfig(**SIZES))
+    else:
+        from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
+
+        model = moe.Qwen3_5MoeForCausalLM(moe.Qwen3_5MoeTextConfig(**SIZES))
+    move_from_init(model)
+    return model.eval()
+
+
+def publish(folder: Path, model: nn.Module, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a model as transformers does, in several shards, and add multi-token prediction."""
+    model.to(dtype).save_pretrained(folder, max_shard_size="60KB")
+    config, family = from_published(json.loads((folder / CONFIG).read_text()), has_mtp=True)
+    generator = torch.Generator().manual_seed(7)
+    mtp = {
+        name: (0.1 * torch.randn(shape, generator=generator)).to(dtype)
+        for rule in rules(config, family)
+        for name, shape in rule.hf.items()
+        if name.startswith("mtp.")
+    }
+    save_file(mtp, folder / "mtp.safetensors", metadata={"format": "pt"})
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] |= dict.fromkeys(mtp, "mtp.safetensors")
+    (folder / INDEX).write_text(json.dumps(index))
+    return folder
+
+
+def as_released(folder: Path, source: Path) -> Path:
+    """Rewrite a Qwen3.5 text model as it is released: inside a multimodal one, experts stacked."""
+    tensors = stored(source)
+    content = json.loads((source / CONFIG).read_text())
+    experts = content["num_experts"]
+    released = {"model.visual.patch_embed.proj.bias": torch.randn(3).bfloat16()}
+    for name, tensor in tensors.items():
+        stack, _, expert = name.partition(".experts.")
+        if expert and not name.startswith("mtp."):
+            if expert == "0.gate_proj.weight":
+                parts = [
+                    [tensors[f"{stack}.experts.{e}.{p}_proj.weight"] for p in ("gate", "up")]
+                    for e in range(experts)
+                ]
+                released[f"{stack}.experts.gate_up_proj"] = torch.stack(
+                    [torch.cat(p) for p in parts]
+                )
+                downs = [tensors[f"{stack}.experts.{e}.down_proj.weight"] for e in range(experts)]
+                released[f"{stack}.experts.down_proj"] = torch.stack(downs)
+        else:
+            released[name] = tensor
+    in_place = {
+        name.replace("model.", "model.language_model.", 1)
+        if name.startswith("model.") and "visual" not in name
+        else name: tensor
+        for name, tensor in released.items()
+    }
+    folder.mkdir()
+    save_file(in_place, folder / SINGLE, metadata={"format": "pt"})
+    shell = {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": "qwen3_5_moe",
+        "image_token_id": 90,
+        "text_config": content,
+        "vision_config": {"depth": 1, "hidden_size": 16},
+    }
+    (folder / CONFIG).write_text(json.dumps(shell))
+    return folder
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """Read every tensor of a model folder."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def quiet(*_: object) -> None:
+    """Take notes and progress, and say nothing."""
