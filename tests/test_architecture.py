@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"config", "device", "kernels"},  # process groups are handed to it
     "training": {"config", "device", "parallel", "data", "kernels", "model", "metrics"},
     "checkpoint": {"config", "parallel", "model", "training", "hf"},
+    "conversion": {"config", "hf", "checkpoint"},  # file to file: builds no model
     "inference": {"config", "device", "data", "model"},
     "rl": {"config", "device", "parallel", "data", "model", "metrics", "training", "inference"},
     "stages": set(),  # composes all of the above, see below

@@ -33,6 +33,7 @@ EXAMPLES = """examples:
 Both ways go tensor by tensor: memory is bounded by the largest one, whatever the model's size. After
 an interruption the same command continues. The output appears when it is complete.
 """
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -89,7 +90,7 @@ def run_import(options: argparse.Namespace, console: Console) -> None:
         console.print(f"left out: {imported.num_left_out} tensors of the vision tower")
     checkpoint = imported.checkpoint.resolve()
     print(
-        f"checkpoint {checkpoint}\n"
+        f"checkpoint {checkpoint} (published configuration and tokenizer in its huggingface/)\n"
         "train from it, with any recipe whose model has the same dimensions, by one override:\n"
         f"  checkpoint.load={checkpoint}\n"
         "or with any other recipe and the imported model's own dimensions:\n"
@@ -147,9 +148,12 @@ def main() -> int:
     return_freed_memory()
     try:
         {"import": run_import, "export": run_export}[options.way](options, Console(stderr=True))
-    except UserError as error:
+    except (UserError, OSError) as error:  # what the system says of a file names the file
         print(f"convert_hf.py: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("convert_hf.py: stopped; the same command continues", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -122,12 +122,11 @@ def _fall_back(group: Parallel, passed_over: list[tuple[Path, list[str]]], good:
     """Set damaged checkpoints aside and say what was wrong and what is used instead."""
     notes = []
     for damaged, problems in passed_over:
+        kept = folders.set_aside(damaged).name if group.is_leader else "a damaged one"
         notes.append(
-            f"checkpoint {damaged.name} is damaged: {'; '.join(problems)}; kept as {damaged.name}.damaged, "
-            f"going back to {good.name}"
+            f"checkpoint {damaged.name} is damaged: {'; '.join(problems)}; kept as {kept}, going back to {good.name}"
         )
         if group.is_leader:
-            folders.set_aside(damaged)
             print(f"warning: {notes[-1]}", file=sys.stderr)
     if passed_over and group.is_leader:
         folders.point_latest(good)

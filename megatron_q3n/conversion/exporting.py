@@ -59,6 +59,10 @@ def export_weights(export: Export, note: Note, advance: Advance) -> Path:
     Raises: UserError if the checkpoint is damaged, if transformers has no form of its model, or if
     the output exists or does not fit the disk.
     """
+    if export.tokenizer and not any((export.tokenizer / name).is_file() for name in SIDE_FILES):
+        raise UserError(
+            f"--tokenizer {export.tokenizer}: no tokenizer files (tokenizer.json, …) there."
+        )
     checkpoint = find(export.source)
     model = _model(checkpoint)
     like = read_json(export.like / CONFIG) if export.like else None

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_q3n.checkpoint.integrity import digest, settle_on_disk
+from megatron_q3n.checkpoint import integrity
 from megatron_q3n.config import UserError
 
 Note = Callable[[str], None]
@@ -79,12 +79,26 @@ class Unfinished:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Lend a path to write a file to, and a place for facts to note; finished when the block ends."""
+        """Lend a path to write a file to, and a place for facts to note; finished when the block ends.
+
+        Raises: UserError if the disk takes no more.
+        """
         path, facts = self._folder / f"{name}.writing", {}  # type: tuple[Path, dict[str, Any]]
-        yield path, facts
-        note = {"digest": settle_on_disk(path), "num_bytes": path.stat().st_size, "facts": facts}
-        os.replace(path, self._files / name)
-        _write_json(self._progress / f"{name}.json", note)
+        try:
+            yield path, facts
+            digest, num_bytes = integrity.settle_on_disk(path), path.stat().st_size
+            note = {"digest": digest, "num_bytes": num_bytes, "facts": facts}
+            os.replace(path, self._files / name)
+            _write_json(self._progress / f"{name}.json", note)
+        except (OSError, RuntimeError) as error:
+            # torch.save hides the operating system's complaint behind one of its own
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise UserError(
+                f"{path} could not be written ({cause.strerror}). Free space, or make the folder "
+                "writable; then the same command continues."
+            ) from None
         self._finished[name] = note
 
     def require_space(self, num_bytes: int) -> None:
@@ -111,9 +125,9 @@ class Unfinished:
                 note("an unfinished output of another source or other options is discarded")
             shutil.rmtree(self._files, ignore_errors=True)
             shutil.rmtree(self._progress, ignore_errors=True)
-            self._files.mkdir()
             self._progress.mkdir()
             _write_json(task, self._task)
+        self._files.mkdir(exist_ok=True)
         for leftover in self._folder.glob("*.writing"):
             leftover.unlink()
         kept = {}
@@ -125,7 +139,7 @@ class Unfinished:
             if (
                 file.is_file()
                 and file.stat().st_size == noted["num_bytes"]
-                and digest(file) == noted["digest"]
+                and integrity.digest(file) == noted["digest"]
             ):
                 kept[file.name] = noted
             else:

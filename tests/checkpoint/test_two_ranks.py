@@ -1,4 +1,7 @@
-"""Processes that share a checkpoint save, verify, fall back and fail as one. Other layouts: tools/check_layout.py --reshard."""
+"""Processes that share a checkpoint save, verify, fall back and fail as one.
+
+One layout, two pipeline stages; from any layout to any other: tools/check_layout.py --reshard.
+"""
 
 import os
 import subprocess

@@ -156,6 +156,9 @@ def test_the_released_form_of_qwen3_5_comes_and_goes(alone: Any, tmp_path: Path)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-7)
+    with torch.no_grad():
+        logits = load_with_transformers(tmp_path / "out")(TOKENS).logits
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4)
     shell = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert shell["image_token_id"] == 90
     assert shell["text_config"]["rope_parameters"]["rope_theta"] == 1e6
@@ -197,6 +200,9 @@ def test_index_and_config_are_complete(tmp_path: Path) -> None:
     assert config["dtype"] == "bfloat16"
     assert (out / "tokenizer.json").read_text() == "{}"
     assert (out / "generation_config.json").is_file()
+    nothing = Export(tmp_path / "ours", tmp_path / "x", QWEN3_NEXT, tokenizer=tmp_path)
+    with pytest.raises(UserError, match="no tokenizer files"):
+        export_weights(nothing, quiet, quiet)
 
 
 @pytest.mark.parametrize(

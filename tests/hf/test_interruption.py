@@ -6,9 +6,11 @@ Files of a few kilobytes stand for those of gigabytes; where a kill strikes is c
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,30 @@ def test_an_output_is_never_overwritten_or_written_by_two(source: Path, tmp_path
             import_weights(source, tmp_path / "ours", quiet, quiet)
         with pytest.raises(UserError, match=r"GiB free, .* GiB needed"):
             unfinished.require_space(2**60)
+
+
+@pytest.mark.parametrize("way", ["import", "export"])
+@pytest.mark.usefixtures("small_files")
+def test_a_disk_that_fills_up_midway_is_said_and_the_rest_goes_on(
+    source: Path, tmp_path: Path, way: str
+) -> None:
+    """A file size limit stands for the full disk: the space seemed enough at the start."""
+    if way == "export":
+        import_weights(source, tmp_path / "ours", quiet, quiet)
+        convert = partial(export_weights, export_of(tmp_path / "ours", tmp_path / "out"))
+    else:
+        convert = partial(import_weights, source, tmp_path / "ours")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE // 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"could not be written \(File too large\)"):
+            convert(quiet, quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if way == "import":
+        import_weights(source, tmp_path / "ours", quiet, quiet)
+    assert_exports(tmp_path / "ours", tmp_path / "out", source)
 
 
 def rewrite(source: Path, name: str, tensor: torch.Tensor | None, to: str | None = None) -> None:

@@ -1,0 +1,29 @@
+"""One way to run the layout harness: a process of its own, since it forks, and what it measured as JSON."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tools"))  # where the harness keeps the names of its layouts
+
+Verdicts = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def check_layouts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Verdicts]:
+    """Run tools/check_layout.py and return its verdicts by layout; what it printed is this test's output."""
+
+    def check(*arguments: str) -> Verdicts:
+        figures = tmp_path_factory.mktemp("layouts") / "figures.json"
+        tool = str(ROOT / "tools" / "check_layout.py")
+        subprocess.run([sys.executable, tool, *arguments, "--json", str(figures)], check=False)
+        verdicts = json.loads(figures.read_text())["verdicts"]
+        return {verdict["layout"]: verdict for verdict in verdicts}
+
+    return check

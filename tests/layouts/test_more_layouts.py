@@ -1,0 +1,47 @@
+"""The layouts again where they are easiest to get wrong: packed documents, products of three, other models.
+
+Slow only for their number; each list is one launch of the harness.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
+LISTS = {
+    "packed": ["cp2", "cp2-passing", "tp2", "pp2", "pp2-vpp2", "ep2", "cp2-ep2", "tp2-cp2", "--packed"],
+    "larger": [
+        "etp2", "ep2-allgather", "tp2-ep2-allgather", "tp2-ep2-etp2", "ep4", "pp4", "cp4", "cp4-passing", "dp4-overlap",
+        "tp2-cp2-passing",
+        "tp2-pp2-overlap", "pp2-vpp2-overlap", "pp2-vpp2-ep2", "tp2-dp2-overlap", "tp2-ep2-pp2",
+    ],
+    "two depths": ["tp2", "pp2-vpp2", "ep2", "cp2", "model.mtp_num_layers=2"],
+    "one layer for two depths": [
+        "tp2", "pp2-vpp2", "ep2", "cp2", "model.mtp_num_layers=2", "model.mtp_use_repeated_layer=true",
+    ],
+    "z loss and balance in a sequence": [
+        "tp2", "pp2", "ep2", "cp2", "model.moe_z_loss_coeff=0.01", "model.moe_router_load_balancing_type=seq_aux_loss",
+    ],
+    "balance in a micro-batch": ["tp2", "ep2", "cp2", "model.moe_router_load_balancing_type=aux_loss"],
+}  # fmt: skip
+RESHARDS = [
+    "cp2-ep2:tp2-pp2", "pp2-vpp2:single", "single:pp2-vpp2", "tp2-ep2-etp2:cp2-passing", "pp4:ep4", "ep4:tp2-etp2",
+    "dp2:tp2-pp2", "single:single",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", LISTS.values(), ids=LISTS)
+def test_layouts_train_as_one_process_does(
+    check_layouts: Callable[..., Any], words: list[str]
+) -> None:
+    verdicts = check_layouts(*words, "--masked", "0.3")
+    assert verdicts
+    assert [verdict for verdict in verdicts.values() if not verdict["ok"]] == []
+
+
+def test_runs_go_on_in_other_layouts(check_layouts: Callable[..., Any]) -> None:
+    verdicts = check_layouts("--masked", "0.3", "--reshard", *RESHARDS)
+    assert len(verdicts) >= len(RESHARDS)
+    assert [verdict for verdict in verdicts.values() if not verdict["ok"]] == []

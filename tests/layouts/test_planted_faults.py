@@ -1,0 +1,33 @@
+"""The harness has teeth: a reduction or a wait left out anywhere is seen within four steps, and nothing else is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, Any]:
+    script = Path(__file__).with_name("planted_faults.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_without_a_fault_nothing_is_seen(verdicts: dict[str, Any]) -> None:
+    assert verdicts.pop("none")["ok"]
+
+
+def test_every_fault_is_seen(verdicts: dict[str, Any]) -> None:
+    faults = {fault: verdict for fault, verdict in verdicts.items() if fault != "none"}
+    assert len(faults) == 5
+    for fault, verdict in faults.items():
+        assert not verdict["ok"], fault
+        if "checkpoint" not in fault:  # that one is refused when it is loaded
+            assert not verdict["failed"], f"{fault}: did not run, so nothing was compared"
