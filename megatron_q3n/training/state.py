@@ -79,8 +79,12 @@ def build_state(config: RunConfig, device: Device, parallel: Parallel) -> TrainS
         use_distributed_optimizer=True,
         check_for_nan_in_grad=True,
     )
+    # Later pipeline chunks go in one bucket, whose communication is small: megatron-core's way. Not over
+    # gloo: its coalesced gather mixes the fp32 and bf16 parts of that bucket and spoils the weights.
     chunks = [
-        DistributedDataParallel(model.config, ddp, model, disable_bucketing=index > 0)
+        DistributedDataParallel(
+            model.config, ddp, model, disable_bucketing=index > 0 and device.is_cuda
+        )
         for index, model in enumerate(models)
     ]
     for chunk in chunks:
