@@ -158,6 +158,7 @@ def _patch_megatron() -> None:
 
     token_dispatcher.maybe_move_tensor_to_cpu = splits_as_numpy
     _patch_uneven_collectives()
+    _patch_coalescing()
 
 
 def _patch_uneven_collectives() -> None:
@@ -190,3 +191,49 @@ def _patch_uneven_collectives() -> None:
 
     mappings._gather_along_first_dim = gather
     mappings._reduce_scatter_along_first_dim = reduce_scatter
+
+
+class _OneByOne:
+    """Stand in for torch's _coalescing_manager: start each collective by itself, wait for all of them."""
+
+    _open: "_OneByOne | None" = None
+
+    def __init__(self, *_: Any, async_ops: bool = False, **__: Any) -> None:
+        self.async_ops, self.works = async_ops, list[Any]()
+
+    def __enter__(self) -> "_OneByOne":
+        _OneByOne._open = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _OneByOne._open = None
+        if not self.async_ops:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for every collective of the group."""
+        for work in self.works:
+            work.wait()
+
+
+def _patch_coalescing() -> None:
+    """Keep collectives of several formats apart: gloo lays coalesced tensors end to end as if of one format.
+
+    The parameters of a bf16 model's later pipeline chunks, bf16 and fp32 in one group, came back as
+    garbage (param_and_grad_buffer.py:485).
+    """
+    from megatron.core.distributed import param_and_grad_buffer as buffers  # late, as above
+
+    def by_itself(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(collective)
+        def start(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+            if _OneByOne._open is None:
+                return collective(*args, async_op=async_op, **kwargs)
+            _OneByOne._open.works.append(collective(*args, async_op=True, **kwargs))
+            return None
+
+        return start
+
+    buffers._coalescing_manager = _OneByOne
+    buffers.dist_all_gather_func = by_itself(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = by_itself(buffers.dist_reduce_scatter_func)

@@ -45,3 +45,14 @@ def test_runs_go_on_in_other_layouts(check_layouts: Callable[..., Any]) -> None:
     verdicts = check_layouts("--masked", "0.3", "--reshard", *RESHARDS)
     assert len(verdicts) >= len(RESHARDS)
     assert [verdict for verdict in verdicts.values() if not verdict["ok"]] == []
+
+
+def test_bf16_with_interleaved_stages(check_layouts: Callable[..., Any]) -> None:
+    """Rounding aside, as one process; and what is saved is loaded: chunks of two formats share their messages."""
+    verdicts = check_layouts(
+        "precision=bf16", "--steps", "4", "--reshard", "pp2-vpp2:pp2-vpp2", "single:pp2-vpp2"
+    )
+    assert verdicts["pp2-vpp2"]["loss"] < 1e-4
+    assert verdicts["pp2-vpp2"]["grad norm"] < 1e-3
+    assert verdicts["pp2-vpp2 → pp2-vpp2"]["ok"]
+    assert verdicts["single → pp2-vpp2"]["ok"]
