@@ -48,6 +48,8 @@ OWNED_FIELDS = {
     "expert_model_parallel_size": "parallel.expert_model_parallel_size",
     "expert_tensor_parallel_size": "parallel.expert_tensor_parallel_size",
     "sequence_parallel": "parallel.sequence_parallel",
+    "batch_p2p_comm": "parallel (batched point-to-point is wrong for interleaved stages)",
+    "overlap_p2p_comm": "parallel (batched point-to-point is wrong for interleaved stages)",
     "moe_token_dispatcher_type": "parallel.moe_token_dispatcher_type",
     "bf16": "precision.compute",
     "fp16": "precision.compute",
