@@ -123,6 +123,10 @@ def _cpu(config: RunConfig) -> Device:
         raise UserError(
             f"precision.fp8={config.precision.fp8} needs a GPU; set precision.fp8=null."
         )
+    if config.parallel.moe_token_dispatcher_type == "flex":
+        raise UserError(
+            "parallel.moe_token_dispatcher_type=flex needs GPUs (DeepEP); use alltoall or allgather."
+        )
     cpu_shim.install()
     return Device(
         torch_device=torch.device("cpu"),
