@@ -24,6 +24,7 @@ from megatron_q3n.config import (
     EXIT_BAD_INPUT,
     RunConfig,
     UserError,
+    default_tree,
     known_settings,
     launch,
     suggest,
@@ -65,7 +66,7 @@ def main() -> int:
 
 def register_defaults() -> None:
     """Give Hydra the plain tree of every default, under the name recipes begin with."""
-    ConfigStore.instance().store("base", RunConfig().model_dump(mode="json"))
+    ConfigStore.instance().store("base", default_tree())
 
 
 def _run(config: RunConfig) -> int:

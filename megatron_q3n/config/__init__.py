@@ -5,7 +5,7 @@ No torch, no OmegaConf, no megatron-core import: a wrong setting is refused in w
 
 from megatron_q3n.config.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, UserError, suggest
 from megatron_q3n.config.model import GATED_ATTENTION, GATED_DELTA_NET, ModelConfig
-from megatron_q3n.config.run import RunConfig, known_settings, validate
+from megatron_q3n.config.run import RunConfig, default_tree, known_settings, validate
 
 __all__ = [
     "EXIT_BAD_INPUT",
@@ -15,6 +15,7 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "UserError",
+    "default_tree",
     "known_settings",
     "suggest",
     "validate",

@@ -193,6 +193,11 @@ class RunConfig(Section):
         return self.training.global_batch_size * self.training.sequence_length
 
 
+def default_tree() -> dict[str, Any]:
+    """Return every default as a plain tree, unchecked: a recipe may be legal in a world the defaults are not."""
+    return RunConfig.model_construct().model_dump(mode="json")
+
+
 def known_settings(section: type[Section] = RunConfig, prefix: str = "") -> list[str]:
     """Return every dotted setting name, e.g. "training.steps"."""
     names = []

@@ -1,0 +1,55 @@
+"""The door under torchrun: two processes give the losses of one, and a wrong setting one message and exit code 2.
+
+Layouts themselves: tests/layouts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.multiprocess
+SETTINGS = [
+    "--config-name", "pretrain-tiny", "training.steps=4", "training.sequence_length=64", "training.micro_batch_size=2",
+    "schedule.warmup_steps=1", "validation.batches=1", "validation.bigram_baseline=false",
+    "validation.interval_steps=2", "samples.count=1", "logging.wandb.mode=disabled",
+]  # fmt: skip
+
+
+def run(processes: int, *settings: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command = [sys.executable, "-m", *launcher, "megatron_q3n.train", *SETTINGS, *settings]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ, timeout=240, check=False
+    )
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+    losses = []
+    for processes in (1, 2):
+        run_dir = tmp_path / str(processes)
+        done = run(processes, f"run_dir={run_dir}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        records = [
+            json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+        ]
+        losses.append(
+            [
+                r[k]
+                for r in records
+                for k in ("loss/train", "grad_norm", "loss/validation")
+                if k in r
+            ]
+        )
+        assert (run_dir / "report.html").is_file()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_wrong_setting_is_said_once(tmp_path: Path) -> None:
+    done = run(2, "training.stesp=3", f"run_dir={tmp_path / 'run'}")
+    assert done.returncode != 0
+    assert done.stderr.count("training.stesp: no such setting") == 1
+    assert not (tmp_path / "run").exists()
