@@ -143,7 +143,7 @@ def test_all_ranks_together_hold_every_tensor_once_per_replica(
     assume((world // pipeline) % (expert * expert_tensor) == 0)
     assume(pipeline > 1 or chunks is None)
     config = run_config(
-        model={"mtp_num_layers": depths},
+        model={"mtp_num_layers": depths, "num_layers": 8},
         training={"global_batch_size": 128},
         parallel={
             "world_size": world,
