@@ -49,7 +49,6 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "vocabulary too small": (["model.vocab_size=300"], "data.stdlib_vocab_size=512 is more than model.vocab_size=300"),
     "setting without effect": (["training.recompute_modules=[moe]"], "only with recompute_granularity=selective"),
     "fp8 without bf16": (["precision.fp8=hybrid"], "precision.fp8=hybrid needs precision.compute=bf16"),
-    "blend without data": (["data=blend"], "corpora/"),
 }  # fmt: skip
 
 
@@ -84,7 +83,7 @@ def refusals() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "blend without data"])
+@pytest.mark.parametrize("name", SETTINGS)
 def test_bad_settings_are_named(refusals: dict[str, Any], name: str) -> None:
     message, _ = refusals["answers"][name]
     assert message is not None, "accepted"

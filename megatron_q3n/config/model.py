@@ -37,7 +37,7 @@ class ModelConfig(Section):
     embedding_init_method_std: float | None = Field(
         None,
         gt=0,
-        description="null: init_method_std. Narrow models need more: their first blocks drown it",
+        description="null: init_method_std",
     )
     layernorm_epsilon: float = Field(1e-6, gt=0)
     # gated attention
