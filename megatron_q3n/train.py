@@ -32,7 +32,12 @@ from megatron_q3n.config import (
 )
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-STAGES = {"pretrain": "megatron_q3n.stages.pretrain", "longcontext": "megatron_q3n.stages.pretrain"}
+STAGES = {
+    "pretrain": "megatron_q3n.stages.pretrain",
+    "longcontext": "megatron_q3n.stages.pretrain",
+    "generate": "megatron_q3n.stages.generate",
+}
+PIPELINE = "pipeline-"  # names of files in recipes/ that chain recipes, for slurm/submit.py
 HYDRA_FLAGS = (
     "--cfg",
     "-c",
@@ -57,7 +62,7 @@ def main() -> int:
         hydra.main(version_base="1.3", config_path=str(RECIPES))(_run_composed)()
         return 0
     try:
-        return _run(configure(sys.argv[1:]))
+        return run(configure(sys.argv[1:]))
     except UserError as error:
         if launch.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -69,7 +74,11 @@ def register_defaults() -> None:
     ConfigStore.instance().store("base", default_tree())
 
 
-def _run(config: RunConfig) -> int:
+def run(config: RunConfig) -> int:
+    """Run the stage that a configuration names, or show its plan.
+
+    Returns: the exit code.
+    """
     if config.dry_run:
         planner = importlib.import_module("megatron_q3n.planner")
         return planner.show(config)
@@ -77,12 +86,19 @@ def _run(config: RunConfig) -> int:
     importlib.import_module("megatron_q3n.device").quiet_known_warnings()
     run_directory = importlib.import_module("megatron_q3n.stages.run_directory")
     stage = importlib.import_module(STAGES[config.stage])
-    return stage.run(config, run_directory.choose(config))
+    run_dir = run_directory.choose(config)
+    try:
+        code = stage.run(config, run_dir)
+    except UserError as error:
+        run_directory.record_outcome(run_dir, EXIT_BAD_INPUT, str(error))
+        raise
+    run_directory.record_outcome(run_dir, code)
+    return code
 
 
 def _run_composed(tree: DictConfig) -> None:
     """Run one job of a Hydra sweep, whose exit code Hydra cannot carry: a failure must be an exception."""
-    code = _run(validate(_plain(tree)))
+    code = run(validate(_plain(tree)))
     if code:
         raise SystemExit(code)
 
@@ -117,6 +133,11 @@ def configure(arguments: list[str]) -> RunConfig:
 
 def _composed(recipe: str, own_recipes: str | None, overrides: list[str]) -> dict[str, Any]:
     recipe = recipe.removesuffix(".yaml")
+    if recipe.startswith(PIPELINE):
+        raise UserError(
+            f"--config-name {recipe}: a pipeline chains recipes; run it with python -m slurm.submit "
+            f"--config-name {recipe} (--local: on this machine)."
+        )
     folders = [RECIPES] + ([Path(own_recipes).resolve()] if own_recipes else [])
     if not any((folder / f"{recipe}.yaml").is_file() for folder in folders):
         raise UserError(
@@ -185,7 +206,8 @@ def _explain(error: Exception, overrides: list[str]) -> str:
 
 
 def _recipes() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return [stem for stem in stems if not stem.startswith(PIPELINE)]
 
 
 if __name__ == "__main__":

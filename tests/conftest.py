@@ -10,10 +10,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.backends import Backend, on_every_backend, qualify_kernels
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_SECONDS = 300
@@ -88,10 +91,12 @@ def run_module(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
 @pytest.fixture(autouse=True)
 def fresh_process_state() -> None:
     """Drop what megatron-core keeps for the whole process: its trackers keep the first model's number
-    of depths, its loss scale the first caller's shape."""
+    of depths, its loss scales the last caller's numbers and shapes."""
     core = "megatron.core.transformer"
     if predictions := sys.modules.get(f"{core}.multi_token_prediction"):
         predictions.MTPLossLoggingHelper.tracker.clear()
+        scaler = predictions.MTPLossAutoScaler
+        scaler.set_loss_scale(scaler.main_loss_backward_scale.new_ones(()))
     if mixture := sys.modules.get(f"{core}.moe.moe_utils"):
         mixture.MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
@@ -112,3 +117,13 @@ def alone() -> Iterator[Any]:
     device = choose_device(config)
     yield device, parallel.initialize(config, device)
     parallel.shutdown()
+
+
+@pytest.fixture(params=on_every_backend())
+def backend(request: pytest.FixtureRequest, alone: Any) -> Iterator[Backend]:
+    """Prove a test on every backend: here on this machine's device, and two more where there is a GPU."""
+    import torch  # late: a selection without these tests need not wait for it
+
+    yield replace(request.param, alone=alone)
+    cpu = torch.device("cpu")  # its kernels are the references, which tests of single parts expect
+    qualify_kernels(cpu, request.param.config())

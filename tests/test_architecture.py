@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"config"},
     "hf": {"config"},  # a table of names and shapes; it never holds a model
     "model": {"config", "device", "kernels"},  # process groups are handed to it
+    "health": {"config", "parallel"},
     "training": {"config", "device", "parallel", "data", "kernels", "model", "metrics"},
     "checkpoint": {"config", "parallel", "model", "training", "hf"},
     "conversion": {"config", "hf", "checkpoint"},  # file to file: builds no model

@@ -1,10 +1,11 @@
 """What a checkpoint holds, as megatron-core's sharded state: weights, master weights and moments, generators.
 
 Tensors are keyed by parameter, not by rank, so any layout can read them. Data position and learning
-rate follow from the step and are not saved. Three traps of megatron-core 0.19.2 are dealt with here.
+rate follow from the step and are not saved. Four traps of megatron-core 0.19.2 are dealt with here.
 Over torch's AdamW, which keeps a `step` tensor per parameter, loading needs the entry to be there
-already, and afterwards all parameters share one. And where gradients are reduced in several buckets,
-saving reads the optimizer's states at the wrong places (`_count_padding`).
+already, and afterwards all parameters share one. A checkpoint of torch's AdamW lacks settings that
+TransformerEngine's needs. And where gradients are reduced in several buckets, saving reads the
+optimizer's states at the wrong places (`_count_padding`).
 """
 
 import random
@@ -35,9 +36,8 @@ def sharded(state: TrainState, *, loading: bool, with_optimizer: bool = True) ->
     }
     content: dict[str, Any] = dict(models)
     if with_optimizer:
-        if loading:
-            _prime_torch_adam(state)
-        else:
+        _prime_adam(state)
+        if not loading:
             _count_padding(state)
         content["optimizer"] = state.optimizer.sharded_state_dict(
             models, is_loading=loading, metadata=metadata
@@ -51,10 +51,21 @@ def sharded(state: TrainState, *, loading: bool, with_optimizer: bool = True) ->
     return content
 
 
-def separate_steps(state: TrainState) -> None:
-    """Give each parameter a `step` tensor of its own: after loading they share one, counted once
-    per parameter and step (distrib_optimizer.py:1027), which silently spoils Adam's bias
-    correction."""
+def mend_loaded_optimizer(state: TrainState) -> None:
+    """Make what another machine's Adam left fit this one's.
+
+    A CPU saves torch's AdamW, a GPU TransformerEngine's: loading replaces a parameter group whole, and
+    so the settings that only this machine's Adam knows are put back, and steps counted as integers.
+    torch's: each parameter gets a `step` tensor of its own, since after loading they share one,
+    counted once per parameter and step (distrib_optimizer.py:1027), which silently spoils Adam's
+    bias correction.
+    """
+    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+        for group in [] if part.is_stub_optimizer else part.optimizer.param_groups:
+            for name, value in part.optimizer.defaults.items():
+                group.setdefault(name, value)
+            if "step" in group:
+                group["step"] = int(group["step"])
     for adam, parameter in torch_adam_states(state.optimizer):
         entry = adam.state.get(parameter)
         if entry:
@@ -62,13 +73,14 @@ def separate_steps(state: TrainState) -> None:
 
 
 def restore_generators(states: dict[str, Any]) -> None:
-    """Put every random generator of this rank where it was."""
+    """Put every random generator of this rank where it was; a CPU's do not fit a GPU, nor a GPU's a CPU."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
-    if torch.cuda.is_available() and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
+    if ("cuda" in states) == torch.cuda.is_available():
+        get_cuda_rng_tracker().set_states(states["tracker"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])
 
 
 def _generators() -> dict[str, Any]:
@@ -101,12 +113,21 @@ def _count_padding(state: TrainState) -> None:
                 bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-def _prime_torch_adam(state: TrainState) -> None:
-    """Give torch's AdamW the `step` entry that megatron-core's loading expects (distrib_optimizer.py:838, :1223)."""
-    for adam, parameter in torch_adam_states(state.optimizer):
-        if not adam.state[parameter]:
-            adam.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+def _prime_adam(state: TrainState) -> None:
+    """Make what Adam would make in its first step: megatron-core's saving and loading expect to find it.
+
+    (distrib_optimizer.py:838, :1223, :1352.) torch's AdamW counts steps per parameter, TransformerEngine's
+    per group.
+    """
+    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+        for group in [] if part.is_stub_optimizer else part.optimizer.param_groups:
+            by_parameter = isinstance(part.optimizer, torch.optim.AdamW)
+            if not by_parameter:
+                group.setdefault("step", 0)
+            for parameter in group["params"]:
+                if not part.optimizer.state[parameter]:
+                    part.optimizer.state[parameter] = {
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                        **({"step": torch.tensor(0.0)} if by_parameter else {}),
+                    }

@@ -153,7 +153,7 @@ def _restore(state: TrainState, checkpoint: Path, *, resume: bool, with_optimize
         model.load_state_dict(loaded[f"model{index}"], strict=False)
     if with_optimizer:
         state.optimizer.load_state_dict(loaded["optimizer"])
-        content.separate_steps(state)
+        content.mend_loaded_optimizer(state)
     else:
         state.optimizer.reload_model_params()
     if resume:

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Iterable
 
 EXIT_BAD_INPUT = 2  # one clear message on stderr, no traceback
+EXIT_HANG = 70  # no progress: ended by the watch of `health/hang.py`, to be requeued (EX_SOFTWARE)
 EXIT_REQUEUE = 75  # stopped early with everything saved (EX_TEMPFAIL of sysexits.h)
 
 

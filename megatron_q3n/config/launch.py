@@ -18,6 +18,11 @@ def local_rank() -> int:
     return _number("LOCAL_RANK", "SLURM_LOCALID", 0)
 
 
+def node_name() -> str | None:
+    """Return the scheduler's name of this machine, if there is one."""
+    return os.environ.get("SLURMD_NODENAME")
+
+
 def has_neighbours() -> bool:
     """Whether a launcher gave this process a place to meet others."""
     return "MASTER_ADDR" in os.environ and world_size() >= 1

@@ -8,6 +8,8 @@ from pydantic import Field, ValidationError, model_validator
 from megatron_q3n.config import launch
 from megatron_q3n.config.data import DataConfig
 from megatron_q3n.config.errors import UserError, suggest
+from megatron_q3n.config.health import HealthConfig
+from megatron_q3n.config.inference import InferenceConfig
 from megatron_q3n.config.model import ModelConfig
 from megatron_q3n.config.parallel import ParallelConfig
 from megatron_q3n.config.section import Section
@@ -56,7 +58,7 @@ class SampleConfig(Section):
 class RunConfig(Section):
     """Everything a run needs to know. `config.yaml` in the run directory is exactly this, resolved."""
 
-    stage: Literal["pretrain", "longcontext"] = "pretrain"
+    stage: Literal["pretrain", "longcontext", "generate"] = "pretrain"
     recipe: str = Field("custom", description="name of the recipe, for the run directory")
     run_dir: str | None = Field(
         None,
@@ -75,16 +77,21 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     logging: LoggingConfig = LoggingConfig()
     samples: SampleConfig = SampleConfig()
+    inference: InferenceConfig = InferenceConfig()
 
     @model_validator(mode="after")
     def _legal(self) -> "RunConfig":
         self.parallel.check_against(self.model, self.training.sequence_length, self.world_size)
         self._check_start()
+        if self.stage == "generate":
+            return self  # what follows is about training
         self._check_batch()
         self._check_schedule()
         self._check_recompute()
+        self._check_graph()
         self._check_data()
         return self
 
@@ -92,6 +99,11 @@ class RunConfig(Section):
         if self.stage == "longcontext" and self.checkpoint.load is None:
             raise UserError(
                 "stage=longcontext continues a trained model: say which with checkpoint.load=RUN_DIR "
+                "(or a checkpoint in one, e.g. checkpoint.load=runs/latest)."
+            )
+        if self.stage == "generate" and self.checkpoint.load is None:
+            raise UserError(
+                "stage=generate needs a trained model: say which with checkpoint.load=RUN_DIR "
                 "(or a checkpoint in one, e.g. checkpoint.load=runs/latest)."
             )
         if self.checkpoint.load_optimizer and self.checkpoint.load is None:
@@ -131,6 +143,28 @@ class RunConfig(Section):
                 f"schedule.warmup_steps={schedule.warmup_steps} + "
                 f"schedule.decay_steps={schedule.decay_steps} is more than training.steps={steps}; "
                 "shorten one of them."
+            )
+
+    def graph_obstacle(self) -> str | None:
+        """Say what keeps a step's passes from becoming one CUDA graph; None when nothing does."""
+        layout = self.parallel
+        if layout.model_parallel_size * layout.expert_model_parallel_size > 1:
+            return "tensor, pipeline, context and expert parallelism communicate inside the passes"
+        if layout.expert_tensor_parallel_size > 1:
+            return "expert tensor parallelism communicates inside the passes"
+        if layout.overlap_grad_reduce:
+            return "parallel.overlap_grad_reduce=true communicates inside the passes"
+        if self.data.mask_document_boundaries:
+            return "data.mask_document_boundaries=true gives every batch other shapes"
+        if self.training.recompute_granularity is not None:
+            return "recompute saves and restores random states on the host"
+        return None
+
+    def _check_graph(self) -> None:
+        obstacle = self.graph_obstacle()
+        if self.training.cuda_graph and obstacle:
+            raise UserError(
+                f"training.cuda_graph=true: {obstacle}; leave it null or change the other setting."
             )
 
     def _check_recompute(self) -> None:

@@ -98,6 +98,10 @@ class TrainingConfig(Section):
     threads: int | None = Field(
         None, gt=0, description="CPU threads per process; null: 1, usually fastest"
     )
+    cuda_graph: bool | None = Field(
+        None,
+        description="replay a step's forward and backward passes as one CUDA graph; null: where it can",
+    )
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_modules: list[
         Literal["core_attn", "moe", "moe_act", "shared_experts", "layernorm", "gated_delta_net"]

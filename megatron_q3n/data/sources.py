@@ -5,6 +5,7 @@ or heavy import starts. Reading the sources is `readers`' part.
 """
 
 import glob
+import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ _FORMAT_OF_SUFFIX: dict[str, Format] = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
+_PACKAGES: dict[Format, tuple[str, ...]] = {
+    "parquet": ("pyarrow",),
+    "dataset": ("datasets", "pyarrow"),
+}
 _COMPRESSION_OF_SUFFIX: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 
 
@@ -44,11 +49,13 @@ def find_sources(inputs: Sequence[str], wanted: Format | None = None) -> list[So
 
     `wanted` says how to read files whose name does not tell, and limits folders to such files.
 
-    Raises: UserError for a path that is missing, given twice, empty, or of no known format.
+    Raises: UserError for a path that is missing, given twice, empty, of no known format, or of one whose
+        package is not installed.
     """
     sources = [source for given in inputs for source in _expand(given, wanted)]
     seen: set[Path] = set()
     for source in sources:
+        _check_packages(source)
         if source.path.resolve() in seen:
             raise UserError(
                 f"input {source.path} is given twice. Give it once; to weigh data sets, prepare them "
@@ -58,6 +65,16 @@ def find_sources(inputs: Sequence[str], wanted: Format | None = None) -> list[So
     if not sum(source.size_bytes for source in sources):
         raise UserError(f"input {', '.join(inputs)}: only empty files.")
     return sources
+
+
+def _check_packages(source: Source) -> None:
+    for package in _PACKAGES.get(source.format, ()):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:  # a folder of that name here has no origin
+            raise UserError(
+                f"input {source.path}: reading {source.format} needs {package}, which is not installed. "
+                f"pip install {package}, or give the texts as JSONL or text files."
+            )
 
 
 def _expand(given: str, wanted: Format | None) -> Iterable[Source]:

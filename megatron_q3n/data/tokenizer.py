@@ -86,6 +86,10 @@ class TextTokenizer:
         """Return the text of the ids; special tokens show by name, broken UTF-8 as U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token by its name in the vocabulary, special ones too; None if there is none."""
+        return self._backend.token_to_id(token)
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json into a folder."""
         (folder / TOKENIZER_FILE).write_text(self._canonical, encoding="utf-8")

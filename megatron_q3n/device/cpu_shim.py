@@ -9,6 +9,7 @@ comparison with `'torch.cuda.FloatTensor'`). Each entry below names the site tha
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,10 @@ def install() -> None:
     if _installed or torch.cuda.is_available():
         return
     _installed = True
+    # megatron-core takes Adam from these wherever they are installed, and theirs needs a GPU
+    # (optimizer/__init__.py:14, distrib_optimizer.py:24)
+    for name in ("transformer_engine", "apex"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     _replace_cuda_calls()
     _replace_tensor_methods()
     # torch lists its factories once, for `with torch.device(...)`: it must see the real ones

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import platform
 import resource
 import sys
@@ -84,6 +85,10 @@ def measured_matmul_flops(device: Device, world_size: int) -> float | None:
 def _cuda(config: RunConfig) -> Device:
     device = torch.device("cuda", launch.local_rank() % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    # not the default stream, which no CUDA graph can be captured on (training/step_graph.py)
+    torch.cuda.set_stream(torch.cuda.Stream(device))
+    if config.training.deterministic:
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # megatron-core insists on it
     name = torch.cuda.get_device_name(device)
     wanted = config.model.backend
     has_te = importlib.util.find_spec("transformer_engine") is not None
@@ -115,6 +120,8 @@ def _cuda(config: RunConfig) -> Device:
 
 
 def _cpu(config: RunConfig) -> Device:
+    if config.training.cuda_graph:
+        raise UserError("training.cuda_graph=true needs a GPU; leave it null.")
     if config.model.backend == "transformer_engine":
         raise UserError(
             "model.backend=transformer_engine needs a GPU; set model.backend=auto or torch."

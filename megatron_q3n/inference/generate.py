@@ -1,73 +1,89 @@
-"""Sample text by running the whole prefix again for every token: simple, exact, and enough for a
-report's few samples.
-"""
+"""Completions of prompts: the calls for people and programs."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor
+from megatron_q3n.inference.engine import Engine
+from megatron_q3n.inference.request import Abilities
+from megatron_q3n.inference.sampling import Sampling
+from megatron_q3n.inference.sequence import Completion, Piece, Sequence
+from megatron_q3n.model.decode import generating
+
+PREFILL_TOKENS = 4096
+Seed = int | list[int] | list[str]
 
 
-@torch.no_grad()
+class Generation:
+    """An iterator over new tokens as they are drawn; `completions`, in the order of the prompts, grow with it.
+
+    The model is in evaluation from the first token until the iterator is exhausted or closed.
+    """
+
+    def __init__(self, model: Any, sequences: list[Sequence], engine: Engine) -> None:
+        self._model, self._sequences, self._engine = model, sequences, engine
+
+    def __iter__(self) -> Iterator[Piece]:
+        with generating(self._model):
+            while self._engine.is_busy():
+                yield from self._engine.step()
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The completions so far."""
+        return [sequence.completion for sequence in self._sequences]
+
+
 def generate(
+    model: Any, prompts: list[list[int]], sampling: Sampling, **options: Any
+) -> list[Completion]:
+    """Complete each prompt; options and errors as `start`.
+
+    Returns: completions in the order of the prompts.
+    """
+    generation = start(model, prompts, sampling, **options)
+    for _ in generation:
+        pass
+    return generation.completions
+
+
+def start(
     model: Any,
     prompts: list[list[int]],
-    num_tokens: int,
+    sampling: Sampling,
     *,
-    temperature: float,
-    seed: int,
-    stop_token: int,
-) -> list[list[int]]:
-    """Continue each prompt by up to `num_tokens` tokens, ending at `stop_token`.
+    seed: Seed = 0,
+    draft_depth: int = 0,
+    prefill_tokens: int = PREFILL_TOKENS,
+    max_sequences: int | None = None,
+) -> Generation:
+    """Prepare to complete each prompt; iterate over the result for tokens as they come.
 
-    Prompts of unequal length are padded on the right: the model is causal, so padding never reaches a token before it.
-    Shapes: prompts are lists of ids; none may be empty.
-    Returns: the new ids, without prompt and stop token.
+    A sequence's random numbers depend on the seed and its place among the prompts, or on its own
+    seed where there is a list of them, and not on what else is in the batch or on the layout.
+    `draft_depth` tokens are drafted by the MTP layer and verified together: the outcome has the same
+    distribution, and is the same when greedy. `prefill_tokens` is the most that one pass reads of
+    prompts, `max_sequences` the most sequences that run at once; others wait.
+
+    Every rank of a tensor-parallel group gives the same prompts. Data-parallel ranks give their own;
+    if they share experts, all must iterate, those without prompts too.
+
+    Raises: UserError for an empty or too long prompt, an unknown token, drafts without MTP, or a
+        layout that generation does not know.
     """
-    assert all(prompts), "a prompt needs at least one token"
-    generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    rows = [list(prompt) for prompt in prompts]
-    done = [False] * len(rows)
-    with _next_token_only(model):
-        for _ in range(num_tokens):
-            logits_BV = _last_logits(model, rows, device)
-            for row, ids in enumerate(_sample(logits_BV, temperature, generator)):
-                if not done[row]:
-                    done[row] = ids == stop_token
-                    rows[row].append(ids)
-            if all(done):
-                break
-    new = [row[len(prompt) :] for row, prompt in zip(rows, prompts)]
-    return [ids[:-1] if ids and ids[-1] == stop_token else ids for ids in new]
-
-
-def _last_logits(model: Any, rows: list[list[int]], device: torch.device) -> Tensor:
-    longest = max(len(row) for row in rows)
-    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    positions = torch.arange(longest, device=device).expand_as(tokens)
-    logits_BTV = model(tokens, positions, None, runtime_gather_output=True)
-    last = torch.tensor([len(row) - 1 for row in rows], device=device)
-    return logits_BTV[torch.arange(len(rows), device=device), last].float().cpu()
-
-
-def _sample(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> list[int]:
-    if temperature == 0:
-        return logits_BV.argmax(-1).tolist()
-    probabilities = (logits_BV / temperature).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).tolist()
-
-
-@contextmanager
-def _next_token_only(model: Any) -> Iterator[None]:
-    """Evaluate without the MTP layers, which cost a forward pass and are not asked for here."""
-    trained, mtp = model.training, model.mtp_process
-    model.eval()
-    model.mtp_process = False
-    try:
-        yield
-    finally:
-        model.mtp_process = mtp
-        model.train(trained)
+    Abilities.of(model).check(prompts, sampling, draft_depth)
+    assert prefill_tokens > 0
+    assert max_sequences is None or max_sequences > 0
+    own = [f"{seed}.{i}" for i in range(len(prompts))] if isinstance(seed, int) else seed
+    sequences = [
+        Sequence(index, prompt, str(stream), sampling, draft_depth)
+        for index, (prompt, stream) in enumerate(zip(prompts, own, strict=True))
+    ]
+    engine = Engine(
+        model,
+        sequences,
+        sampling,
+        draft_depth=draft_depth,
+        prefill_tokens=prefill_tokens,
+        max_sequences=max_sequences or max(1, len(sequences)),
+    )
+    return Generation(model, sequences, engine)

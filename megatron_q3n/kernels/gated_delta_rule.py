@@ -40,19 +40,21 @@ def chunk_gated_delta_rule(
     initial_state_DHKV: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int = 64,
-) -> tuple[Tensor, Tensor]:
+    output_final_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Apply the rule in chunks, in fp32 (fp64 for double inputs), on any device.
 
     Shapes: query, key [B,T,Hk,K] (L2-normalised by the caller); value [B,T,Hv,V]; decay (log space, ≤ 0) and
         beta [B,T,Hv]; the initial state has D rows: B without `cu_seqlens`, else one per document.
-    Returns: output [B,T,Hv,V] in value's dtype, and the final states [D,Hv,K,V].
+    Returns: output [B,T,Hv,V] in value's dtype, and the final states [D,Hv,K,V] (None if not asked for).
     Raises: ValueError if `cu_seqlens` does not describe a batch of one row.
     """
     if cu_seqlens is not None:
-        return _packed(
+        output_BTHV, final = _packed(
             query_BTHK, key_BTHK, value_BTHV, decay_BTH, beta_BTH,
             initial_state_DHKV, cu_seqlens, chunk_size,
         )  # fmt: skip
+        return output_BTHV, final if output_final_state else None
     tokens = query_BTHK.shape[1]
     chunk = min(chunk_size, max(1, tokens))
     pad = -tokens % chunk
@@ -60,7 +62,8 @@ def chunk_gated_delta_rule(
     output_BTHV, states = _chunked(
         *inputs, chunk=chunk, initial_state=initial_state_DHKV, starts=None
     )
-    return output_BTHV[:, :tokens].to(value_BTHV.dtype), states[-1]
+    final = states[-1] if output_final_state else None
+    return output_BTHV[:, :tokens].to(value_BTHV.dtype), final
 
 
 def recurrent_gated_delta_rule(

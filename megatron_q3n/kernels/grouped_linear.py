@@ -1,24 +1,73 @@
-"""Many experts' matrix products in one call: rows sorted by expert, one weight matrix per expert."""
+"""Many experts' matrix products in one call: rows sorted by expert, one weight matrix per expert.
+
+On a GPU in bf16 each product is one launch for all experts: `torch._grouped_mm` forward and for the
+input's gradient (its offsets stay on the device), and our kernel for the weight's, which adds to the
+fp32 main gradient of megatron-core's DDP instead of making a bf16 copy first. Elsewhere it is a loop
+over experts, which is right for the few and small experts of a laptop run.
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_q3n.kernels import choices
 
-def grouped_linear(rows_TK: Tensor, weight_ENK: Tensor, rows_per_expert_E: Tensor) -> Tensor:
+OPERATION = "grouped weight gradient"
+
+
+def grouped_linear(
+    rows_TK: Tensor, weight_ENK: Tensor, rows_per_expert_E: Tensor, fused: bool | None = None
+) -> Tensor:
     """Multiply each expert's block of rows with its own matrix.
 
-    On a GPU in bf16 this is one launch for all experts (`torch._grouped_mm`, whose offsets stay on
-    the device); elsewhere a loop over experts, which is right for the few and small experts of a
-    laptop run.
-
     Shapes: rows [T,K], the first rows_per_expert[0] of them for expert 0, and so on; weight [E,N,K].
+    `fused` forces the choice of the weight gradient that `choices` makes otherwise.
     Returns: [T,N].
     """
     if rows_TK.is_cuda and rows_TK.dtype == torch.bfloat16:
         ends_E = rows_per_expert_E.to(rows_TK.device).cumsum(0).to(torch.int32)
+        if choices.is_fused(OPERATION, rows_TK, fused):
+            return _OneLaunch.apply(rows_TK, weight_ENK, ends_E)
         return torch._grouped_mm(rows_TK, weight_ENK.transpose(1, 2), offs=ends_E)
     blocks = rows_TK.split(rows_per_expert_E.tolist())
     return torch.cat(
         [F.linear(block, weight) for block, weight in zip(blocks, weight_ENK.unbind())]
     )
+
+
+class _OneLaunch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_TK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_TK, ends_E)
+        ctx.weight = weight_ENK  # the parameter itself, which knows its main gradient
+        return torch._grouped_mm(rows_TK, weight_ENK.transpose(1, 2), offs=ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, dout_TN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows_TK, ends_E = ctx.saved_tensors
+        weight, dout_TN = ctx.weight, dout_TN.contiguous()
+        drows = torch._grouped_mm(dout_TN, weight, offs=ends_E) if ctx.needs_input_grad[0] else None
+        dweight = (
+            _weight_gradient(dout_TN, rows_TK, ends_E, weight) if ctx.needs_input_grad[1] else None
+        )
+        return drows, dweight, None
+
+
+def _weight_gradient(dout_TN: Tensor, rows_TK: Tensor, ends_E: Tensor, weight: Tensor) -> Tensor:
+    """Add to the main gradient where there is one, as megatron-core's fused linears do."""
+    from megatron_q3n.kernels.fused.grouped_weight_gradient import (  # late: Triton
+        grouped_weight_gradient,
+    )
+
+    main = getattr(weight, "main_grad", None)
+    if main is None:
+        fresh = torch.empty_like(weight)
+        grouped_weight_gradient(dout_TN, rows_TK.contiguous(), ends_E, fresh, accumulate=False)
+        return fresh
+    grouped_weight_gradient(dout_TN, rows_TK.contiguous(), ends_E, main, accumulate=True)
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    # DDP's hook must still be called, and autograd calls it with some gradient. The hook drops it unread, so the
+    # weight's own memory will do; a tensor of its own would cost as much as all experts of a layer.
+    return weight.detach()

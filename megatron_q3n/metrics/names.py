@@ -28,6 +28,7 @@ METRICS = (
     Metric("tokens", "tokens", "tokens consumed since step 1, over all ranks", "progress"),
     Metric("time", "seconds", "when the record was written (unix time)", "progress"),
     Metric("skipped_steps", "steps", "updates skipped so far: a gradient not finite", "progress"),
+    Metric("roll_backs", "count", "returns to a checkpoint because of a bad step", "progress"),
     Metric("loss/train", "nats/token", "language-model loss of the global batch, alone", "loss"),
     Metric(
         "loss/mtp_<k>", "nats/token", "loss of multi-token prediction depth k, unscaled", "loss"
@@ -50,6 +51,13 @@ METRICS = (
         "throughput/mfu",
         "1",
         "model FLOP/s over the devices' peak; absent where no peak is known (CPU)",
+        "throughput",
+    ),
+    Metric(
+        "throughput/slowest_over_median",
+        "1",
+        "the slowest rank's own time per step over the median rank's, every "
+        "health.straggler_interval_steps",
         "throughput",
     ),
     Metric("memory/peak_gib", "GiB", "peak memory of the fullest rank", "memory"),

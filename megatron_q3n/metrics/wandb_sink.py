@@ -38,8 +38,9 @@ INIT_TIMEOUT_SECONDS = 30  # wandb's own 90 is long for a cluster node without a
 class WandbSink:
     """One wandb run that follows a metrics.jsonl; make it with `open_sink`."""
 
-    def __init__(self, run: Any, records: Path, held_step: int) -> None:
+    def __init__(self, run: Any, records: Path, held_step: int, note: Note) -> None:
         self._run = run
+        self._note, self._is_gone = note, False
         self._records = records
         self._offset = 0
         self._held_step = held_step
@@ -47,6 +48,26 @@ class WandbSink:
 
     def follow(self, up_to_step: int) -> None:
         """Send the records up to and with `up_to_step` that wandb does not hold."""
+        self._while_there(lambda: self._send(up_to_step))
+
+    def close(self, exit_code: int) -> None:
+        """Send what is left of the run's state and end the run; 0 is success."""
+        self._while_there(lambda: self._run.finish(exit_code=exit_code))
+
+    def _while_there(self, act: Callable[[], object]) -> None:
+        """Do without wandb's service once it has ended: a scheduler that stops a job may signal each of its processes.
+
+        Nothing is lost: a resumed run asks what wandb holds and sends the rest from metrics.jsonl.
+        """
+        if self._is_gone:
+            return
+        try:
+            act()
+        except ConnectionError as error:
+            self._is_gone = True
+            self._note(f"wandb: its service is gone ({error}); a resume will send what is missing")
+
+    def _send(self, up_to_step: int) -> None:
         records, offset = jsonl.read_from(self._records, self._offset)
         covered = [record for record in records if record[STEP] <= up_to_step]
         for record in covered:
@@ -57,10 +78,6 @@ class WandbSink:
                 self._run.log(values, step=self._held_step)
         if len(covered) == len(records):
             self._offset = offset
-
-    def close(self, exit_code: int) -> None:
-        """Send what is left of the run's state and end the run; 0 is success."""
-        self._run.finish(exit_code=exit_code)
 
 
 def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Note) -> WandbSink | None:
@@ -75,9 +92,9 @@ def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Note) -> Wa
     run = _start(run_dir, config, mode, note)
     if run.offline:
         note(f"wandb: offline; to upload: wandb sync {run_dir}/wandb/*run-*")
-        return WandbSink(run, records, held_offline(run_dir, note))
+        return WandbSink(run, records, held_offline(run_dir, note), note)
     note(f"wandb: {run.url}")
-    return WandbSink(run, records, run.starting_step - 1)  # the server goes on after its last step
+    return WandbSink(run, records, run.starting_step - 1, note)  # the server goes on after its last step
 
 
 def installed() -> bool:

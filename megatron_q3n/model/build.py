@@ -31,7 +31,7 @@ class Qwen3NextModel(HybridModel):
 
 def build_model(config: RunConfig, backend_name: str, groups: Any) -> list[Qwen3NextModel]:
     """Build this rank's model chunks (one, or one per virtual pipeline stage), initialised from the seed."""
-    megatron = transformer_config(config)
+    megatron = transformer_config(config, backend_name)
     if config.model.mtp_num_layers:
         megatron.mtp_losses = MTPLosses(config.model.mtp_num_layers)
     spec = stack_spec(config, backend_named(backend_name))
@@ -60,10 +60,11 @@ def build_model(config: RunConfig, backend_name: str, groups: Any) -> list[Qwen3
     return chunks
 
 
-def transformer_config(config: RunConfig) -> TransformerConfig:
+def transformer_config(config: RunConfig, backend_name: str) -> TransformerConfig:
     """Translate our settings into megatron-core's; `model.megatron` has the last word on everything else."""
     fields = {
         **_architecture(config), **_layout(config), **_numerics(config), **_recompute(config),
+        **_fusions(backend_name),
         **config.model.megatron,
     }  # fmt: skip
     return TransformerConfig(**fields)
@@ -155,8 +156,7 @@ def _numerics(config: RunConfig) -> dict[str, Any]:
         "autocast_dtype": dtype,
         "calculate_per_token_loss": True,  # a mean over the global batch's tokens, however they are spread
         "deterministic_mode": config.training.deterministic and torch.cuda.is_available(),
-        "cross_entropy_loss_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": False,  # training/state.py turns it on where it can be
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,
         "persist_layer_norm": False,
@@ -164,6 +164,19 @@ def _numerics(config: RunConfig) -> dict[str, Any]:
     if precision.fp8:
         fields |= {"fp8": precision.fp8, "fp8_recipe": Fp8Recipe(precision.fp8_recipe).value}
     return fields
+
+
+def _fusions(backend_name: str) -> dict[str, Any]:
+    """Turn on TransformerEngine's fused operations where it is there."""
+    if backend_name != "transformer_engine":
+        return {"cross_entropy_loss_fusion": False}
+    return {
+        "cross_entropy_loss_fusion": True,  # works on the bf16 logits in place: no copy of them in fp32
+        "cross_entropy_fusion_impl": "te",
+        "moe_router_fusion": True,
+        "moe_permute_fusion": True,  # where experts are spread; model/dispatch.py serves the rest
+        "apply_rope_fusion": True,
+    }
 
 
 def _recompute(config: RunConfig) -> dict[str, Any]:

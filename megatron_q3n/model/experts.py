@@ -8,7 +8,6 @@ instead of 49,152 for the optimizer, DDP buckets and checkpoints to walk through
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
@@ -17,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megatron_q3n.kernels.grouped_linear import grouped_linear
+from megatron_q3n.kernels.weighted_swiglu import weighted_swiglu
 from megatron_q3n.model.sharding import stacked_experts
 
 
@@ -59,11 +59,11 @@ class StackedExperts(MegatronModule):
         gate_up = grouped_linear(rows_TH, self.linear_fc1.weight, rows_per_expert_E)
         if self.recompute_activation and self.training:
             activation = tensor_parallel.CheckpointWithoutOutput()
-            hidden = activation.checkpoint(_weighted_swiglu, gate_up, gates_T)
+            hidden = activation.checkpoint(weighted_swiglu, gate_up, gates_T)
             out = grouped_linear(hidden, self.linear_fc2.weight, rows_per_expert_E)
             activation.discard_output_and_register_recompute(out)
             return out, None
-        hidden = _weighted_swiglu(gate_up, gates_T)
+        hidden = weighted_swiglu(gate_up, gates_T)
         return grouped_linear(hidden, self.linear_fc2.weight, rows_per_expert_E), None
 
     def sharded_state_dict(
@@ -88,12 +88,6 @@ class StackedExperts(MegatronModule):
 
     def backward_dw(self) -> None:
         """Do nothing: weight gradients are computed with the input gradients."""
-
-
-def _weighted_swiglu(gate_up: Tensor, gates_T: Tensor) -> Tensor:
-    """SiLU(gate) · up · router gate, the product in fp32 as megatron-core's fused kernel does it."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return ((F.silu(gate) * up) * gates_T[:, None]).to(gate_up.dtype)
 
 
 class _Stack(nn.Module):

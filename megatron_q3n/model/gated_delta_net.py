@@ -28,7 +28,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.gated_delta_net.common import (
@@ -42,8 +41,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from megatron_q3n.kernels import delta_rule_backend
-from megatron_q3n.kernels.causal_conv import causal_conv, next_conv_state
-from megatron_q3n.kernels.norms import gated_rms_norm, l2_norm
+from megatron_q3n.kernels.causal_conv import next_conv_state
+from megatron_q3n.kernels.delta_mixer import (
+    DeltaHeads,
+    DeltaWeights,
+    delta_mixer,
+    delta_rule_inputs,
+)
+from megatron_q3n.kernels.norms import gated_rms_norm
 from megatron_q3n.model.context_parallel import (
     heads_for_sequence,
     inputs_before_chunks,
@@ -204,31 +209,45 @@ class GatedDeltaNet(MegatronModule):
         return_state: bool,
     ) -> tuple[Tensor, GatedDeltaNetState | None]:
         """Everything between the projections, however the sequence is spread over ranks."""
+        if state is not None or return_state:
+            assert self.cp_group.size() == 1
+            return self._mix_from_state(qkvz_TBX, beta_alpha_TBX, state, cu_seqlens, return_state)
         if self.cp_group.size() == 1:
-            qkvz, beta_alpha = qkvz_TBX.transpose(0, 1), beta_alpha_TBX.transpose(0, 1)
-            gated, new_state = self._mix_rows(qkvz, beta_alpha, state, cu_seqlens, return_state)
-            return gated.transpose(0, 1).contiguous(), new_state
-        assert state is None
-        assert not return_state
+            return self._mix_rows(qkvz_TBX, beta_alpha_TBX, cu_seqlens), None
         if self.passes_state:
             return self._mix_chunks(qkvz_TBX, beta_alpha_TBX, cu_seqlens), None
         return self._mix_heads(qkvz_TBX, beta_alpha_TBX, cu_seqlens), None
 
     def _mix_rows(
+        self, qkvz_TBX: Tensor, beta_alpha_TBX: Tensor, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """Mix rows that are whole, from zero states. Returns [T,B,Hv·V] gated and normed."""
+        rule = partial(
+            delta_rule_backend.gated_delta_rule,
+            chunk_size=self.chunk_size,
+            output_final_state=False,
+        )
+        return delta_mixer(
+            qkvz_TBX, beta_alpha_TBX, self._local_weights(), self._heads(), rule, cu_seqlens
+        )
+
+    def _mix_from_state(
         self,
-        qkvz_BTX: Tensor,
-        beta_alpha_BTX: Tensor,
+        qkvz_TBX: Tensor,
+        beta_alpha_TBX: Tensor,
         state: GatedDeltaNetState | None,
         cu_seqlens: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor, GatedDeltaNetState | None]:
-        """Mix rows that are whole, or continue `state`. Returns [B,T,Hv·V] gated and normed."""
-        qkv, z, inputs = self._delta_inputs(
-            qkvz_BTX, beta_alpha_BTX, state and state.conv, cu_seqlens
-        )
+        """Continue `state` (zero where None) and hand on the new one if asked."""
+        conv_state, delta_state = (None, None) if state is None else (state.conv, state.delta)
+        qkv, z, inputs = delta_rule_inputs(
+            qkvz_TBX.transpose(0, 1), beta_alpha_TBX.transpose(0, 1),
+            self._local_weights(), self._heads(), conv_state, cu_seqlens,
+        )  # fmt: skip
         output, delta = delta_rule_backend.gated_delta_rule(
             *inputs,
-            initial_state_DHKV=state and state.delta,
+            initial_state_DHKV=delta_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.chunk_size,
         )
@@ -236,34 +255,11 @@ class GatedDeltaNet(MegatronModule):
         new_state = None
         if return_state:
             conv = next_conv_state(
-                qkv, self.taps, initial_state_DCK=state and state.conv, cu_seqlens=cu_seqlens
+                qkv, self.taps, initial_state_DCK=conv_state, cu_seqlens=cu_seqlens
             )
+            assert delta is not None
             new_state = GatedDeltaNetState(conv, delta)
-        return gated.flatten(2), new_state
-
-    def _delta_inputs(
-        self,
-        qkvz_BTX: Tensor,
-        beta_alpha_BTX: Tensor,
-        conv_state_DCK: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Split, convolve, normalise.
-
-        Returns: raw q|k|v, the gate z [B,T,Hv,V], and the rule's query, key, value, decay, beta.
-        """
-        sections = self._sections()
-        qkv, z = qkvz_BTX.split([sum(sections[:3]), sections[3]], -1)
-        conv_weight, a_log, dt_bias = self._local_vectors()
-        mixed = causal_conv(
-            qkv, conv_weight, cu_seqlens=cu_seqlens, initial_state_DCK=conv_state_DCK
-        )
-        query, key, value = mixed.split(sections[:3], -1)
-        query, key = (l2_norm(x.unflatten(-1, (-1, self.key_head_dim))) for x in (query, key))
-        value, z = (x.unflatten(-1, (-1, self.value_head_dim)) for x in (value, z))
-        beta, alpha = (x.float() for x in beta_alpha_BTX.chunk(2, -1))
-        decay = -a_log.exp() * F.softplus(alpha + dt_bias)
-        return qkv, z, [query, key, value, decay, beta.sigmoid()]
+        return gated.flatten(2).transpose(0, 1).contiguous(), new_state
 
     def _mix_heads(
         self, qkvz_SBX: Tensor, beta_alpha_SBX: Tensor, cu_seqlens: Tensor | None
@@ -277,10 +273,9 @@ class GatedDeltaNet(MegatronModule):
             order = _build_head_perm_for_split_sections(
                 sections, self.cp_group.size(), torch.cuda.current_device()
             )
-            whole = heads_for_sequence(x.index_select(-1, order), cu_seqlens, self.cp_group)
-            rows.append(whole.transpose(0, 1))
-        gated, _ = self._mix_rows(rows[0], rows[1], None, cu_seqlens, False)
-        return sequence_for_heads(gated.transpose(0, 1), cu_seqlens, self.cp_group)
+            rows.append(heads_for_sequence(x.index_select(-1, order), cu_seqlens, self.cp_group))
+        gated = self._mix_rows(rows[0], rows[1], cu_seqlens)
+        return sequence_for_heads(gated, cu_seqlens, self.cp_group)
 
     def _mix_chunks(
         self, qkvz_SBX: Tensor, beta_alpha_SBX: Tensor, cu_seqlens: Tensor | None
@@ -297,7 +292,9 @@ class GatedDeltaNet(MegatronModule):
         )
         qkv = qkvz[..., : sum(self.qkvz_sections[:3])]
         halo = inputs_before_chunks(qkv, self.taps, bounds, self.cp_group)
-        _, z, inputs = self._delta_inputs(qkvz, beta_alpha, halo, bounds)
+        _, z, inputs = delta_rule_inputs(
+            qkvz, beta_alpha, self._local_weights(), self._heads(), halo, bounds
+        )
         rule = partial(
             delta_rule_backend.gated_delta_rule, cu_seqlens=bounds, chunk_size=self.chunk_size
         )
@@ -307,19 +304,25 @@ class GatedDeltaNet(MegatronModule):
         gated = gated_rms_norm(output, z, self.out_norm.weight, self.config.layernorm_epsilon)
         return gated.flatten(2).view(rows, local, -1).transpose(0, 1).contiguous()
 
-    def _sections(self) -> list[int]:
-        """Widths of q, k, v, z of the heads at hand: a share of them after an all-to-all."""
+    def _heads(self) -> DeltaHeads:
+        """The heads at hand: a share of them after an all-to-all."""
         share = 1 if self.passes_state else self.cp_group.size()
-        return [section // share for section in self.qkvz_sections]
+        return DeltaHeads(
+            key_heads=self.key_dim // self.key_head_dim // share,
+            value_heads=self.value_heads // share,
+            key_dim=self.key_head_dim,
+            value_dim=self.value_head_dim,
+            eps=self.config.layernorm_epsilon,
+        )
 
-    def _local_vectors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The convolution's weight, A_log and dt_bias of the heads at hand."""
+    def _local_weights(self) -> DeltaWeights:
+        """The vectors of the heads at hand."""
         conv, a_log, dt_bias = self.conv1d.weight, self.A_log, self.dt_bias
         if self.cp_group.size() > 1 and not self.passes_state:
             sections = list(self.qkvz_sections[:3])
             conv = get_parameter_local_cp(conv, 0, self.cp_group, split_sections=sections)
             a_log, dt_bias = (get_parameter_local_cp(p, 0, self.cp_group) for p in (a_log, dt_bias))
-        return conv.squeeze(1), a_log, dt_bias
+        return DeltaWeights(conv.squeeze(1), a_log, dt_bias, self.out_norm.weight)
 
     def sharded_state_dict(
         self,

@@ -23,19 +23,26 @@ from torch import Tensor
 class MTPLosses:
     """What the depths' losses need to know and what they report, for one step of one model.
 
-    `ratios` are N / M_k of the global batch, or None to take each micro-batch's own; `totals` [depths, 2]
-    gathers (summed loss, tokens) of this rank.
+    `ratios` [depths] are N / M_k of the global batch, or None to take each micro-batch's own; `totals`
+    [depths, 2] gathers (summed loss, tokens) of this rank. Both stay where they are in memory: a
+    step captured as a CUDA graph reads and writes them there.
     """
 
     def __init__(self, depths: int) -> None:
-        self.ratios: list[float] | None = None
-        self.totals = torch.zeros(
-            depths, 2, dtype=torch.float64, device=torch.cuda.current_device()
-        )
+        device = torch.cuda.current_device()
+        self.ratios: Tensor | None = None
+        self.totals = torch.zeros(depths, 2, dtype=torch.float64, device=device)
+
+    def set_ratios(self, ratios: Tensor) -> None:
+        """Give the next step its ratios."""
+        if self.ratios is None:
+            self.ratios = torch.empty(len(ratios), device=self.totals.device)
+        self.ratios.copy_(ratios)
 
     def take_totals(self) -> Tensor:
         """Return the totals and start anew."""
-        totals, self.totals = self.totals, torch.zeros_like(self.totals)
+        totals = self.totals.clone()
+        self.totals.zero_()
         return totals
 
 
@@ -90,7 +97,9 @@ def process_mtp_loss(
         losses = compute_language_model_loss(labels, logits) * mask
         with torch.no_grad():
             ledger.totals[depth] += torch.stack([losses.sum(), mask.sum()]).double()
-        ratio = ledger.ratios[depth] if ledger.ratios else own_tokens / mask.sum().clamp(min=1)
+        ratio = own_tokens / mask.sum().clamp(min=1)
+        if ledger.ratios is not None:
+            ratio = ledger.ratios[depth]
         weight = config.mtp_loss_scaling_factor / config.mtp_num_layers
         trunk = MTPLossAutoScaler.apply(trunk, losses * (weight * ratio))
     return trunk

@@ -14,6 +14,7 @@ layout and micro-batch size, and for one all-reduce per step instead of one per 
 micro-batch. The reported value uses the present batch's f and P.
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -43,11 +44,26 @@ class GlobalBatchRouter(TopKRouter):
         self.register_buffer("slots", zeros(), persistent=False)  # this batch so far, this rank
         self.register_buffer("probability", zeros(), persistent=False)
         self.global_tokens_per_expert = None  # megatron-core's running average is not used
+        # taken over from TopKRouter.forward, which would draw a second time
+        self.forces_balance = config.moe_router_force_load_balancing
+        self.config = copy(config)
+        self.config.moe_router_force_load_balancing = False
 
     def set_layer_number(self, layer_number: int) -> None:
         """Number the layer as megatron-core's log of auxiliary losses counts: one place per MTP depth,
         while MTP's stack counts its sublayers (router.py:592 would write behind the log's end)."""
         super().set_layer_number(1 if self.is_mtp_layer else layer_number)
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Score the experts; under `moe_router_force_load_balancing`, for benchmarks, by chance.
+
+        Not megatron-core's random logits: they switch the generator's state, which a CUDA graph cannot.
+        The gradient goes through as if the scores were the router's own, as upstream's does.
+        """
+        logits = super().gating(input)
+        if self.forces_balance:
+            logits = logits + (torch.randn_like(logits) - logits).detach()
+        return logits
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts.

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
@@ -34,6 +34,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.model.attention import TorchCausalAttention
+from megatron_q3n.model.dispatch import Qwen3NextMoELayer
 from megatron_q3n.model.experts import StackedExperts
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron_q3n.model.norms import ZeroCenteredRMSNorm
@@ -146,7 +147,7 @@ def _gated_attention(backend: Backend) -> ModuleSpec:
 def _moe(config: RunConfig, backend: Backend) -> Any:
     shared = MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=backend.row_linear)
     return partial(
-        MoELayer,
+        Qwen3NextMoELayer,
         submodules=MoESubmodules(
             router=partial(
                 GlobalBatchRouter, normalized_init=config.model.moe_router_normalized_init

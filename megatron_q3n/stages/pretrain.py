@@ -3,22 +3,29 @@
 import gc
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_q3n import checkpoint, parallel
+from megatron_q3n.checkpoint import folders
 from megatron_q3n.config import EXIT_REQUEUE, RunConfig, UserError
 from megatron_q3n.config.sizes import parameters
 from megatron_q3n.data.bigram import witten_bell_bits_per_byte
 from megatron_q3n.data.pretrain import PretrainData, build_pretrain_data
 from megatron_q3n.device import choose_device, measured_matmul_flops
-from megatron_q3n.kernels import delta_rule_backend
+from megatron_q3n.health import Watch
+from megatron_q3n.kernels.qualification import qualify
+from megatron_q3n.metrics import jsonl
 from megatron_q3n.metrics.meters import throughput
-from megatron_q3n.metrics.recorder import Recorder, Status
+from megatron_q3n.metrics.recorder import RECORDS_FILE, Recorder, Status
 from megatron_q3n.metrics.report import write_report
 from megatron_q3n.model.build import compute_dtype
 from megatron_q3n.stages import run_directory
 from megatron_q3n.stages.samples import sample_texts, share_of_python_lines
 from megatron_q3n.training.fit import FitResult, Pace, fit
+from megatron_q3n.training.guard import UpdateGuard
 from megatron_q3n.training.optimizer import decay_table
 from megatron_q3n.training.state import TrainState, build_state
 
@@ -41,16 +48,43 @@ def run(config: RunConfig, run_dir: Path) -> int:
     data = build_pretrain_data(config, is_leader=group.is_leader, barrier=group.barrier)
     if group.is_leader:
         run_directory.open_directory(run_dir, config)
-    model = config.model
-    rule = delta_rule_backend.choose(
-        device.torch_device,
-        compute_dtype(config),
-        model.linear_key_head_dim,
-        model.linear_value_head_dim,
-    )
+    kernels = qualify(config, device.torch_device, compute_dtype(config))
     if group.is_leader:
-        run_directory.record_environment(run_dir, device, {"gated_delta_rule": rule})
+        run_directory.record_environment(run_dir, device, kernels)
     state = build_state(config, device, group)
+    hooks = state.models[0].config
+    watch = Watch(config, group, run_dir, is_cuda=device.is_cuda, hooks=hooks)
+    UpdateGuard(state, watch.admit)
+    gc.freeze()  # megatron-core collects garbage twice a save: 0.6 s over all that imports left, else 0.02 s
+    session = partial(_session, state, data, run_dir, watch, stop.reason, started)
+    result = session([f"{name}: {verdict}" for name, verdict in kernels.items()])
+    while result.verdict == "roll_back":
+        result = session([])
+    if result.verdict == "stop":
+        raise UserError(watch.why_stopped())
+    if group.is_leader:
+        resume = (
+            f"\ncontinue      python -m megatron_q3n.train --resume {run_dir}"
+            if result.stopped
+            else ""
+        )
+        print(f"\nrun directory {run_dir}\nreport        {run_dir / 'report.html'}{resume}")
+    group.barrier()  # a launcher ends everybody when the first one leaves with 75
+    parallel.shutdown()
+    return EXIT_REQUEUE if result.stopped else 0
+
+
+def _session(
+    state: TrainState,
+    data: PretrainData,
+    run_dir: Path,
+    watch: Watch,
+    stop_reason: Callable[[], str | None],
+    started: float,
+    lines: list[str],
+) -> FitResult:
+    """Train from the newest checkpoint to the end, a stop, or a bad step that ends it; record and report it."""
+    group, config = state.parallel, state.config
     origin = _start(state, run_dir)
     recorder = Recorder(
         run_dir,
@@ -61,35 +95,60 @@ def run(config: RunConfig, run_dir: Path) -> int:
     )
     status: Status = "failed"
     try:
-        _introduce(state, data, recorder, run_dir, [*origin, f"delta rule: {rule}"])
+        _introduce(state, data, recorder, run_dir, [*origin, *lines])
         saver = checkpoint.Saver(state, run_dir, recorder.note)
-        gc.freeze()  # megatron-core collects garbage twice a save: 0.6 s over all that imports left, else 0.02 s
+        watch.begin(_past_steps(run_dir, config), recorder.note)
+        _save_what_to_roll_back_to(state, saver)
         pace = Pace(
             save=saver.save,
             settle=saver.settle,
-            stop_reason=stop.reason,
+            stop_reason=stop_reason,
             throughput=throughput,
-            peak_flops=measured_matmul_flops(device, group.world_size),
+            peak_flops=measured_matmul_flops(state.device, group.world_size),
+            watch=watch,
         )
-        result = fit(state, data, recorder, pace)
-        status = "stopped" if result.stopped else "done"
-        if result.stopped:
+        with watch:
+            result = fit(state, data, recorder, pace)
+        if result.verdict == "roll_back":
+            newest = checkpoint.newest_in(run_dir)
+            assert newest is not None
+            watch.leave_out(folders.step_of(newest))
+        elif result.verdict == "stop":
+            recorder.note(watch.why_stopped())
+            return result
+        elif result.stopped:
             recorder.note(f"stopped at step {state.step}: {result.stopped}; everything is saved")
         elif group.is_leader:
+            if result.validation_loss is None:
+                _recall_validation(result, run_dir)
             _conclude(state, data, result, run_dir, recorder, time.monotonic() - started)
+        status = "done" if state.step == config.training.steps else "stopped"
     finally:
         recorder.close(status)
         if group.is_leader and (run_dir / "metrics.jsonl").exists():
-            report = write_report(run_dir)
-    if group.is_leader:
-        resume = (
-            f"\ncontinue      python -m megatron_q3n.train --resume {run_dir}"
-            if result.stopped
-            else ""
-        )
-        print(f"\nrun directory {run_dir}\nreport        {report}{resume}")
-    parallel.shutdown()
-    return EXIT_REQUEUE if result.stopped else 0
+            write_report(run_dir)
+    return result
+
+
+def _recall_validation(result: FitResult, run_dir: Path) -> None:
+    """Take the last step's validation from the records: an earlier process took that step and was killed then."""
+    last = jsonl.read(run_dir / RECORDS_FILE)[-1]
+    result.validation_loss = last.get("loss/validation")
+    result.bits_per_byte = last.get("bits_per_byte/validation")
+
+
+def _past_steps(run_dir: Path, config: RunConfig) -> list[tuple[float, float]]:
+    """Return (loss, gradient norm) of the newest recorded steps, which a new one is judged by."""
+    records = jsonl.read(run_dir / RECORDS_FILE)[-config.health.spike_window_steps :]
+    return [(r.get("loss/train", math.nan), r.get("grad_norm", math.nan)) for r in records]
+
+
+def _save_what_to_roll_back_to(state: TrainState, saver: Any) -> None:
+    """Save the beginning of a run that may want to go back before its first checkpoint."""
+    health = state.config.health
+    if state.step == 0 and "roll_back" in (health.non_finite, health.loss_spike):
+        saver.save()
+        saver.settle(True)
 
 
 def _start(state: TrainState, run_dir: Path) -> list[str]:
@@ -97,7 +156,10 @@ def _start(state: TrainState, run_dir: Path) -> list[str]:
     fresh init. Return what to tell the user of it."""
     resumed = checkpoint.resume(state, run_dir)
     if resumed.checkpoint is not None:
-        if state.step >= state.config.training.steps:
+        concluded = (run_dir / "summary.json").is_file()  # else killed between the last step and here
+        if state.step > state.config.training.steps or (
+            state.step == state.config.training.steps and concluded
+        ):
             raise UserError(
                 f"{run_dir} is already at step {state.step} of {state.config.training.steps}; "
                 "raise training.steps to continue it."
@@ -168,7 +230,10 @@ def _conclude(
         "bits_per_byte": result.bits_per_byte,
     }
     layers = [{"name": name, "share": share} for name, share in result.expert_load.items()]
-    run_directory.write_json(run_dir / "expert_load.json", {"step": state.step, "layers": layers})
+    if layers:
+        run_directory.write_json(
+            run_dir / "expert_load.json", {"step": state.step, "layers": layers}
+        )
     samples = []
     if config.parallel.model_parallel_size == 1 and config.parallel.expert_model_parallel_size == 1:
         samples = sample_texts(

@@ -109,6 +109,14 @@ def record_environment(run_dir: Path, device: Device, choices: dict[str, str]) -
     write_atomically(path, json.dumps(environment, indent=1))
 
 
+def record_outcome(run_dir: Path, code: int, message: str = "") -> None:
+    """Leave how this process of the run ended, in logs/outcome.json, for whoever started it: launchers do not hand on
+    exit codes faithfully (torchrun makes 1 of every one, srun reports whom it killed). Only the leader writes."""
+    if launch.rank() == 0 and (run_dir / "logs").is_dir():
+        outcome = {"code": code, "message": message, "time": time.time()}
+        write_json(run_dir / "logs" / "outcome.json", outcome)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a small result file for the report."""
     write_atomically(path, json.dumps(content, indent=1))

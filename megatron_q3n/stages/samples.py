@@ -7,6 +7,7 @@ from typing import Any
 from megatron_q3n.config.run import SampleConfig
 from megatron_q3n.data.tokenizer import TextTokenizer
 from megatron_q3n.inference.generate import generate
+from megatron_q3n.inference.sampling import Sampling
 
 LINE_LENGTH = 20  # shorter lines say little
 LINES = 20
@@ -20,16 +21,16 @@ def sample_texts(
     if not prompts:
         return []
     ids = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt in prompts]
-    continued = generate(
-        model,
-        ids,
+    sampling = Sampling(
         settings.tokens,
-        temperature=settings.temperature,
-        seed=seed,
-        stop_token=tokenizer.eod,
+        settings.temperature,
+        stop_tokens=frozenset({tokenizer.eod}),
+        vocab_size=tokenizer.vocab_size,
     )
+    completions = generate(model, ids, sampling, seed=seed)
     return [
-        {"prompt": prompt, "text": tokenizer.decode(new)} for prompt, new in zip(prompts, continued)
+        {"prompt": prompt, "text": tokenizer.decode(t for t in done.tokens if t != tokenizer.eod)}
+        for prompt, done in zip(prompts, completions)
     ]
 
 

@@ -14,6 +14,7 @@ from megatron_q3n.data.batch import Batch
 from megatron_q3n.data.pretrain import PretrainData
 from megatron_q3n.training.state import TrainState
 from megatron_q3n.training.step import StepReport, evaluate, train_step
+from megatron_q3n.training.watch import Unwatched, Verdict, Watch
 
 
 class StepLog(Protocol):
@@ -38,13 +39,15 @@ class Pace:
     stop_reason: Callable[[], str | None]
     throughput: Callable[[int, float, float, float | None], dict[str, float]]
     peak_flops: float | None = None
+    watch: Watch = field(default_factory=Unwatched)
 
 
 @dataclass
 class FitResult:
-    """How the loop ended: `stopped` is None when all steps are done."""
+    """How the loop ended: `stopped` is None when all steps are done, or the watch's verdict ended it."""
 
     stopped: str | None
+    verdict: Verdict = "go_on"
     validation_loss: float | None = None
     bits_per_byte: float | None = None
     expert_load: dict[str, list[float]] = field(default_factory=dict)
@@ -53,29 +56,37 @@ class FitResult:
 def fit(state: TrainState, data: PretrainData, recorder: StepLog, pace: Pace) -> FitResult:
     """Train from state.step to the configured last step, or until `pace.stop_reason` names a reason.
 
-    A stop saves first. Every rank takes the same decisions.
+    A stop saves first, a bad verdict of the watch does not. Every rank takes the same decisions.
     """
-    settings, last = state.config, state.config.training.steps
+    settings, last, watch = state.config, state.config.training.steps, pace.watch
     flops = flops_per_token(settings.model, settings.training.sequence_length).total
     token_bytes = torch.from_numpy(np.asarray(data.tokenizer.token_num_bytes()))
     result = FitResult(stopped=None)
-    steps = data.train_batches(state.step, state.parallel.data_rank, state.parallel.data_size)
-    for batches in steps:
-        if state.step >= last:
-            break
+    rank, size = state.parallel.data_rank, state.parallel.data_size
+    steps = watch.batches(lambda number: data.train_batches(number, rank, size), state.step)
+    while state.step < last:
+        asked = time.perf_counter()
+        batches = next(steps)
         started = time.perf_counter()
+        watch.before_step()
         report = train_step(state, batches)
         state.device.synchronize()
         seconds = time.perf_counter() - started
-        values = _values(state, report)
+        watch.beat(seconds)
+        values = _values(state, report) | watch.after_step(state.step, started - asked)
+        result.verdict = watch.verdict
+        if result.verdict != "go_on":
+            break
         values |= pace.throughput(settings.tokens_per_step, seconds, flops, pace.peak_flops)
         result.expert_load = report.expert_load
         if _due(state.step, settings.validation.interval_steps, last):
             values |= _validate(state, data, token_bytes, result)
+            watch.beat()
         recorder.log(state.step, values)
         reason = _agreed_stop(state, pace) if state.step < last else None
         if reason or _due(state.step, settings.checkpoint.interval_steps, last):
             pace.save()
+            watch.beat()
         _report_checkpoints(recorder, pace, wait=False)
         if reason:
             result.stopped = reason

@@ -1,7 +1,6 @@
 """Everything that changes while training, in one place: what a checkpoint must hold."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from megatron_q3n.training.optimizer import (
     build_schedule,
     torch_adam_states,
 )
+from megatron_q3n.training.step_graph import StepGraph, uses_graph
 
 
 @dataclass
@@ -37,8 +37,12 @@ class TrainState:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
+    # 1 / the global batch's predictions: every gradient is born divided. Stays where it is in memory (step_graph.py)
+    loss_scale: torch.Tensor
+    graph: StepGraph | None = None
     step: int = 0
     skipped_steps: int = 0
+    loss: float = float("nan")  # of the step under way, before its update
 
     @property
     def models(self) -> list[nn.Module]:
@@ -69,6 +73,26 @@ class TrainState:
 
 def build_state(config: RunConfig, device: Device, parallel: Parallel) -> TrainState:
     """Build model, DDP and optimizer, freshly initialised."""
+    chunks = build_chunks(config, device, parallel)
+    optimizer = build_optimizer(chunks, config)
+    _give_torch_adam_its_state(optimizer)
+    return connect(
+        config, device, parallel, chunks, optimizer, build_schedule(optimizer, config, 0)
+    )
+
+
+def connect(
+    config: RunConfig, device: Device, parallel: Parallel, chunks: list[Any], optimizer: Any, schedule: Any
+) -> TrainState:  # fmt: skip
+    """Put a state together from its parts (benchmarks of forward and backward passes bring no optimizer)."""
+    loss_scale = torch.ones(1, device=torch.cuda.current_device())
+    chunks[0].module.config.grad_scale_func = lambda loss: loss * loss_scale
+    graph = StepGraph(chunks) if uses_graph(config, device.is_cuda) else None
+    return TrainState(config, device, parallel, chunks, optimizer, schedule, loss_scale, graph)
+
+
+def build_chunks(config: RunConfig, device: Device, parallel: Parallel) -> list[Any]:
+    """Build the model chunks in their DDP wrappers: all that forward and backward passes need."""
     models = build_model(config, device.model_backend, parallel.groups)
     for model in models:
         model.to(device.torch_device)
@@ -89,14 +113,11 @@ def build_state(config: RunConfig, device: Device, parallel: Parallel) -> TrainS
     ]
     for chunk in chunks:
         chunk.broadcast_params()
+        _accumulate_in_place(chunk)
         if config.parallel.overlap_param_gather:
             _wait_where_parts_are_read(chunk)
-    optimizer = build_optimizer(chunks, config)
-    _give_torch_adam_its_state(optimizer)
-    _connect_schedules(chunks, optimizer, config)
-    return TrainState(
-        config, device, parallel, chunks, optimizer, build_schedule(optimizer, config, 0)
-    )
+    _connect_schedules(chunks, config)
+    return chunks
 
 
 def _wait_where_parts_are_read(chunk: DistributedDataParallel) -> None:
@@ -130,11 +151,27 @@ def _give_torch_adam_its_state(optimizer: MegatronOptimizer) -> None:
         }
 
 
-def _connect_schedules(chunks: list[Any], optimizer: MegatronOptimizer, config: RunConfig) -> None:
+def _finalize(chunks: list[Any], _: torch.Tensor | None, **options: Any) -> None:
+    """Reduce gradients. They are divided by the token count already (TrainState.loss_scale), which spares a pass
+    over the fp32 gradients: 8 bytes a parameter."""
+    finalize_model_grads(chunks, None, **options)
+
+
+def _accumulate_in_place(chunk: DistributedDataParallel) -> None:
+    """Let TransformerEngine's linears add their weight gradients to the fp32 main gradients themselves.
+
+    Not through TransformerConfig.gradient_accumulation_fusion: megatron-core's own linears, for the
+    head and β/α, would then ask for an apex kernel.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+def _connect_schedules(chunks: list[Any], config: RunConfig) -> None:
     """Give megatron-core's pipeline schedules their hooks, which live on the TransformerConfig."""
     hooks = chunks[0].module.config
-    hooks.finalize_model_grads_func = partial(finalize_model_grads)
-    hooks.grad_scale_func = optimizer.scale_loss
+    hooks.finalize_model_grads_func = _finalize
     single = len(chunks) == 1
     if config.parallel.overlap_grad_reduce:
         hooks.no_sync_func = chunks[0].no_sync if single else [c.no_sync for c in chunks]

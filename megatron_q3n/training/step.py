@@ -1,6 +1,7 @@
 """One optimizer step: forward and backward over the micro-batches, clip, update, and what there is to report."""
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -34,16 +35,17 @@ def train_step(state: TrainState, batches: list[Batch]) -> StepReport:
         chunk.train()
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    _share_mtp_ratios(state, batches)
+    _count_predictions(state, batches)
     reports = run_microbatches(state, batches, forward_only=False)
+    total, tokens = reduce_losses(reports, state.parallel)
+    state.loss = total / max(tokens, 1)
     updated, grad_norm, _ = state.optimizer.step()
     state.schedule.step(1)
     state.step += 1
     state.skipped_steps += not updated
     loads, balance = _close_balance(state)
-    total, tokens = reduce_losses(reports, state.parallel)
     return StepReport(
-        loss=total / max(tokens, 1),
+        loss=state.loss,
         grad_norm=None if grad_norm is None else float(grad_norm),
         learning_rate=rate,
         mtp_losses=_mtp_losses(state),
@@ -70,7 +72,16 @@ def evaluate(state: TrainState, global_batches: Any) -> tuple[float, float]:
 
 
 def run_microbatches(state: TrainState, batches: list[Batch], *, forward_only: bool) -> list[dict]:
-    """Drive megatron-core's schedule (plain, 1F1B or interleaved, as the layout needs) over the micro-batches."""
+    """Drive megatron-core's schedule (plain, 1F1B or interleaved, as the layout needs) over the micro-batches.
+
+    Training passes are replayed as one CUDA graph where the state has one (training/step_graph.py).
+    """
+    if state.graph is not None and not forward_only:
+        return state.graph.run(batches, partial(_run_schedule, state, forward_only=False))
+    return _run_schedule(state, batches, forward_only=forward_only)
+
+
+def _run_schedule(state: TrainState, batches: list[Batch], *, forward_only: bool) -> list[dict]:
     training, chunks = state.config.training, state.chunks
     single = len(chunks) == 1
     return get_forward_backward_func()(
@@ -114,19 +125,18 @@ def _layer_names(routers: list[Any]) -> list[str]:
     ]
 
 
-def _share_mtp_ratios(state: TrainState, batches: list[Batch]) -> None:
-    """Tell the MTP loss how many predictions the whole global batch has, at each depth."""
+def _count_predictions(state: TrainState, batches: list[Batch]) -> None:
+    """Count the global batch's predictions beforehand: they scale the loss, and at each depth the MTP loss."""
     depths = state.config.model.mtp_num_layers
-    if depths == 0:
-        return
     counts = sum(count_predictions(b.loss_mask_BT, b.cu_seqlens, depths) for b in batches)
     assert isinstance(counts, torch.Tensor)
+    counts = counts.to(torch.cuda.current_device())
     if state.parallel.data_size > 1:
-        counts = counts.to(torch.cuda.current_device())
         torch.distributed.all_reduce(counts, group=state.parallel.groups.dp)
-    ratios = (counts[0] / counts[1:].clamp(min=1)).tolist()
-    for model in state.models:
-        model.config.mtp_losses.ratios = ratios  # type: ignore[union-attr]
+    state.loss_scale.copy_(1 / counts[0].clamp(min=1))
+    if depths:
+        for model in state.models:
+            model.config.mtp_losses.set_ratios(counts[0] / counts[1:].clamp(min=1))  # type: ignore[union-attr]
 
 
 def _mtp_losses(state: TrainState) -> list[float]:

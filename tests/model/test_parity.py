@@ -72,6 +72,10 @@ def test_matches_the_reference(variant: str, alone: Any) -> None:
     )  # the balance loss counts all tokens, finalize_model_grads divides by the unmasked
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+    # schedules set both before every backward pass; whatever ran before left its own
+    MTPLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     MoEAuxLossAutoScaler.set_loss_scale(1 / scale)
     (losses * mask).sum().backward()
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))

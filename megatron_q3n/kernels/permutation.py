@@ -1,0 +1,111 @@
+"""Tokens to the experts' sorted rows and back, where one process holds all experts.
+
+Rows are sorted by expert, then by token. Fused, nothing is sorted and nothing waits for the GPU:
+positions are counted, a token is read once for its K copies, and its K results are added in fp32.
+`fused` forces the choice that `choices` makes otherwise; the start-up check and tests use it.
+
+Shapes: T tokens, E experts, K experts per token, R = T·K rows, H width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_q3n.kernels import choices
+
+OPERATION = "moe permutation"
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where each token's copies are: row [T,K] and expert [T,K] of each slot, rows per expert [E]; on the device."""
+
+    row_TK: Tensor
+    expert_TK: Tensor
+    rows_per_expert_E: Tensor
+
+
+def plan_routes(
+    map_TE: Tensor, probs_TE: Tensor, topk: int, fused: bool | None = None
+) -> tuple[Routes, Tensor]:
+    """Number the rows of a routing map in which every token has exactly `topk` experts.
+
+    Returns: the routes, and the router gate of each row [R], differentiable in `probs`.
+    """
+    if choices.is_fused(OPERATION, map_TE, fused):
+        row, expert, counts, gates = _Plan.apply(map_TE, probs_TE, topk)
+        return Routes(row, expert, counts), gates
+    expert_R, token_R = map_TE.T.nonzero(as_tuple=True)
+    row_TK = token_R.argsort(stable=True).view(-1, topk)
+    return Routes(row_TK, expert_R[row_TK], map_TE.sum(0)), probs_TE[token_R, expert_R]
+
+
+def scatter_rows(x_TH: Tensor, routes: Routes, fused: bool | None = None) -> Tensor:
+    """Copy each token to its rows. Returns: [R,H]."""
+    if choices.is_fused(OPERATION, x_TH, fused):
+        return _Scatter.apply(x_TH, routes.row_TK)
+    tokens, topk = routes.row_TK.shape
+    token_T = torch.arange(tokens, device=x_TH.device)
+    token_R = torch.empty(tokens * topk, dtype=torch.long, device=x_TH.device)
+    token_R[routes.row_TK.flatten()] = token_T.repeat_interleave(topk)
+    return x_TH.index_select(0, token_R)
+
+
+def gather_rows(rows_RH: Tensor, routes: Routes, fused: bool | None = None) -> Tensor:
+    """Add up each token's rows in fp32. Returns: [T,H] in the rows' format."""
+    if choices.is_fused(OPERATION, rows_RH, fused):
+        return _Gather.apply(rows_RH, routes.row_TK)
+    wide = rows_RH if rows_RH.dtype == torch.float64 else rows_RH.float()
+    return wide[routes.row_TK.long()].sum(1).to(rows_RH.dtype)
+
+
+class _Plan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, map_TE: Tensor, probs_TE: Tensor, topk: int) -> tuple[Tensor, ...]:
+        from megatron_q3n.kernels.fused import permutation as fused  # late: Triton
+
+        row, expert, gates, counts = fused.plan(map_TE.contiguous(), probs_TE.contiguous(), topk)
+        ctx.save_for_backward(row, expert)
+        ctx.experts = map_TE.shape[1]
+        ctx.mark_non_differentiable(row, expert, counts)
+        return row, expert, counts, gates
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        from megatron_q3n.kernels.fused import permutation as fused  # late: Triton
+
+        row, expert = ctx.saved_tensors
+        dgates = gradients[3].contiguous()
+        return None, fused.gate_gradient(dgates, row, expert, ctx.experts), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, row_TK: Tensor) -> Tensor:
+        from megatron_q3n.kernels.fused import permutation as fused  # late: Triton
+
+        ctx.save_for_backward(row_TK)
+        return fused.scatter_rows(x_TH.contiguous(), row_TK)
+
+    @staticmethod
+    def backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None]:
+        from megatron_q3n.kernels.fused import permutation as fused  # late: Triton
+
+        return fused.gather_rows(drows.contiguous(), *ctx.saved_tensors), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RH: Tensor, row_TK: Tensor) -> Tensor:
+        from megatron_q3n.kernels.fused import permutation as fused  # late: Triton
+
+        ctx.save_for_backward(row_TK)
+        return fused.gather_rows(rows_RH.contiguous(), row_TK)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        from megatron_q3n.kernels.fused import permutation as fused  # late: Triton
+
+        return fused.scatter_rows(dout.contiguous(), *ctx.saved_tensors), None

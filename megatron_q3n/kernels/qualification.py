@@ -1,0 +1,190 @@
+"""The start-up check: every fused kernel against its reference, with gradients, on this very GPU and compiler.
+
+No kernel is trusted by its version: FLA's Triton backward is silently wrong on Hopper with Triton 3.4
+to 3.7.0 (flash-linear-attention issue 640), and the next fault has no number yet. A kernel that is
+wrong, or does not run, is not used: its torch reference is, the run says so and environment.json
+keeps it. The shapes checked are few tokens of the model's real heads and widths, so that what is
+compiled here is what training runs.
+
+The checks run side by side: their time is nearly all compilation, which happens outside Python's lock.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_q3n.config import RunConfig
+from megatron_q3n.kernels import (
+    choices,
+    delta_mixer,
+    delta_rule_backend,
+    delta_steps,
+    grouped_linear,
+    permutation,
+    weighted_swiglu,
+)
+
+_TOLERANCE = 2e-2  # relative, bf16 operands; a wrong kernel is off by far more
+_TOKENS = 192
+_PROBLEMS = (RuntimeError, ImportError, ValueError, AssertionError, NotImplementedError, TypeError)
+Results = Sequence[Tensor]
+
+
+def qualify(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Check every fused kernel this model could use, and let the good ones run.
+
+    Returns: per operation "backend: why", for people and environment.json.
+    """
+    choices.forget()
+    heads = _heads_at_hand(config)
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        why = (
+            "without a GPU" if device.type != "cuda" else f"in {str(dtype).removeprefix('torch.')}"
+        )
+        rule = delta_rule_backend.choose(device, dtype, heads, False)
+        return {"gated_delta_rule": rule, "other fused kernels": f"torch: there are none {why}"}
+    packed = config.data.mask_document_boundaries
+    checks = {
+        delta_mixer.OPERATION: partial(_mixer, heads, config.model.linear_conv_kernel_dim, packed),
+        delta_steps.OPERATION: partial(_steps, heads, config.model.linear_conv_kernel_dim),
+        permutation.OPERATION: partial(_permutation, config),
+        weighted_swiglu.OPERATION: partial(_swiglu, config),
+        grouped_linear.OPERATION: partial(_grouped, config),
+    }
+    choose = partial(delta_rule_backend.choose, device, dtype, heads, packed)
+    with ThreadPoolExecutor() as pool:
+        verdicts = {"gated_delta_rule": pool.submit(_on, device, choose)}
+        for name, check in checks.items():
+            verdicts[name] = pool.submit(_on, device, partial(_verdict, name, check))
+        return {name: verdict.result() for name, verdict in verdicts.items()}
+
+
+def _heads_at_hand(config: RunConfig) -> delta_mixer.DeltaHeads:
+    model, layout = config.model, config.parallel
+    share = layout.tensor_model_parallel_size
+    if layout.linear_context_parallel == "all_to_all":
+        share *= layout.context_parallel_size
+    return delta_mixer.DeltaHeads(
+        model.linear_num_key_heads // share, model.linear_num_value_heads // share,
+        model.linear_key_head_dim, model.linear_value_head_dim, model.layernorm_epsilon,
+    )  # fmt: skip
+
+
+def _on(device: torch.device, work: Callable[[], str]) -> str:
+    torch.cuda.set_device(device)
+    return work()
+
+
+def _verdict(operation: str, check: Callable[[], tuple[Results, Results]]) -> str:
+    """Let a kernel run if its results and gradients are the reference's."""
+    try:
+        ours, wanted = check()
+        errors = [(a.float() - b.float()).norm() / b.float().norm() for a, b in zip(ours, wanted)]
+        error = max(e.item() for e in errors)
+    except _PROBLEMS as problem:
+        return f"torch: the fused kernel does not run here ({type(problem).__name__}: {problem}); expect slower steps"
+    if not error < _TOLERANCE:
+        return f"torch: the fused kernel FAILED its check on this GPU (relative error {error:.1e})"
+    choices.allow(operation)
+    return f"fused: output and gradients checked on this GPU (relative error {error:.1e})"
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+
+def _with_gradients(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    output = run(*leaves)
+    upstream = _random(*output.shape, dtype=output.dtype)
+    return [output, *torch.autograd.grad(output, leaves, upstream)]
+
+
+def _mixer(heads: delta_mixer.DeltaHeads, taps: int, packed: bool) -> tuple[Results, Results]:
+    """Check the passes around the delta rule, with a stand-in for the rule that uses all it is given."""
+    width, channels = sum(heads.sections), sum(heads.sections[:3])
+    repeat = heads.value_heads // heads.key_heads
+    bounds = torch.tensor([0, 1, 70, _TOKENS], dtype=torch.int32, device="cuda") if packed else None
+
+    def rule(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **_: object
+    ) -> tuple[Tensor, None]:
+        share = (g.exp() * beta.float())[..., None]
+        return (v * share + (q * k).repeat_interleave(repeat, 2) * 9).to(v.dtype), None
+
+    def run(mixer: Callable[..., Tensor], x: Tensor, ba: Tensor, *vectors: Tensor) -> Tensor:
+        return mixer(x, ba, delta_mixer.DeltaWeights(*vectors), heads, rule, bounds)
+
+    fp32 = torch.float32
+    inputs = [
+        _random(_TOKENS, 1 if packed else 2, width), _random(_TOKENS, 1 if packed else 2, 2 * heads.value_heads),
+        _random(channels, taps), _random(heads.value_heads, dtype=fp32),
+        _random(heads.value_heads, dtype=fp32) + 1, 0.1 * _random(heads.value_dim, dtype=fp32),
+    ]  # fmt: skip
+    fused = _with_gradients(partial(run, delta_mixer.fused_delta_mixer), inputs)
+    return fused, _with_gradients(partial(run, delta_mixer.composed_delta_mixer), inputs)
+
+
+def _steps(heads: delta_mixer.DeltaHeads, taps: int) -> tuple[Results, Results]:
+    """Check decoding, which has no gradients: outputs and states of a few tokens of a few sequences."""
+    fp32, sequences = torch.float32, 3
+    weights = delta_mixer.DeltaWeights(
+        _random(sum(heads.sections[:3]), taps), _random(heads.value_heads, dtype=fp32),
+        _random(heads.value_heads, dtype=fp32) + 1, 0.1 * _random(heads.value_dim, dtype=fp32),
+    )  # fmt: skip
+    inputs = (
+        _random(4, sequences, sum(heads.sections)), _random(4, sequences, 2 * heads.value_heads),
+        weights, heads, _random(sequences, sum(heads.sections[:3]), taps - 1),
+        _random(sequences, heads.value_heads, heads.key_dim, heads.value_dim, dtype=fp32),
+    )  # fmt: skip
+    return delta_steps.delta_steps(*inputs, fused=True), delta_steps.composed_delta_steps(*inputs)
+
+
+def _permutation(config: RunConfig) -> tuple[Results, Results]:
+    model = config.model
+    logits = _random(_TOKENS, model.num_moe_experts, dtype=torch.float32)
+    routing = torch.zeros_like(logits, dtype=torch.bool)
+    routing.scatter_(1, logits.topk(model.moe_router_topk, 1).indices, True)
+
+    def run(fused: bool, x: Tensor, probs: Tensor) -> Tensor:
+        routes, gates = permutation.plan_routes(routing, probs, model.moe_router_topk, fused=fused)
+        rows = permutation.scatter_rows(x, routes, fused=fused)
+        weighted = (rows * gates[:, None]).to(x.dtype)
+        return permutation.gather_rows(weighted, routes, fused=fused)
+
+    inputs = [_random(_TOKENS, model.hidden_size), logits.sigmoid() * routing]
+    return _with_gradients(partial(run, True), inputs), _with_gradients(partial(run, False), inputs)
+
+
+def _swiglu(config: RunConfig) -> tuple[Results, Results]:
+    width = config.model.moe_ffn_hidden_size // config.parallel.expert_tensor_parallel_size
+    inputs = [_random(_TOKENS, 2 * width), _random(_TOKENS, dtype=torch.float32)]
+    run = weighted_swiglu.weighted_swiglu
+    return (
+        _with_gradients(partial(run, fused=True), inputs),
+        _with_gradients(partial(run, fused=False), inputs),
+    )
+
+
+def _grouped(config: RunConfig) -> tuple[Results, Results]:
+    """Check both linears' shapes, an expert without rows included, against one product per expert in fp32."""
+    model = config.model
+    width = model.moe_ffn_hidden_size // config.parallel.expert_tensor_parallel_size
+    counts = torch.tensor([100, 0, 1, 91], device="cuda")
+    results: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for outputs, inputs in ((2 * width, model.hidden_size), (model.hidden_size, width)):
+        operands = [_random(_TOKENS, inputs), _random(len(counts), outputs, inputs)]
+        run = partial(grouped_linear.grouped_linear, rows_per_expert_E=counts)
+
+        def one_by_one(rows: Tensor, weight: Tensor) -> Tensor:
+            blocks = rows.split(counts.tolist())
+            return torch.cat([F.linear(b, w) for b, w in zip(blocks, weight.unbind())])
+
+        results[0].extend(_with_gradients(partial(run, fused=True), operands))
+        results[1].extend(_with_gradients(one_by_one, [x.float() for x in operands]))
+    return results

@@ -1,0 +1,67 @@
+"""How tokens reach their experts when one process holds them all, and the MoE layer that knows it.
+
+megatron-core's all-to-all dispatcher serves every layout; without expert parallelism there is nothing
+to exchange, yet it copies the counts to the host and waits for them, once a layer, and sorts rows
+that are sorted (7 ms of a step of 4 layers on an H100). Ours keeps all of it on the device, with shapes
+that do not depend on the routing, which is also what lets a whole step become one CUDA graph.
+"""
+
+from typing import Any
+
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from torch import Tensor
+
+from megatron_q3n.kernels.permutation import gather_rows, plan_routes, scatter_rows
+
+
+class LocalDispatcher(MoETokenDispatcher):
+    """megatron-core's six dispatcher calls where nothing leaves the process."""
+
+    def __init__(self, config: Any, pg_collection: Any) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.topk = config.moe_router_topk
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Copy tokens to their experts' rows. Returns: rows [T·K,H] and their router gates [T·K]."""
+        self.hidden_shape = hidden_states.shape
+        self.routes, gates = plan_routes(routing_map, probs, self.topk)
+        return scatter_rows(hidden_states.flatten(0, -2), self.routes), gates
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing to exchange."""
+        return hidden_states, probs
+
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hand over rows, rows per expert and gates; the rows are sorted already."""
+        return hidden_states, self.routes.rows_per_expert_E, probs
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """Nothing to undo."""
+        return hidden_states
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """Nothing to exchange."""
+        return hidden_states
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """Add up each token's rows."""
+        return gather_rows(hidden_states, self.routes).view(self.hidden_shape)
+
+
+class Qwen3NextMoELayer(MoELayer):
+    """megatron-core's MoELayer, with the dispatcher above where it serves."""
+
+    def __init__(self, config: Any, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        self.token_dispatcher: MoETokenDispatcher
+        alone = self.token_dispatcher.ep_size == 1 and self.token_dispatcher.tp_size == 1
+        dropless = config.moe_expert_capacity_factor is None
+        plain = config.moe_token_dispatcher_type != "flex" and not self.shared_expert_overlap
+        if alone and dropless and plain and not config.moe_router_padding_for_quantization:
+            groups = options["pg_collection"]
+            self.token_dispatcher = LocalDispatcher(config, groups)

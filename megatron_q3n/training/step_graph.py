@@ -1,0 +1,96 @@
+"""A step's forward and backward passes as one CUDA graph.
+
+A micro-batch of a few thousand tokens is some thousand small kernels, which Python starts more slowly
+than a Hopper GPU finishes them. Captured once and replayed, they follow each other without gaps, and
+a step costs the host nothing.
+
+What makes it possible: nothing between the batch and the gradients waits for the GPU or has a shape
+that depends on data. Experts are reached without host counts (model/dispatch.py), rows that go to
+them are always tokens × top-k, and every number that changes per step (batch, loss scale, expert
+loads) lies where it lay when the graph was captured. Collectives are not captured: a layout that
+needs some inside its passes does without a graph, and gradients are reduced after the replay.
+
+Reference: PyTorch, "CUDA semantics", whole-network capture.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from megatron_q3n.config import RunConfig
+from megatron_q3n.data.batch import Batch
+
+_WARMUP_STEPS = 2  # kernels compile and libraries allocate; neither may happen during capture
+
+
+def uses_graph(config: RunConfig, is_cuda: bool) -> bool:
+    """Whether a run's steps become graphs: where they can, unless training.cuda_graph=false."""
+    return is_cuda and config.training.cuda_graph is not False and config.graph_obstacle() is None
+
+
+class StepGraph:
+    """Captures the third step's passes, and replays them from then on."""
+
+    def __init__(self, chunks: list[Any]) -> None:
+        assert len(chunks) == 1
+        self._hooks = chunks[0].module.config
+        self._finalize = self._hooks.finalize_model_grads_func
+        self._eager_steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._batches: list[Batch] = []
+        self._reports: list[dict] = []
+        self._to_finalize: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def run(
+        self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]
+    ) -> list[dict]:
+        """Run forward and backward passes of a step's micro-batches, and reduce the gradients.
+
+        Returns: the reports of `run_schedule`; they are overwritten by the next call.
+        """
+        if self._eager_steps < _WARMUP_STEPS:
+            self._eager_steps += 1
+            return run_schedule(batches)
+        if self._graph is None:
+            self._capture(batches, run_schedule)
+        assert self._graph is not None
+        for static, batch in zip(self._batches, batches, strict=True):
+            _copy(batch, static)
+        self._graph.replay()
+        positional, named = self._to_finalize
+        self._finalize(*positional, **named)
+        return self._reports
+
+    def _capture(
+        self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]
+    ) -> None:
+        device = torch.cuda.current_device()
+        self._batches = [batch.to(device) for batch in batches]
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()  # the graph has a pool of its own; the warm-up's memory becomes free for it
+        graph = torch.cuda.CUDAGraph()
+        self._hooks.finalize_model_grads_func = self._remember
+        # on the stream that everything was built on: autograd adds a leaf's gradient on the stream the leaf's hook
+        # was made on. Other threads (a save under way) may go on using the GPU.
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._reports = run_schedule(self._batches)
+        finally:
+            self._hooks.finalize_model_grads_func = self._finalize
+        self._graph = graph
+
+    def _remember(self, *positional: Any, **named: Any) -> None:
+        self._to_finalize = (positional, named)
+
+
+def _copy(source: Batch, target: Batch) -> None:
+    assert source.cu_seqlens is None, "packed batches differ in shape; the configuration says no"
+    for field in fields(Batch):
+        value = getattr(source, field.name)
+        if isinstance(value, torch.Tensor):
+            getattr(target, field.name).copy_(value, non_blocking=True)

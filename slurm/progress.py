@@ -1,0 +1,101 @@
+"""How far a run is and what was tried: files in the run directory, read and written without any package.
+
+    logs/outcome.json      how the last training process ended by itself (written by megatron_q3n/train.py)
+    slurm/attempts.jsonl   one line when an attempt begins, one when it ends
+    logs/events.log        the run's story, for people
+"""
+
+import json
+import re
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+SLURM_FOLDER = "slurm"
+ATTEMPTS = "attempts.jsonl"
+JOB = "job.json"
+
+
+def newest_step(run_dir: Path) -> int:
+    """Return the step of the newest complete checkpoint, 0 if there is none."""
+    steps = [0]
+    for description in (run_dir / "checkpoints").glob("step_*/checkpoint.json"):
+        match = re.fullmatch(r"step_(\d+)", description.parent.name)
+        if match:
+            steps.append(int(match[1]))
+    return max(steps)
+
+
+def is_concluded(run_dir: Path, steps: Optional[int]) -> bool:
+    """Say whether all steps are trained and their results written; `steps` is None for a stage that does not train."""
+    if steps is None:
+        return read_outcome(run_dir).get("code") == 0
+    summary = _read(run_dir / "summary.json")
+    return summary.get("steps", -1) >= steps
+
+
+def read_outcome(run_dir: Path) -> Dict[str, Any]:
+    """Return {code, message, time} of the last process that could say so, or nothing."""
+    return _read(run_dir / "logs" / "outcome.json")
+
+
+def write_outcome(run_dir: Path, code: int, message: str = "") -> None:
+    """Say how a stage without a training process ended."""
+    path = run_dir / "logs" / "outcome.json"
+    path.write_text(json.dumps({"code": code, "message": message, "time": time.time()}))
+
+
+def forget_outcome(run_dir: Path) -> None:
+    """Make sure that the next outcome found is a new one."""
+    path = run_dir / "logs" / "outcome.json"
+    if path.exists():
+        path.unlink()
+
+
+def attempts(run_dir: Path) -> List[Dict[str, Any]]:
+    """Return the lines of attempts.jsonl, oldest first; a torn last line is left out."""
+    path = run_dir / SLURM_FOLDER / ATTEMPTS
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def add_attempt_line(run_dir: Path, **values: Any) -> None:
+    """Append one line to attempts.jsonl."""
+    with (run_dir / SLURM_FOLDER / ATTEMPTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.time(), **values}) + "\n")
+
+
+def fruitless_starts(run_dir: Path) -> int:
+    """Count the newest attempts that began at the step the run is still at; what a person resubmits counts anew."""
+    count, step = 0, newest_step(run_dir)
+    for line in reversed(attempts(run_dir)):
+        if line["event"] == "resubmitted":
+            break
+        if line["event"] == "begin":
+            if line["step"] != step:
+                break
+            count += 1
+    return count
+
+
+def tell(run_dir: Path, message: str) -> None:
+    """Add a line to the run's story and to the job's output."""
+    print(f"supervise: {message}", flush=True)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    with (run_dir / "logs" / "events.log").open("a", encoding="utf-8") as file:
+        file.write(f"{now} {message}\n")
+
+
+def _read(path: Path) -> Dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,172 @@
+"""Each fused kernel against its torch reference in fp64, forward and backward, with odd sizes and packed documents.
+
+Without a GPU the kernels run in Triton's interpreter: their arithmetic and indices are tested, not
+what the compiler makes of them. Speed is not covered here (tools/bench_kernels.py).
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_q3n.kernels.causal_conv import causal_conv, positions_in_documents
+from megatron_q3n.kernels.norms import gated_rms_norm, l2_norm
+
+HEADS = {"key_heads": 2, "value_heads": 4, "head_dim": 16}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+pytestmark = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+
+
+def normal(seed: int, *shape: int, device: str, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def assert_near(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    assert ours.shape == exact.shape
+    error = (ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)
+    assert error < TOLERANCE[dtype], f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "packed"), [(37, 2, False), (70, 1, True), (3, 1, False)]
+)
+def test_delta_inputs(
+    tokens: int, rows: int, packed: bool, dtype: torch.dtype, triton_device: str
+) -> None:
+    from megatron_q3n.kernels.fused import delta_inputs as fused
+
+    shape, device = fused.DeltaShape(**HEADS), triton_device
+    x = normal(1, tokens, rows, shape.channels + 64, device=device, dtype=dtype)
+    taps = normal(2, shape.channels, 4, device=device, dtype=dtype)
+    bounds = torch.tensor([0, 1, 3, 40, 70], dtype=torch.int32, device=device) if packed else None
+    position = None if bounds is None else positions_in_documents(bounds, tokens).to(torch.int32)
+    exact_x, exact_taps = (y.double().requires_grad_() for y in (x, taps))
+    mixed = causal_conv(
+        exact_x.transpose(0, 1)[..., : shape.channels], exact_taps, cu_seqlens=bounds
+    )
+    query, key, value = (y.unflatten(-1, (-1, 16)) for y in mixed.split([32, 32, 64], -1))
+    exact = [l2_norm(query), l2_norm(key), value]
+    ours = fused.delta_inputs(x, taps, position, shape)
+    for got, want in zip(ours, exact):
+        assert_near(got, want, dtype)
+    upstream = [normal(i, *y.shape, device=device, dtype=dtype) for i, y in enumerate(exact)]
+    wanted = torch.autograd.grad(exact, [exact_x, exact_taps], [y.double() for y in upstream])
+    dx = torch.full_like(x, float("nan"))
+    dtaps = fused.delta_inputs_backward(x, taps, position, shape, *upstream, dx)
+    assert_near(dx[..., : shape.channels], wanted[0][..., : shape.channels], dtype)
+    assert dx[..., shape.channels :].isnan().all(), "z's gradient is another kernel's to write"
+    assert_near(dtaps, wanted[1], dtype)
+
+
+def test_delta_gates(dtype: torch.dtype, triton_device: str) -> None:
+    from megatron_q3n.kernels.fused import delta_inputs as fused
+
+    ba = 8 * normal(1, 75, 2, 12, device=triton_device, dtype=dtype)  # softplus's both branches
+    a_log, dt = (normal(s, 6, device=triton_device, dtype=torch.float32) for s in (2, 3))
+    exact = [x.double().requires_grad_() for x in (ba, a_log, dt)]
+    beta, alpha = exact[0].transpose(0, 1).chunk(2, -1)
+    want = [-exact[1].exp() * F.softplus(alpha + exact[2]), beta.sigmoid()]
+    for got, reference in zip(fused.delta_gates(ba, a_log, dt, dtype), want):
+        assert_near(got, reference, dtype)
+    upstream = [
+        normal(s, *want[0].shape, device=triton_device, dtype=torch.float32) for s in (4, 5)
+    ]
+    wanted = torch.autograd.grad(want, exact, [x.double() for x in upstream])
+    for got, reference in zip(fused.delta_gates_backward(ba, a_log, dt, *upstream), wanted):
+        assert_near(got, reference, dtype)
+
+
+def test_gated_norm(dtype: torch.dtype, triton_device: str) -> None:
+    from megatron_q3n.kernels.fused import gated_norm as fused
+
+    device = triton_device
+    o = normal(1, 2, 37, 4, 16, device=device, dtype=dtype)
+    qkvz = normal(2, 37, 2, 192, device=device, dtype=dtype)
+    weight = normal(3, 16, device=device, dtype=torch.float32)
+    exact = [x.double().requires_grad_() for x in (o, qkvz, weight)]
+    z = exact[1][..., -64:].transpose(0, 1).unflatten(-1, (-1, 16))
+    want = gated_rms_norm(exact[0], z, exact[2], 1e-6).flatten(2).transpose(0, 1)
+    assert_near(fused.gated_norm(o, qkvz, weight, 1e-6), want, dtype)
+    upstream = normal(4, *want.shape, device=device, dtype=dtype)
+    wanted = torch.autograd.grad(want, exact, upstream.double())
+    dqkvz = torch.full_like(qkvz, float("nan"))
+    do, dweight = fused.gated_norm_backward(o, qkvz, weight, 1e-6, upstream, dqkvz)
+    assert_near(do, wanted[0], dtype)
+    assert_near(dqkvz[..., -64:], wanted[1][..., -64:], dtype)
+    assert dqkvz[..., :-64].isnan().all()
+    assert_near(dweight, wanted[2], dtype)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "topk"), [(75, 12, 3), (1, 4, 4), (64, 512, 10)])
+def test_permutation(
+    tokens: int, experts: int, topk: int, dtype: torch.dtype, triton_device: str
+) -> None:
+    from megatron_q3n.kernels.fused import permutation as fused
+
+    logits = normal(1, tokens, experts, device=triton_device, dtype=torch.float32)
+    routing = torch.zeros_like(logits, dtype=torch.bool)
+    routing.scatter_(1, logits.topk(topk, 1).indices, True)
+    probs = logits.sigmoid() * routing
+    row, expert, gate, counts = fused.plan(routing, probs, topk)
+    expected_expert, expected_token = routing.T.nonzero().T  # by expert, then token
+    token = torch.empty(tokens * topk, dtype=torch.long, device=triton_device)
+    token[row.long().flatten()] = torch.arange(tokens, device=triton_device).repeat_interleave(topk)
+    assert torch.equal(token, expected_token)
+    assert torch.equal(counts.long(), routing.sum(0))
+    assert torch.equal(gate, probs.T[routing.T])
+    x = normal(2, tokens, 40, device=triton_device, dtype=dtype)
+    rows = fused.scatter_rows(x, row)
+    assert torch.equal(rows, x[expected_token])
+    y, add = (
+        normal(s, n, 40, device=triton_device, dtype=dtype)
+        for s, n in ((3, tokens * topk), (4, tokens))
+    )
+    want = add.double().index_add(0, expected_token, y.double())
+    assert_near(fused.gather_rows(y, row, add), want, dtype)
+    gradient = normal(5, tokens * topk, device=triton_device, dtype=torch.float32)
+    dense = torch.zeros_like(probs)
+    dense[expected_token, expected_expert] = gradient
+    assert torch.equal(fused.gate_gradient(gradient, row, expert, experts), dense)
+
+
+def test_weighted_swiglu(dtype: torch.dtype, triton_device: str) -> None:
+    from megatron_q3n.kernels.fused import weighted_swiglu as fused
+
+    gate_up = normal(1, 75, 48, device=triton_device, dtype=dtype)
+    weight = normal(2, 75, device=triton_device, dtype=torch.float32)
+    exact = [x.double().requires_grad_() for x in (gate_up, weight)]
+    gate, up = exact[0].chunk(2, -1)
+    want = F.silu(gate) * up * exact[1][:, None]
+    assert_near(fused.weighted_swiglu(gate_up, weight), want, dtype)
+    upstream = normal(3, *want.shape, device=triton_device, dtype=dtype)
+    wanted = torch.autograd.grad(want, exact, upstream.double())
+    for got, reference in zip(fused.weighted_swiglu_backward(gate_up, weight, upstream), wanted):
+        assert_near(got, reference, dtype)
+
+
+@pytest.mark.parametrize("counts", [[70, 0, 129, 1], [0, 0, 0, 64], [3, 2, 1, 0]])
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_grouped_weight_gradient(
+    counts: list[int], accumulate: bool, dtype: torch.dtype, triton_device: str
+) -> None:
+    from megatron_q3n.kernels.fused.grouped_weight_gradient import grouped_weight_gradient
+
+    rows = sum(counts)
+    # rows behind the last expert's are no one's: a kernel that reads on would show it
+    dy, x = (normal(s, rows, n, device=triton_device, dtype=dtype) for s, n in ((1, 72), (2, 264)))
+    out = normal(3, 4, 72, 264, device=triton_device, dtype=torch.float32)
+    want = out.double() if accumulate else torch.zeros_like(out, dtype=torch.float64)
+    start = 0
+    for expert, count in enumerate(counts):
+        block = slice(start, start + count)
+        want[expert] += dy[block].double().T @ x[block].double()
+        start += count
+    ends = torch.tensor(counts, device=triton_device).cumsum(0).to(torch.int32)
+    grouped_weight_gradient(dy, x, ends, out, accumulate)
+    tolerance: Any = {"rtol": 1e-5, "atol": 2e-4}
+    torch.testing.assert_close(out.double(), want, **tolerance)

@@ -1,0 +1,45 @@
+"""One Slurm for all tests here, where Slurm's programs are installed."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing_programs
+from tests.slurm.runs import SITE, alone
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Start Slurm; without its programs skip, and in CI fail."""
+    if missing := missing_programs():
+        reason = f"Slurm is not installed (no {', '.join(missing)}): apt-get install slurm-wlm munge"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    started = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        started.start()
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Callable[..., str]:
+    """Write a site file for the cluster's nodes, with settings changed; return its path."""
+
+    def write(**changes: object) -> str:
+        path = tmp_path / "site.yaml"
+        path.write_text(json.dumps(SITE | changes))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train the small run in one process, without Slurm and undisturbed."""
+    return alone(tmp_path_factory.mktemp("alone") / "run")

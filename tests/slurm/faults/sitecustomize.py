@@ -1,0 +1,111 @@
+"""Faults put into a training process from outside, for tests: Python runs this file at start when its folder is on
+PYTHONPATH.
+
+$Q3N_FAULT is a list, separated by commas, of
+    nan@K        batch K (from 0) has a loss mask of NaN
+    spike@K      batch K has a loss mask of large numbers of both signs: a loss and a gradient far off
+    hang@S:R     rank R sleeps for good at the start of step S
+    slow@S:R     rank R sleeps 0.3 s in the forward pass of every step from S on
+    crash@S:R    rank R ends itself with SIGKILL at the start of step S
+With $Q3N_FAULT_ONCE (a file), hang and crash happen only while that file does not exist; it is made then.
+"""
+
+import importlib.machinery
+import importlib.util
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+FAULTS = [fault.partition("@")[::2] for fault in os.environ.get("Q3N_FAULT", "").split(",")]
+
+
+def numbers_of(kind: str) -> list[int]:
+    """Return the batches that a fault of this kind is for."""
+    return [int(place) for name, place in FAULTS if name == kind]
+
+
+def poison_batches(module: Any) -> None:
+    """Let PretrainData hand out poisoned training batches."""
+    honest = module.PretrainData.train_batches
+
+    def train_batches(self: Any, first_step: int, *place: int) -> Any:
+        for number, batches in enumerate(honest(self, first_step, *place), start=first_step):
+            yield [poisoned(batch, number) for batch in batches]
+
+    module.PretrainData.train_batches = train_batches
+
+
+def poisoned(batch: Any, number: int) -> Any:
+    """Return the batch, spoiled if its number says so."""
+    mask_BT = batch.loss_mask_BT.clone()
+    if number in numbers_of("nan"):
+        mask_BT[:] = float("nan")
+    if number in numbers_of("spike"):
+        mask_BT[:, ::2], mask_BT[:, 1::2] = 1000, -999
+    return replace(batch, loss_mask_BT=mask_BT)
+
+
+def disturb_steps(module: Any) -> None:
+    """Let the loop's train_step hang, crash or dawdle."""
+    honest = module.train_step
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+    def train_step(state: Any, batches: Any) -> Any:
+        for kind, place in FAULTS:
+            step, _, who = place.partition(":")
+            if kind in ("hang", "crash") and (state.step + 1, rank) == (int(step), int(who)):
+                if first_time():
+                    print(f"fault: {kind} at step {step} on rank {rank}", flush=True)
+                    time.sleep(1e6) if kind == "hang" else os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "slow" and state.step + 1 == int(step) and rank == int(who):
+                state.chunks[0].register_forward_pre_hook(lambda *_: time.sleep(0.3))
+        return honest(state, batches)
+
+    module.train_step = train_step
+
+
+def first_time() -> bool:
+    """Say whether a fault that comes once is still to come, and make a note that it did."""
+    mark = os.environ.get("Q3N_FAULT_ONCE")
+    if mark is None:
+        return True
+    if Path(mark).exists():
+        return False
+    Path(mark).touch()
+    return True
+
+
+class _After:
+    """An import hook that changes a module once it is loaded."""
+
+    def __init__(self, changes: dict[str, Callable[[Any], None]]) -> None:
+        self.changes = changes
+
+    def find_spec(self, name: str, path: Any, _: Any = None) -> Any:
+        """Find the module as ever, and let its loader change it."""
+        if name not in self.changes:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        load, change = spec.loader.exec_module, self.changes[name]
+
+        def load_and_change(module: Any) -> None:
+            load(module)
+            change(module)
+
+        spec.loader.exec_module = load_and_change  # type: ignore[method-assign]
+        return spec
+
+
+if os.environ.get("Q3N_FAULT"):
+    changes = {
+        "megatron_q3n.data.pretrain": poison_batches,
+        "megatron_q3n.training.fit": disturb_steps,
+    }
+    sys.meta_path.insert(0, _After(changes))  # type: ignore[arg-type]

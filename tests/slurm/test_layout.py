@@ -1,0 +1,33 @@
+"""On a real Slurm: two nodes of two processes train with TP2 × DP2 and give the losses of one process.
+
+Fresh weights differ between layouts (each tensor-parallel rank draws its own), so both begin with the same ones.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.runs import SMALL, alone, numbers, story, submitted
+
+pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess]
+
+
+@pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_two_nodes_give_the_losses_of_one_process(
+    cluster: Cluster, site: Callable[..., str], tmp_path: Path, uninterrupted: Path, launcher: str
+) -> None:
+    begin = f"checkpoint.load={uninterrupted}/checkpoints/step_0000008"
+    reference = numbers(alone(tmp_path / "one", begin, "training.steps=6"), steps=6)
+    run_dir = tmp_path / "four"
+    (job,) = submitted(
+        cluster, "--config-name", "pretrain-tiny", "--nodes", "2", "--run-dir", str(run_dir),
+        "--site", site(processes_per_node=2, cpus_per_process=1, launcher=launcher),
+        *SMALL, begin, "training.steps=6", "parallel.tensor_model_parallel_size=2",
+    )  # fmt: skip
+    assert cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", story(run_dir)
+    for ours, theirs in zip(numbers(run_dir, steps=6), reference):
+        present = {name: value for name, value in theirs.items() if value is not None}
+        assert {name: ours[name] for name in present} == pytest.approx(present, rel=2e-4)
+    assert "4 process(es)" in (run_dir / "logs" / "events.log").read_text()

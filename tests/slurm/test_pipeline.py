@@ -1,0 +1,106 @@
+"""Pipelines: what the file may say, the chain on a real Slurm with a stage that fails, and the same chain without Slurm."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_q3n.config import UserError
+from slurm.pipeline import overrides_by_stage, read_recipe
+from tests.slurm.cluster import Cluster
+from tests.slurm.runs import ROOT, numbers, story, submit, submitted
+
+SHORT = [
+    "pretrain.training.steps=4", "pretrain.schedule.warmup_steps=1", "longcontext.training.steps=2",
+    "longcontext.schedule.warmup_steps=1", "all.training.sequence_length=64", "all.validation.batches=1",
+    "all.checkpoint.interval_steps=2", "all.samples.count=0", "all.logging.wandb.mode=disabled",
+]  # fmt: skip
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def status(cluster: Cluster, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "slurm.status", str(folder)],
+        cwd=ROOT, env={**cluster.environment, "COLUMNS": "200"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+@pytest.mark.slurm
+@pytest.mark.multiprocess
+def test_a_failed_stage_stops_the_chain_and_a_fixed_one_goes_on(
+    cluster: Cluster, site: Callable[..., str], tmp_path: Path
+) -> None:
+    """The second stage cannot load the first one's weights: it has other dimensions. Later it may."""
+    folder, place = tmp_path / "chain", site()
+    wrong = "longcontext.model.moe_ffn_hidden_size=48"
+    jobs = submitted(
+        cluster, "--config-name", "pipeline-tiny", "--site", place, "--run-dir", str(folder), *SHORT, wrong
+    )
+    assert len(jobs) == 3
+    states = [cluster.wait(job, *ENDED) for job in jobs]
+    assert states == ["COMPLETED", "FAILED", "CANCELLED"], story(folder / "longcontext")
+    shown = status(cluster, folder)
+    assert "model.moe_ffn_hidden_size: 32 there, 48 here" in " ".join(shown.split()), shown
+    assert "not started" in shown
+    assert "longcontext failed" in shown
+    assert not (folder / "export" / "slurm" / "attempts.jsonl").read_text().count('"begin"')
+
+    before = (folder / "pretrain" / "metrics.jsonl").read_text()
+    right = wrong.replace("48", "32")
+    again = submitted(cluster, "--resume", str(folder), "--site", place, right)
+    assert len(again) == 2, "what is done is not done again"
+    assert [cluster.wait(job, *ENDED) for job in again] == ["COMPLETED"] * 2, story(folder / "export")
+    assert (folder / "pretrain" / "metrics.jsonl").read_text() == before
+    numbers(folder / "longcontext", steps=2)
+    assert f"weights from {folder}/pretrain" in story(folder / "longcontext"), "the lineage"
+    exported = json.loads((folder / "export" / "huggingface" / "config.json").read_text())
+    assert exported["moe_intermediate_size"] == 32
+    assert status(cluster, folder).count(" done ") == 3
+
+    nothing = submit(cluster, "--resume", str(folder), "--site", place)
+    assert "nothing is left to do" in nothing.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_same_pipeline_runs_without_slurm(tmp_path: Path) -> None:
+    folder = tmp_path / "chain"
+    command = [sys.executable, "-m", "slurm.submit", "--local"]
+    subprocess.run(
+        [*command, "--config-name", "pipeline-tiny", "--run-dir", str(folder), *SHORT],
+        cwd=ROOT, check=True, timeout=200,
+    )  # fmt: skip
+    assert (folder / "export" / "huggingface" / "model.safetensors.index.json").exists() or (
+        folder / "export" / "huggingface" / "model.safetensors"
+    ).exists()
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    (path := tmp_path / "pipeline-x.yaml").write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("stages: {a: {recipe: x, tool: [y]}}", "stage a needs either a recipe or a tool"),
+        ("stages: {a: {}}", "stage a needs either a recipe or a tool"),
+        ("stages: {a: {recipe: x}, b: {recipe: x, from: c}}", "b is from c, which is no stage before it"),
+        ("stages: {a: {recipe: x, from: a}}", "a is from a, which is no stage before it"),
+        ("stages: {a: {recipe: x, nodse: 2}}", "stages.a.nodse: Extra inputs"),
+    ],
+)
+def test_a_wrong_pipeline_file_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint.replace(".", r"\.")):
+        read_recipe(written(tmp_path, text))
+
+
+def test_overrides_are_for_a_stage_or_for_all() -> None:
+    given = overrides_by_stage(["a.training.steps=3", "all.model=tiny"], ["a", "b"])
+    assert given == {"a": ["training.steps=3", "model=tiny"], "b": ["model=tiny"]}
+    with pytest.raises(UserError, match="begins with its stage, one of a, b, or all"):
+        overrides_by_stage(["training.steps=3"], ["a", "b"])

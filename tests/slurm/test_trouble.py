@@ -1,0 +1,112 @@
+"""On a real Slurm: a rank that hangs, a batch that makes the loss NaN, a node unfit to train, no progress at all.
+
+The faults come from outside (faults/sitecustomize.py); the product has no switch for them.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.runs import FAULTS, SITE, SMALL, decisions, numbers, story, submitted
+
+pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess]
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def with_fault(fault: str, once: Path | None = None) -> dict[str, str]:
+    """Return the environment that brings a fault into the training processes."""
+    extra = {"PYTHONPATH": str(FAULTS), "Q3N_FAULT": fault}
+    return SITE["environment"] | extra | ({"Q3N_FAULT_ONCE": str(once)} if once else {})
+
+
+def test_a_hanging_rank_is_found_its_stack_kept_and_the_job_requeued(
+    cluster: Cluster, site: Callable[..., str], tmp_path: Path, uninterrupted: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    (job,) = submitted(
+        cluster, "--config-name", "pretrain-tiny", "--nodes", "2", "--run-dir", str(run_dir),
+        "--site", site(environment=with_fault("hang@6:1", tmp_path / "once")), *SMALL,
+        "health.hang_floor_seconds=6", "health.hang_factor=5",
+    )  # fmt: skip
+    assert cluster.wait(job, *ENDED) == "COMPLETED", story(run_dir)
+    lines = [json.loads(text) for text in (run_dir / "slurm/attempts.jsonl").read_text().splitlines()]
+    first, last = (line for line in lines if line["event"] == "end")
+    assert first["code"] == 70
+    assert "a rank hung" in first["reason"]
+    assert first["time"] - lines[1]["time"] < 60, "found within the limit, start-up included"
+    assert last["decision"] == "done"
+    stacks = run_dir / "logs" / "stacks"
+    assert "sitecustomize.py" in (stacks / "rank_00001.txt").read_text(), "the cause"
+    assert "fit.py" in (stacks / "rank_00000.txt").read_text(), "the victim"
+    assert "rank 1 on n2: no progress" in story(run_dir)
+    numbers(run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["skip", "roll_back", "stop"])
+def test_a_poisoned_batch(
+    cluster: Cluster, site: Callable[..., str], tmp_path: Path, policy: str
+) -> None:
+    run_dir = tmp_path / "run"
+    (job,) = submitted(
+        cluster, "--config-name", "pretrain-tiny", "--nodes", "2", "--run-dir", str(run_dir),
+        "--site", site(environment=with_fault("nan@5")), *SMALL, f"health.non_finite={policy}",
+    )  # fmt: skip
+    state, told = cluster.wait(job, *ENDED), (run_dir / "logs" / "events.log").read_text()
+    assert "step 6: loss nan, gradient norm nan, not finite" in told, story(run_dir)
+    if policy == "stop":
+        assert state == "FAILED"
+        assert decisions(run_dir) == ["failed"]
+        assert "The run stops (health.non_finite=stop)" in told
+        assert (run_dir / "checkpoints/latest").resolve().name == "step_0000004"
+        return
+    assert state == "COMPLETED", story(run_dir)
+    expected = {
+        "skip": "update withheld (health.non_finite=skip)",
+        "roll_back": "going back to step 4, leaving out batch 5 (health.non_finite=roll_back, 1 so far)",
+    }
+    assert expected[policy] in told
+    losses = [step["loss/train"] for step in numbers(run_dir)]
+    assert [loss is None for loss in losses] == [policy == "skip" and n == 5 for n in range(12)]
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["skipped_steps" if policy == "skip" else "roll_backs"] == 1
+
+
+@pytest.mark.slow
+def test_a_job_that_gets_nowhere_gives_up(
+    cluster: Cluster, site: Callable[..., str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    (job,) = submitted(
+        cluster, "--config-name", "pretrain-tiny", "--run-dir", str(run_dir), "--site",
+        site(environment=with_fault("crash@2:0"), attempts_without_progress=2), *SMALL,
+    )  # fmt: skip
+    assert cluster.wait(job, *ENDED) == "FAILED", story(run_dir)
+    assert decisions(run_dir) == ["again", "again", "gave up"]
+    assert "2 attempts in a row began at step 0 and none got further" in story(run_dir)
+
+
+def test_an_unfit_node_is_left_out(
+    cluster: Cluster, site: Callable[..., str], tmp_path: Path
+) -> None:
+    """What is unfit here is n1's nvidia-smi: PATH leads to one that sees a GPU with memory errors on that node only."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "nvidia-smi").write_text(
+        '#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] && errors=3\necho "0, 80000, ${errors:-0}"\n'
+    )
+    (programs / "nvidia-smi").chmod(0o755)
+    run_dir = tmp_path / "run"
+    (job,) = submitted(
+        cluster, "--config-name", "pretrain-tiny", "--run-dir", str(run_dir), *SMALL, "--site",
+        # Slurm itself is told of no GPUs; the check counts them all the same
+        site(setup=[f"export PATH={programs}:$PATH"], preflight={**SITE["preflight"], "gpus_expected": 1}),
+    )  # fmt: skip
+    assert cluster.wait(job, *ENDED) == "COMPLETED", story(run_dir)
+    assert "pre-flight n1: gpu 0: 3 uncorrected memory errors" in story(run_dir)
+    assert (run_dir / "slurm/excluded_nodes.txt").read_text().split() == ["n1"]
+    assert "ExcNodeList=n1" in cluster.run("scontrol", "show", "job", job)
+    assert decisions(run_dir) == ["again", "done"]

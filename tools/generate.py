@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Continue texts with a trained model, shown as they come.
+
+tools/generate.py runs/latest "def main(" --drafts 2
+tools/generate.py runs/latest "import " "class " --temperature 0 --output texts.jsonl
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # works without an installed package
+
+from megatron_q3n import train
+from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, UserError, validate
+
+SETTINGS = {
+    "tokens": "inference.max_new_tokens",
+    "temperature": "inference.temperature",
+    "top_k": "inference.top_k",
+    "top_p": "inference.top_p",
+    "seed": "inference.seed",
+    "drafts": "inference.draft_depth",
+    "precision": "precision",
+}
+
+
+def main() -> int:
+    """Generate, and return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Anything else is a setting of the generate recipe, e.g. parallel=tp2.",
+    )
+    parser.add_argument("source", metavar="RUN_DIR", help="a run directory, or a checkpoint in one")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument("--tokens", type=int, help="the most new tokens per text")
+    parser.add_argument("--temperature", type=float, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, help="draw from so many likeliest tokens only")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest with this much mass")
+    parser.add_argument("--stop", nargs="+", default=[], help="further tokens that end a text")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--drafts", type=int, help="tokens drafted by the MTP layer per pass")
+    parser.add_argument("--precision", choices=["fp32", "bf16"])
+    parser.add_argument("--tokenizer", help="a tokenizer.json or its folder")
+    parser.add_argument("--output", help="a file for the results, one JSON object a line")
+    parser.add_argument("--set", nargs="+", default=[], metavar="setting=value")
+    given = parser.parse_args()
+    try:
+        return train.run(configured(given))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def configured(given: argparse.Namespace) -> RunConfig:
+    """Return the generate recipe with what was asked for; texts go round Hydra's grammar, whatever they hold."""
+    chosen = {SETTINGS[name]: value for name, value in vars(given).items() if name in SETTINGS}
+    overrides = [f"{name}={value}" for name, value in chosen.items() if value is not None]
+    train.register_defaults()
+    tree = train.configure(
+        ["--config-name", "generate", "checkpoint.load=?", *overrides, *given.set]
+    ).model_dump(mode="json")
+    tree["checkpoint"]["load"] = given.source
+    tree["inference"] |= {"prompts": given.prompts, "stop": given.stop}
+    tree["inference"] |= {
+        n: getattr(given, n) for n in ("output", "tokenizer") if getattr(given, n)
+    }
+    return validate(tree)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
