@@ -36,6 +36,8 @@ STAGES = {
     "pretrain": "megatron_q3n.stages.pretrain",
     "longcontext": "megatron_q3n.stages.pretrain",
     "generate": "megatron_q3n.stages.generate",
+    "sft": "megatron_q3n.stages.sft",
+    "rl": "megatron_q3n.stages.rl",
 }
 PIPELINE = "pipeline-"  # names of files in recipes/ that chain recipes, for slurm/submit.py
 HYDRA_FLAGS = (

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from megatron_q3n import checkpoint
+from megatron_q3n.checkpoint import integrity
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.config.sizes import parameters
 from megatron_q3n.data.blend import load_blends
@@ -18,15 +19,17 @@ GIB = 2**30
 MASTER_AND_MOMENTS_BYTES = 12  # fp32, per parameter
 
 
-def check_run(config: RunConfig, site: Site, num_nodes: int, *, loads_later: bool) -> None:
-    """Refuse a validated recipe that cannot run on this site; `loads_later`: its checkpoint is yet to be made.
+def check_run(
+    config: RunConfig, site: Site, num_nodes: int, before: RunConfig | None = None
+) -> None:
+    """Refuse a validated recipe that cannot run on this site; `before` is the stage yet to make its checkpoint.
 
     Raises: UserError.
     """
     _check_ranks(config, site, num_nodes)
     load_blends(config)
-    if config.checkpoint.load and not loads_later:
-        checkpoint.find(config.checkpoint.load)
+    if config.checkpoint.load:
+        _check_beginning(config, before)
     _check_memory(config, site)
     _check_space(config)
 
@@ -45,6 +48,16 @@ def _check_ranks(config: RunConfig, site: Site, num_nodes: int) -> None:
         )
     if site.gpus_per_node == 0 and config.precision.fp8:
         raise UserError("precision.fp8 needs GPUs; this site has gpus_per_node: 0.")
+
+
+def _check_beginning(config: RunConfig, before: RunConfig | None) -> None:
+    assert config.checkpoint.load is not None
+    if before is not None:
+        description = {"model": before.model.model_dump(mode="json")}
+        checkpoint.check_architecture(description, config.model, Path(config.checkpoint.load))
+        return
+    found = checkpoint.find(config.checkpoint.load)
+    checkpoint.check_architecture(integrity.read(found), config.model, found)
 
 
 def _check_memory(config: RunConfig, site: Site) -> None:

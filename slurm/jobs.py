@@ -6,6 +6,11 @@ from pathlib import Path
 
 from megatron_q3n.config import UserError
 
+ALIVE = {
+    "PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "COMPLETING", "STAGE_OUT",
+    "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
+}  # fmt: skip
+
 
 def require_slurm() -> None:
     """Refuse early where there is no Slurm.
@@ -14,7 +19,8 @@ def require_slurm() -> None:
     """
     if shutil.which("sbatch") is None:
         raise UserError(
-            "sbatch is not on PATH: submit from a machine of the cluster, look with --dry-run, or run here with --local."
+            "sbatch is not on PATH: submit from a machine of the cluster, look with --dry-run, or run "
+            "here with --local."
         )
 
 
@@ -45,5 +51,4 @@ def states(job_ids: list[str]) -> dict[str, tuple[str, str]]:
 
 def is_waiting_or_running(state: str) -> bool:
     """Say whether a job in this state will still do something."""
-    return state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED",
-                     "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")  # fmt: skip
+    return state in ALIVE

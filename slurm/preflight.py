@@ -7,6 +7,8 @@ port, writes host and port down, and sends some MiB to the next one in a ring. G
 read by nvidia-smi; a kernel is not run here, since this must work outside any container.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -17,7 +19,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 NETWORK_MIB = 64
 DISK_MIB = 64
@@ -28,7 +30,7 @@ def main() -> int:
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     number, count = int(os.environ.get("SLURM_NODEID", "0")), int(os.environ["SLURM_NNODES"])
-    problems: List[str] = []
+    problems: list[str] = []
     problems += gpu_problems(settings["gpus_expected"], settings["minimum_gpu_free_mib"])
     problems += disk_problems(folder, settings)
     problems += network_problems(folder, number, count, settings)
@@ -40,7 +42,7 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def gpu_problems(wanted: int, minimum_free_mib: float) -> List[str]:
+def gpu_problems(wanted: int, minimum_free_mib: float) -> list[str]:
     """Count the GPUs and look at their free memory and uncorrected memory errors."""
     if wanted == 0:
         return []
@@ -55,7 +57,7 @@ def gpu_problems(wanted: int, minimum_free_mib: float) -> List[str]:
     return read_gpus(asked.stdout, wanted, minimum_free_mib)
 
 
-def read_gpus(table: str, wanted: int, minimum_free_mib: float) -> List[str]:
+def read_gpus(table: str, wanted: int, minimum_free_mib: float) -> list[str]:
     """Judge nvidia-smi's table of index, free MiB and uncorrected errors."""
     rows = [[cell.strip() for cell in row.split(",")] for row in table.strip().splitlines()]
     problems = [] if len(rows) >= wanted else [f"gpu: {len(rows)} of {wanted} are there"]
@@ -67,7 +69,7 @@ def read_gpus(table: str, wanted: int, minimum_free_mib: float) -> List[str]:
     return problems
 
 
-def disk_problems(folder: Path, settings: Dict[str, Any]) -> List[str]:
+def disk_problems(folder: Path, settings: dict[str, Any]) -> list[str]:
     """Write, force to disk and read back in the run directory, and look for room there and in /tmp."""
     problems = []
     for place, needed in ((folder, settings["minimum_free_gib"]), (tempfile.gettempdir(), 0.1)):
@@ -96,7 +98,7 @@ def disk_problems(folder: Path, settings: Dict[str, Any]) -> List[str]:
     return problems
 
 
-def network_problems(folder: Path, number: int, count: int, settings: Dict[str, Any]) -> List[str]:
+def network_problems(folder: Path, number: int, count: int, settings: dict[str, Any]) -> list[str]:
     """Send to the next node in the ring and receive from the one before."""
     if count == 1:
         return []
@@ -138,7 +140,7 @@ def _receive(server: socket.socket, deadline: float) -> None:
         threading.Event().wait(max(0.0, deadline + 1 - time.monotonic()))
 
 
-def _send(folder: Path, number: int, deadline: float, settings: Dict[str, Any]) -> List[str]:
+def _send(folder: Path, number: int, deadline: float, settings: dict[str, Any]) -> list[str]:
     path = folder / f"address-{number}"
     while not path.exists():
         if time.monotonic() > deadline:

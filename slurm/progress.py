@@ -1,16 +1,19 @@
 """How far a run is and what was tried: files in the run directory, read and written without any package.
 
     logs/outcome.json      how the last training process ended by itself (written by megatron_q3n/train.py)
-    slurm/attempts.jsonl   one line when an attempt begins, one when it ends
+    slurm/attempts.jsonl   one line when an attempt begins, one when it ends, one per submission
     logs/events.log        the run's story, for people
+
+Several attempts never run at once: Slurm starts a requeued job when the last process of the one before is gone.
 """
+
+from __future__ import annotations
 
 import json
 import re
 import time
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 SLURM_FOLDER = "slurm"
 ATTEMPTS = "attempts.jsonl"
@@ -27,7 +30,7 @@ def newest_step(run_dir: Path) -> int:
     return max(steps)
 
 
-def is_concluded(run_dir: Path, steps: Optional[int]) -> bool:
+def is_concluded(run_dir: Path, steps: int | None) -> bool:
     """Say whether all steps are trained and their results written; `steps` is None for a stage that does not train."""
     if steps is None:
         return read_outcome(run_dir).get("code") == 0
@@ -35,7 +38,7 @@ def is_concluded(run_dir: Path, steps: Optional[int]) -> bool:
     return summary.get("steps", -1) >= steps
 
 
-def read_outcome(run_dir: Path) -> Dict[str, Any]:
+def read_outcome(run_dir: Path) -> dict[str, Any]:
     """Return {code, message, time} of the last process that could say so, or nothing."""
     return _read(run_dir / "logs" / "outcome.json")
 
@@ -53,7 +56,7 @@ def forget_outcome(run_dir: Path) -> None:
         path.unlink()
 
 
-def attempts(run_dir: Path) -> List[Dict[str, Any]]:
+def attempts(run_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of attempts.jsonl, oldest first; a torn last line is left out."""
     path = run_dir / SLURM_FOLDER / ATTEMPTS
     if not path.exists():
@@ -89,12 +92,12 @@ def fruitless_starts(run_dir: Path) -> int:
 def tell(run_dir: Path, message: str) -> None:
     """Add a line to the run's story and to the job's output."""
     print(f"supervise: {message}", flush=True)
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
     with (run_dir / "logs" / "events.log").open("a", encoding="utf-8") as file:
         file.write(f"{now} {message}\n")
 
 
-def _read(path: Path) -> Dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

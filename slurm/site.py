@@ -23,7 +23,9 @@ TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 class Preflight(Section):
     """What every node must show before training starts; see slurm/preflight.py."""
 
-    minimum_free_gib: float = Field(20.0, ge=0, description="room in the run directory's file system")
+    minimum_free_gib: float = Field(
+        20.0, ge=0, description="room in the run directory's file system"
+    )
     gpus_expected: int | None = Field(None, ge=0, description="on each node; null: gpus_per_node")
     minimum_gpu_free_mib: float = Field(60000.0, ge=0)
     minimum_disk_mib_per_second: float = Field(20.0, ge=0)
@@ -47,7 +49,8 @@ class Site(Section):
     cpus_per_process: int = Field(1, gt=0)
     memory_per_node: str | None = Field(None, description="as --mem takes it; 0 is all")
     launcher: Literal["srun", "torchrun"] = Field(
-        "srun", description="srun: one task per rank; torchrun: one per node, which starts the ranks"
+        "srun",
+        description="srun: one task per rank; torchrun: one per node, which starts the ranks",
     )
     python: str = Field(sys.executable, description="the environment's, on the nodes")
     node_python: str = Field("python3", description="any Python 3.9 outside containers")
@@ -77,7 +80,9 @@ class Site(Section):
     @field_validator("setup")
     @classmethod
     def _no_secret_lines(cls, lines: list[str]) -> list[str]:
-        if found := [line for line in lines if re.search(rf"(?:{SECRET.pattern})\w*=\S", line, re.I)]:
+        if found := [
+            line for line in lines if re.search(rf"(?:{SECRET.pattern})\w*=\S", line, re.I)
+        ]:
             raise UserError(
                 f"site: setup sets {found[0].split('=')[0]}, which looks like a secret; it would be written into "
                 "the job script. Read it there from a file that only you can read."
@@ -88,7 +93,9 @@ class Site(Section):
     @classmethod
     def _is_time(cls, time: str) -> str:
         if not TIME.fullmatch(time):
-            raise UserError(f"site: time={time}: write [days-]hours:minutes:seconds, as Slurm does.")
+            raise UserError(
+                f"site: time={time}: write [days-]hours:minutes:seconds, as Slurm does."
+            )
         return time
 
     @property
@@ -115,7 +122,10 @@ def load_site(chosen: str | None) -> Site:
         return Site.model_validate(yaml.safe_load(path.read_text()) or {})
     except ValidationError as error:
         raise UserError(
-            "\n".join(f"{path}: {_place(p)}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors())
+            "\n".join(
+                f"{path}: {_place(p)}: {p['msg'].removeprefix('Value error, ')}"
+                for p in error.errors()
+            )
         ) from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no YAML: {error}") from None

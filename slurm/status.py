@@ -1,6 +1,6 @@
 """Show a run or a pipeline: which stage is where, and why one does not go on.
 
-    python -m slurm.status runs/pipeline-tiny-…
+python -m slurm.status runs/pipeline-tiny-…
 """
 
 import json
@@ -48,11 +48,13 @@ def rows(stages: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         queued = jobs.states(ids[-1:]).get(ids[-1]) if ids else None
         state, word = _state(run_dir, lines, queued)
         before = stage["from"]
-        if state == "waiting" and states.get(before) in ENDED_BADLY + ("not started",):
+        if state == "waiting" and states.get(before) in (*ENDED_BADLY, "not started"):
             state, word = "not started", f"{before} {states[before]}"
         states[stage["name"]] = state
         begun = sum(line["event"] == "begin" for line in lines)
-        result.append((stage["name"], state, ids[-1] if ids else "", _step(run_dir), str(begun), word))
+        result.append(
+            (stage["name"], state, ids[-1] if ids else "", _step(run_dir), str(begun), word)
+        )
     return result
 
 
@@ -62,7 +64,9 @@ def _state(
     """Return the state of a stage in a word, and why."""
     if progress.is_concluded(run_dir, _job(run_dir).get("steps")):
         return "done", ""
-    last = next((line for line in reversed(lines) if line["event"] in ("begin", "end", "resubmitted")), None)
+    last = next(
+        (line for line in reversed(lines) if line["event"] in ("begin", "end", "resubmitted")), None
+    )
     if queued is not None and jobs.is_waiting_or_running(queued[0]):
         is_pending = queued[0] == "PENDING"
         word = last["reason"] if last and last["event"] == "end" else ""
@@ -71,7 +75,11 @@ def _state(
     if last is None or last["event"] == "resubmitted":
         return "waiting", "" if queued is None else f"{queued[0].lower()}: {queued[1]}"
     if last["event"] == "begin":
-        return ("running", "") if queued is None else ("failed", f"ended by Slurm: {queued[0].lower()}")
+        return (
+            ("running", "")
+            if queued is None
+            else ("failed", f"ended by Slurm: {queued[0].lower()}")
+        )
     return (last["decision"] if last["decision"] != "again" else "running", last["reason"])
 
 

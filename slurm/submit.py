@@ -69,7 +69,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--time", help="time limit of a recipe's job; the run may take many")
     parser.add_argument("--dry-run", action="store_true", help="only print the scripts")
     parser.add_argument("--local", action="store_true", help="run here, without Slurm")
-    parser.add_argument("--update-code", action="store_true", help="with --resume: copy the code anew")
+    parser.add_argument(
+        "--update-code", action="store_true", help="with --resume: copy the code anew"
+    )
     parser.add_argument("overrides", nargs="*", metavar="setting=value")
     return parser.parse_args(arguments)
 
@@ -90,11 +92,11 @@ def _new(given: argparse.Namespace, site: Site) -> tuple[Path, list[Stage]]:
     return folder, _pipeline_stages(given, site, name, folder)
 
 
-def _pipeline_stages(
-    given: argparse.Namespace, site: Site, name: str, folder: Path
-) -> list[Stage]:
+def _pipeline_stages(given: argparse.Namespace, site: Site, name: str, folder: Path) -> list[Stage]:
     home = Path(given.config_dir) if given.config_dir else train.RECIPES
-    path = next((p for p in (home / f"{name}.yaml", train.RECIPES / f"{name}.yaml") if p.is_file()), None)
+    path = next(
+        (p for p in (home / f"{name}.yaml", train.RECIPES / f"{name}.yaml") if p.is_file()), None
+    )
     if path is None:
         known = ", ".join(sorted(p.stem for p in train.RECIPES.glob(f"{PREFIX}*.yaml")))
         raise UserError(f"--config-name {name}: no such pipeline. There are: {known}.")
@@ -109,11 +111,18 @@ def _pipeline_stages(
         else:
             overrides = [*wish.overrides, *extra[stage_name]]
             overrides += [f"checkpoint.load={source}"] if source else []
+            before = next((s.config for s in stages if s.name == wish.begins_with), None)
             stage = _recipe_stage(
-                given, site, wish.recipe or "", run_dir, overrides, nodes=wish.nodes, lineage=bool(source)
+                given, site, wish.recipe or "", run_dir, overrides, nodes=wish.nodes, before=before
             )
         stages.append(
-            replace(stage, name=stage_name, code=folder / "code", begins_with=wish.begins_with, time=wish.time)
+            replace(
+                stage,
+                name=stage_name,
+                code=folder / "code",
+                begins_with=wish.begins_with,
+                time=wish.time,
+            )
         )
     return stages
 
@@ -126,7 +135,7 @@ def _recipe_stage(
     overrides: list[str],
     *,
     nodes: int | None,
-    lineage: bool = False,
+    before: RunConfig | None = None,
 ) -> Stage:
     """Validate a recipe for this site."""
     arguments = ["--config-name", recipe, *overrides, f"run_dir={run_dir}"]
@@ -135,13 +144,13 @@ def _recipe_stage(
     if nodes:
         arguments.append(f"parallel.world_size={nodes * site.ranks_per_node}")
     config = train.configure(arguments)
-    return _checked(Stage(recipe, run_dir, run_dir / "code", config), site, nodes, lineage=lineage)
+    return _checked(Stage(recipe, run_dir, run_dir / "code", config), site, nodes, before)
 
 
-def _checked(stage: Stage, site: Site, nodes: int | None, *, lineage: bool) -> Stage:
+def _checked(stage: Stage, site: Site, nodes: int | None, before: RunConfig | None) -> Stage:
     assert stage.config is not None
     num_nodes = nodes or math.ceil(stage.config.world_size / site.ranks_per_node)
-    check_run(stage.config, site, num_nodes, loads_later=lineage)
+    check_run(stage.config, site, num_nodes, before)
     return replace(stage, num_nodes=num_nodes)
 
 
@@ -151,8 +160,12 @@ def _resumed(given: argparse.Namespace, site: Site) -> tuple[Path, list[Stage]]:
     lineage = pipeline.read_lineage(folder)
     single = not (folder / pipeline.FILE).is_file()
     names = [entry["name"] for entry in lineage]
-    extra = {names[0]: given.overrides} if single else pipeline.overrides_by_stage(given.overrides, names)
-    stages = []
+    extra = (
+        {names[0]: given.overrides}
+        if single
+        else pipeline.overrides_by_stage(given.overrides, names)
+    )
+    stages: list[Stage] = []
     for entry in lineage:
         run_dir = Path(entry["run_dir"])
         stage = Stage(
@@ -163,7 +176,8 @@ def _resumed(given: argparse.Namespace, site: Site) -> tuple[Path, list[Stage]]:
             config = train.configure(["--resume", str(run_dir), *extra[stage.name]])
             stage = replace(stage, config=config)
             if not stage.is_done:
-                stage = _checked(stage, site, given.nodes, lineage=entry["from"] is not None)
+                before = next((s.config for s in stages if s.name == entry["from"]), None)
+                stage = _checked(stage, site, given.nodes, before)
         _refuse_if_queued(stage)
         stages.append(stage)
     return folder, stages
@@ -173,7 +187,9 @@ def _refuse_if_queued(stage: Stage) -> None:
     ids = [str(line["job"]) for line in progress.attempts(stage.run_dir) if line.get("job")]
     for job_id, (state, _) in jobs.states(ids[-1:]).items():
         if jobs.is_waiting_or_running(state):
-            raise UserError(f"{stage.name} is job {job_id}, {state}: scancel {job_id} first, or let it be.")
+            raise UserError(
+                f"{stage.name} is job {job_id}, {state}: scancel {job_id} first, or let it be."
+            )
 
 
 def _show(stages: list[Stage], site: Site) -> int:
@@ -212,7 +228,9 @@ def _write(
             if given.resume:
                 progress.add_attempt_line(stage.run_dir, event="resubmitted")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}. Choose another with --run-dir.") from None
+        raise UserError(
+            f"{folder} cannot be written: {error}. Choose another with --run-dir."
+        ) from None
 
 
 def _config_text(config: RunConfig) -> str:
@@ -225,7 +243,9 @@ def _submit(folder: Path, stages: list[Stage]) -> int:
     for stage in stages:
         job_of[stage.name] = jobs.submit(stage.script_file, job_of.get(stage.begins_with or ""))
         progress.add_attempt_line(stage.run_dir, event="submitted", job=job_of[stage.name])
-        print(f"job {job_of[stage.name]}  {stage.name}  {stage.run_dir}/logs/slurm-{job_of[stage.name]}.out")
+        print(
+            f"job {job_of[stage.name]}  {stage.name}  {stage.run_dir}/logs/slurm-{job_of[stage.name]}.out"
+        )
     if not stages:
         print("nothing is left to do")
     print(f"\ndirectory {folder}\nstatus    python -m slurm.status {folder}")

@@ -18,6 +18,8 @@ A preempted batch script that ends with 0 counts as completed: the job requeues 
 sends TERM to this very process and to what it is running, so TERM is ignored first.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shlex
@@ -26,7 +28,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from slurm import progress
 
@@ -38,14 +40,14 @@ SIGNAL_AGAIN_SECONDS = 15.0
 class Supervisor:
     """One run, on this allocation or machine."""
 
-    def __init__(self, job: Dict[str, Any]) -> None:
+    def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
         self.run_dir = Path(job["run_dir"])
         self.job_id = os.environ.get("SLURM_JOB_ID") if job["launcher"] != "local" else None
-        self.asked: Optional[int] = None
+        self.asked: int | None = None
         self.ended_by_slurm = False
         self.steps_started = 0
-        self.process: Optional[subprocess.Popen[bytes]] = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def listen(self) -> None:
         """Take USR1, USR2 and TERM (and Ctrl-C, outside a job) as in the table above."""
@@ -60,7 +62,10 @@ class Supervisor:
         number = sum(line["event"] == "begin" for line in progress.attempts(self.run_dir)) + 1
         if progress.is_concluded(self.run_dir, self.job["steps"]):
             return self._end("done", 0, "nothing is left to do")
-        fruitless, limit = progress.fruitless_starts(self.run_dir), self.job["attempts_without_progress"]
+        fruitless, limit = (
+            progress.fruitless_starts(self.run_dir),
+            self.job["attempts_without_progress"],
+        )
         step = progress.newest_step(self.run_dir)
         if fruitless >= limit:
             return self._end(
@@ -73,10 +78,12 @@ class Supervisor:
             self.run_dir, event="begin", attempt=number, step=step, nodes=nodes, job=self.job_id
         )
         progress.tell(self.run_dir, f"attempt {number} begins at step {step} on {nodes}")
-        unfit = self._unfit_nodes(number)
+        progress.forget_outcome(self.run_dir)
+        unfit, interrupted = self._preflight(number)
+        if interrupted:
+            return self._decide(interrupted)
         if unfit:
             return self._exclude(unfit)
-        progress.forget_outcome(self.run_dir)
         code = self._run(self._command(number))
         return self._decide(code)
 
@@ -104,7 +111,9 @@ class Supervisor:
             return self._end("stopped", EXIT_REQUEUE, f"{reason}, as asked (USR2)")
         if self.asked == signal.SIGUSR1:
             reason += ", the time limit is near"
-        self._end("again", code, f"{reason}; to go on from step {progress.newest_step(self.run_dir)}")
+        self._end(
+            "again", code, f"{reason}; to go on from step {progress.newest_step(self.run_dir)}"
+        )
         return AGAIN
 
     def _end(self, decision: str, code: int, reason: str) -> int:
@@ -115,7 +124,7 @@ class Supervisor:
         progress.tell(self.run_dir, f"{decision}: {reason}")
         return code
 
-    def requeue(self, exclude: Optional[List[str]] = None) -> int:
+    def requeue(self, exclude: list[str] | None = None) -> int:
         """Put this job back into the queue, without some nodes; returns only if Slurm refuses."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited by the commands below
         assert self.job_id is not None
@@ -129,25 +138,34 @@ class Supervisor:
             ]
         for command in commands:
             if subprocess.run(command).returncode:
-                progress.tell(self.run_dir, f"{shlex.join(command)} failed: the job is not requeued")
+                progress.tell(
+                    self.run_dir, f"{shlex.join(command)} failed: the job is not requeued"
+                )
                 return EXIT_REQUEUE
         time.sleep(600)  # Slurm ends this process
         return EXIT_REQUEUE
 
-    def _unfit_nodes(self, attempt: int) -> List[str]:
-        """Run the pre-flight on every node; return those that failed it or did not answer."""
+    def _preflight(self, attempt: int) -> tuple[list[str], int]:
+        """Check every node.
+
+        Returns: the nodes that failed or did not answer; and a code above 128 if the check was ended from outside
+            (preemption, say), which is no node's fault.
+        """
         settings = self.job["preflight"]
         if settings is None or self.job_id is None:
-            return []
+            return [], 0
         folder = self.run_dir / progress.SLURM_FOLDER / "preflight" / f"attempt-{attempt:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         nodes = expand(os.environ["SLURM_JOB_NODELIST"])
-        check = [self.job["node_python"], "-m", "slurm.preflight", str(folder), json.dumps(settings)]
-        seconds = settings["timeout_seconds"] + 60
-        self._run([*self._srun(len(nodes), 1)[:4], *check], seconds)
-        return judge_nodes(folder, nodes, lambda text: progress.tell(self.run_dir, text))
+        python, seconds = self.job["node_python"], settings["timeout_seconds"] + 60
+        check = [python, "-m", "slurm.preflight", str(folder), json.dumps(settings)]
+        began = time.monotonic()
+        code = self._run(["srun", *self._shape(len(nodes), 1), *check], seconds)
+        if code > 128 and time.monotonic() - began < seconds:
+            return [], code
+        return judge_nodes(folder, nodes, lambda text: progress.tell(self.run_dir, text)), 0
 
-    def _exclude(self, unfit: List[str]) -> int:
+    def _exclude(self, unfit: list[str]) -> int:
         """Requeue the job without the nodes that are not fit, if that is not too many by now."""
         path = self.run_dir / progress.SLURM_FOLDER / "excluded_nodes.txt"
         known = path.read_text().split() if path.exists() else []
@@ -160,7 +178,7 @@ class Supervisor:
         self._end("again", 1, f"pre-flight failed on {', '.join(unfit)}: requeued without them")
         return self.requeue(excluded)
 
-    def _command(self, attempt: int) -> List[str]:
+    def _command(self, attempt: int) -> list[str]:
         """Return the command line that starts every rank."""
         job, command = self.job, list(self.job["command"])
         if job["launcher"] == "local" or job["steps"] is None:
@@ -172,7 +190,7 @@ class Supervisor:
             return [*self._srun(job["nodes"], job["processes_per_node"]), *command]
         return [*self._srun(job["nodes"], 1), "bash", "-c", self._torchrun(command)]
 
-    def _torchrun(self, command: List[str]) -> str:
+    def _torchrun(self, command: list[str]) -> str:
         """Return shell that starts torchrun and hands TERM to the workers, its children, who save.
 
         torchrun itself must not see it: it would kill them after 30 s. Where Slurm tracks processes by cgroup only
@@ -190,20 +208,25 @@ class Supervisor:
             "while :; do wait $agent; code=$?; kill -0 $agent 2>/dev/null || exit $code; done"
         )
 
-    def _srun(self, nodes: int, per_node: int) -> List[str]:
-        shape = [f"--nodes={nodes}", f"--ntasks={nodes * per_node}", f"--ntasks-per-node={per_node}"]
+    def _srun(self, nodes: int, per_node: int) -> list[str]:
         fixed = ["--kill-on-bad-exit=1", "--label"]
-        return ["srun", *shape, *fixed, *self.job["srun_arguments"]]
+        return ["srun", *self._shape(nodes, per_node), *fixed, *self.job["srun_arguments"]]
 
-    def _run(self, command: List[str], seconds: Optional[float] = None) -> int:
+    def _shape(self, nodes: int, per_node: int) -> list[str]:
+        tasks = (
+            nodes * per_node
+        )  # said outright: srun would take the job's number from its environment
+        return [f"--nodes={nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={per_node}"]
+
+    def _run(self, command: list[str], seconds: float | None = None) -> int:
         """Run a command to its end, passing on what is asked of us; return its exit code, signals as 128 + n."""
         step, self.steps_started = self.steps_started, self.steps_started + 1
         ends_by = None if seconds is None else time.monotonic() + seconds
-        self.process = subprocess.Popen(command, cwd=self.job["code"])
+        process = self.process = subprocess.Popen(command, cwd=self.job["code"])
         signalled = 0.0
         while True:
             try:
-                code = self.process.wait(timeout=0.5)
+                code = process.wait(timeout=0.5)
                 self.process = None
                 return 128 - code if code < 0 else code
             except subprocess.TimeoutExpired:
@@ -232,7 +255,7 @@ class Supervisor:
             self.ended_by_slurm = True
 
 
-def judge_nodes(folder: Path, nodes: List[str], tell: Any) -> List[str]:
+def judge_nodes(folder: Path, nodes: list[str], tell: Any) -> list[str]:
     """Read the pre-flight's reports and return the nodes to blame, having told why.
 
     A node that did not report, or has a problem of its own, is to blame. Where only the network between two
@@ -258,7 +281,7 @@ def judge_nodes(folder: Path, nodes: List[str], tell: Any) -> List[str]:
     return worst[1:] if len(worst) > 1 and worst[0] == nodes[0] else worst
 
 
-def expand(nodelist: str) -> List[str]:
+def expand(nodelist: str) -> list[str]:
     """Return the names in Slurm's short form, n[1-3]."""
     command = ["scontrol", "show", "hostnames", nodelist]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

@@ -48,6 +48,14 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "wrongly typed megatron option": (["model.megatron.moe_permute_fusion=7"], "declares this field as bool"),
     "vocabulary too small": (["model.vocab_size=300"], "data.stdlib_vocab_size=512 is more than model.vocab_size=300"),
     "setting without effect": (["training.recompute_modules=[moe]"], "only with recompute_granularity=selective"),
+    "fp8 with an odd width": (
+        ["precision.compute=bf16", "precision.fp8=hybrid", "model.moe_shared_expert_intermediate_size=40"],
+        "multiples of 16",
+    ),
+    "a graph of a packed run": (
+        ["training.cuda_graph=true", "data.mask_document_boundaries=true", "training.micro_batch_size=1"],
+        "training.cuda_graph=true: data.mask_document_boundaries=true",
+    ),
     "fp8 without bf16": (["precision.fp8=hybrid"], "precision.fp8=hybrid needs precision.compute=bf16"),
 }  # fmt: skip
 

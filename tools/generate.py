@@ -31,7 +31,7 @@ def main() -> int:
     """Generate, and return the exit code."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog="Anything else is a setting of the generate recipe, e.g. parallel=tp2.",
+        epilog="--set takes any setting of the generate recipe, e.g. --set parallel=tp2 under torchrun.",
     )
     parser.add_argument("source", metavar="RUN_DIR", help="a run directory, or a checkpoint in one")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")

@@ -1,19 +1,20 @@
 """Checkpoints: complete or absent, verified before they are trusted, found again, and bounded in number.
 
 `writer` saves, `reader` loads, `content` says what is in a checkpoint, `folders` names, publishes and
-prunes, `integrity` proves one whole. The last two need neither torch nor megatron-core, and so the
-names of the others are fetched on first use: tools look into a checkpoint without the eight seconds
-that importing megatron-core takes.
+prunes, `integrity` proves one whole, `architecture` says whether it fits a model. The last three need
+neither torch nor megatron-core, and so the names of the others are fetched on first use: tools look
+into a checkpoint without the eight seconds that importing megatron-core takes.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from megatron_q3n.checkpoint.architecture import check_architecture
 from megatron_q3n.checkpoint.folders import find, newest_in, step_name
 from megatron_q3n.checkpoint.integrity import seal
 
 if TYPE_CHECKING:
-    from megatron_q3n.checkpoint.reader import Resumed, check_architecture, describe, load, resume
+    from megatron_q3n.checkpoint.reader import Resumed, describe, load, resume
     from megatron_q3n.checkpoint.writer import Saver, save
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
     "seal",
     "step_name",
 ]
-_HOMES = dict.fromkeys(("Resumed", "check_architecture", "describe", "load", "resume"), "reader")
+_HOMES = dict.fromkeys(("Resumed", "describe", "load", "resume"), "reader")
 _HOMES |= dict.fromkeys(("Saver", "save"), "writer")
 
 

@@ -11,18 +11,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_q3n.checkpoint import content, folders, integrity
-from megatron_q3n.config import ModelConfig, UserError
+from megatron_q3n.checkpoint.architecture import check_architecture
+from megatron_q3n.config import UserError
 from megatron_q3n.parallel import Parallel
 from megatron_q3n.training.state import TrainState
-
-# what may differ between two models that share weights
-_FREE = {
-    "name", "backend", "max_position_embeddings", "rotary_base", "moe_aux_loss_coeff", "moe_z_loss_coeff",
-    "moe_router_load_balancing_type", "mtp_loss_scaling_factor", "init_method_std", "embedding_init_method_std",
-    "linear_chunk_size",
-    "moe_router_normalized_init", "megatron",
-}  # fmt: skip
-
 
 @dataclass
 class Resumed:
@@ -82,20 +74,6 @@ def describe(checkpoint: Path) -> dict[str, Any]:
     if problems:
         raise UserError("; ".join(problems) + "; the checkpoint is damaged, use another.")
     return integrity.read(checkpoint)
-
-
-def check_architecture(description: dict[str, Any], model: ModelConfig, checkpoint: Path) -> None:
-    """Refuse a checkpoint whose weights do not fit this model, naming the settings that differ."""
-    saved, wanted = description["model"], model.model_dump(mode="json")
-    differ = [
-        f"model.{name}: {saved.get(name)} there, {value} here"
-        for name, value in wanted.items()
-        if name not in _FREE and saved.get(name) != value
-    ]
-    if differ:
-        raise UserError(
-            f"{checkpoint} holds a model of another architecture: " + "; ".join(differ) + "."
-        )
 
 
 def agreed_damage(state: TrainState, checkpoint: Path) -> list[str]:

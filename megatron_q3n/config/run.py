@@ -12,7 +12,10 @@ from megatron_q3n.config.health import HealthConfig
 from megatron_q3n.config.inference import InferenceConfig
 from megatron_q3n.config.model import ModelConfig
 from megatron_q3n.config.parallel import ParallelConfig
+from megatron_q3n.config.post_training import check_rl, check_sft
+from megatron_q3n.config.rl import RlConfig
 from megatron_q3n.config.section import Section
+from megatron_q3n.config.sft import SftConfig
 from megatron_q3n.config.training import (
     CheckpointConfig,
     OptimizerConfig,
@@ -58,7 +61,7 @@ class SampleConfig(Section):
 class RunConfig(Section):
     """Everything a run needs to know. `config.yaml` in the run directory is exactly this, resolved."""
 
-    stage: Literal["pretrain", "longcontext", "generate"] = "pretrain"
+    stage: Literal["pretrain", "longcontext", "generate", "sft", "rl"] = "pretrain"
     recipe: str = Field("custom", description="name of the recipe, for the run directory")
     run_dir: str | None = Field(
         None,
@@ -81,6 +84,8 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     samples: SampleConfig = SampleConfig()
     inference: InferenceConfig = InferenceConfig()
+    sft: SftConfig = SftConfig()
+    rl: RlConfig = RlConfig()
 
     @model_validator(mode="after")
     def _legal(self) -> "RunConfig":
@@ -92,7 +97,12 @@ class RunConfig(Section):
         self._check_schedule()
         self._check_recompute()
         self._check_graph()
+        self._check_fp8()
         self._check_data()
+        if self.stage == "sft":
+            check_sft(self)
+        if self.stage == "rl":
+            check_rl(self)
         return self
 
     def _check_start(self) -> None:
@@ -145,6 +155,42 @@ class RunConfig(Section):
                 "shorten one of them."
             )
 
+    def _check_fp8(self) -> None:
+        """Refuse what FP8's matrix products cannot take: every dimension of theirs on a rank is a multiple of 16, for
+        mxfp8 of 32."""
+        if self.precision.fp8 is None:
+            return
+        model, layout = self.model, self.parallel
+        tensor, context = layout.tensor_model_parallel_size, layout.context_parallel_size
+        heads = f" / parallel.tensor_model_parallel_size={tensor}" if tensor > 1 else ""
+        gated = 2 if model.attention_output_gate else 1
+        key, value = (
+            model.linear_num_key_heads * model.linear_key_head_dim,
+            model.linear_num_value_heads * model.linear_value_head_dim,
+        )
+        queries, groups = model.num_attention_heads, model.num_query_groups
+        tokens = self.training.micro_batch_size * self.training.sequence_length
+        products = {
+            "tokens of a micro-batch (training.micro_batch_size × sequence_length)": (tokens, context),
+            "model.hidden_size": (model.hidden_size, 1),
+            f"q|k|v|z of Gated DeltaNet{heads}": (2 * key + 2 * value, tensor),
+            f"the values of Gated DeltaNet{heads}": (value, tensor),
+            f"q|k|v of gated attention{heads}": (
+                (gated * queries + 2 * groups) * model.kv_channels, tensor,
+            ),
+            f"the output of gated attention{heads}": (queries * model.kv_channels, tensor),
+            f"model.moe_shared_expert_intermediate_size{heads}": (
+                model.moe_shared_expert_intermediate_size, tensor,
+            ),
+        }  # fmt: skip
+        multiple = 32 if self.precision.fp8_recipe == "mxfp8" else 16
+        for what, (size, cut) in products.items():
+            if size % (multiple * cut):
+                raise UserError(
+                    f"precision.fp8={self.precision.fp8}: {what} is {size // cut} on a rank, and FP8's matrix "
+                    f"products take multiples of {multiple}; change it, or set precision.fp8=null."
+                )
+
     def graph_obstacle(self) -> str | None:
         """Say what keeps a step's passes from becoming one CUDA graph; None when nothing does."""
         layout = self.parallel
@@ -156,6 +202,8 @@ class RunConfig(Section):
             return "parallel.overlap_grad_reduce=true communicates inside the passes"
         if self.data.mask_document_boundaries:
             return "data.mask_document_boundaries=true gives every batch other shapes"
+        if self.stage in ("sft", "rl"):
+            return f"stage={self.stage} packs conversations, which gives every batch other shapes"
         if self.training.recompute_granularity is not None:
             return "recompute saves and restores random states on the host"
         return None

@@ -90,6 +90,12 @@ class TextTokenizer:
         """Return the id of a token by its name in the vocabulary, special ones too; None if there is none."""
         return self._backend.token_to_id(token)
 
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Ids of every special token, by name."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json into a folder."""
         (folder / TOKENIZER_FILE).write_text(self._canonical, encoding="utf-8")
@@ -136,8 +142,12 @@ class TextTokenizer:
         return num_bytes_V
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, *, single_digits: bool = False
+) -> TextTokenizer:
     """Train a byte-level BPE with one special token, <|endoftext|> (id 0); the same texts give the same one.
+
+    `single_digits` makes each digit a token of its own, as Qwen's tokenizer does.
 
     The vocabulary is smaller than asked for when the texts hold too few repeated pairs.
 
@@ -152,7 +162,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     splitter = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([splitter, byte_level])
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([splitter, *digits, byte_level])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

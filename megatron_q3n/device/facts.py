@@ -101,6 +101,13 @@ def _cuda(config: RunConfig) -> Device:
         raise UserError(
             "precision.fp8 needs TransformerEngine: pip install -r requirements-gpu.txt."
         )
+    if config.precision.fp8_recipe == "mxfp8" and config.precision.fp8:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 10:
+            raise UserError(
+                f"precision.fp8_recipe=mxfp8 needs a Blackwell GPU (compute capability 10), found {name} "
+                f"({major}.{minor}); use tensorwise or blockwise."
+            )
     use_te = has_te and wanted != "torch"
     reason = (
         "installed"

@@ -9,7 +9,3 @@
 The withheld update itself is in `training/guard.py`, beside the optimizer. The check of nodes before a run starts is in
 `slurm/preflight.py`: it must work where nothing is installed.
 """
-
-from megatron_q3n.health.watch import Watch
-
-__all__ = ["Watch"]

@@ -1,9 +1,9 @@
 """Which batches a run leaves out, and so which batch each step trains on.
 
-A step's batch is a function of the step: nothing but the step needs saving. Going back and leaving a batch out keeps that
-true with one short list, `skipped_batches.json` in the run directory: step s trains on the s-th batch that is not on
-the list. The list is outside the checkpoints, since going back to one must not forget it. Batches that are
-missing at the end because some were left out are taken from the beginning.
+A step's batch is a function of the step: nothing but the step needs saving. Going back and leaving a batch out
+keeps that true with one short list, `skipped_batches.json` in the run directory: step s trains on the s-th batch
+that is not on the list. The list is outside the checkpoints, since going back to one must not forget it. Batches that
+are missing at the end because some were left out are taken from the beginning.
 """
 
 import json

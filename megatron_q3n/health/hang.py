@@ -1,8 +1,8 @@
 """A thread that finds a rank without progress, writes the stack of every thread, and ends the process.
 
-One rank that hangs holds up all others in their next collective, so every rank's own watch finds it within the time of
-a step, and together they leave every rank's stack: those in a collective are victims, the one elsewhere is the cause. The
-launcher ends what is left once the first process has gone.
+One rank that hangs holds up all others in their next collective, so every rank's own watch finds it within the
+time of a step, and together they leave every rank's stack: those in a collective are victims, the one
+elsewhere is the cause. The launcher ends what is left once the first process has gone.
 
 Two clocks, since Python code does not run while a C call holds the interpreter lock: this thread, which
 writes files and speaks; and faulthandler's own, written in C, a little later, which can only dump to stderr and exit.
@@ -67,6 +67,7 @@ class HangWatch:
             self._deadline = time.monotonic() + self._limit
             # no notify: a later deadline is met when the thread wakes for the earlier one
         later = self._limit + 2 * GRACE_SECONDS
+        assert sys.__stderr__ is not None
         faulthandler.dump_traceback_later(later, exit=True, file=sys.__stderr__)
 
     def _watch(self) -> None:

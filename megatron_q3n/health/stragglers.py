@@ -1,9 +1,9 @@
 """How long each rank works on a step by itself, and which rank the others wait for.
 
-The whole step takes equally long everywhere, since ranks wait for each other; what tells them apart is the time until a
-rank's own gradients are ready, before it enters the gradients' reduction. Ranks of one tensor, pipeline or
-expert group wait for each other inside that time and show the slowest of them: the report then names a group, all of whose
-ranks are slow. Waiting for data is reported beside it.
+The whole step takes equally long everywhere, since ranks wait for each other; what tells them apart is the time
+until a rank's own gradients are ready, before it enters the gradients' reduction. Ranks of one tensor, pipeline or
+expert group wait for each other inside that time and show the slowest of them: then all ranks of a group look slow.
+Waiting for data is reported beside it.
 """
 
 import json
@@ -76,7 +76,12 @@ class Stragglers:
 
     def _write(self, step: int, table: list[list[float]]) -> None:
         ranks = [
-            {"rank": rank, "host": host, "own_seconds": round(own, 5), "data_seconds": round(data, 5)}
+            {
+                "rank": rank,
+                "host": host,
+                "own_seconds": round(own, 5),
+                "data_seconds": round(data, 5),
+            }
             for rank, (host, (own, data)) in enumerate(zip(self._hosts, table))
         ]
         with self._path.open("a", encoding="utf-8") as file:

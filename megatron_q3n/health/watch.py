@@ -42,7 +42,9 @@ class Watch:
         """
         self._note = note
         self._trouble = None
-        known = json.dumps([past, batch_order.read(self._run_dir)]) if self._group.is_leader else None
+        known = (
+            json.dumps([past, batch_order.read(self._run_dir)]) if self._group.is_leader else None
+        )
         past, self._roll_backs = json.loads(self._group.from_leader(known))
         self._judge.remember((loss, norm) for loss, norm in past)
 
@@ -113,22 +115,25 @@ class Watch:
         assert trouble is not None
         order, taken = self._order(), range(back_to, trouble.step)
         numbers = [order.batch_of(step) for step in taken][-self._settings.leave_out_batches :]
+        numbers = [number % self._config.training.steps for number in numbers]
         entry = {
             "step": trouble.step,
             "kind": trouble.kind,
             "what": trouble.what,
             "back_to": back_to,
-            "batches": [number % self._config.training.steps for number in numbers],
+            "batches": numbers,
         }
         self._roll_backs.append(entry)
         if self._group.is_leader:
             batch_order.write(self._run_dir, self._roll_backs)
         self._note(
             f"step {trouble.step}: {trouble.what}: going back to step {back_to}, leaving out batch "
-            f"{', '.join(map(str, entry['batches']))} (health.{trouble.kind}=roll_back, "
+            f"{', '.join(map(str, numbers))} (health.{trouble.kind}=roll_back, "
             f"{len(self._roll_backs)} so far)"
         )
         self._group.barrier()
 
     def _order(self) -> batch_order.BatchOrder:
-        return batch_order.BatchOrder(batch_order.left_out(self._roll_backs), self._config.training.steps)
+        return batch_order.BatchOrder(
+            batch_order.left_out(self._roll_backs), self._config.training.steps
+        )

@@ -77,9 +77,7 @@ class Sequence:
         return whole if len(whole) == count else [*whole, self.completion.tokens[0]]
 
     def uniforms(self, count: int) -> list[float]:
-        """Return the next numbers of this sequence's own stream, in [0, 1); none are used up when greedy."""
-        if self.sampling.is_greedy:
-            return [0.0] * count
+        """Return the next numbers of this sequence's own stream, in [0, 1)."""
         return [self._random.random() for _ in range(count)]
 
     def take(

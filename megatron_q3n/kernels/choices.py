@@ -21,6 +21,11 @@ def allow(operation: str) -> None:
     _qualified.add(operation)
 
 
+def lacking(operations: tuple[str, ...]) -> list[str]:
+    """Return those of the operations whose fused kernel is not in use."""
+    return [operation for operation in operations if operation not in _qualified]
+
+
 def forget() -> None:
     """Go back to the references."""
     _qualified.clear()

@@ -12,9 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_q3n.kernels import choices
 from megatron_q3n.kernels.delta_mixer import DeltaHeads
 from megatron_q3n.kernels.gated_delta_rule import chunk_gated_delta_rule
 
+OPERATION = "gated delta rule"
 Rule = Callable[..., tuple[Tensor, Tensor | None]]
 _TOLERANCE = 2e-2  # relative, bf16 operands; a wrong kernel is off by far more than 1
 _backend: Rule = chunk_gated_delta_rule
@@ -47,6 +49,7 @@ def choose(device: torch.device, dtype: torch.dtype, heads: DeltaHeads, packed: 
     if not error < _TOLERANCE:
         return f"torch: the fla kernel FAILED its gradient check on this GPU (relative error {error:.1e})"
     _backend = fused_gated_delta_rule
+    choices.allow(OPERATION)
     return f"fla: gradients checked against the reference on this GPU (relative error {error:.1e})"
 
 

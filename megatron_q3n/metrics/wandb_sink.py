@@ -94,7 +94,9 @@ def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Note) -> Wa
         note(f"wandb: offline; to upload: wandb sync {run_dir}/wandb/*run-*")
         return WandbSink(run, records, held_offline(run_dir, note), note)
     note(f"wandb: {run.url}")
-    return WandbSink(run, records, run.starting_step - 1, note)  # the server goes on after its last step
+    return WandbSink(
+        run, records, run.starting_step - 1, note
+    )  # the server goes on after its last step
 
 
 def installed() -> bool:

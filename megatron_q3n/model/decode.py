@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_q3n.kernels.delta_mixer import DeltaHeads, DeltaWeights

@@ -150,8 +150,11 @@ class DecodeState:
     def settle(self, kept: list[int]) -> None:
         """Count `kept[n]` of the last call's tokens of sequence n as its own, and take back the rest."""
         if self.prefixes > 1:
-            index = [row * self.prefixes + keep - 1 for row, keep in enumerate(kept)]
-            self.layers = [_rows(m, index, GatedDeltaNetState) for m in self.layers]
+            rows = [row * self.prefixes + keep - 1 for row, keep in enumerate(kept)]
+            index = self._index(rows)
+            self.layers = [
+                _rows(m, index) if isinstance(m, GatedDeltaNetState) else m for m in self.layers
+            ]
             self.prefixes = 1
         self.lengths = [length + keep for length, keep in zip(self.lengths, kept)]
 
@@ -160,11 +163,17 @@ class DecodeState:
         assert self.prefixes == 1, "settle first"
         if rows == list(range(len(self.lengths))):
             return self
+        index = self._index(rows)
         return DecodeState(
-            [_rows(memory, rows, object) for memory in self.layers],
-            [_rows(memory, rows, object) for memory in self.mtp],
+            [_rows(memory, index) for memory in self.layers],
+            [_rows(memory, index) for memory in self.mtp],
             [self.lengths[row] for row in rows],
         )
+
+    def _index(self, rows: list[int]) -> Tensor:
+        """Return row numbers where the memories are: one transfer for all layers."""
+        devices = (_tensors(memory)[0].device for memory in self.layers if memory is not None)
+        return torch.tensor(rows, dtype=torch.long).to(next(devices), non_blocking=True)
 
     def join(self, other: "DecodeState") -> "DecodeState":
         """Return the state of these sequences followed by the others."""
@@ -220,11 +229,10 @@ def _tensors(memory: GatedDeltaNetState | KeyValueCache) -> tuple[Tensor, Tensor
     return memory.key, memory.value
 
 
-def _rows(memory: Memory, rows: list[int], kind: type) -> Memory:
-    """Return some rows of a memory of this kind; another kind comes back as it is."""
-    if memory is None or not isinstance(memory, kind):
-        return memory
-    index = torch.tensor(rows, dtype=torch.long).to(_tensors(memory)[0].device, non_blocking=True)
+def _rows(memory: Memory, index: Tensor) -> Memory:
+    """Return some rows of a memory."""
+    if memory is None:
+        return None
     return type(memory)(*(x.index_select(0, index) for x in _tensors(memory)))
 
 

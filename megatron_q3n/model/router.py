@@ -18,10 +18,13 @@ from copy import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
+
+from megatron_q3n.model.route_tape import RouteTape
 
 
 class GlobalBatchRouter(TopKRouter):
@@ -45,6 +48,7 @@ class GlobalBatchRouter(TopKRouter):
         self.register_buffer("probability", zeros(), persistent=False)
         self.global_tokens_per_expert = None  # megatron-core's running average is not used
         # taken over from TopKRouter.forward, which would draw a second time
+        self.tape: RouteTape | None = None  # records and replays routes, for reinforcement learning
         self.forces_balance = config.moe_router_force_load_balancing
         self.config = copy(config)
         self.config.moe_router_force_load_balancing = False
@@ -60,7 +64,11 @@ class GlobalBatchRouter(TopKRouter):
         Not megatron-core's random logits: they switch the generator's state, which a CUDA graph cannot.
         The gradient goes through as if the scores were the router's own, as upstream's does.
         """
-        logits = super().gating(input)
+        if input.dtype == torch.float32 and self.config.moe_router_dtype == "fp32":
+            # not upstream's way, which on a GPU is TransformerEngine's product in TF32: ten bits
+            logits = F.linear(input, self.weight.float())
+        else:
+            logits = super().gating(input)
         if self.forces_balance:
             logits = logits + (torch.randn_like(logits) - logits).detach()
         return logits
@@ -72,6 +80,8 @@ class GlobalBatchRouter(TopKRouter):
         Returns: gates and routing map, [S·B,E].
         """
         probs, routing_map = super().routing(logits, padding_mask)
+        if self.tape is not None:
+            probs, routing_map = self.tape.run(self, logits, probs, routing_map)
         # under activation recompute only the pass that builds a graph counts
         if self.training and torch.is_grad_enabled():
             assert padding_mask is None, "balance over padded batches is not defined here"

@@ -15,7 +15,7 @@ from megatron_q3n.config.sizes import parameters
 from megatron_q3n.data.bigram import witten_bell_bits_per_byte
 from megatron_q3n.data.pretrain import PretrainData, build_pretrain_data
 from megatron_q3n.device import choose_device, measured_matmul_flops
-from megatron_q3n.health import Watch
+from megatron_q3n.health.watch import Watch
 from megatron_q3n.kernels.qualification import qualify
 from megatron_q3n.metrics import jsonl
 from megatron_q3n.metrics.meters import throughput
@@ -30,8 +30,10 @@ from megatron_q3n.training.optimizer import decay_table
 from megatron_q3n.training.state import TrainState, build_state
 
 
-def run(config: RunConfig, run_dir: Path) -> int:
-    """Train and report.
+def run(
+    config: RunConfig, run_dir: Path, build_data: Callable[..., Any] = build_pretrain_data
+) -> int:
+    """Train and report. `build_data` makes the rows; fine-tuning brings its own.
 
     Returns: 0 when all steps are done, 75 when stopped early with everything saved.
     """
@@ -45,7 +47,7 @@ def run(config: RunConfig, run_dir: Path) -> int:
         checkpoint.find(config.checkpoint.load)
     if checkpoint.newest_in(run_dir):
         run_directory.check_same_data(run_dir, config)
-    data = build_pretrain_data(config, is_leader=group.is_leader, barrier=group.barrier)
+    data = build_data(config, is_leader=group.is_leader, barrier=group.barrier)
     if group.is_leader:
         run_directory.open_directory(run_dir, config)
     kernels = qualify(config, device.torch_device, compute_dtype(config))
@@ -156,7 +158,9 @@ def _start(state: TrainState, run_dir: Path) -> list[str]:
     fresh init. Return what to tell the user of it."""
     resumed = checkpoint.resume(state, run_dir)
     if resumed.checkpoint is not None:
-        concluded = (run_dir / "summary.json").is_file()  # else killed between the last step and here
+        concluded = (
+            run_dir / "summary.json"
+        ).is_file()  # else killed between the last step and here
         if state.step > state.config.training.steps or (
             state.step == state.config.training.steps and concluded
         ):

@@ -22,6 +22,7 @@ from megatron_q3n.config import RunConfig, UserError, launch
 from megatron_q3n.device import Device
 
 CONFIG, ENVIRONMENT, LATEST = "config.yaml", "environment.json", "latest"
+TOKENIZER_FOLDER = "tokenizer"  # of fine-tuned models, with the chat template
 PACKAGES = (
     "torch", "megatron-core", "transformer-engine", "flash-linear-attention", "flash-qla", "triton", "transformers",
     "tokenizers", "hydra-core", "pydantic", "wandb", "numpy",
@@ -67,6 +68,7 @@ def check_same_data(run_dir: Path, config: RunConfig) -> None:
     now = config.model_dump(mode="json")
     place = {"data": set(now["data"]) - {"cache_dir", "num_workers"}}
     place["training"] = {"seed", "global_batch_size", "sequence_length"}
+    place |= {stage: set(now[stage]) for stage in ("sft", "rl") if stage == config.stage}
     differ = [
         f"{section}.{name}: {before[section].get(name)} there, {now[section][name]} here"
         for section, names in place.items()

@@ -9,6 +9,7 @@ from megatron_q3n import checkpoint
 from megatron_q3n.checkpoint import integrity
 from megatron_q3n.checkpoint.weights import load_weights
 from megatron_q3n.config import ModelConfig, RunConfig, UserError, validate
+from megatron_q3n.conversion.importing import KEPT
 from megatron_q3n.data.folders import cache_root
 from megatron_q3n.data.manifest import verify_prepared
 from megatron_q3n.data.stdlib import prepare_stdlib
@@ -17,9 +18,7 @@ from megatron_q3n.device import Device
 from megatron_q3n.kernels.qualification import qualify
 from megatron_q3n.model.build import build_model, compute_dtype
 from megatron_q3n.parallel import Parallel
-from megatron_q3n.stages.run_directory import CONFIG
-
-IMPORTED = "huggingface"  # what an imported checkpoint keeps of its source
+from megatron_q3n.stages.run_directory import CONFIG, TOKENIZER_FOLDER
 
 
 def with_model_of(source: Path, config: RunConfig) -> RunConfig:
@@ -50,12 +49,15 @@ def tokenizer_of(source: Path, setting: str | None) -> TextTokenizer:
     """
     if setting is not None:
         return TextTokenizer.load(setting)
-    if (source / IMPORTED / TOKENIZER_FILE).is_file():
-        return TextTokenizer.load(source / IMPORTED)
-    run_config = source.parent.parent / CONFIG
+    if (source / KEPT / TOKENIZER_FILE).is_file():
+        return TextTokenizer.load(source / KEPT)
+    run_dir = source.parent.parent
+    if (run_dir / TOKENIZER_FOLDER / TOKENIZER_FILE).is_file():
+        return TextTokenizer.load(run_dir / TOKENIZER_FOLDER)
+    run_config = run_dir / CONFIG
     if not run_config.is_file():
         raise UserError(
-            f"{source} lies in no run directory and holds no {IMPORTED}/{TOKENIZER_FILE}: name its tokenizer "
+            f"{source} lies in no run directory and holds no {KEPT}/{TOKENIZER_FILE}: name its tokenizer "
             "with inference.tokenizer=FOLDER."
         )
     data = yaml.safe_load(run_config.read_text())["data"]

@@ -1,5 +1,6 @@
 """One optimizer step: forward and backward over the micro-batches, clip, update, and what there is to report."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -28,7 +29,13 @@ class StepReport:
     expert_load: dict[str, list[float]]
 
 
-def train_step(state: TrainState, batches: list[Batch]) -> StepReport:
+ForwardStep = Callable[[Iterator[Any], Any], tuple[torch.Tensor, Any]]
+"""A micro-batch's forward pass and the function that makes its loss, as megatron-core's schedules want them."""
+
+
+def train_step(
+    state: TrainState, batches: Any, forward: ForwardStep = forward_step
+) -> StepReport:
     """Take one optimizer step on this rank's micro-batches of a global batch."""
     rate = learning_rate(state.optimizer)
     for chunk in state.chunks:
@@ -36,7 +43,7 @@ def train_step(state: TrainState, batches: list[Batch]) -> StepReport:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     _count_predictions(state, batches)
-    reports = run_microbatches(state, batches, forward_only=False)
+    reports = run_microbatches(state, batches, forward_only=False, forward=forward)
     total, tokens = reduce_losses(reports, state.parallel)
     state.loss = total / max(tokens, 1)
     updated, grad_norm, _ = state.optimizer.step()
@@ -71,21 +78,27 @@ def evaluate(state: TrainState, global_batches: Any) -> tuple[float, float]:
     return total, tokens
 
 
-def run_microbatches(state: TrainState, batches: list[Batch], *, forward_only: bool) -> list[dict]:
+def run_microbatches(
+    state: TrainState, batches: Any, *, forward_only: bool, forward: ForwardStep = forward_step
+) -> list[dict]:
     """Drive megatron-core's schedule (plain, 1F1B or interleaved, as the layout needs) over the micro-batches.
 
     Training passes are replayed as one CUDA graph where the state has one (training/step_graph.py).
     """
     if state.graph is not None and not forward_only:
-        return state.graph.run(batches, partial(_run_schedule, state, forward_only=False))
-    return _run_schedule(state, batches, forward_only=forward_only)
+        return state.graph.run(
+            batches, partial(_run_schedule, state, forward_only=False, forward=forward)
+        )
+    return _run_schedule(state, batches, forward_only=forward_only, forward=forward)
 
 
-def _run_schedule(state: TrainState, batches: list[Batch], *, forward_only: bool) -> list[dict]:
+def _run_schedule(
+    state: TrainState, batches: list[Batch], *, forward_only: bool, forward: ForwardStep
+) -> list[dict]:
     training, chunks = state.config.training, state.chunks
     single = len(chunks) == 1
     return get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=forward,
         data_iterator=iter(batches) if single else [iter(batches) for _ in chunks],
         model=chunks[0] if single else chunks,
         num_microbatches=len(batches),

@@ -20,15 +20,29 @@ from typing import Any
 
 import torch
 
-from megatron_q3n.config import RunConfig
+from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.data.batch import Batch
+from megatron_q3n.kernels import choices, delta_rule_backend, grouped_linear, permutation
 
+MUST_BE_FUSED = (delta_rule_backend.OPERATION, permutation.OPERATION, grouped_linear.OPERATION)
 _WARMUP_STEPS = 2  # kernels compile and libraries allocate; neither may happen during capture
 
 
 def uses_graph(config: RunConfig, is_cuda: bool) -> bool:
-    """Whether a run's steps become graphs: where they can, unless training.cuda_graph=false."""
-    return is_cuda and config.training.cuda_graph is not False and config.graph_obstacle() is None
+    """Whether a run's steps become graphs: where they can, unless training.cuda_graph=false.
+
+    Raises: UserError if the configuration insists and the kernels here cannot.
+    """
+    wanted = config.training.cuda_graph
+    if not is_cuda or wanted is False or config.graph_obstacle():
+        return False
+    lacking = choices.lacking(MUST_BE_FUSED)
+    if lacking and wanted:
+        raise UserError(
+            f"training.cuda_graph=true: here {lacking[0]} runs as its torch reference, which waits for the "
+            "GPU; environment.json says why. Leave training.cuda_graph null."
+        )
+    return not lacking
 
 
 class StepGraph:

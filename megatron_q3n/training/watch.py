@@ -10,7 +10,7 @@ Verdict = Literal["go_on", "roll_back", "stop"]
 
 
 class Watch(Protocol):
-    """What the loop needs of a watch over its health; `health.Watch` is one."""
+    """What the loop needs of a watch over its health; `health.watch.Watch` is one."""
 
     def batches[Item](
         self, source: Callable[[int], Iterator[Item]], first_step: int

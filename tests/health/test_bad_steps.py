@@ -40,11 +40,15 @@ def test_a_roll_back_is_the_run_without_that_batch(tmp_path: Path) -> None:
 
 
 def test_a_withheld_update_is_counted_and_the_run_ends_well(tmp_path: Path) -> None:
-    done = train(tmp_path / "run", "spike@8", "health.loss_spike=skip", "health.spike_minimum_steps=5")
+    done = train(
+        tmp_path / "run", "spike@8", "health.loss_spike=skip", "health.spike_minimum_steps=5"
+    )
     assert done.returncode == 0, done.stderr
     assert "step 9: loss" in done.stdout
     assert "update withheld (health.loss_spike=skip)" in done.stdout
-    records = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
     assert [r.get("skipped_steps", 0) for r in records] == [0] * 8 + [1] * 4
     before, after = records[7]["loss/train"], records[9]["loss/train"]
     assert after == pytest.approx(before, abs=0.3), "the weights did not see the batch"

@@ -27,7 +27,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 RUNS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0, "prefill_tokens": 20},
     "greedy-drafts": {"temperature": 0.0, "draft_depth": 2, "max_sequences": 2},
-    "sampled": {"temperature": 1.0},
     "sampled-drafts": {"temperature": 1.0, "draft_depth": 2},
 }
 PROMPTS = random_prompts([5, 40, 1, 17, 30], 64)
@@ -85,8 +84,9 @@ def work(rank: int, layout: str, folder: Path) -> None:
         model = build_model(config, device.model_backend, group.groups)[0]
         load_weights([model], config, group, checkpoint.find(folder))
     everything = list(range(len(PROMPTS)))
-    shares = {"all": everything, "split": everything[group.data_rank :: group.data_size]}
+    shares = {"all": everything}
     if group.data_size > 1:
+        shares["split"] = everything[group.data_rank :: group.data_size]
         shares["idle"] = everything if group.data_rank == 0 else []
     found = {name: completions(model, share) for name, share in shares.items()}
     (folder / f"{layout}-{rank}.json").write_text(json.dumps(found))

@@ -29,7 +29,7 @@ def run(model: Any, pieces: list[list[int]], state: Any, **options: Any) -> list
     tokens = torch.tensor([t for piece in pieces for t in piece], device=device)
     with generating(model), torch.no_grad():
         hidden = extend(model, tokens, Span(state.lengths, counts, device), state, **options)
-        return list(logits_of(model, hidden).split(counts))
+        return list(logits_of(model, hidden).cpu().split(counts))
 
 
 def decoded(model: Any, prompts: list[list[int]], cuts: list[list[int]]) -> list[Tensor]:
@@ -146,12 +146,18 @@ def test_the_draft_layer_is_the_one_that_was_trained(model: Any) -> None:
     from megatron_q3n.model.decode import extend, extend_mtp, generating
     from megatron_q3n.model.decode_state import DecodeState, Span
 
-    tokens = torch.tensor(random_prompts([41], 64)[0])
+    device = next(model.parameters()).device
+    tokens = torch.tensor(random_prompts([41], 64)[0], device=device)
     grabbed: list[Tensor] = []
     hook = model.mtp.register_forward_hook(lambda _m, _i, out: grabbed.append(out))
     with torch.no_grad():
         model.eval()
-        model(tokens[None, :-1], torch.arange(40)[None], None, runtime_gather_output=True)
+        model(
+            tokens[None, :-1],
+            torch.arange(40, device=device)[None],
+            None,
+            runtime_gather_output=True,
+        )
     hook.remove()
     wanted = grabbed[0].chunk(2)[1][:, 0]
     state = DecodeState.empty(model, 1)

@@ -9,13 +9,14 @@ from megatron_q3n.config import validate
 TINY = {"hidden_size": 32, "vocab_size": 64, "max_position_embeddings": 2048}
 
 
-def tiny_model(alone: Any, seed: int = 0, **settings: Any) -> Any:
+def tiny_model(alone: Any, seed: int = 0, compute: str = "fp32", **settings: Any) -> Any:
     """Build it on the process groups of `alone`; imports megatron-core late."""
     from megatron_q3n.model.build import build_model
 
     device, parallel = alone
     data = {"source": "blend", "train": [{"path": "unused"}]}
-    config = validate({"model": {**TINY, **settings}, "data": data})
+    tree = {"model": {**TINY, **settings}, "data": data, "precision": {"compute": compute}}
+    config = validate(tree)
     model = build_model(config, device.model_backend, parallel.groups)[0].to(device.torch_device)
     return move_from_init(model, seed)
 
@@ -43,7 +44,7 @@ def full_logits(model: Any, tokens: list[int]) -> torch.Tensor:
     with generating(model):
         logits = model(ids, positions, None, runtime_gather_output=True)[0]
     model.mtp_process = mtp
-    return logits.float()
+    return logits.float().cpu()
 
 
 def random_prompts(lengths: list[int], vocab: int, seed: int = 1) -> list[list[int]]:

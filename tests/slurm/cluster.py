@@ -1,8 +1,8 @@
 """A real Slurm of several nodes on this machine: slurmctld, one slurmd per node, munge with a key of its own.
 
 As root or not, without systemd and cgroups, on ports of its own, all files in one folder. Debian's slurm-wlm allows
-several slurmd on one host (MULTIPLE_SLURMD). Two settings matter: with munge's usual credential lifetime of five minutes
-a requeued job waits two minutes; and MinJobAge keeps ended jobs in squeue, which tests ask.
+several slurmd on one host (MULTIPLE_SLURMD). Two settings matter: with munge's usual credential lifetime of five
+minutes a requeued job waits two minutes; and MinJobAge keeps ended jobs in squeue, which tests ask.
 """
 
 import getpass
@@ -10,15 +10,19 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
-SYSTEM_FOLDERS = os.pathsep.join(("/usr/sbin", "/usr/local/sbin", "/sbin"))  # not on everyone's PATH
+SYSTEM_FOLDERS = os.pathsep.join(
+    ("/usr/sbin", "/usr/local/sbin", "/sbin")
+)  # not on everyone's PATH
 CONF = """\
 ClusterName=q3n
 SlurmctldHost={host}(127.0.0.1)
@@ -81,7 +85,9 @@ class Cluster:
         """Bring it up and wait until every node is idle."""
         for folder in ("ctld", "spool", "log", *(f"spool/n{i + 1}" for i in range(self.nodes))):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
-        self.root.chmod(0o755)  # munge wants nobody else to write here; pytest's folders are private
+        self.root.chmod(
+            0o755
+        )  # munge wants nobody else to write here; pytest's folders are private
         path = os.pathsep.join((os.environ["PATH"], SYSTEM_FOLDERS))
         self.environment = {**os.environ, "PATH": path, "SLURM_CONF": str(self.root / "slurm.conf")}
         (self.root / "slurm.conf").write_text(self._conf())
@@ -92,13 +98,25 @@ class Cluster:
         self._wait_for_nodes()
 
     def stop(self) -> None:
-        """End every job and daemon of this cluster."""
-        subprocess.run(["scancel", f"--user={getpass.getuser()}"], env=self.environment, check=False)
-        time.sleep(0.5)
-        for name in (*(f"slurmd-n{i + 1}" for i in range(self.nodes)), "slurmctld", "munged"):
-            path = self.root / f"{name}.pid"
-            if path.exists() and (text := path.read_text().strip()):
-                os.kill(int(text), signal.SIGTERM)
+        """End every job and daemon of this cluster; what does not end by itself is killed."""
+        ask: dict[str, Any] = {
+            "env": self.environment,
+            "check": False,
+            "capture_output": True,
+            "text": True,
+        }
+        subprocess.run(["scancel", f"--user={getpass.getuser()}"], **ask)
+        deadline = time.monotonic() + 12  # KillWait and a little
+        while subprocess.run(["squeue", "-h"], **ask).stdout and time.monotonic() < deadline:
+            time.sleep(0.2)
+        names = [*(f"slurmd-n{i + 1}" for i in range(self.nodes)), "slurmctld", "munged"]
+        files = [path for name in names if (path := self.root / f"{name}.pid").exists()]
+        ids = [int(text) for path in files if (text := path.read_text().strip())]
+        daemons = [psutil.Process(number) for number in ids if psutil.pid_exists(number)]
+        for daemon in daemons:
+            daemon.terminate()
+        for daemon in psutil.wait_procs(daemons, timeout=5)[1]:
+            daemon.kill()
 
     def run(self, *command: str) -> str:
         """Run one of Slurm's client programs and return what it prints."""
@@ -130,7 +148,9 @@ class Cluster:
         return state
 
     def _run(self, *command: str) -> str:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -152,7 +172,10 @@ class Cluster:
 
     def _wait_for_nodes(self) -> None:
         deadline = time.monotonic() + 20
-        while len(re.findall("idle", self.run("sinfo", "-h", "-N", "-p", "batch", "-o", "%T"))) < self.nodes:
+        while (
+            len(re.findall("idle", self.run("sinfo", "-h", "-N", "-p", "batch", "-o", "%T")))
+            < self.nodes
+        ):
             assert time.monotonic() < deadline, self.run("sinfo", "-N", "-l")
             time.sleep(0.1)
 

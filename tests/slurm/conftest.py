@@ -15,7 +15,9 @@ from tests.slurm.runs import SITE, alone
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Start Slurm; without its programs skip, and in CI fail."""
     if missing := missing_programs():
-        reason = f"Slurm is not installed (no {', '.join(missing)}): apt-get install slurm-wlm munge"
+        reason = (
+            f"Slurm is not installed (no {', '.join(missing)}): apt-get install slurm-wlm munge"
+        )
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)

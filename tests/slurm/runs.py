@@ -23,7 +23,7 @@ SITE: dict[str, Any] = {
     "python": sys.executable,
     "node_python": sys.executable,
     "master_address": "127.0.0.1",
-    "environment": {"MASTER_ADDR": "127.0.0.1"},
+    "environment": {},
     "attempts_without_progress": 3,
     "preflight": {
         "minimum_free_gib": 0.1,
@@ -37,20 +37,29 @@ SMALL = [
     "validation.batches=1", "validation.bigram_baseline=false", "checkpoint.interval_steps=4", "samples.count=0",
     "schedule.warmup_steps=2", "logging.wandb.mode=disabled", "logging.interval_steps=1",
 ]  # fmt: skip
-COMPARED = ("loss/train", "loss/mtp_1", "loss/balance", "grad_norm", "learning_rate", "loss/validation")
+COMPARED = (
+    "loss/train",
+    "loss/mtp_1",
+    "loss/balance",
+    "grad_norm",
+    "learning_rate",
+    "loss/validation",
+)
 
 
-def submit(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+def submit(
+    cluster: Cluster, *arguments: str, root: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """Run the submit command as a user of the cluster does."""
     return subprocess.run(
         [sys.executable, "-m", "slurm.submit", *arguments],
-        cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=120, check=False,
+        cwd=root, env={**cluster.environment, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
 
-def submitted(cluster: Cluster, *arguments: str) -> list[str]:
-    """Submit what must be accepted; return the jobs' ids."""
-    done = submit(cluster, *arguments)
+def submitted(cluster: Cluster, *arguments: str, root: Path = ROOT) -> list[str]:
+    """Submit what must be accepted, with the code in `root`; return the jobs' ids."""
+    done = submit(cluster, *arguments, root=root)
     assert done.returncode == 0, done.stderr
     return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("job ")]
 

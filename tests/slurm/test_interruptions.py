@@ -1,4 +1,4 @@
-"""On a real Slurm: whatever interrupts a job, the run goes on by itself and ends with the losses of one never interrupted.
+"""On a real Slurm: whatever interrupts a job, the run goes on by itself and ends as one never interrupted.
 
 Two nodes with one process each. The reference is one process without Slurm, so equality is up to the rounding of
 a sum over two ranks; the learning rate, the data order and the set of steps must be exact.
@@ -96,7 +96,11 @@ def test_time_limit(
     """Slurm counts limits in minutes and may send its warning a minute early, so the limit here is two."""
     run_dir = tmp_path / "run"
     slices = site(time="2:00", save_margin_seconds=60, launcher=launcher)
-    longer = ["training.steps=1000000", "logging.interval_steps=1000", "validation.interval_steps=0"]
+    longer = [
+        "training.steps=1000000",
+        "logging.interval_steps=1000",
+        "validation.interval_steps=0",
+    ]
     (job,) = submitted(
         cluster, "--config-name", "pretrain-tiny", "--site", slices, "--nodes", "2",
         "--run-dir", str(run_dir), *SMALL, *longer,

@@ -1,4 +1,4 @@
-"""Pipelines: what the file may say, the chain on a real Slurm with a stage that fails, and the same chain without Slurm."""
+"""Pipelines: what the file may say, the chain on a real Slurm with a failing stage, the same chain without Slurm."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from megatron_q3n.config import UserError
 from slurm.pipeline import overrides_by_stage, read_recipe
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import ROOT, numbers, story, submit, submitted
+from tests.slurm.runs import FAULTS, ROOT, SITE, numbers, story, submit, submitted
 
 SHORT = [
     "pretrain.training.steps=4", "pretrain.schedule.warmup_steps=1", "longcontext.training.steps=2",
@@ -34,31 +34,43 @@ def status(cluster: Cluster, folder: Path) -> str:
 def test_a_failed_stage_stops_the_chain_and_a_fixed_one_goes_on(
     cluster: Cluster, site: Callable[..., str], tmp_path: Path
 ) -> None:
-    """The second stage cannot load the first one's weights: it has other dimensions. Later it may."""
-    folder, place = tmp_path / "chain", site()
-    wrong = "longcontext.model.moe_ffn_hidden_size=48"
+    """A poisoned batch: the first stage skips it, the second is told to stop, and later to skip it too."""
+    folder = tmp_path / "chain"
+    poison = {"PYTHONPATH": str(FAULTS), "Q3N_FAULT": "nan@1"}
+    place = site(environment=SITE["environment"] | poison)
+    strict = "longcontext.health.non_finite=stop"
     jobs = submitted(
-        cluster, "--config-name", "pipeline-tiny", "--site", place, "--run-dir", str(folder), *SHORT, wrong
+        cluster,
+        "--config-name",
+        "pipeline-tiny",
+        "--site",
+        place,
+        "--run-dir",
+        str(folder),
+        *SHORT,
+        strict,
     )
     assert len(jobs) == 3
     states = [cluster.wait(job, *ENDED) for job in jobs]
     assert states == ["COMPLETED", "FAILED", "CANCELLED"], story(folder / "longcontext")
     shown = status(cluster, folder)
-    assert "model.moe_ffn_hidden_size: 32 there, 48 here" in " ".join(shown.split()), shown
+    assert "step 2: loss nan" in " ".join(shown.split()), shown
     assert "not started" in shown
     assert "longcontext failed" in shown
     assert not (folder / "export" / "slurm" / "attempts.jsonl").read_text().count('"begin"')
 
     before = (folder / "pretrain" / "metrics.jsonl").read_text()
-    right = wrong.replace("48", "32")
-    again = submitted(cluster, "--resume", str(folder), "--site", place, right)
+    lenient = strict.replace("stop", "skip")
+    again = submitted(cluster, "--resume", str(folder), "--site", place, lenient)
     assert len(again) == 2, "what is done is not done again"
-    assert [cluster.wait(job, *ENDED) for job in again] == ["COMPLETED"] * 2, story(folder / "export")
+    assert [cluster.wait(job, *ENDED) for job in again] == ["COMPLETED"] * 2, story(
+        folder / "export"
+    )
     assert (folder / "pretrain" / "metrics.jsonl").read_text() == before
     numbers(folder / "longcontext", steps=2)
     assert f"weights from {folder}/pretrain" in story(folder / "longcontext"), "the lineage"
     exported = json.loads((folder / "export" / "huggingface" / "config.json").read_text())
-    assert exported["moe_intermediate_size"] == 32
+    assert exported["moe_intermediate_size"] == 64
     assert status(cluster, folder).count(" done ") == 3
 
     nothing = submit(cluster, "--resume", str(folder), "--site", place)
@@ -89,7 +101,10 @@ def written(tmp_path: Path, text: str) -> Path:
     [
         ("stages: {a: {recipe: x, tool: [y]}}", "stage a needs either a recipe or a tool"),
         ("stages: {a: {}}", "stage a needs either a recipe or a tool"),
-        ("stages: {a: {recipe: x}, b: {recipe: x, from: c}}", "b is from c, which is no stage before it"),
+        (
+            "stages: {a: {recipe: x}, b: {recipe: x, from: c}}",
+            "b is from c, which is no stage before it",
+        ),
         ("stages: {a: {recipe: x, from: a}}", "a is from a, which is no stage before it"),
         ("stages: {a: {recipe: x, nodse: 2}}", "stages.a.nodse: Extra inputs"),
     ],

@@ -1,4 +1,4 @@
-"""A recipe that cannot run is refused before submission, with one message; a dry run shows everything and writes nothing.
+"""A recipe that cannot run is refused before submission, with one message; a dry run shows all and writes nothing.
 
 No Slurm is needed: refusal comes first.
 """
@@ -26,9 +26,15 @@ def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["parallel.tensor_model_parallel_size=3", "--nodes", "3"], "not divisible by parallel.tensor_model_parallel"),
+        (
+            ["parallel.tensor_model_parallel_size=3", "--nodes", "3"],
+            "not divisible by parallel.tensor_model_parallel",
+        ),
         (["--nodes", "3"], "training.global_batch_size=4 is not divisible by"),
-        (["data=blend", "data.train=[{path: /nowhere}]", "data.validation=[{path: /nowhere}]"], "/nowhere"),
+        (
+            ["data=blend", "data.train=[{path: /nowhere}]", "data.validation=[{path: /nowhere}]"],
+            "/nowhere",
+        ),
         (["model=80b_a3b", "checkpoint.keep_last=100000"], "checkpoints take about"),
         (["checkpoint.load=/nowhere/run"], "/nowhere/run: no checkpoint found"),
         (["training.stesp=3"], "training.stesp: no such setting"),
@@ -52,11 +58,19 @@ def test_a_pipeline_is_checked_as_a_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "p").exists()
 
 
+def test_a_stage_that_does_not_fit_the_one_before_is_refused(tmp_path: Path) -> None:
+    done = dry_run("--config-name", "pipeline-tiny", "longcontext.model.moe_ffn_hidden_size=48")
+    assert done.returncode == 2
+    assert "model.moe_ffn_hidden_size: 64 there, 48 here" in done.stderr
+
+
 def test_dry_run_shows_script_and_description(
     tmp_path: Path, site: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "sesame-open")
-    wishes = site(account="lab", setup=["module load cuda"], environment={"NCCL_SOCKET_IFNAME": "ib0"})
+    wishes = site(
+        account="lab", setup=["module load cuda"], environment={"NCCL_SOCKET_IFNAME": "ib0"}
+    )
     done = dry_run("--config-name", "pretrain-tiny", "--site", wishes, "--nodes", "2", "--run-dir", str(tmp_path / "r"),
                    "training.micro_batch_size=2")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -96,6 +110,4 @@ def test_a_model_larger_than_the_site_s_gpus_is_refused(site: Callable[..., str]
     config = validate({"training": {"global_batch_size": 4096, "micro_batch_size": 4096}})
     small = load_site(site(gpus_per_node=1, gpu_memory_gib=4.5))
     with pytest.raises(UserError, match="the largest rank needs"):
-        checks.check_run(config, small, 1, loads_later=False)
-
-
+        checks.check_run(config, small, 1)

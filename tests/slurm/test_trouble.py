@@ -4,6 +4,7 @@ The faults come from outside (faults/sitecustomize.py); the product has no switc
 """
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def test_a_hanging_rank_is_found_its_stack_kept_and_the_job_requeued(
         "health.hang_floor_seconds=6", "health.hang_factor=5",
     )  # fmt: skip
     assert cluster.wait(job, *ENDED) == "COMPLETED", story(run_dir)
-    lines = [json.loads(text) for text in (run_dir / "slurm/attempts.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(text) for text in (run_dir / "slurm/attempts.jsonl").read_text().splitlines()
+    ]
     first, last = (line for line in lines if line["event"] == "end")
     assert first["code"] == 70
     assert "a rank hung" in first["reason"]
@@ -89,24 +92,54 @@ def test_a_job_that_gets_nowhere_gives_up(
     assert "2 attempts in a row began at step 0 and none got further" in story(run_dir)
 
 
+def fake_nvidia_smi(folder: Path, body: str) -> str:
+    """Write an nvidia-smi in shell; return the line of site setup that puts it first on PATH."""
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{body}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    return f"export PATH={folder}:$PATH"
+
+
+# Slurm itself is told of no GPUs; the check counts them all the same
+ONE_GPU = {**SITE["preflight"], "gpus_expected": 1}
+
+
+@pytest.mark.slow
 def test_an_unfit_node_is_left_out(
     cluster: Cluster, site: Callable[..., str], tmp_path: Path
 ) -> None:
-    """What is unfit here is n1's nvidia-smi: PATH leads to one that sees a GPU with memory errors on that node only."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "nvidia-smi").write_text(
-        '#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] && errors=3\necho "0, 80000, ${errors:-0}"\n'
-    )
-    (programs / "nvidia-smi").chmod(0o755)
+    """What is unfit here is n1's nvidia-smi, which sees a GPU with memory errors on that node only."""
+    errors = '[ "$SLURMD_NODENAME" = n1 ] && errors=3\necho "0, 80000, ${errors:-0}"'
+    setup = [fake_nvidia_smi(tmp_path / "bin", errors)]
     run_dir = tmp_path / "run"
     (job,) = submitted(
-        cluster, "--config-name", "pretrain-tiny", "--run-dir", str(run_dir), *SMALL, "--site",
-        # Slurm itself is told of no GPUs; the check counts them all the same
-        site(setup=[f"export PATH={programs}:$PATH"], preflight={**SITE["preflight"], "gpus_expected": 1}),
+        cluster, "--config-name", "pretrain-tiny", "--run-dir", str(run_dir), *SMALL,
+        "--site", site(setup=setup, preflight=ONE_GPU),
     )  # fmt: skip
     assert cluster.wait(job, *ENDED) == "COMPLETED", story(run_dir)
     assert "pre-flight n1: gpu 0: 3 uncorrected memory errors" in story(run_dir)
     assert (run_dir / "slurm/excluded_nodes.txt").read_text().split() == ["n1"]
     assert "ExcNodeList=n1" in cluster.run("scontrol", "show", "job", job)
     assert decisions(run_dir) == ["again", "done"]
+
+
+@pytest.mark.slow
+def test_preempted_during_the_pre_flight_no_node_is_to_blame(
+    cluster: Cluster, site: Callable[..., str], tmp_path: Path
+) -> None:
+    once = tmp_path / "once"
+    slow = f'[ -e {once} ] || {{ touch {once}; sleep 30; }}\necho "0, 80000, 0"'
+    setup = [fake_nvidia_smi(tmp_path / "bin", slow)]
+    run_dir = tmp_path / "run"
+    (job,) = submitted(
+        cluster, "--config-name", "pretrain-tiny", "--run-dir", str(run_dir), *SMALL,
+        "--site", site(setup=setup, preflight=ONE_GPU),
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not once.exists():
+        assert time.monotonic() < deadline, story(run_dir)
+        time.sleep(0.1)
+    cluster.run("scancel", "--signal=TERM", job)
+    assert cluster.wait(job, *ENDED) == "COMPLETED", story(run_dir)
+    assert decisions(run_dir) == ["again", "done"]
+    assert not (run_dir / "slurm/excluded_nodes.txt").exists()

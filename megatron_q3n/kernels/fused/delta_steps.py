@@ -71,27 +71,26 @@ def _kernel(
     decay_rate = -tl.exp(tl.load(a_log_ptr + head))
     dt_bias = tl.load(dt_bias_ptr + head)
     norm = 1 + tl.load(norm_ptr + dim)
-    kind = x_ptr.dtype.element_ty
     for t in range(tokens):
         q = _unit(_convolved(x_ptr, conv_ptr, taps_ptr, t, stride_t, q_channel, TAPS, DIM))
         k = _unit(_convolved(x_ptr, conv_ptr, taps_ptr, t, stride_t, k_channel, TAPS, DIM))
         v = _convolved(x_ptr, conv_ptr, taps_ptr, t, stride_t, v_channel, TAPS, DIM)
-        q = q.to(kind).to(tl.float32) * scale
-        k = k.to(kind).to(tl.float32)
-        v = v.to(kind).to(tl.float32)
+        q = q.to(out_ptr.dtype.element_ty).to(tl.float32) * scale
+        k = k.to(out_ptr.dtype.element_ty).to(tl.float32)
+        v = v.to(out_ptr.dtype.element_ty).to(tl.float32)
         beta = tl.sigmoid(tl.load(ba_ptr + t * ba_stride_t + head).to(tl.float32))
         step = tl.load(ba_ptr + t * ba_stride_t + VALUE_HEADS + head).to(tl.float32) + dt_bias
         step = tl.where(step > 20, step, tl.log(1 + tl.exp(tl.minimum(step, 20.0))))
         state = state * tl.exp(decay_rate * step)
         correction = (v - tl.sum(k[:, None] * state, axis=0)) * beta
         state += k[:, None] * correction[None, :]
-        o = tl.sum(q[:, None] * state, axis=0).to(kind).to(tl.float32)
+        o = tl.sum(q[:, None] * state, axis=0).to(out_ptr.dtype.element_ty).to(tl.float32)
         place = row * tokens + t
         tl.store(delta_out_ptr + (place * VALUE_HEADS + head) * DIM * DIM + square, state)
         z = tl.load(x_ptr + t * stride_t + channels + head * DIM + dim).to(tl.float32)
         y = o * tl.rsqrt(tl.sum(o * o, axis=0) / DIM + eps) * norm * z * tl.sigmoid(z)
         out_place = (t * tl.num_programs(1) + row) * VALUE_HEADS + head
-        tl.store(out_ptr + out_place * DIM + dim, y.to(kind))
+        tl.store(out_ptr + out_place * DIM + dim, y.to(out_ptr.dtype.element_ty))
         carried_ptr = conv_out_ptr + place * channels * (TAPS - 1)
         _carry(x_ptr, conv_ptr, carried_ptr, t, stride_t, v_channel, TAPS)
         if head % group == 0:

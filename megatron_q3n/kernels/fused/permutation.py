@@ -31,8 +31,29 @@ def _count_kernel(
 
 
 @triton.jit
+def _scan_kernel(
+    counts_ptr, rows_ptr, blocks, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Turn counts [blocks,E] into each block's first row, in place, and count the rows per expert.
+
+    One program: torch's cumsum along the outer dimension takes 0.09 ms for the same 0.3 MB.
+    """
+    e = tl.arange(0, BLOCK_E)
+    known = (e < EXPERTS)[None, :]
+    seen = tl.zeros((BLOCK_E,), tl.int32)
+    for start in range(0, blocks, CHUNK):
+        b = start + tl.arange(0, CHUNK)
+        mask = (b < blocks)[:, None] & known
+        place = counts_ptr + b[:, None] * EXPERTS + e[None, :]
+        counts = tl.load(place, mask=mask, other=0)
+        tl.store(place, seen[None, :] + tl.cumsum(counts, axis=0) - counts, mask=mask)
+        seen += tl.sum(counts, axis=0)
+    tl.store(rows_ptr + e, seen, mask=e < EXPERTS)
+
+
+@triton.jit
 def _place_kernel(
-    map_ptr, probs_ptr, base_ptr, row_ptr, expert_ptr, gate_ptr, tokens,
+    map_ptr, probs_ptr, base_ptr, rows_ptr, row_ptr, expert_ptr, gate_ptr, tokens,
     EXPERTS: tl.constexpr, TOPK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -40,7 +61,9 @@ def _place_kernel(
     mask = (t < tokens)[:, None] & (e < EXPERTS)[None, :]
     source = t[:, None] * EXPERTS + e[None, :]
     chosen = tl.load(map_ptr + source, mask=mask, other=0).to(tl.int32)
+    rows = tl.load(rows_ptr + e, mask=e < EXPERTS, other=0)
     base = tl.load(base_ptr + tl.program_id(0) * EXPERTS + e, mask=e < EXPERTS, other=0)
+    base += tl.cumsum(rows, axis=0) - rows
     row = base[None, :] + tl.cumsum(chosen, axis=0) - chosen
     slot = tl.cumsum(chosen, axis=1) - chosen
     used = mask & (chosen > 0) & (slot < TOPK)
@@ -106,16 +129,26 @@ def plan(map_TE: Tensor, probs_TE: Tensor, topk: int) -> tuple[Tensor, Tensor, T
     }  # fmt: skip
     counts_BE = torch.empty(blocks, experts, dtype=torch.int32, device=map_TE.device)
     _count_kernel[(blocks,)](map_TE, counts_BE, tokens, **options)
-    through_BE = counts_BE.cumsum(0, dtype=torch.int32)
-    rows_per_expert_E = through_BE[-1]
-    before_E = rows_per_expert_E.cumsum(0, dtype=torch.int32) - rows_per_expert_E
-    base_BE = through_BE - counts_BE + before_E
+    rows_per_expert_E = torch.empty(experts, dtype=torch.int32, device=map_TE.device)
+    _scan_kernel[(1,)](
+        counts_BE, rows_per_expert_E, blocks, EXPERTS=experts, BLOCK_E=options["BLOCK_E"],
+        CHUNK=max(1, 8192 // options["BLOCK_E"]), num_warps=8,
+    )  # fmt: skip
     row_TK, expert_TK = (
         torch.empty(tokens, topk, dtype=torch.int32, device=map_TE.device) for _ in "re"
     )
     gate_R = probs_TE.new_empty(tokens * topk)
     _place_kernel[(blocks,)](
-        map_TE, probs_TE, base_BE, row_TK, expert_TK, gate_R, tokens, TOPK=topk, **options
+        map_TE,
+        probs_TE,
+        counts_BE,
+        rows_per_expert_E,
+        row_TK,
+        expert_TK,
+        gate_R,
+        tokens,
+        TOPK=topk,
+        **options,
     )
     return row_TK, expert_TK, gate_R, rows_per_expert_E
 

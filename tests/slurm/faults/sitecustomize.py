@@ -58,11 +58,13 @@ def disturb_steps(module: Any) -> None:
     def train_step(state: Any, batches: Any) -> Any:
         for kind, place in FAULTS:
             step, _, who = place.partition(":")
-            if kind in ("hang", "crash") and (state.step + 1, rank) == (int(step), int(who)):
-                if first_time():
-                    print(f"fault: {kind} at step {step} on rank {rank}", flush=True)
-                    time.sleep(1e6) if kind == "hang" else os.kill(os.getpid(), signal.SIGKILL)
-            if kind == "slow" and state.step + 1 == int(step) and rank == int(who):
+            here_and_now = kind in ("hang", "crash", "slow") and (
+                (state.step + 1, rank) == (int(step), int(who))
+            )
+            if here_and_now and kind != "slow" and first_time():
+                print(f"fault: {kind} at step {step} on rank {rank}", flush=True)
+                time.sleep(1e6) if kind == "hang" else os.kill(os.getpid(), signal.SIGKILL)
+            if here_and_now and kind == "slow":
                 state.chunks[0].register_forward_pre_hook(lambda *_: time.sleep(0.3))
         return honest(state, batches)
 

@@ -1,0 +1,28 @@
+"""Whether a checkpoint's weights fit a model, by its description alone: asked before anything is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_q3n.config import ModelConfig, UserError
+
+# what may differ between two models that share weights
+_FREE = {
+    "name", "backend", "max_position_embeddings", "rotary_base", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+    "moe_router_load_balancing_type", "mtp_loss_scaling_factor", "init_method_std", "embedding_init_method_std",
+    "linear_chunk_size",
+    "moe_router_normalized_init", "megatron",
+}  # fmt: skip
+
+
+def check_architecture(description: dict[str, Any], model: ModelConfig, checkpoint: Path) -> None:
+    """Refuse a checkpoint whose weights do not fit this model, naming the settings that differ."""
+    saved, wanted = description["model"], model.model_dump(mode="json")
+    differ = [
+        f"model.{name}: {saved.get(name)} there, {value} here"
+        for name, value in wanted.items()
+        if name not in _FREE and saved.get(name) != value
+    ]
+    if differ:
+        raise UserError(
+            f"{checkpoint} holds a model of another architecture: " + "; ".join(differ) + "."
+        )

@@ -1,0 +1,80 @@
+"""Generation on a GPU: both number formats against the whole forward pass, drafts against none.
+
+Speed is not covered here (tools/bench_generate.py). In bf16 two ways of computing the same logits may
+round a near tie apart, so there only the logits are compared.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_q3n.config import validate
+from tests.inference.test_decode import decoded
+from tests.inference.tiny_model import TINY, full_logits, random_prompts, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+# heads of 128, for which the fused kernels exist; widths that TransformerEngine takes
+MODEL = {
+    "hidden_size": 64, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "kv_channels": 64,
+}  # fmt: skip
+
+
+def qualified(compute: str) -> dict[str, str]:
+    """Let this process use every kernel that is right on this GPU."""
+    from megatron_q3n.kernels.qualification import qualify
+    from megatron_q3n.model.build import compute_dtype
+
+    data = {"source": "blend", "train": [{"path": "unused"}]}
+    tree = {"model": {**TINY, **MODEL}, "data": data, "precision": {"compute": compute}}
+    config = validate(tree)
+    return qualify(config, torch.device("cuda"), compute_dtype(config))
+
+
+@pytest.mark.parametrize(("compute", "tolerance"), [("fp32", 1e-4), ("bf16", 3e-2)])
+def test_decoding_equals_the_whole_forward_pass(alone: Any, compute: str, tolerance: float) -> None:
+    """Unequal lengths, packed prompts in two chunks, then token by token. Relative error of all logits."""
+    verdicts = qualified(compute)
+    print(verdicts)
+    if compute == "bf16":
+        assert verdicts["gated delta net, few tokens"].startswith("fused")
+    model = tiny_model(alone, compute=compute, **MODEL)
+    prompts = random_prompts([300, 170, 201], 64)
+    cuts = [[100, 236, *range(237, 301)], [5, 106, *range(107, 171)], [64, 137, *range(138, 202)]]
+    for prompt, ours in zip(prompts, decoded(model, prompts, cuts)):
+        wanted = full_logits(model, prompt)
+        error = ((ours - wanted).norm() / wanted.norm()).item()
+        print(compute, error, (ours.argmax(-1) == wanted.argmax(-1)).float().mean().item())
+        assert error < tolerance
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_greedy_drafts_change_nothing_over_100_prompts(alone: Any, depth: int) -> None:
+    from megatron_q3n.inference.generate import generate
+    from megatron_q3n.inference.sampling import Sampling
+    from megatron_q3n.inference.sequence import acceptance
+
+    qualified("fp32")
+    model = tiny_model(alone, **{**MODEL, "vocab_size": 16})
+    prompts = random_prompts([1 + i % 23 for i in range(100)], 16, seed=depth)
+    plain = generate(model, prompts, Sampling(24, 0.0))
+    drafted = generate(model, prompts, Sampling(24, 0.0), draft_depth=depth)
+    print(acceptance(drafted))
+    assert [done.tokens for done in drafted] == [done.tokens for done in plain]
+    judged, accepted = acceptance(drafted)[0]
+    assert 0 < accepted < judged
+
+
+def test_sampling_in_bf16_with_drafts_runs_to_the_end(alone: Any) -> None:
+    from megatron_q3n.inference.generate import generate
+    from megatron_q3n.inference.sampling import Sampling
+
+    qualified("bf16")
+    model = tiny_model(alone, compute="bf16", **MODEL)
+    prompts = random_prompts([3, 200, 40], 64)
+    sampling = Sampling(30, top_p=0.9, top_k=20)
+    done = generate(model, prompts, sampling, draft_depth=2, prefill_tokens=64)
+    assert [len(completion.tokens) for completion in done] == [30] * 3
+    assert all(torch.tensor(c.sampled_logprobs).isfinite().all() for c in done)
