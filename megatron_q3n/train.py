@@ -38,6 +38,7 @@ STAGES = {
     "generate": "megatron_q3n.stages.generate",
     "sft": "megatron_q3n.stages.sft",
     "rl": "megatron_q3n.stages.rl",
+    "mtp": "megatron_q3n.stages.mtp",
 }
 PIPELINE = "pipeline-"  # names of files in recipes/ that chain recipes, for slurm/submit.py
 HYDRA_FLAGS = (

@@ -27,7 +27,7 @@ def check_run(
     Raises: UserError.
     """
     _check_ranks(config, site, num_nodes)
-    load_blends(config)
+    _check_data(config)
     if config.checkpoint.load:
         _check_beginning(config, before)
     _check_memory(config, site)
@@ -48,6 +48,16 @@ def _check_ranks(config: RunConfig, site: Site, num_nodes: int) -> None:
         )
     if site.gpus_per_node == 0 and config.precision.fp8:
         raise UserError("precision.fp8 needs GPUs; this site has gpus_per_node: 0.")
+
+
+def _check_data(config: RunConfig) -> None:
+    """Look for the data where it can be told without reading it: folders with a manifest, files of conversations."""
+    if config.stage in ("pretrain", "longcontext"):
+        load_blends(config)
+    for where in ("train", "validation"):
+        for source in getattr(config.sft, where):
+            if source.path is not None and not Path(source.path).expanduser().exists():
+                raise UserError(f"sft.{where}: there is no {source.path}.")
 
 
 def _check_beginning(config: RunConfig, before: RunConfig | None) -> None:

@@ -42,6 +42,9 @@ def main() -> int:
         waiting = [stage for stage in stages if not stage.is_done]
         if given.dry_run:
             return _show(waiting, site)
+        if not waiting:
+            print(f"{folder}: nothing is left to do")
+            return 0
         _write(folder, given.config_name, stages, waiting, site, given)
         if given.local:
             return _run_here(folder, waiting)
@@ -246,8 +249,6 @@ def _submit(folder: Path, stages: list[Stage]) -> int:
         print(
             f"job {job_of[stage.name]}  {stage.name}  {stage.run_dir}/logs/slurm-{job_of[stage.name]}.out"
         )
-    if not stages:
-        print("nothing is left to do")
     print(f"\ndirectory {folder}\nstatus    python -m slurm.status {folder}")
     return 0
 

@@ -71,7 +71,8 @@ class RolloutConfig(Section):
     )
     attempts: int = Field(4, gt=0, description="http: how often a request is sent before giving up")
     handover: str | None = Field(
-        None, description="http: a folder that servers see too, for new weights; null: in the run directory"
+        None,
+        description="http: a folder that servers see too, for new weights; null: in the run directory",
     )
 
     @model_validator(mode="after")
@@ -99,7 +100,9 @@ class RewardConfig(Section):
     )
     time_limit_seconds: float = Field(10, gt=0)
     workers: int = Field(2, gt=0, description="grading processes of each rank")
-    failed: float = Field(0.0, description="the score where grading hung, crashed, or found no answer")
+    failed: float = Field(
+        0.0, description="the score where grading hung, crashed, or found no answer"
+    )
 
     @field_validator("answer_pattern")
     @classmethod
@@ -109,7 +112,9 @@ class RewardConfig(Section):
         except re.error as error:
             raise UserError(f"rl.reward.answer_pattern={pattern!r}: {error}.") from None
         if groups < 1:
-            raise UserError(f"rl.reward.answer_pattern={pattern!r} has no group (…) for the answer.")
+            raise UserError(
+                f"rl.reward.answer_pattern={pattern!r} has no group (…) for the answer."
+            )
         return pattern
 
     @model_validator(mode="after")
@@ -130,9 +135,12 @@ class RlConfig(Section):
 
     prompts: list[PromptSource] = Field(default_factory=list)
     held_out: list[PromptSource] = Field(
-        default_factory=list, description="prompts for the accuracy that is reported, never trained on"
+        default_factory=list,
+        description="prompts for the accuracy that is reported, never trained on",
     )
-    held_out_interval_steps: int = Field(0, ge=0, description="0: only before the first and after the last")
+    held_out_interval_steps: int = Field(
+        0, ge=0, description="0: only before the first and after the last"
+    )
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: Literal["gspo", "grpo", "dr_grpo", "dapo"] = "gspo"

@@ -11,6 +11,7 @@ from megatron_q3n.config.errors import UserError, suggest
 from megatron_q3n.config.health import HealthConfig
 from megatron_q3n.config.inference import InferenceConfig
 from megatron_q3n.config.model import ModelConfig
+from megatron_q3n.config.mtp import MtpConfig, check_mtp
 from megatron_q3n.config.parallel import ParallelConfig
 from megatron_q3n.config.post_training import check_rl, check_sft
 from megatron_q3n.config.rl import RlConfig
@@ -61,7 +62,7 @@ class SampleConfig(Section):
 class RunConfig(Section):
     """Everything a run needs to know. `config.yaml` in the run directory is exactly this, resolved."""
 
-    stage: Literal["pretrain", "longcontext", "generate", "sft", "rl"] = "pretrain"
+    stage: Literal["pretrain", "longcontext", "generate", "sft", "rl", "mtp"] = "pretrain"
     recipe: str = Field("custom", description="name of the recipe, for the run directory")
     run_dir: str | None = Field(
         None,
@@ -85,6 +86,7 @@ class RunConfig(Section):
     samples: SampleConfig = SampleConfig()
     inference: InferenceConfig = InferenceConfig()
     sft: SftConfig = SftConfig()
+    mtp: MtpConfig = MtpConfig()
     rl: RlConfig = RlConfig()
 
     @model_validator(mode="after")
@@ -99,7 +101,8 @@ class RunConfig(Section):
         self._check_graph()
         self._check_fp8()
         self._check_data()
-        if self.stage == "sft":
+        check_mtp(self)
+        if self.stage == "sft" or (self.stage == "mtp" and self.sft.train):
             check_sft(self)
         if self.stage == "rl":
             check_rl(self)
@@ -202,7 +205,7 @@ class RunConfig(Section):
             return "parallel.overlap_grad_reduce=true communicates inside the passes"
         if self.data.mask_document_boundaries:
             return "data.mask_document_boundaries=true gives every batch other shapes"
-        if self.stage in ("sft", "rl"):
+        if self.stage in ("sft", "rl") or (self.stage == "mtp" and self.sft.train):
             return f"stage={self.stage} packs conversations, which gives every batch other shapes"
         if self.training.recompute_granularity is not None:
             return "recompute saves and restores random states on the host"

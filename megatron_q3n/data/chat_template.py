@@ -136,7 +136,9 @@ class ChatTemplate:
         )
 
 
-def chat_template(setting: str | None, folder: Path | None, tokenizer: TextTokenizer) -> ChatTemplate:
+def chat_template(
+    setting: str | None, folder: Path | None, tokenizer: TextTokenizer
+) -> ChatTemplate:
     """Return the template that is set, or the tokenizer's own beside it, or one that fits its tokens.
 
     Raises: UserError for a file that is not there.

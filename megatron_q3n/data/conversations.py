@@ -90,9 +90,7 @@ def spell(conversation: Conversation, template: ChatTemplate, turns: str = "all"
     try:
         whole = template.spell(messages, **extras)
         text = "".join(piece.text for piece in whole)
-        spans = [
-            _turn(conversation, template, text, place) for place in _counted(messages, turns)
-        ]
+        spans = [_turn(conversation, template, text, place) for place in _counted(messages, turns)]
     except UserError as error:
         raise UserError(f"{conversation.place}: {error}") from None
     tokens: list[int] = []

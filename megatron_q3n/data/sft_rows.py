@@ -91,9 +91,7 @@ class SftRows:
             generator = np.random.default_rng((self._seed, one_pass))
             self._order = (one_pass, generator.permutation(len(self.bins)))
         chosen = self.bins[int(self._order[1][place])]
-        return lay_out(
-            [self._spelled[i] for i in chosen], self._length, self._alignment, self._eod
-        )
+        return lay_out([self._spelled[i] for i in chosen], self._length, self._alignment, self._eod)
 
 
 def pack(sizes: list[int], capacity: int) -> list[list[int]]:

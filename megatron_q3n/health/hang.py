@@ -25,7 +25,7 @@ GRACE_SECONDS = 5.0  # for the other ranks to write their stacks, before the fir
 
 
 class HangWatch:
-    """Watches one process; `with` it around the loop, and call `beat` after everything that takes long."""
+    """Watches one process between `start` and `stop`; call `beat` after everything that takes long."""
 
     def __init__(self, settings: HealthConfig, run_dir: Path, rank: int, host: str) -> None:
         self._settings = settings
@@ -35,25 +35,32 @@ class HangWatch:
         self._deadline = 0.0
         self._limit = settings.hang_start_seconds
         self._over = False
+        self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> "HangWatch":
-        if self._settings.hang_factor > 0:
-            self._over = False
-            self._limit = self._settings.hang_start_seconds
-            self._arm()
-            threading.Thread(target=self._watch, name="hang watch", daemon=True).start()
-        return self
+    def start(self) -> None:
+        """Begin to watch; the first sign of life may take `hang_start_seconds`."""
+        if self._settings.hang_factor == 0:
+            return
+        self._over = False
+        self._limit = self._settings.hang_start_seconds
+        self._arm()
+        self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
+        self._thread.start()
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Watch no longer; safe to call twice."""
+        if self._thread is None:
+            return
+        faulthandler.cancel_dump_traceback_later()
         with self._changed:
             self._over = True
             self._changed.notify()
-        if self._settings.hang_factor > 0:
-            faulthandler.cancel_dump_traceback_later()
+        self._thread.join()
+        self._thread = None
 
     def beat(self, step_seconds: float | None = None) -> None:
         """Say that this process is alive; after a step, how long it took."""
-        if self._settings.hang_factor == 0:
+        if self._thread is None:
             return
         if step_seconds is not None:
             self._seconds.append(step_seconds)

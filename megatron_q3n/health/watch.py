@@ -48,12 +48,13 @@ class Watch:
         past, self._roll_backs = json.loads(self._group.from_leader(known))
         self._judge.remember((loss, norm) for loss, norm in past)
 
-    def __enter__(self) -> "Watch":
-        self._hang.__enter__()
-        return self
+    def start(self) -> None:
+        """Begin to look for hangs, before the checkpoint is loaded."""
+        self._hang.start()
 
-    def __exit__(self, *details: object) -> None:
-        self._hang.__exit__(*details)
+    def stop(self) -> None:
+        """Look for hangs no longer: what follows the last step has no pace. Safe to call twice."""
+        self._hang.stop()
 
     def batches[Batch](
         self, source: Callable[[int], Iterator[Batch]], first_step: int

@@ -2,8 +2,10 @@
 
 On a GPU in bf16 each product is one launch for all experts: `torch._grouped_mm` forward and for the
 input's gradient (its offsets stay on the device), and our kernel for the weight's, which adds to the
-fp32 main gradient of megatron-core's DDP instead of making a bf16 copy first. Elsewhere it is a loop
-over experts, which is right for the few and small experts of a laptop run.
+fp32 main gradient of megatron-core's DDP instead of making a bf16 copy first. The first micro-batch
+of a step writes where the others add, so that nobody has to fill gigabytes with zeros before it and
+read them back (`mark_stale`). Elsewhere it is a loop over experts, which is right for the few and
+small experts of a laptop run.
 """
 
 from typing import Any
@@ -26,6 +28,8 @@ def grouped_linear(
     `fused` forces the choice of the weight gradient that `choices` makes otherwise.
     Returns: [T,N].
     """
+    if not choices.is_fused(OPERATION, rows_TK, fused):
+        settle(weight_ENK)
     if rows_TK.is_cuda and rows_TK.dtype == torch.bfloat16:
         ends_E = rows_per_expert_E.to(rows_TK.device).cumsum(0).to(torch.int32)
         if choices.is_fused(OPERATION, rows_TK, fused):
@@ -35,6 +39,19 @@ def grouped_linear(
     return torch.cat(
         [F.linear(block, weight) for block, weight in zip(blocks, weight_ENK.unbind())]
     )
+
+
+def mark_stale(weights: list[Tensor]) -> None:
+    """Say that what the main gradients of these hold belongs to the last step: to be overwritten, not added to."""
+    for weight in weights:
+        weight.main_grad_is_stale = True  # type: ignore[attr-defined]
+
+
+def settle(weight: Tensor) -> None:
+    """Clear a main gradient that is still stale: its weight was not used, or by a path that only adds."""
+    if getattr(weight, "main_grad_is_stale", False):
+        weight.main_grad.zero_()  # type: ignore[attr-defined]
+        weight.main_grad_is_stale = False  # type: ignore[attr-defined]
 
 
 class _OneLaunch(torch.autograd.Function):
@@ -66,7 +83,9 @@ def _weight_gradient(dout_TN: Tensor, rows_TK: Tensor, ends_E: Tensor, weight: T
         fresh = torch.empty_like(weight)
         grouped_weight_gradient(dout_TN, rows_TK.contiguous(), ends_E, fresh, accumulate=False)
         return fresh
-    grouped_weight_gradient(dout_TN, rows_TK.contiguous(), ends_E, main, accumulate=True)
+    stale = getattr(weight, "main_grad_is_stale", False)
+    grouped_weight_gradient(dout_TN, rows_TK.contiguous(), ends_E, main, accumulate=not stale)
+    weight.main_grad_is_stale = False  # type: ignore[attr-defined]
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     # DDP's hook must still be called, and autograd calls it with some gradient. The hook drops it unread, so the
     # weight's own memory will do; a tensor of its own would cost as much as all experts of a layer.

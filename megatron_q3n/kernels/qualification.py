@@ -25,6 +25,7 @@ from megatron_q3n.kernels import (
     delta_steps,
     grouped_linear,
     permutation,
+    row_gate,
     weighted_swiglu,
 )
 
@@ -53,6 +54,7 @@ def qualify(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict
         delta_steps.OPERATION: partial(_steps, heads, config.model.linear_conv_kernel_dim),
         permutation.OPERATION: partial(_permutation, config),
         weighted_swiglu.OPERATION: partial(_swiglu, config),
+        row_gate.OPERATION: partial(_row_gate, config),
         grouped_linear.OPERATION: partial(_grouped, config),
     }
     choose = partial(delta_rule_backend.choose, device, dtype, heads, packed)
@@ -168,6 +170,15 @@ def _swiglu(config: RunConfig) -> tuple[Results, Results]:
     return (
         _with_gradients(partial(run, fused=True), inputs),
         _with_gradients(partial(run, fused=False), inputs),
+    )
+
+
+def _row_gate(config: RunConfig) -> tuple[Results, Results]:
+    width = config.model.hidden_size
+    inputs = [_random(_TOKENS, width), _random(_TOKENS + 1, width)[1:], 0.1 * _random(1, width)]
+    return (
+        _with_gradients(partial(row_gate.row_gate, fused=True), inputs),
+        _with_gradients(partial(row_gate.row_gate, fused=False), inputs),
     )
 
 

@@ -70,6 +70,92 @@ METRICS = (
     Metric(
         "experts/dead", "experts", "experts without a token in the batch, all layers", "experts"
     ),
+    Metric("loss/policy", "1", "policy loss, weighed as the algorithm normalises it", "policy"),
+    Metric("reward/score", "1", "mean score of a rollout's answers", "reward"),
+    Metric(
+        "reward/reward",
+        "1",
+        "mean of what advantages are made of: scores and the penalty for length",
+        "reward",
+    ),
+    Metric("reward/full_marks", "1", "share of answers with a score of 1 or more", "reward"),
+    Metric(
+        "reward/held_out", "1", "the same of the likeliest answers to held-out prompts", "reward"
+    ),
+    Metric("reward/even_groups", "1", "share of groups whose answers all got one score", "reward"),
+    Metric(
+        "reward/failures",
+        "answers",
+        "graders that hung or crashed, and answers without an answer",
+        "reward",
+    ),
+    Metric("rollout/length_mean", "tokens", "of an answer", "rollout"),
+    Metric("rollout/length_max", "tokens", "of an answer", "rollout"),
+    Metric("rollout/cut_off", "1", "share of answers that did not end by themselves", "rollout"),
+    Metric(
+        "rollout/groups_drawn",
+        "groups",
+        "prompts answered for the rollout, with those drawn anew",
+        "rollout",
+    ),
+    Metric("rollout/seconds", "seconds", "answering and grading", "rollout"),
+    Metric(
+        "rollout/look_back_seconds",
+        "seconds",
+        "the trainer's and the reference's probabilities",
+        "rollout",
+    ),
+    Metric("rl/ratio", "1", "mean importance ratio of the update's tokens", "policy"),
+    Metric("rl/clipped", "1", "share of tokens whose ratio is clipped", "policy"),
+    Metric(
+        "rl/kl_to_old",
+        "nats/token",
+        "KL of the weights at the rollout's end from those updated",
+        "policy",
+    ),
+    Metric(
+        "rl/kl_to_reference",
+        "nats/token",
+        "KL from the weights the run began with; 0 without one",
+        "policy",
+    ),
+    Metric("rl/entropy", "nats/token", "of the distribution each token was drawn from", "policy"),
+    Metric("rl/importance", "1", "mean truncated weight from rollout to trainer", "policy"),
+    Metric("rl/capped", "1", "share of tokens whose weight is cut off", "policy"),
+    Metric(
+        "rl/staleness_max",
+        "steps",
+        "optimizer steps since the weights that drew the oldest sample",
+        "policy",
+    ),
+    Metric(
+        "rl/mtp_gradient", "1", "largest gradient of an MTP parameter: 0, they sit out", "policy"
+    ),
+    Metric(
+        "rl/balance_in_loss", "1", "what the expert balance loss adds to the policy loss", "policy"
+    ),
+    Metric(
+        "mismatch/logprob_mean",
+        "nats",
+        "mean distance of rollout and trainer log probabilities",
+        "mismatch",
+    ),
+    Metric("mismatch/logprob_max", "nats", "the largest", "mismatch"),
+    Metric(
+        "mismatch/kl", "nats/token", "KL of rollout and trainer on the drawn tokens", "mismatch"
+    ),
+    Metric(
+        "mismatch/routes_<k>",
+        "1",
+        "share of tokens the trainer would route otherwise, layer k",
+        "mismatch",
+    ),
+    Metric(
+        "mismatch/routes_used",
+        "1",
+        "share routed otherwise in training, worst layer; 0 with replay",
+        "mismatch",
+    ),
 )
 
 GROUPS = tuple(dict.fromkeys(metric.group for metric in METRICS))

@@ -62,7 +62,7 @@ class TorchCausalAttention(nn.Module):
         cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
         if cu_seqlens is not None:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        mask = self._mask(cu_seqlens, query.shape[0], query.device)
+        mask = visible_keys(cu_seqlens, query.shape[0], self.cp_group, query.device)
         if self.cp_group.size() > 1:
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
@@ -73,21 +73,26 @@ class TorchCausalAttention(nn.Module):
         out = out.permute(2, 0, 1, 3).flatten(2)
         return out if cu_seqlens is None else out.squeeze(1)
 
-    def _mask(self, cu_seqlens: Tensor | None, local: int, device: torch.device) -> Tensor | None:
-        """Which gathered keys each local query may see, [S, T]; None for plain causal attention."""
-        size, rank = self.cp_group.size(), self.cp_group.rank()
-        if size == 1 and cu_seqlens is None:
-            return None
-        held = (
-            zigzag_indices(cu_seqlens, size * local, size)
-            if size > 1
-            else torch.arange(local)[None]
-        )
-        held = held.to(device)
-        seen, asking = held.flatten(), held[rank]
-        mask = seen[None, :] <= asking[:, None]
-        if cu_seqlens is not None:
-            ends = cu_seqlens[1:].long().to(device)
-            document = torch.bucketize(torch.arange(size * local, device=device), ends, right=True)
-            mask &= document[seen][None, :] == document[asking][:, None]
-        return mask
+
+def visible_keys(
+    cu_seqlens: Tensor | None, local: int, group: Any, device: torch.device
+) -> Tensor | None:
+    """Return which keys, gathered over context-parallel ranks, each local query may see; None for plain causal
+    attention.
+
+    Shapes: bool [S, T], S = T / ranks.
+    """
+    size, rank = group.size(), group.rank()
+    if size == 1 and cu_seqlens is None:
+        return None
+    held = (
+        zigzag_indices(cu_seqlens, size * local, size) if size > 1 else torch.arange(local)[None]
+    )
+    held = held.to(device)
+    seen, asking = held.flatten(), held[rank]
+    mask = seen[None, :] <= asking[:, None]
+    if cu_seqlens is not None:
+        ends = cu_seqlens[1:].long().to(device)
+        document = torch.bucketize(torch.arange(size * local, device=device), ends, right=True)
+        mask &= document[seen][None, :] == document[asking][:, None]
+    return mask

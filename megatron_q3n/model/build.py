@@ -33,7 +33,9 @@ def build_model(config: RunConfig, backend_name: str, groups: Any) -> list[Qwen3
     """Build this rank's model chunks (one, or one per virtual pipeline stage), initialised from the seed."""
     megatron = transformer_config(config, backend_name)
     if config.model.mtp_num_layers:
-        megatron.mtp_losses = MTPLosses(config.model.mtp_num_layers)
+        megatron.mtp_losses = MTPLosses(
+            config.model.mtp_num_layers, config.mtp, config.training.steps
+        )
     spec = stack_spec(config, backend_named(backend_name))
     rank, stages = groups.pp.rank(), config.parallel.num_stages
     pipeline_size = config.parallel.pipeline_model_parallel_size
@@ -56,6 +58,8 @@ def build_model(config: RunConfig, backend_name: str, groups: Any) -> list[Qwen3
             vp_stage=chunk if stages > pipeline_size else None,
         )
         _check_built(model, config, is_last=stage == stages - 1)
+        if model.mtp_process:
+            model.mtp.rotary = model.rotary_pos_emb
         chunks.append(model)
     return chunks
 
@@ -123,6 +127,7 @@ def _architecture(config: RunConfig) -> dict[str, Any]:
         "mtp_num_layers": model.mtp_num_layers or None,
         "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
         "mtp_use_repeated_layer": model.mtp_use_repeated_layer,
+        "mtp_detach_heads": config.mtp.trunk != "trained",
         "is_hybrid_model": True,
     }
 

@@ -15,7 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megatron_q3n.kernels.grouped_linear import grouped_linear
+from megatron_q3n.kernels.grouped_linear import grouped_linear, settle
 from megatron_q3n.kernels.weighted_swiglu import weighted_swiglu
 from megatron_q3n.model.sharding import stacked_experts
 
@@ -54,6 +54,8 @@ class StackedExperts(MegatronModule):
         if (
             rows_TH.shape[0] == 0
         ):  # nobody chose this rank's experts; keep the graph, so that DDP hears from us
+            for stack in (self.linear_fc1, self.linear_fc2):
+                settle(stack.weight)
             touched = self.linear_fc1.weight.sum() * 0 + self.linear_fc2.weight.sum() * 0
             return rows_TH + touched.to(rows_TH.dtype), None
         gate_up = grouped_linear(rows_TH, self.linear_fc1.weight, rows_per_expert_E)

@@ -19,25 +19,82 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, roll_tensor
 from torch import Tensor
 
+from megatron_q3n.config.mtp import MtpConfig
+from megatron_q3n.model.draft_chain import DraftChain, DraftingMTP
+from megatron_q3n.model.draft_losses import DraftPass
+
 
 class MTPLosses:
     """What the depths' losses need to know and what they report, for one step of one model.
 
     `ratios` [depths] are N / M_k of the global batch, or None to take each micro-batch's own; `totals`
-    [depths, 2] gathers (summed loss, tokens) of this rank. Both stay where they are in memory: a
-    step captured as a CUDA graph reads and writes them there.
+    [depths, 2] gathers (summed loss, tokens) of this rank; `own_drafts` [1] is the share of anchors
+    that are fed their own drafts, `step` [1] the step. All stay where they are in memory: a step
+    captured as a CUDA graph reads and writes them there. `kept` [acceptance depth, 3] gathers
+    (drafts judged, kept greedily, Σ min(p, q)) of validation.
     """
 
-    def __init__(self, depths: int) -> None:
+    def __init__(self, depths: int, settings: MtpConfig | None = None, total_steps: int = 1) -> None:
         device = torch.cuda.current_device()
+        self.settings, self._total_steps = settings or MtpConfig(), total_steps
+        weights = self.settings.depth_weights or [1.0] * depths
+        self._weights = [weight / sum(weights) for weight in weights]
+        self.scaling_factor = 1.0
         self.ratios: Tensor | None = None
         self.totals = torch.zeros(depths, 2, dtype=torch.float64, device=device)
+        self.own_drafts = torch.full((1,), self.settings.own_drafts_start, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.kept = torch.zeros(
+            self.settings.acceptance_depth, 3, dtype=torch.float64, device=device
+        )
+        # left by the block for the loss of the same pass
+        self.chain: DraftChain | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether validation drafts."""
+        return self.settings.acceptance_depth > 0
+
+    @property
+    def never_drafts(self) -> bool:
+        """Whether training feeds the text alone, at every step."""
+        return self.settings.own_drafts_start == self.settings.own_drafts_end == 0
 
     def set_ratios(self, ratios: Tensor) -> None:
         """Give the next step its ratios."""
         if self.ratios is None:
             self.ratios = torch.empty(len(ratios), device=self.totals.device)
         self.ratios.copy_(ratios)
+
+    def set_step(self, step: int) -> None:
+        """Move to a step: the share of own drafts goes evenly from its start to its end."""
+        done = step / max(1, self._total_steps - 1)
+        start, end = self.settings.own_drafts_start, self.settings.own_drafts_end
+        self.own_drafts.fill_(start + (end - start) * min(1.0, done))
+        self.step.fill_(step)
+
+    def scale(self, depth: int, own_tokens: Tensor, mask: Tensor) -> Tensor:
+        """Return what a depth's summed loss counts for beside the language model's."""
+        ratio = own_tokens / mask.sum().clamp(min=1)
+        if self.ratios is not None:
+            ratio = self.ratios[depth]
+        return self._weights[depth] * self.scaling_factor * ratio
+
+    @torch.no_grad()
+    def add(self, depth: int, losses: Tensor, mask: Tensor) -> None:
+        """Gather a micro-batch's losses."""
+        self.totals[depth] += torch.stack([losses.sum(), mask.sum()]).double()
+
+    def note(self, depth: int, judged: Tensor, agrees: Tensor, shared: Tensor) -> None:
+        """Gather a micro-batch's drafts."""
+        counts = [judged.sum(), (judged * agrees).sum(), (judged * shared).sum()]
+        self.kept[depth] += torch.stack(counts).double()
+
+    def take_kept(self) -> Tensor:
+        """Return the drafts that were noted, and start anew."""
+        kept = self.kept.clone()
+        self.kept.zero_()
+        return kept
 
     def take_totals(self) -> Tensor:
         """Return the totals and start anew."""
@@ -72,39 +129,51 @@ def process_mtp_loss(
     compute_language_model_loss: Callable[[Tensor, Tensor], Tensor],
     config: TransformerConfig,
     cp_group: Any = None,
+    tp_group: Any = None,
     packed_seq_params: Any = None,
     **_: object,
 ) -> Tensor:
     """Attach the depths' losses to the trunk's hidden states; megatron-core's function of this name.
 
-    Shapes: hidden [(1 + depths) · S, B, H]: the trunk's, then each depth's; labels, mask [B, S].
+    Shapes: hidden [(1 + depths) · S, B, H]: the trunk's, then each depth's, or the trunk's alone where the
+        block left a chain of drafts to run (draft_chain.py); labels, mask [B, S].
     Returns: the trunk's [S, B, H].
     """
-    trunk, *by_depth = torch.chunk(hidden_states, 1 + config.mtp_num_layers, dim=0)
-    if labels is None or not is_training:
-        return trunk
     ledger: MTPLosses = config.mtp_losses  # type: ignore[attr-defined]
+    ledger.scaling_factor = config.mtp_loss_scaling_factor
+    chain, ledger.chain = ledger.chain, None
+    trunk, *by_depth = torch.chunk(
+        hidden_states, 1 if chain else 1 + config.mtp_num_layers, dim=0
+    )
+    if labels is None or not (is_training or chain):
+        return trunk
     mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
     own_tokens = mask.sum()
+    learnt_weight = output_weight
     if config.mtp_detach_heads:
-        output_weight = (output_layer.weight if output_weight is None else output_weight).detach()  # type: ignore[attr-defined]
+        learnt_weight = (output_layer.weight if output_weight is None else output_weight).detach()  # type: ignore[attr-defined]
+
+    def head(hidden: Tensor, learns: bool = True) -> Tensor:
+        weight = learnt_weight if learns else output_weight
+        return output_layer(hidden, weight=weight, runtime_gather_output=runtime_gather_output)[0]
+
+    if chain:
+        drafts = DraftPass(chain, head, config, (cp_group, tp_group), packed_seq_params)
+        if is_training:
+            return drafts.attach_losses(trunk, labels, mask, compute_language_model_loss)
+        if ledger.measures:
+            drafts.measure(trunk, mask)
+        return trunk
     for depth, hidden in enumerate(by_depth):
-        logits, _ = output_layer(
-            hidden, weight=output_weight, runtime_gather_output=runtime_gather_output
-        )
+        logits = head(hidden)
         labels, _ = roll_tensor(labels, -1, -1, cp_group, packed_seq_params)
         mask, _ = roll_tensor(mask, -1, -1, cp_group, packed_seq_params)
         losses = compute_language_model_loss(labels, logits) * mask
-        with torch.no_grad():
-            ledger.totals[depth] += torch.stack([losses.sum(), mask.sum()]).double()
-        ratio = own_tokens / mask.sum().clamp(min=1)
-        if ledger.ratios is not None:
-            ratio = ledger.ratios[depth]
-        weight = config.mtp_loss_scaling_factor / config.mtp_num_layers
-        trunk = MTPLossAutoScaler.apply(trunk, losses * (weight * ratio))
+        ledger.add(depth, losses, mask)
+        trunk = MTPLossAutoScaler.apply(trunk, losses * ledger.scale(depth, own_tokens, mask))
     return trunk
 
 
-hybrid_model.process_mtp_loss = (
-    process_mtp_loss  # HybridModel.forward looks it up in its own module
-)
+# HybridModel looks both up in its own module
+hybrid_model.process_mtp_loss = process_mtp_loss
+hybrid_model.MultiTokenPredictionBlock = DraftingMTP

@@ -18,12 +18,12 @@ from copy import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
+from megatron_q3n.kernels.router_linear import router_linear
 from megatron_q3n.model.route_tape import RouteTape
 
 
@@ -64,11 +64,11 @@ class GlobalBatchRouter(TopKRouter):
         Not megatron-core's random logits: they switch the generator's state, which a CUDA graph cannot.
         The gradient goes through as if the scores were the router's own, as upstream's does.
         """
-        if input.dtype == torch.float32 and self.config.moe_router_dtype == "fp32":
-            # not upstream's way, which on a GPU is TransformerEngine's product in TF32: ten bits
-            logits = F.linear(input, self.weight.float())
-        else:
-            logits = super().gating(input)
+        logits = (
+            router_linear(input, self.weight)
+            if self.config.moe_router_dtype == "fp32"
+            else super().gating(input)
+        )
         if self.forces_balance:
             logits = logits + (torch.randn_like(logits) - logits).detach()
         return logits

@@ -18,7 +18,6 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -39,6 +38,7 @@ from megatron_q3n.model.experts import StackedExperts
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron_q3n.model.norms import ZeroCenteredRMSNorm
 from megatron_q3n.model.router import GlobalBatchRouter
+from megatron_q3n.model.shared_expert import GatedSharedExpert
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _moe(config: RunConfig, backend: Backend) -> Any:
                 GlobalBatchRouter, normalized_init=config.model.moe_router_normalized_init
             ),
             experts=StackedExperts,
-            shared_experts=partial(SharedExpertMLP, submodules=shared),
+            shared_experts=partial(GatedSharedExpert, submodules=shared),
         ),
     )
 

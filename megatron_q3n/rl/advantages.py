@@ -29,7 +29,9 @@ def group_advantages(
     return advantages
 
 
-def overlong_penalties(lengths_N: np.ndarray, longest: int, buffer: int, penalty: float) -> np.ndarray:
+def overlong_penalties(
+    lengths_N: np.ndarray, longest: int, buffer: int, penalty: float
+) -> np.ndarray:
     """Return what is added to the rewards of long answers: 0 up to longest - buffer, then falling to -penalty.
 
     Reference: DAPO, equation 13.

@@ -61,7 +61,9 @@ class PolicyPass:
             )
         return output, partial(self._loss, batch, bare.pg_collection.tp)
 
-    def _loss(self, batch: PolicyBatch, group: Any, logits_BTV: Tensor) -> tuple[Tensor, Tensor, dict]:
+    def _loss(
+        self, batch: PolicyBatch, group: Any, logits_BTV: Tensor
+    ) -> tuple[Tensor, Tensor, dict]:
         logprobs_BT, entropy_BT = log_probabilities(
             logits_BTV,
             batch.labels_BT,
@@ -89,6 +91,8 @@ class PolicyPass:
         assert batch.reference_BT is not None
         rl, rules = self.settings, self.settings.rules
         old_T, sample_T = batch.old_BT[0], batch.sample_BT[0]
+        # prompts and padding: their probabilities may be so small that a ratio overflows
+        logprobs_T = torch.where(sample_T >= 0, logprobs_T, 0.0)
         ratio_T = log_ratios(logprobs_T, old_T, sample_T, rules.ratio)
         losses = clipped_surrogate(ratio_T, batch.advantage_BT[0], rules.clip_low, rules.clip_high)
         importance_T = truncated_importance(old_T, batch.rollout_BT[0], rl.importance_cap)

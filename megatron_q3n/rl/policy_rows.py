@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_q3n.data.batch import Batch
-from megatron_q3n.data.sft_rows import lay_out, pack
 from megatron_q3n.data.conversations import Spelled
+from megatron_q3n.data.sft_rows import lay_out, pack
 from megatron_q3n.rl.samples import Sample
 
 

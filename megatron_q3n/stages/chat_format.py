@@ -7,8 +7,8 @@ from megatron_q3n.checkpoint.folders import FOLDER
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.conversion.importing import KEPT
 from megatron_q3n.data.chat_template import TEMPLATE_FILE, ChatTemplate, chat_template
-from megatron_q3n.data.folders import cache_root
 from megatron_q3n.data.conversations import texts_of
+from megatron_q3n.data.folders import cache_root
 from megatron_q3n.data.manifest import verify_prepared
 from megatron_q3n.data.sft_rows import read_all
 from megatron_q3n.data.stdlib import prepare_stdlib

@@ -87,7 +87,8 @@ def _session(
 ) -> FitResult:
     """Train from the newest checkpoint to the end, a stop, or a bad step that ends it; record and report it."""
     group, config = state.parallel, state.config
-    origin = _start(state, run_dir)
+    watch.start()
+    origin = start_weights(state, run_dir)
     recorder = Recorder(
         run_dir,
         config,
@@ -109,8 +110,8 @@ def _session(
             peak_flops=measured_matmul_flops(state.device, group.world_size),
             watch=watch,
         )
-        with watch:
-            result = fit(state, data, recorder, pace)
+        result = fit(state, data, recorder, pace)
+        watch.stop()
         if result.verdict == "roll_back":
             newest = checkpoint.newest_in(run_dir)
             assert newest is not None
@@ -126,6 +127,7 @@ def _session(
             _conclude(state, data, result, run_dir, recorder, time.monotonic() - started)
         status = "done" if state.step == config.training.steps else "stopped"
     finally:
+        watch.stop()
         recorder.close(status)
         if group.is_leader and (run_dir / "metrics.jsonl").exists():
             write_report(run_dir)
@@ -153,7 +155,7 @@ def _save_what_to_roll_back_to(state: TrainState, saver: Any) -> None:
         saver.settle(True)
 
 
-def _start(state: TrainState, run_dir: Path) -> list[str]:
+def start_weights(state: TrainState, run_dir: Path) -> list[str]:
     """Put weights where the run should begin: its own newest good checkpoint, another run's weights, or the
     fresh init. Return what to tell the user of it."""
     resumed = checkpoint.resume(state, run_dir)

@@ -1,6 +1,7 @@
 """Everything that changes while training, in one place: what a checkpoint must hold."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.device import Device
+from megatron_q3n.kernels import grouped_linear
 from megatron_q3n.model.build import build_model
 from megatron_q3n.model.experts import StackedExperts
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet
@@ -114,6 +116,8 @@ def build_chunks(config: RunConfig, device: Device, parallel: Parallel) -> list[
     for chunk in chunks:
         chunk.broadcast_params()
         _accumulate_in_place(chunk)
+        if not config.parallel.overlap_grad_reduce:
+            _overwrite_expert_gradients(chunk)
         if config.parallel.overlap_param_gather:
             _wait_where_parts_are_read(chunk)
     _connect_schedules(chunks, config)
@@ -154,6 +158,10 @@ def _give_torch_adam_its_state(optimizer: MegatronOptimizer) -> None:
 def _finalize(chunks: list[Any], _: torch.Tensor | None, **options: Any) -> None:
     """Reduce gradients. They are divided by the token count already (TrainState.loss_scale), which spares a pass
     over the fp32 gradients: 8 bytes a parameter."""
+    for chunk in chunks:
+        for buffer in chunk.expert_parallel_buffers:
+            for weight in buffer.params:
+                grouped_linear.settle(weight)
     finalize_model_grads(chunks, None, **options)
 
 
@@ -166,6 +174,15 @@ def _accumulate_in_place(chunk: DistributedDataParallel) -> None:
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
+
+
+def _overwrite_expert_gradients(chunk: DistributedDataParallel) -> None:
+    """Let the first micro-batch of a step overwrite the experts' gradients; they are nearly all of a sparse model.
+
+    Not where gradients are reduced while the passes run: an expert stack that was not used would be reduced stale.
+    """
+    for buffer in chunk.expert_parallel_buffers:
+        buffer.reset = partial(grouped_linear.mark_stale, buffer.params)
 
 
 def _connect_schedules(chunks: list[Any], config: RunConfig) -> None:

@@ -33,9 +33,7 @@ ForwardStep = Callable[[Iterator[Any], Any], tuple[torch.Tensor, Any]]
 """A micro-batch's forward pass and the function that makes its loss, as megatron-core's schedules want them."""
 
 
-def train_step(
-    state: TrainState, batches: Any, forward: ForwardStep = forward_step
-) -> StepReport:
+def train_step(state: TrainState, batches: Any, forward: ForwardStep = forward_step) -> StepReport:
     """Take one optimizer step on this rank's micro-batches of a global batch."""
     rate = learning_rate(state.optimizer)
     for chunk in state.chunks:

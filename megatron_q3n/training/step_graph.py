@@ -15,7 +15,7 @@ Reference: PyTorch, "CUDA semantics", whole-network capture.
 
 import gc
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class StepGraph:
         self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]
     ) -> None:
         device = torch.cuda.current_device()
-        self._batches = [batch.to(device) for batch in batches]
+        self._batches = [_own_copy(batch, device) for batch in batches]
         torch.cuda.synchronize()
         gc.collect()
         torch.cuda.empty_cache()  # the graph has a pool of its own; the warm-up's memory becomes free for it
@@ -100,6 +100,16 @@ class StepGraph:
 
     def _remember(self, *positional: Any, **named: Any) -> None:
         self._to_finalize = (positional, named)
+
+
+def _own_copy(batch: Batch, device: Any) -> Batch:
+    """Copy a batch to the device; also one that is there, since its memory is the caller's."""
+    tensors = {
+        field.name: getattr(batch, field.name).to(device).clone()
+        for field in fields(Batch)
+        if isinstance(getattr(batch, field.name), torch.Tensor)
+    }
+    return replace(batch, **tensors)
 
 
 def _copy(source: Batch, target: Batch) -> None:

@@ -23,11 +23,14 @@ settings = HealthConfig(hang_factor=3, hang_floor_seconds=1.5, hang_start_second
 def stuck_here():
     {stuck}
 
-with hang.HangWatch(settings, Path(sys.argv[1]), rank=3, host="n1") as watch:
-    for _ in range(8):
-        time.sleep(0.3)
-        watch.beat(0.3)
-    stuck_here()
+watch = hang.HangWatch(settings, Path(sys.argv[1]), rank=3, host="n1")
+watch.start()
+for _ in range(8):
+    time.sleep(0.3)
+    watch.beat(0.3)
+stuck_here()
+watch.stop()
+time.sleep(2)
 print("went on")
 """
 

@@ -149,6 +149,21 @@ def test_weighted_swiglu(dtype: torch.dtype, triton_device: str) -> None:
         assert_near(got, reference, dtype)
 
 
+def test_row_gate(dtype: torch.dtype, triton_device: str) -> None:
+    from megatron_q3n.kernels.fused import row_gate as fused
+
+    x, hidden = (normal(s, 37, 40, device=triton_device, dtype=dtype) for s in (1, 2))
+    weight = normal(3, 1, 40, device=triton_device, dtype=dtype) / 6
+    exact = [y.double().requires_grad_() for y in (x, hidden, weight)]
+    want = exact[0] * F.linear(exact[1], exact[2]).sigmoid()
+    out, gate = fused.row_gate(x, hidden, weight)
+    assert_near(out, want, dtype)
+    upstream = normal(4, *want.shape, device=triton_device, dtype=dtype)
+    wanted = torch.autograd.grad(want, exact, upstream.double())
+    for got, reference in zip(fused.row_gate_backward(x, hidden, weight, gate, upstream), wanted):
+        assert_near(got.view_as(reference), reference, dtype)
+
+
 @pytest.mark.parametrize("counts", [[70, 0, 129, 1], [0, 0, 0, 64], [3, 2, 1, 0]])
 @pytest.mark.parametrize("accumulate", [True, False])
 def test_grouped_weight_gradient(

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_q3n.kernels.grouped_linear import grouped_linear
+from megatron_q3n.kernels.grouped_linear import grouped_linear, mark_stale, settle
 
 
 def test_each_row_meets_its_own_expert() -> None:
@@ -17,3 +17,19 @@ def test_each_row_meets_its_own_expert() -> None:
     for a, b in zip(got, torch.autograd.grad(by_row.sin().sum(), (rows, weight))):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert got[1][1].abs().sum() == 0
+
+
+def test_a_stale_main_gradient_is_never_added_to() -> None:
+    """The path that only adds clears it first; what nobody used is cleared by `settle`."""
+    weight = torch.nn.Parameter(torch.randn(2, 3, 4))
+    for use in (True, False):
+        weight.main_grad = torch.full_like(weight, 7.0)
+        mark_stale([weight])
+        if use:
+            grouped_linear(torch.randn(5, 4), weight, torch.tensor([2, 3]))
+        else:
+            settle(weight)
+        assert not weight.main_grad.any()
+        weight.main_grad += 1
+        settle(weight)  # settled once, it is this step's
+        assert weight.main_grad.eq(1).all()

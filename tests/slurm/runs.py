@@ -53,7 +53,8 @@ def submit(
     """Run the submit command as a user of the cluster does."""
     return subprocess.run(
         [sys.executable, "-m", "slurm.submit", *arguments],
-        cwd=root, env={**cluster.environment, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120, check=False,
+        cwd=root, env={**cluster.environment, "PYTHONPATH": str(root)},
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
 

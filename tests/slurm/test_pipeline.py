@@ -14,10 +14,22 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.runs import FAULTS, ROOT, SITE, numbers, story, submit, submitted
 
 SHORT = [
-    "pretrain.training.steps=4", "pretrain.schedule.warmup_steps=1", "longcontext.training.steps=2",
-    "longcontext.schedule.warmup_steps=1", "all.training.sequence_length=64", "all.validation.batches=1",
-    "all.checkpoint.interval_steps=2", "all.samples.count=0", "all.logging.wandb.mode=disabled",
+    "all.training.sequence_length=64", "all.validation.batches=1", "all.samples.count=0",
+    "all.logging.wandb.mode=disabled", "all.checkpoint.interval_steps=2", "pretrain.training.steps=4",
+    "pretrain.schedule.warmup_steps=1", "longcontext.training.steps=2", "longcontext.schedule.warmup_steps=1",
 ]  # fmt: skip
+CHAIN = """
+stages:
+  pretrain:
+    recipe: pretrain-tiny
+    overrides: [validation.bigram_baseline=false]
+  longcontext:
+    recipe: longcontext-tiny
+    from: pretrain
+  export:
+    tool: [tools/convert_hf.py, export, "{from}", --output, "{run_dir}/huggingface"]
+    from: longcontext
+"""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -35,21 +47,14 @@ def test_a_failed_stage_stops_the_chain_and_a_fixed_one_goes_on(
     cluster: Cluster, site: Callable[..., str], tmp_path: Path
 ) -> None:
     """A poisoned batch: the first stage skips it, the second is told to stop, and later to skip it too."""
-    folder = tmp_path / "chain"
+    folder, recipes = tmp_path / "chain", tmp_path / "recipes"
+    recipes.mkdir()
+    (recipes / "pipeline-chain.yaml").write_text(CHAIN)
     poison = {"PYTHONPATH": str(FAULTS), "Q3N_FAULT": "nan@1"}
-    place = site(environment=SITE["environment"] | poison)
     strict = "longcontext.health.non_finite=stop"
-    jobs = submitted(
-        cluster,
-        "--config-name",
-        "pipeline-tiny",
-        "--site",
-        place,
-        "--run-dir",
-        str(folder),
-        *SHORT,
-        strict,
-    )
+    named = ["--config-name", "pipeline-chain", "--config-dir", str(recipes)]
+    place = ["--site", site(environment=SITE["environment"] | poison)]
+    jobs = submitted(cluster, *named, *place, "--run-dir", str(folder), *SHORT, strict)
     assert len(jobs) == 3
     states = [cluster.wait(job, *ENDED) for job in jobs]
     assert states == ["COMPLETED", "FAILED", "CANCELLED"], story(folder / "longcontext")
@@ -61,7 +66,7 @@ def test_a_failed_stage_stops_the_chain_and_a_fixed_one_goes_on(
 
     before = (folder / "pretrain" / "metrics.jsonl").read_text()
     lenient = strict.replace("stop", "skip")
-    again = submitted(cluster, "--resume", str(folder), "--site", place, lenient)
+    again = submitted(cluster, "--resume", str(folder), *place, lenient)
     assert len(again) == 2, "what is done is not done again"
     assert [cluster.wait(job, *ENDED) for job in again] == ["COMPLETED"] * 2, story(
         folder / "export"
@@ -73,17 +78,19 @@ def test_a_failed_stage_stops_the_chain_and_a_fixed_one_goes_on(
     assert exported["moe_intermediate_size"] == 64
     assert status(cluster, folder).count(" done ") == 3
 
-    nothing = submit(cluster, "--resume", str(folder), "--site", place)
+    nothing = submit(cluster, "--resume", str(folder), *place)
     assert "nothing is left to do" in nothing.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_same_pipeline_runs_without_slurm(tmp_path: Path) -> None:
+    """pipeline-tiny whole, each stage shortened."""
     folder = tmp_path / "chain"
     command = [sys.executable, "-m", "slurm.submit", "--local"]
+    short = [*SHORT, "sft.training.steps=4", "sft.schedule.warmup_steps=1"]
     subprocess.run(
-        [*command, "--config-name", "pipeline-tiny", "--run-dir", str(folder), *SHORT],
+        [*command, "--config-name", "pipeline-tiny", "--run-dir", str(folder), *short],
         cwd=ROOT, check=True, timeout=200,
     )  # fmt: skip
     assert (folder / "export" / "huggingface" / "model.safetensors.index.json").exists() or (

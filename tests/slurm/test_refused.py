@@ -111,3 +111,21 @@ def test_a_model_larger_than_the_site_s_gpus_is_refused(site: Callable[..., str]
     small = load_site(site(gpus_per_node=1, gpu_memory_gib=4.5))
     with pytest.raises(UserError, match="the largest rank needs"):
         checks.check_run(config, small, 1)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "recipes").glob("pipeline-*.yaml"))
+)
+def test_every_pipeline_could_be_submitted(tmp_path: Path, name: str) -> None:
+    done = dry_run("--config-name", name, "--run-dir", str(tmp_path / "p"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("#!/bin/bash") >= 3
+
+
+def test_the_training_door_says_where_pipelines_run() -> None:
+    command = [sys.executable, "-m", "megatron_q3n.train", "--config-name", "pipeline-tiny"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "python -m slurm.submit --config-name pipeline-tiny" in done.stderr

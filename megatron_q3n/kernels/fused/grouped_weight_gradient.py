@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Rows, outputs, inputs, warps, stages. Two programs fit on one multiprocessor, so that one reads and writes its fp32
-# tile while the other multiplies.
-_TILE = (64, 128, 128, 4, 3)
+# Rows, outputs, inputs, warps, stages. Measured on an H200 for 163,840 rows, 128 experts of 1024 × 2048: adding 1.66
+# ms (two programs fit on one multiprocessor, so that one reads its fp32 tile while the other multiplies), writing 1.23
+# ms; torch's product in bf16 alone 1.14 ms.
+_ADDING, _WRITING = (64, 128, 128, 4, 3), (64, 128, 128, 8, 3)
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def grouped_weight_gradient(
     ends_E: Tensor,
     out_ENK: Tensor,
     accumulate: bool,
-    tile: tuple[int, int, int, int, int] = _TILE,
+    tile: tuple[int, int, int, int, int] | None = None,
 ) -> None:
     """Compute every expert's weight gradient into `out`, adding to what is there if asked.
 
@@ -73,7 +74,7 @@ def grouped_weight_gradient(
     """
     (outputs, inputs), experts = (dy_RN.shape[1], x_RK.shape[1]), out_ENK.shape[0]
     assert out_ENK.is_contiguous()
-    block_r, block_n, block_k, warps, stages = tile
+    block_r, block_n, block_k, warps, stages = tile or (_ADDING if accumulate else _WRITING)
     grid = experts * triton.cdiv(outputs, block_n) * triton.cdiv(inputs, block_k)
     _kernel[(grid,)](
         _blocks_of(dy_RN, block_r, block_n), _blocks_of(x_RK, block_r, block_k), out_ENK, ends_E,

@@ -1,0 +1,44 @@
+"""The shared expert's gate: its output times sigmoid(hidden · w), one number per token."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_q3n.kernels import choices
+
+OPERATION = "shared expert gate"
+
+
+def row_gate(x: Tensor, hidden: Tensor, weight_1H: Tensor, fused: bool | None = None) -> Tensor:
+    """Return x · sigmoid(hidden wᵀ).
+
+    Shapes: x, hidden [...,H], weight [1,H]. `fused` forces the choice that `choices` makes otherwise.
+    """
+    if choices.is_fused(OPERATION, x, fused):
+        width = x.shape[-1]
+        flat = x.reshape(-1, width), hidden.reshape(-1, width)
+        return _Fused.apply(*flat, weight_1H).view(x.shape)
+    return x * F.linear(hidden, weight_1H).sigmoid()
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, hidden_TH: Tensor, weight_1H: Tensor) -> Tensor:
+        from megatron_q3n.kernels.fused import row_gate as fused  # late: Triton
+
+        x_TH, hidden_TH = x_TH.contiguous(), hidden_TH.contiguous()
+        out, gate = fused.row_gate(x_TH, hidden_TH, weight_1H)
+        ctx.save_for_backward(x_TH, hidden_TH, weight_1H, gate)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from megatron_q3n.kernels.fused import row_gate as fused  # late: Triton
+
+        x, hidden, weight, gate = ctx.saved_tensors
+        dx, dhidden, dweight = fused.row_gate_backward(
+            x, hidden, weight, gate, dout_TH.contiguous()
+        )
+        return dx, dhidden, dweight.to(weight.dtype).view_as(weight)
