@@ -8,7 +8,7 @@ The batch script is replaced by this process. What it does with signals:
 |---|---|---|
 | USR1 | Slurm, before the time limit (--signal=B:USR1@…); a person | training saves and ends; job requeued |
 | USR2 | a person: scancel --batch --signal=USR2 JOB | training saves and ends; job ends |
-| TERM | Slurm, when it ends the job | wait; whether the job is requeued is Slurm's to say |
+| TERM | Slurm, when it ends the job | wait; a job that still counts as running then is requeued |
 
 On preemption Slurm sends TERM to the training's processes, not to this one; they save and end with 75. Outside a job
 (`submit --local`) attempts follow each other here instead.
@@ -62,12 +62,9 @@ class Supervisor:
         number = sum(line["event"] == "begin" for line in progress.attempts(self.run_dir)) + 1
         if progress.is_concluded(self.run_dir, self.job["steps"]):
             return self._end("done", 0, "nothing is left to do")
-        fruitless, limit = (
-            progress.fruitless_starts(self.run_dir),
-            self.job["attempts_without_progress"],
-        )
+        fruitless = progress.fruitless_starts(self.run_dir)
         step = progress.newest_step(self.run_dir)
-        if fruitless >= limit:
+        if fruitless >= self.job["attempts_without_progress"]:
             return self._end(
                 "gave up", EXIT_NO_PROGRESS,
                 f"{fruitless} attempts in a row began at step {step} and none got further "
@@ -98,7 +95,7 @@ class Supervisor:
             return self._end("done", 0, "finished")
         if said == EXIT_BAD_INPUT or code == EXIT_BAD_INPUT:
             return self._end("failed", EXIT_BAD_INPUT, message or "refused, see the log")
-        if self.ended_by_slurm:
+        if self.ended_by_slurm and self._state() != "RUNNING":
             return self._end("ended by Slurm", code or 1, "TERM received")
         reason = f"the training ended with code {code}"
         if said == EXIT_REQUEUE:
@@ -115,6 +112,11 @@ class Supervisor:
             "again", code, f"{reason}; to go on from step {progress.newest_step(self.run_dir)}"
         )
         return AGAIN
+
+    def _state(self) -> str:
+        """Return what Slurm calls this job now: RUNNING, unless it is ending it (scancel, the limit, a requeue)."""
+        command = ["squeue", "--noheader", f"--jobs={self.job_id}", "--format=%T"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     def _end(self, decision: str, code: int, reason: str) -> int:
         step = progress.newest_step(self.run_dir)

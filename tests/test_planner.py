@@ -100,7 +100,8 @@ def test_fp8_keeps_two_more_copies_of_the_large_matrices() -> None:
     qkvz, out = 128 * (64 + 64 + 128 + 128), 128 * 128
     attention = 128 * (128 + 128 + 64 + 64) + 128 * 128
     shared = 3 * 128 * 64
-    matrices = 3 * (qkvz + out) + attention + 4 * shared + (attention + shared)
+    experts = 8 * 3 * 128 * 64
+    matrices = 3 * (qkvz + out) + attention + 4 * (shared + experts) + attention + shared + experts
     assert fp8.states.weights - bf16.states.weights == 2 * matrices
     assert fp8.activations < bf16.activations
 

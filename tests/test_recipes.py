@@ -49,6 +49,9 @@ def run_config(recipe: str, *overrides: str) -> RunConfig:
     words = " ".join((recipe, *overrides))
     continues = any(stage in words for stage in ("longcontext", "generate"))
     start = ["checkpoint.load=runs/latest"] if continues else []
+    for stage, setting in (("sft", "sft.train"), ("rl", "rl.prompts")):
+        if f"stage={stage}" in overrides:  # a stage alone names no conversations
+            start.append(f"{setting}=[{{task: {{name: chain_sum}}}}]")
     return validate(composed(recipe, *start, *overrides))
 
 

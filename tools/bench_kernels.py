@@ -189,7 +189,7 @@ def moe(bench: Bench) -> None:
     probs = torch.zeros_like(logits).scatter_(1, top.indices, top.values.softmax(-1))
     x = bench.random(tokens, HIDDEN)
     bench.time("moe", "plan: ours", lambda: permutation.plan(routing, probs, TOPK))
-    row, expert, gates, counts = permutation.plan(routing, probs, TOPK)
+    row, expert, _, gates, counts = permutation.plan(routing, probs, TOPK)
     small, large = tokens * HIDDEN * 2 / 1e9, rows * HIDDEN * 2 / 1e9
     bench.time("moe", "permute: ours", lambda: permutation.scatter_rows(x, row), small + large)
     permuted = permutation.scatter_rows(x, row)

@@ -16,7 +16,8 @@ _FREE = {
 
 def check_architecture(description: dict[str, Any], model: ModelConfig, checkpoint: Path) -> None:
     """Refuse a checkpoint whose weights do not fit this model, naming the settings that differ."""
-    saved, wanted = description["model"], model.model_dump(mode="json")
+    saved = _with_layers_of_its_own(description["model"])
+    wanted = _with_layers_of_its_own(model.model_dump(mode="json"))
     differ = [
         f"model.{name}: {saved.get(name)} there, {value} here"
         for name, value in wanted.items()
@@ -26,3 +27,10 @@ def check_architecture(description: dict[str, Any], model: ModelConfig, checkpoi
         raise UserError(
             f"{checkpoint} holds a model of another architecture: " + "; ".join(differ) + "."
         )
+
+
+def _with_layers_of_its_own(model: dict[str, Any]) -> dict[str, Any]:
+    """Count MTP layers by their weights: one that is repeated for several depths fits one that is not."""
+    depths, repeated = model.get("mtp_num_layers"), model.get("mtp_use_repeated_layer")
+    own = 1 if repeated and depths else depths
+    return {**model, "mtp_num_layers": own, "mtp_use_repeated_layer": False}

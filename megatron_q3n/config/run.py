@@ -219,6 +219,11 @@ class RunConfig(Section):
             )
 
     def _check_recompute(self) -> None:
+        if self.precision.fp8 and "moe_act" in self.training.recompute_modules:
+            raise UserError(
+                "training.recompute_modules=[moe_act] has no effect with precision.fp8: the FP8 experts keep their "
+                "activations for the weight gradient; use moe, or leave it out."
+            )
         method, sublayers = self.training.recompute_method, self.training.recompute_num_layers
         full = self.training.recompute_granularity == "full"
         if full and self.model.mtp_num_layers and (method, sublayers) != ("uniform", 1):

@@ -37,8 +37,8 @@ class Weight:
     """One parameter tensor, uncut.
 
     split: "tensor" is cut over tensor parallel ranks, "expert" over expert and expert tensor parallel ranks, "none"
-    is held whole. low_precision: its matrix product runs in FP8 when `precision.fp8` is set, which TransformerEngine's
-    linears can and the stacked experts' grouped product cannot.
+    is held whole. low_precision: its matrix product runs in FP8 when `precision.fp8` is set, and a copy of it is held
+    in FP8 both ways round.
     """
 
     name: str
@@ -147,8 +147,8 @@ def _moe_weights(model: ModelConfig) -> list[Weight]:
     return [
         Weight("pre_mlp_layernorm", (hidden,), "norms"),
         Weight("router", (experts, hidden), "router"),
-        Weight("experts.fc1", (experts, 2 * ffn, hidden), "routed_experts", "expert"),
-        Weight("experts.fc2", (experts, hidden, ffn), "routed_experts", "expert"),
+        Weight("experts.fc1", (experts, 2 * ffn, hidden), "routed_experts", "expert", True),
+        Weight("experts.fc2", (experts, hidden, ffn), "routed_experts", "expert", True),
         Weight("shared_experts.fc1", (2 * shared, hidden), "shared_expert", "tensor", True),
         Weight("shared_experts.fc2", (hidden, shared), "shared_expert", "tensor", True),
         Weight("shared_experts.gate", (1, hidden), "shared_expert"),

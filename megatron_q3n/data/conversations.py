@@ -86,9 +86,9 @@ def spell(conversation: Conversation, template: ChatTemplate, turns: str = "all"
 
     Raises: UserError if the template refuses it, or rewrites earlier turns in the light of later ones.
     """
-    messages, extras = conversation.messages, {"tools": conversation.tools}
+    messages, tools = conversation.messages, conversation.tools
     try:
-        whole = template.spell(messages, **extras)
+        whole = template.spell(messages, tools=tools)
         text = "".join(piece.text for piece in whole)
         spans = [_turn(conversation, template, text, place) for place in _counted(messages, turns)]
     except UserError as error:
@@ -131,9 +131,9 @@ def _turn(
     conversation: Conversation, template: ChatTemplate, text: str, place: int
 ) -> tuple[int, int, float]:
     """Return where an assistant's turn begins and ends in the conversation's text, and its weight."""
-    messages, extras = conversation.messages, {"tools": conversation.tools}
-    before = _text(template.spell(messages[:place], generation_prompt=True, **extras))
-    after = _text(template.spell(messages[: place + 1], **extras))
+    messages, tools = conversation.messages, conversation.tools
+    before = _text(template.spell(messages[:place], generation_prompt=True, tools=tools))
+    after = _text(template.spell(messages[: place + 1], tools=tools))
     if not (text.startswith(after) and after.startswith(before)):
         raise UserError(
             f"the chat template spells turn {place + 1} otherwise when more follows, or otherwise than its generation "

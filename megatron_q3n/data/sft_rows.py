@@ -128,8 +128,13 @@ def lay_out(items: list[Spelled], length: int, alignment: int, eod: int) -> Batc
         bounds.append(length)
     for start, end in itertools.pairwise(bounds):
         positions[start:end] = np.arange(end - start)
+    columns = (tokens, labels, weights, positions)
+    tokens_BT, labels_BT, weights_BT, positions_BT = (torch.from_numpy(x)[None] for x in columns)
     return Batch(
-        *(torch.from_numpy(x)[None] for x in (tokens, labels, weights, positions)),
+        tokens_BT,
+        labels_BT,
+        weights_BT,
+        positions_BT,
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         max_seqlen=int(np.diff(bounds).max()),
     )
@@ -262,7 +267,9 @@ def _read(file: Path) -> tuple[SpelledSet, SpelledSet]:
     with np.load(file, allow_pickle=False) as stored:
         counts = json.loads(str(stored["counts"]))
         train, validation = (
-            SpelledSet(*(stored[f"{name}_{part}"] for part in ("tokens", "weights", "bounds")), c)
+            SpelledSet(
+                stored[f"{name}_tokens"], stored[f"{name}_weights"], stored[f"{name}_bounds"], c
+            )
             for name, c in zip(("train", "validation"), counts)
         )
     return train, validation

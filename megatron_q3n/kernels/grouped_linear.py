@@ -8,6 +8,7 @@ read them back (`mark_stale`). Elsewhere it is a loop over experts, which is rig
 small experts of a laptop run.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,20 +74,33 @@ class _OneLaunch(torch.autograd.Function):
 
 
 def _weight_gradient(dout_TN: Tensor, rows_TK: Tensor, ends_E: Tensor, weight: Tensor) -> Tensor:
-    """Add to the main gradient where there is one, as megatron-core's fused linears do."""
     from megatron_q3n.kernels.fused.grouped_weight_gradient import (  # late: Triton
         grouped_weight_gradient,
     )
 
+    target = main_gradient(weight)
+    grouped_weight_gradient(dout_TN, rows_TK.contiguous(), ends_E, target.tensor, target.accumulate)
+    return target.for_autograd
+
+
+@dataclass(frozen=True)
+class GradientTarget:
+    """Where a weight's gradient goes, whether what is there counts, and what autograd is given."""
+
+    tensor: Tensor
+    accumulate: bool
+    for_autograd: Tensor
+
+
+def main_gradient(weight: Tensor) -> GradientTarget:
+    """Name the weight's main gradient, as megatron-core's fused linears do, and claim it for a kernel's result."""
     main = getattr(weight, "main_grad", None)
     if main is None:
         fresh = torch.empty_like(weight)
-        grouped_weight_gradient(dout_TN, rows_TK.contiguous(), ends_E, fresh, accumulate=False)
-        return fresh
+        return GradientTarget(fresh, False, fresh)
     stale = getattr(weight, "main_grad_is_stale", False)
-    grouped_weight_gradient(dout_TN, rows_TK.contiguous(), ends_E, main, accumulate=not stale)
     weight.main_grad_is_stale = False  # type: ignore[attr-defined]
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     # DDP's hook must still be called, and autograd calls it with some gradient. The hook drops it unread, so the
     # weight's own memory will do; a tensor of its own would cost as much as all experts of a layer.
-    return weight.detach()
+    return GradientTarget(main, not stale, weight.detach())

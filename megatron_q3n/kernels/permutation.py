@@ -20,10 +20,14 @@ OPERATION = "moe permutation"
 
 @dataclass(frozen=True)
 class Routes:
-    """Where each token's copies are: row [T,K] and expert [T,K] of each slot, rows per expert [E]; on the device."""
+    """Where each token's copies are, all of it on the device.
+
+    Shapes: row [T,K] and expert [T,K] of each slot, token of each row [R], rows per expert [E].
+    """
 
     row_TK: Tensor
     expert_TK: Tensor
+    token_R: Tensor
     rows_per_expert_E: Tensor
 
 
@@ -35,22 +39,18 @@ def plan_routes(
     Returns: the routes, and the router gate of each row [R], differentiable in `probs`.
     """
     if choices.is_fused(OPERATION, map_TE, fused):
-        row, expert, counts, gates = _Plan.apply(map_TE, probs_TE, topk)
-        return Routes(row, expert, counts), gates
+        row, expert, token, counts, gates = _Plan.apply(map_TE, probs_TE, topk)
+        return Routes(row, expert, token, counts), gates
     expert_R, token_R = map_TE.T.nonzero(as_tuple=True)
     row_TK = token_R.argsort(stable=True).view(-1, topk)
-    return Routes(row_TK, expert_R[row_TK], map_TE.sum(0)), probs_TE[token_R, expert_R]
+    return Routes(row_TK, expert_R[row_TK], token_R, map_TE.sum(0)), probs_TE[token_R, expert_R]
 
 
 def scatter_rows(x_TH: Tensor, routes: Routes, fused: bool | None = None) -> Tensor:
     """Copy each token to its rows. Returns: [R,H]."""
     if choices.is_fused(OPERATION, x_TH, fused):
         return _Scatter.apply(x_TH, routes.row_TK)
-    tokens, topk = routes.row_TK.shape
-    token_T = torch.arange(tokens, device=x_TH.device)
-    token_R = torch.empty(tokens * topk, dtype=torch.long, device=x_TH.device)
-    token_R[routes.row_TK.flatten()] = token_T.repeat_interleave(topk)
-    return x_TH.index_select(0, token_R)
+    return x_TH.index_select(0, routes.token_R)
 
 
 def gather_rows(rows_RH: Tensor, routes: Routes, fused: bool | None = None) -> Tensor:
@@ -66,18 +66,20 @@ class _Plan(torch.autograd.Function):
     def forward(ctx: Any, map_TE: Tensor, probs_TE: Tensor, topk: int) -> tuple[Tensor, ...]:
         from megatron_q3n.kernels.fused import permutation as fused  # late: Triton
 
-        row, expert, gates, counts = fused.plan(map_TE.contiguous(), probs_TE.contiguous(), topk)
+        row, expert, token, gates, counts = fused.plan(
+            map_TE.contiguous(), probs_TE.contiguous(), topk
+        )
         ctx.save_for_backward(row, expert)
         ctx.experts = map_TE.shape[1]
-        ctx.mark_non_differentiable(row, expert, counts)
-        return row, expert, counts, gates
+        ctx.mark_non_differentiable(row, expert, token, counts)
+        return row, expert, token, counts, gates
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
         from megatron_q3n.kernels.fused import permutation as fused  # late: Triton
 
         row, expert = ctx.saved_tensors
-        dgates = gradients[3].contiguous()
+        dgates = gradients[4].contiguous()
         return None, fused.gate_gradient(dgates, row, expert, ctx.experts), None
 
 

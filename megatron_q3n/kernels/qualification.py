@@ -23,6 +23,7 @@ from megatron_q3n.kernels import (
     delta_mixer,
     delta_rule_backend,
     delta_steps,
+    fp8_experts,
     grouped_linear,
     permutation,
     row_gate,
@@ -30,6 +31,7 @@ from megatron_q3n.kernels import (
 )
 
 _TOLERANCE = 2e-2  # relative, bf16 operands; a wrong kernel is off by far more
+_FP8_TOLERANCE = 0.15  # e4m3 keeps four bits
 _TOKENS = 192
 _PROBLEMS = (RuntimeError, ImportError, ValueError, AssertionError, NotImplementedError, TypeError)
 Results = Sequence[Tensor]
@@ -57,6 +59,8 @@ def qualify(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict
         row_gate.OPERATION: partial(_row_gate, config),
         grouped_linear.OPERATION: partial(_grouped, config),
     }
+    if config.precision.fp8:
+        checks[fp8_experts.OPERATION] = partial(_fp8_experts, config)
     choose = partial(delta_rule_backend.choose, device, dtype, heads, packed)
     with ThreadPoolExecutor() as pool:
         verdicts = {"gated_delta_rule": pool.submit(_on, device, choose)}
@@ -83,13 +87,14 @@ def _on(device: torch.device, work: Callable[[], str]) -> str:
 
 def _verdict(operation: str, check: Callable[[], tuple[Results, Results]]) -> str:
     """Let a kernel run if its results and gradients are the reference's."""
+    tolerance = _FP8_TOLERANCE if operation == fp8_experts.OPERATION else _TOLERANCE
     try:
         ours, wanted = check()
         errors = [(a.float() - b.float()).norm() / b.float().norm() for a, b in zip(ours, wanted)]
         error = max(e.item() for e in errors)
     except _PROBLEMS as problem:
         return f"torch: the fused kernel does not run here ({type(problem).__name__}: {problem}); expect slower steps"
-    if not error < _TOLERANCE:
+    if not error < tolerance:
         return f"torch: the fused kernel FAILED its check on this GPU (relative error {error:.1e})"
     choices.allow(operation)
     return f"fused: output and gradients checked on this GPU (relative error {error:.1e})"
@@ -98,6 +103,33 @@ def _verdict(operation: str, check: Callable[[], tuple[Results, Results]]) -> st
 def _random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(sum(shape))
     return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+
+def _fp8_experts(config: RunConfig) -> tuple[Results, Results]:
+    """Check FP8 experts against bf16 ones, whose own kernels the other checks look at."""
+    model, tokens = config.model, 256
+    width = model.moe_ffn_hidden_size // config.parallel.expert_tensor_parallel_size
+    logits = _random(tokens, 4, dtype=torch.float32)
+    routing = torch.zeros_like(logits, dtype=torch.bool)
+    routing.scatter_(1, logits.topk(2, 1).indices, True)
+    inputs = [
+        _random(tokens, model.hidden_size), logits.sigmoid() * routing,
+        model.hidden_size**-0.5 * _random(4, 2 * width, model.hidden_size),
+        width**-0.5 * _random(4, model.hidden_size, width),
+    ]  # fmt: skip
+
+    def run(fp8: bool, x: Tensor, probs: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+        routes, gates = permutation.plan_routes(routing, probs, 2, fused=True)
+        counts = routes.rows_per_expert_E
+        if fp8:
+            return fp8_experts.fp8_experts(x, gates, fc1, fc2, routes, counts, checking=True)
+        rows = permutation.scatter_rows(x, routes, fused=True)
+        gate_up = grouped_linear.grouped_linear(rows, fc1, counts, fused=True)
+        hidden = weighted_swiglu.weighted_swiglu(gate_up, gates, fused=True)
+        out = grouped_linear.grouped_linear(hidden, fc2, counts, fused=True)
+        return permutation.gather_rows(out, routes, fused=True)
+
+    return _with_gradients(partial(run, True), inputs), _with_gradients(partial(run, False), inputs)
 
 
 def _with_gradients(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:

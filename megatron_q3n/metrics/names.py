@@ -70,6 +70,26 @@ METRICS = (
     Metric(
         "experts/dead", "experts", "experts without a token in the batch, all layers", "experts"
     ),
+    Metric(
+        "acceptance/greedy_<k>",
+        "1",
+        "share of greedy drafts at depth k that the model itself would choose, all before having been kept; where "
+        "the held-out text goes on as drafted",
+        "acceptance",
+    ),
+    Metric(
+        "acceptance/sampled_<k>",
+        "1",
+        "chance that a drawn draft at depth k is kept, Σ min(p, q), at the same places",
+        "acceptance",
+    ),
+    Metric(
+        "acceptance/greedy_length",
+        "tokens",
+        "a pass of the trunk yields: 1 and the drafts kept, from the shares by depth",
+        "acceptance",
+    ),
+    Metric("acceptance/sampled_length", "tokens", "the same of drawn drafts", "acceptance"),
     Metric("loss/policy", "1", "policy loss, weighed as the algorithm normalises it", "policy"),
     Metric("reward/score", "1", "mean score of a rollout's answers", "reward"),
     Metric(

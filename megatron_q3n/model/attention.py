@@ -85,9 +85,7 @@ def visible_keys(
     size, rank = group.size(), group.rank()
     if size == 1 and cu_seqlens is None:
         return None
-    held = (
-        zigzag_indices(cu_seqlens, size * local, size) if size > 1 else torch.arange(local)[None]
-    )
+    held = zigzag_indices(cu_seqlens, size * local, size) if size > 1 else torch.arange(local)[None]
     held = held.to(device)
     seen, asking = held.flatten(), held[rank]
     mask = seen[None, :] <= asking[:, None]

@@ -12,23 +12,28 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
-from megatron_q3n.kernels.permutation import gather_rows, plan_routes, scatter_rows
+from megatron_q3n.kernels.permutation import Routes, gather_rows, plan_routes, scatter_rows
 
 
 class LocalDispatcher(MoETokenDispatcher):
     """megatron-core's six dispatcher calls where nothing leaves the process."""
 
-    def __init__(self, config: Any, pg_collection: Any) -> None:
+    def __init__(self, config: Any, pg_collection: Any, experts: Any) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
-        self.topk = config.moe_router_topk
+        self.topk, self.experts = config.moe_router_topk, experts
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Copy tokens to their experts' rows. Returns: rows [T·K,H] and their router gates [T·K]."""
+        """Copy tokens to their experts' rows, or leave that to experts that do it themselves.
+
+        Returns: rows [T·K,H] (or tokens [T,H]), and the rows' router gates [T·K].
+        """
         self.hidden_shape = hidden_states.shape
         self.routes, gates = plan_routes(routing_map, probs, self.topk)
-        return scatter_rows(hidden_states.flatten(0, -2), self.routes), gates
+        self.hands_over_tokens = self.experts.takes_tokens
+        tokens = hidden_states.flatten(0, -2)
+        return tokens if self.hands_over_tokens else scatter_rows(tokens, self.routes), gates
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing to exchange."""
@@ -36,9 +41,10 @@ class LocalDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hand over rows, rows per expert and gates; the rows are sorted already."""
-        return hidden_states, self.routes.rows_per_expert_E, probs
+    ) -> tuple[Tensor, Tensor | Routes, Tensor]:
+        """Hand over rows, rows per expert and gates (the rows are sorted already); or tokens, routes and gates."""
+        where = self.routes if self.hands_over_tokens else self.routes.rows_per_expert_E
+        return hidden_states, where, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Nothing to undo."""
@@ -50,7 +56,9 @@ class LocalDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Add up each token's rows."""
-        return gather_rows(hidden_states, self.routes).view(self.hidden_shape)
+        if not self.hands_over_tokens:
+            hidden_states = gather_rows(hidden_states, self.routes)
+        return hidden_states.view(self.hidden_shape)
 
 
 class Qwen3NextMoELayer(MoELayer):
@@ -64,4 +72,4 @@ class Qwen3NextMoELayer(MoELayer):
         plain = config.moe_token_dispatcher_type != "flex" and not self.shared_expert_overlap
         if alone and dropless and plain and not config.moe_router_padding_for_quantization:
             groups = options["pg_collection"]
-            self.token_dispatcher = LocalDispatcher(config, groups)
+            self.token_dispatcher = LocalDispatcher(config, groups, self.experts)

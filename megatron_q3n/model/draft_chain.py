@@ -42,7 +42,7 @@ class DraftingMTP(MultiTokenPredictionBlock):
     unchanged, and `process_mtp_loss` finds `config.mtp_losses.chain`.
     """
 
-    rotary: Any = None  # the model's RotaryEmbedding, set once built: it has no parameters
+    rotary: Any  # the model's RotaryEmbedding, set once built: it has no parameters
 
     def forward(
         self,
@@ -139,7 +139,11 @@ class DraftChain:
         if gated:
             core = mixer._apply_output_gate(core, gate[0])
         mixed = mixer.linear_proj(core)[0]
-        return layer.self_attn_bda(self._layer.training, False)((mixed, None), residual, 0.0), key, value
+        return (
+            layer.self_attn_bda(self._layer.training, False)((mixed, None), residual, 0.0),
+            key,
+            value,
+        )
 
     def _mask(self, local: int, num_own: int, device: torch.device) -> Tensor | None:
         """Return what each anchor sees, [S, T + num_own·S]: the prefix, then its own drafts."""
@@ -157,9 +161,17 @@ def _attend(
 ) -> Tensor:
     """Return softmax attention [S, B, H·D]; keys and values [·,B,Hkv,D], fewer heads than queries."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query_SBHD, key, value))
-    if q.is_cuda and mask is not None:  # torch's fused kernels take a mask or grouped heads, not both
+    if (
+        q.is_cuda and mask is not None
+    ):  # torch's fused kernels take a mask or grouped heads, not both
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.permute(2, 0, 1, 3).flatten(2)

@@ -46,7 +46,11 @@ class DraftPass:
         self.packing, self.ledger = packing, config.mtp_losses
 
     def attach_losses(
-        self, trunk_SBX: Tensor, labels_BS: Tensor, mask_BS: Tensor, cross_entropy: Callable[..., Tensor]
+        self,
+        trunk_SBX: Tensor,
+        labels_BS: Tensor,
+        mask_BS: Tensor,
+        cross_entropy: Callable[..., Tensor],
     ) -> Tensor:
         """Attach every depth's loss to the trunk's states. Returns: these."""
         settings, own_tokens = self.ledger.settings, mask_BS.sum()
@@ -54,16 +58,20 @@ class DraftPass:
         hidden = trunk_SBX
         if self.config.mtp_detach_heads:
             hidden = trunk_SBX.detach().requires_grad_()
-        right_BS, logits = torch.ones_like(mask_BS), None
+        right_BS, own_BS = torch.ones_like(mask_BS), None
         text_BS = self.chain.tokens_BS
         toss_BS = coin(text_BS, self.chain.positions_BS, self.ledger.step)
         for depth in range(self.config.mtp_num_layers):
             text_BS, labels_BS, mask_BS = (self._shift(x) for x in (text_BS, labels_BS, mask_BS))
             target_SBV = None if target_SBV is None else self._shift_target(target_SBV)
-            fed_BS = self._fed(text_BS, logits, toss_BS)
+            fed_BS = text_BS
+            if own_BS is not None:
+                fed_BS = torch.where(toss_BS < self.ledger.own_drafts, own_BS, text_BS)
             right_BS = right_BS * (fed_BS == text_BS)
             hidden = self.chain.advance(hidden, fed_BS)
             logits = self.head(hidden, True)
+            if not self.ledger.never_drafts:  # before the cross-entropy, which overwrites logits
+                own_BS = likeliest_tokens(logits, self.tp_group).transpose(0, 1)
             losses = self._losses(logits, target_SBV, labels_BS, mask_BS, right_BS, cross_entropy)
             trunk_SBX = MTPLossAutoScaler.apply(
                 trunk_SBX, losses * self.ledger.scale(depth, own_tokens, mask_BS)
@@ -71,24 +79,18 @@ class DraftPass:
             self.ledger.add(depth, losses, mask_BS)
         return trunk_SBX
 
-    def _fed(self, text_BS: Tensor, logits: Tensor | None, toss_BS: Tensor) -> Tensor:
-        if logits is None or self.ledger.never_drafts:
-            return text_BS
-        own_BS = likeliest_tokens(logits, self.tp_group).transpose(0, 1)
-        return torch.where(toss_BS < self.ledger.own_drafts, own_BS, text_BS)
-
     def _losses(
         self, logits: Tensor, target: Tensor | None, labels: Tensor, mask: Tensor, right: Tensor,
         cross_entropy: Callable[..., Tensor],
     ) -> Tensor:  # fmt: skip
         """Return each anchor's loss at one depth, [B,S]."""
         settings, total = self.ledger.settings, torch.zeros_like(mask)
-        if settings.label_weight:
-            asked = mask * right if settings.after_wrong_draft == "skip" else mask
-            total = total + settings.label_weight * cross_entropy(labels, logits) * asked
         if target is not None:
             divergence = Divergence.apply(logits, target, self.tp_group).transpose(0, 1)
             total = total + settings.distillation_weight * divergence * mask * right
+        if settings.label_weight:  # last: it may work on the logits in place
+            asked = mask * right if settings.after_wrong_draft == "skip" else mask
+            total = total + settings.label_weight * cross_entropy(labels, logits) * asked
         return total
 
     @torch.no_grad()
@@ -102,7 +104,9 @@ class DraftPass:
             if logits is not None:
                 own_BS = likeliest_tokens(logits, self.tp_group).transpose(0, 1)
                 kept_BS = kept_BS * (own_BS == text_BS)
-            hidden = self.chain.advance(hidden, text_BS)  # where it is not the draft, nothing counts
+            hidden = self.chain.advance(
+                hidden, text_BS
+            )  # where it is not the draft, nothing counts
             logits = self.head(hidden, False)
             p, q = (probabilities(x, self.tp_group)[0] for x in (target_SBV, logits))
             judged_BS = kept_BS * mask_BS
@@ -126,7 +130,5 @@ class DraftPass:
     def _shift_target(self, logits_SBV: Tensor) -> Tensor:
         if self.cp_group.size() == 1:  # what comes over an end is masked
             return logits_SBV.roll(-1, 0)
-        rolled, _ = roll_tensor(
-            logits_SBV.permute(1, 2, 0), -1, -1, self.cp_group, self.packing
-        )
+        rolled, _ = roll_tensor(logits_SBV.permute(1, 2, 0), -1, -1, self.cp_group, self.packing)
         return rolled.permute(2, 0, 1)

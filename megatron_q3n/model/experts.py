@@ -15,7 +15,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from megatron_q3n.kernels import choices, fp8_experts
 from megatron_q3n.kernels.grouped_linear import grouped_linear, settle
+from megatron_q3n.kernels.permutation import Routes
 from megatron_q3n.kernels.weighted_swiglu import weighted_swiglu
 from megatron_q3n.model.sharding import stacked_experts
 
@@ -43,30 +45,45 @@ class StackedExperts(MegatronModule):
         selective = config.recompute_granularity == "selective"
         self.recompute_activation = selective and "moe_act" in config.recompute_modules
 
-    def forward(
-        self, rows_TH: Tensor, rows_per_expert_E: Tensor, gates_T: Tensor
-    ) -> tuple[Tensor, None]:
-        """Run each expert on its block of rows and weigh the result by the router's gate.
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether `forward` wants tokens and routes instead of sorted rows: in FP8, which sorts while it quantises."""
+        return bool(self.config.fp8) and choices.lacking((fp8_experts.OPERATION,)) == []
 
-        Shapes: rows [T,H] sorted by local expert, counts [local experts], gates [T].
-        Returns: ([T,H], None): there is no bias.
+    def forward(
+        self, rows_TH: Tensor, where: Tensor | Routes, gates_R: Tensor
+    ) -> tuple[Tensor, None]:
+        """Run each expert on its rows and weigh the result by the router's gate.
+
+        Shapes: rows [R,H] sorted by local expert, with counts [local experts]; or, where `takes_tokens`, tokens
+            [T,H] with their routes. gates [R].
+        Returns: (shaped like the rows or tokens, None): there is no bias.
         """
+        if self.takes_tokens and rows_TH.shape[0] > 0:
+            routes = where if isinstance(where, Routes) else None
+            counts = where.rows_per_expert_E if isinstance(where, Routes) else where
+            weights = self.linear_fc1.weight, self.linear_fc2.weight
+            return fp8_experts.fp8_experts(rows_TH, gates_R, *weights, routes, counts), None
+        assert isinstance(where, Tensor)
+        return self._run_rows(rows_TH, where, gates_R), None
+
+    def _run_rows(self, rows_TH: Tensor, rows_per_expert_E: Tensor, gates_R: Tensor) -> Tensor:
         if (
             rows_TH.shape[0] == 0
         ):  # nobody chose this rank's experts; keep the graph, so that DDP hears from us
             for stack in (self.linear_fc1, self.linear_fc2):
                 settle(stack.weight)
             touched = self.linear_fc1.weight.sum() * 0 + self.linear_fc2.weight.sum() * 0
-            return rows_TH + touched.to(rows_TH.dtype), None
+            return rows_TH + touched.to(rows_TH.dtype)
         gate_up = grouped_linear(rows_TH, self.linear_fc1.weight, rows_per_expert_E)
         if self.recompute_activation and self.training:
             activation = tensor_parallel.CheckpointWithoutOutput()
-            hidden = activation.checkpoint(weighted_swiglu, gate_up, gates_T)
+            hidden = activation.checkpoint(weighted_swiglu, gate_up, gates_R)
             out = grouped_linear(hidden, self.linear_fc2.weight, rows_per_expert_E)
             activation.discard_output_and_register_recompute(out)
-            return out, None
-        hidden = weighted_swiglu(gate_up, gates_T)
-        return grouped_linear(hidden, self.linear_fc2.weight, rows_per_expert_E), None
+            return out
+        hidden = weighted_swiglu(gate_up, gates_R)
+        return grouped_linear(hidden, self.linear_fc2.weight, rows_per_expert_E)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

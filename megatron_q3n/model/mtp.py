@@ -17,7 +17,7 @@ import torch
 from megatron.core.models.hybrid import hybrid_model
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, roll_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_q3n.config.mtp import MtpConfig
 from megatron_q3n.model.draft_chain import DraftChain, DraftingMTP
@@ -34,7 +34,9 @@ class MTPLosses:
     (drafts judged, kept greedily, Σ min(p, q)) of validation.
     """
 
-    def __init__(self, depths: int, settings: MtpConfig | None = None, total_steps: int = 1) -> None:
+    def __init__(
+        self, depths: int, settings: MtpConfig | None = None, total_steps: int = 1
+    ) -> None:
         device = torch.cuda.current_device()
         self.settings, self._total_steps = settings or MtpConfig(), total_steps
         weights = self.settings.depth_weights or [1.0] * depths
@@ -118,6 +120,15 @@ def count_predictions(loss_mask_BT: Tensor, cu_seqlens: Tensor | None, depths: i
     return torch.stack(counts)
 
 
+def freeze_trunk(model: nn.Module) -> None:
+    """Leave only the MTP layer to be trained: not the trunk, nor the embedding and head it shares with it."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("mtp."))
+        # megatron-core clips heads that are detached apart from the rest, and reports the rest's norm: there is no rest
+        if hasattr(parameter, "grad_norm_group"):
+            del parameter.grad_norm_group
+
+
 def process_mtp_loss(
     hidden_states: Tensor,
     labels: Tensor | None,
@@ -142,9 +153,7 @@ def process_mtp_loss(
     ledger: MTPLosses = config.mtp_losses  # type: ignore[attr-defined]
     ledger.scaling_factor = config.mtp_loss_scaling_factor
     chain, ledger.chain = ledger.chain, None
-    trunk, *by_depth = torch.chunk(
-        hidden_states, 1 if chain else 1 + config.mtp_num_layers, dim=0
-    )
+    trunk, *by_depth = torch.chunk(hidden_states, 1 if chain else 1 + config.mtp_num_layers, dim=0)
     if labels is None or not (is_training or chain):
         return trunk
     mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask

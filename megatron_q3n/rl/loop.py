@@ -107,7 +107,9 @@ class RlLoop:
         rl = self.settings
         rewards = _scores(samples)
         if rl.shuffled_rewards:
-            random.Random(f"{self.seed}.{samples[0].name}").shuffle(rewards)
+            dealt = rewards.tolist()
+            random.Random(f"{self.seed}.{samples[0].name}").shuffle(dealt)
+            rewards = np.array(dealt)
         longest, buffer = rl.rollout.max_new_tokens, rl.overlong_buffer_tokens
         rewards = rewards + overlong_penalties(
             _lengths(samples), longest, buffer, rl.overlong_penalty

@@ -36,12 +36,11 @@ class PolicyBatch(Batch):
 
     def to(self, device: torch.device | str) -> "PolicyBatch":
         """Return the row on a device."""
-        moved = super().to(device)
-        own = ("advantage_BT", "old_BT", "rollout_BT", "reference_BT", "sample_BT", "routes_TLK")
-        values = {name: getattr(self, name) for name in own}
-        return replace(
-            moved, **{n: None if x is None else x.to(device, non_blocking=True) for n, x in values.items()}
-        )  # fmt: skip
+        values = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return PolicyBatch(**values)
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ class _Session:
         """Save; where the prompts stand goes first, so that no checkpoint is without it."""
         if self.progress is not None:
             loop = self.loop
-            place = {
+            place: jsonl.Record = {
                 "step": loop.state.step,
                 "next_prompt": loop.next_prompt,
                 "tokens": loop.tokens,

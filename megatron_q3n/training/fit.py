@@ -13,7 +13,7 @@ from megatron_q3n.config.sizes import flops_per_token
 from megatron_q3n.data.batch import Batch
 from megatron_q3n.data.pretrain import PretrainData
 from megatron_q3n.training.state import TrainState
-from megatron_q3n.training.step import StepReport, evaluate, train_step
+from megatron_q3n.training.step import StepReport, evaluate, kept_drafts, train_step
 from megatron_q3n.training.watch import Unwatched, Verdict, Watch
 
 
@@ -134,6 +134,7 @@ def _validate(
             seen += sum(_target_bytes(batch, token_bytes) for batch in batches)
             yield batches
 
+    kept_drafts(state)  # what other evaluations left
     total, tokens = evaluate(state, counted())
     volume = torch.tensor([seen], dtype=torch.float64, device=torch.cuda.current_device())
     if state.parallel.world_size > 1:
@@ -143,7 +144,28 @@ def _validate(
     return {
         "loss/validation": result.validation_loss,
         "bits_per_byte/validation": result.bits_per_byte,
+        **acceptance_values(kept_drafts(state)),
     }
+
+
+def acceptance_values(kept: list[list[float]]) -> dict[str, float]:
+    """Name acceptance per depth, and the tokens a pass of the trunk yields by it: 1 + a₁ + a₁a₂ + …
+
+    `kept`: (drafts judged, kept greedily, Σ min(p, q)) of each depth. Depths where none was judged are left out.
+    """
+    values: dict[str, float] = {}
+    for name, column in (("greedy", 1), ("sampled", 2)):
+        length = reached = 1.0
+        for depth, counts in enumerate(kept, start=1):
+            if counts[0] == 0:
+                break
+            share = counts[column] / counts[0]
+            values[f"acceptance/{name}_{depth}"] = share
+            reached *= share
+            length += reached
+        if kept:
+            values[f"acceptance/{name}_length"] = length
+    return values
 
 
 def _target_bytes(batch: Batch, token_bytes: torch.Tensor) -> float:

@@ -1,5 +1,6 @@
 """Everything that changes while training, in one place: what a checkpoint must hold."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,9 +18,11 @@ from torch import nn
 from megatron_q3n.config import RunConfig
 from megatron_q3n.device import Device
 from megatron_q3n.kernels import grouped_linear
+from megatron_q3n.kernels.fp8_experts import forget_quantised
 from megatron_q3n.model.build import build_model
 from megatron_q3n.model.experts import StackedExperts
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet
+from megatron_q3n.model.mtp import freeze_trunk
 from megatron_q3n.parallel import Parallel
 from megatron_q3n.training.optimizer import (
     build_optimizer,
@@ -98,6 +101,8 @@ def build_chunks(config: RunConfig, device: Device, parallel: Parallel) -> list[
     models = build_model(config, device.model_backend, parallel.groups)
     for model in models:
         model.to(device.torch_device)
+        if config.mtp.trunk == "frozen":
+            freeze_trunk(model)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
@@ -116,8 +121,7 @@ def build_chunks(config: RunConfig, device: Device, parallel: Parallel) -> list[
     for chunk in chunks:
         chunk.broadcast_params()
         _accumulate_in_place(chunk)
-        if not config.parallel.overlap_grad_reduce:
-            _overwrite_expert_gradients(chunk)
+        _prepare_experts_for_steps(chunk, overwrites=not config.parallel.overlap_grad_reduce)
         if config.parallel.overlap_param_gather:
             _wait_where_parts_are_read(chunk)
     _connect_schedules(chunks, config)
@@ -176,13 +180,26 @@ def _accumulate_in_place(chunk: DistributedDataParallel) -> None:
             module.fuse_wgrad_accumulation = True
 
 
-def _overwrite_expert_gradients(chunk: DistributedDataParallel) -> None:
-    """Let the first micro-batch of a step overwrite the experts' gradients; they are nearly all of a sparse model.
+def _prepare_experts_for_steps(chunk: DistributedDataParallel, *, overwrites: bool) -> None:
+    """Before each step's first pass, drop the experts' FP8 copies; and let that pass overwrite their gradients.
 
-    Not where gradients are reduced while the passes run: an expert stack that was not used would be reduced stale.
+    They are nearly all of a sparse model's. Not where gradients are reduced while the passes run: an expert stack
+    that was not used would be reduced stale.
     """
+    stacks = {
+        id(p) for m in chunk.modules() if isinstance(m, StackedExperts) for p in m.parameters()
+    }
     for buffer in chunk.expert_parallel_buffers:
-        buffer.reset = partial(grouped_linear.mark_stale, buffer.params)
+        assert stacks.issuperset(map(id, buffer.params)), "a parameter that nobody would clear"
+        buffer.reset = partial(_begin_step, buffer.params, buffer.reset, overwrites)
+
+
+def _begin_step(weights: list[torch.Tensor], clear: Callable[[], None], overwrites: bool) -> None:
+    forget_quantised(weights)
+    if overwrites:
+        grouped_linear.mark_stale(weights)
+    else:
+        clear()
 
 
 def _connect_schedules(chunks: list[Any], config: RunConfig) -> None:

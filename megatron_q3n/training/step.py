@@ -148,17 +148,33 @@ def _count_predictions(state: TrainState, batches: list[Batch]) -> None:
     if depths:
         for model in state.models:
             model.config.mtp_losses.set_ratios(counts[0] / counts[1:].clamp(min=1))  # type: ignore[union-attr]
+            model.config.mtp_losses.set_step(state.step)  # type: ignore[union-attr]
 
 
 def _mtp_losses(state: TrainState) -> list[float]:
     """Return the mean loss of each MTP depth over the global batch."""
     if state.config.model.mtp_num_layers == 0:
         return []
-    totals = state.models[-1].config.mtp_losses.take_totals()  # type: ignore[union-attr]
+    totals = _everyones(state, state.models[-1].config.mtp_losses.take_totals())  # type: ignore[union-attr]
+    return (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
+
+
+def kept_drafts(state: TrainState) -> list[list[float]]:
+    """Return (drafts judged, kept greedily, Σ min(p, q)) of each depth, of the validation passes since the last call.
+
+    A collective call. Empty where validation does not draft.
+    """
+    if state.config.mtp.acceptance_depth == 0:
+        return []
+    return _everyones(state, state.models[-1].config.mtp_losses.take_kept()).tolist()  # type: ignore[union-attr]
+
+
+def _everyones(state: TrainState, sums: torch.Tensor) -> torch.Tensor:
+    """Add up sums that the last stage's ranks gathered. Returns: the same on every rank."""
     parallel = state.parallel
     if parallel.world_size > 1:
-        torch.distributed.all_reduce(totals, group=parallel.groups.dp_cp)
+        torch.distributed.all_reduce(sums, group=parallel.groups.dp_cp)
         if parallel.groups.pp.size() > 1:
             last = torch.distributed.get_process_group_ranks(parallel.groups.pp)[-1]
-            torch.distributed.broadcast(totals, src=last, group=parallel.groups.pp)
-    return (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
+            torch.distributed.broadcast(sums, src=last, group=parallel.groups.pp)
+    return sums

@@ -112,11 +112,12 @@ def test_permutation(
     routing = torch.zeros_like(logits, dtype=torch.bool)
     routing.scatter_(1, logits.topk(topk, 1).indices, True)
     probs = logits.sigmoid() * routing
-    row, expert, gate, counts = fused.plan(routing, probs, topk)
+    row, expert, token_of_row, gate, counts = fused.plan(routing, probs, topk)
     expected_expert, expected_token = routing.T.nonzero().T  # by expert, then token
     token = torch.empty(tokens * topk, dtype=torch.long, device=triton_device)
     token[row.long().flatten()] = torch.arange(tokens, device=triton_device).repeat_interleave(topk)
     assert torch.equal(token, expected_token)
+    assert torch.equal(token_of_row.long(), expected_token)
     assert torch.equal(counts.long(), routing.sum(0))
     assert torch.equal(gate, probs.T[routing.T])
     x = normal(2, tokens, 40, device=triton_device, dtype=dtype)

@@ -39,7 +39,7 @@ def gradients(loop: Any, batches: list[Any]) -> dict[str, torch.Tensor]:
     for chunk in state.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    policy = PolicyPass(loop.settings, VOCAB, learns=True)
+    policy = PolicyPass(loop.settings, loop.tokenizer.vocab_size, learns=True)
     with taped(state.models, recording=False):
         run_microbatches(state, batches, forward_only=False, forward=policy)
     return {n: p.main_grad.clone() for n, p in state.models[0].named_parameters()}
@@ -76,7 +76,7 @@ def test_temperature_and_padding_are_the_rollouts(
     """Ids beyond the tokenizer's are never drawn, and probabilities are of the tempered distribution."""
     rollout = {"prompts": 4, "samples_per_prompt": 3, "max_new_tokens": 7, "temperature": 0.7}
     loop = tiny_loop(tiny_config(tmp_path, {"rollout": rollout}), *alone)
-    loop.engine._vocab_size = vocab = loop.tokenizer.vocab_size
+    vocab = loop.tokenizer.vocab_size
     assert vocab < VOCAB
     samples = loop.engine.answer(loop.prompts.take(0, 4), 3)
     assert max(token for sample in samples for token in sample.tokens) < vocab
@@ -130,8 +130,7 @@ def test_gradient_is_the_plain_policy_gradient(loop: Any, samples: list[Sample])
         positions = torch.arange(tokens.shape[1] - 1)[None]
         with without_mtp(model):
             logits = chunk(tokens[:, :-1], positions, None)[..., : loop.tokenizer.vocab_size]
-        logits = chunk_logits = logits  # the engine of this module draws from the whole vocabulary
-        logprobs = chunk_logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[0, :, 0]
+        logprobs = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[0, :, 0]
         answer = logprobs[len(sample.prompt.tokens) - 1 :]
         total = total - sample.advantage * answer.mean() / len(samples)
     total.backward()

@@ -64,6 +64,6 @@ def tiny_loop(config: RunConfig, device: Any, group: Any, graders: Any = None) -
     prompts = Prompts(config.rl.prompts, ChatTemplate(PLAIN, words), longest=50, seed=3)
     stop = frozenset({words.eod})
     engine = InProcessEngine(
-        state.models[0], group, config.rl.rollout, stop, VOCAB, seed=5, records_routes=True
+        state.models[0], group, config.rl.rollout, stop, words.vocab_size, 5, records_routes=True
     )
     return RlLoop(state, engine, graders, prompts, words, stop)

@@ -89,6 +89,34 @@ def wait_for_attempts(run_dir: Path, count: int, seconds: float = 90) -> None:
 
 
 @pytest.mark.slow
+def test_told_to_end_with_everything_it_requeues_but_cancelled_it_does_not(
+    cluster: Cluster, site: Callable[..., str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [
+        "--config-name",
+        "pretrain-tiny",
+        "--site",
+        site(),
+        *SMALL,
+        "training.steps=1000000",
+    ]
+    (job,) = submitted(
+        cluster, *arguments, "--run-dir", str(run_dir), "logging.interval_steps=1000"
+    )
+    wait_for_steps(run_dir, 5)
+    cluster.run("scancel", "--full", "--signal=TERM", job)  # the batch script, srun, everybody
+    wait_for_attempts(run_dir, 2)
+    wait_for_steps(run_dir, 9)
+    cluster.run("scancel", job)
+    assert cluster.wait(job, *ENDED) == "CANCELLED", story(run_dir)
+    time.sleep(3)
+    assert cluster.state(job) == "CANCELLED"
+    assert decisions(run_dir)[0] == "again"
+    assert set(decisions(run_dir)[1:]) <= {"ended by Slurm"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_time_limit(
     cluster: Cluster, site: Callable[..., str], tmp_path: Path, launcher: str

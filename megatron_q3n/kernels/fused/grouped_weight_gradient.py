@@ -86,3 +86,64 @@ def grouped_weight_gradient(
 def _blocks_of(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     assert x.is_contiguous()
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+@triton.jit
+def _gathering_kernel(
+    dy_ptr, x_ptr, source_ptr, out_ptr, ends_ptr, N, K,
+    GATHERS_X: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As `_kernel`, but one side is read where its rows came from: source_ptr says which row each is."""
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    tiles = tl.cdiv(N, BLOCK_N) * tiles_k
+    expert = tl.program_id(0) // tiles
+    within = tl.program_id(0) % tiles
+    n = (within // tiles_k) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = (within % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
+    end = tl.load(ends_ptr + expert)
+    start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for first in range(start, end, BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        mine = row < end
+        source = tl.load(source_ptr + row, mask=mine, other=0).to(tl.int64)
+        row = row.to(tl.int64)
+        dy_row = row if GATHERS_X else source
+        x_row = source if GATHERS_X else row
+        dy = tl.load(
+            dy_ptr + dy_row[:, None] * N + n[None, :],
+            mask=mine[:, None] & (n < N)[None, :],
+            other=0.0,
+        )
+        x = tl.load(
+            x_ptr + x_row[:, None] * K + k[None, :],
+            mask=mine[:, None] & (k < K)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(tl.trans(dy), x, total, input_precision="ieee")
+    place = out_ptr + expert.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
+    mask = (n < N)[:, None] & (k < K)[None, :]
+    if ACCUMULATE:
+        total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def gathered_weight_gradient(
+    dy: Tensor, x: Tensor, source_R: Tensor, ends_E: Tensor, out_ENK: Tensor, *, gathers_x: bool, accumulate: bool
+) -> None:  # fmt: skip
+    """Compute weight gradients of which one side was never copied to sorted rows.
+
+    Shapes: the gathered side [T,·], the other [R,·]; source [R] is each sorted row's row on the gathered side.
+    """
+    assert dy.is_contiguous()
+    assert x.is_contiguous()
+    assert out_ENK.is_contiguous()
+    experts, outputs, inputs = out_ENK.shape
+    block_r, block_n, block_k, warps, stages = (64, 128, 128, 4, 3)
+    grid = experts * triton.cdiv(outputs, block_n) * triton.cdiv(inputs, block_k)
+    _gathering_kernel[(grid,)](
+        dy, x, source_R, out_ENK, ends_E, outputs, inputs, GATHERS_X=gathers_x, ACCUMULATE=accumulate,
+        BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_K=block_k,
+        num_warps=warps, num_stages=stages if dy.dtype == torch.bfloat16 else 1,
+    )  # fmt: skip

@@ -53,7 +53,7 @@ def _scan_kernel(
 
 @triton.jit
 def _place_kernel(
-    map_ptr, probs_ptr, base_ptr, rows_ptr, row_ptr, expert_ptr, gate_ptr, tokens,
+    map_ptr, probs_ptr, base_ptr, rows_ptr, row_ptr, expert_ptr, token_ptr, gate_ptr, tokens,
     EXPERTS: tl.constexpr, TOPK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -70,6 +70,7 @@ def _place_kernel(
     place = t[:, None] * TOPK + slot
     tl.store(row_ptr + place, row, mask=used)
     tl.store(expert_ptr + place, tl.broadcast_to(e[None, :], (BLOCK_T, BLOCK_E)), mask=used)
+    tl.store(token_ptr + row, tl.broadcast_to(t[:, None], (BLOCK_T, BLOCK_E)), mask=used)
     gate = tl.load(probs_ptr + source, mask=used, other=0.0)
     tl.store(gate_ptr + row, gate, mask=used)
 
@@ -116,11 +117,11 @@ def _gate_gradient_kernel(
     tl.store(dprobs_ptr + (place // TOPK).to(tl.int64) * EXPERTS + expert, gradient, mask=mask)
 
 
-def plan(map_TE: Tensor, probs_TE: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def plan(map_TE: Tensor, probs_TE: Tensor, topk: int) -> tuple[Tensor, ...]:
     """Number the rows. Every token must have exactly `topk` experts.
 
-    Returns: row [T,K] and expert [T,K] of each slot (int32, experts ascending), gate of each row [R],
-        rows per expert [E] (int32); all on the device.
+    Returns: row [T,K] and expert [T,K] of each slot (int32, experts ascending), token [R] and gate
+        [R] of each row, rows per expert [E] (int32); all on the device.
     """
     tokens, experts = map_TE.shape
     blocks = triton.cdiv(tokens, _BLOCK_T)
@@ -137,6 +138,7 @@ def plan(map_TE: Tensor, probs_TE: Tensor, topk: int) -> tuple[Tensor, Tensor, T
     row_TK, expert_TK = (
         torch.empty(tokens, topk, dtype=torch.int32, device=map_TE.device) for _ in "re"
     )
+    token_R = torch.empty(tokens * topk, dtype=torch.int32, device=map_TE.device)
     gate_R = probs_TE.new_empty(tokens * topk)
     _place_kernel[(blocks,)](
         map_TE,
@@ -145,12 +147,13 @@ def plan(map_TE: Tensor, probs_TE: Tensor, topk: int) -> tuple[Tensor, Tensor, T
         rows_per_expert_E,
         row_TK,
         expert_TK,
+        token_R,
         gate_R,
         tokens,
         TOPK=topk,
         **options,
     )
-    return row_TK, expert_TK, gate_R, rows_per_expert_E
+    return row_TK, expert_TK, token_R, gate_R, rows_per_expert_E
 
 
 def scatter_rows(x_TH: Tensor, row_TK: Tensor) -> Tensor:

@@ -39,6 +39,13 @@ PANELS = (
     Panel(LEARNING, "Loss", ("loss/train", "loss/validation"), noisy=True, always=True),
     Panel(LEARNING, "Validation", ("bits_per_byte/validation",), always=True),
     Panel(LEARNING, "Multi-token prediction loss", ("loss/mtp_<k>",), noisy=True, always=True),
+    Panel(LEARNING, "Drafts kept, greedy", ("acceptance/greedy_<k>",)),
+    Panel(LEARNING, "Drafts kept, drawn", ("acceptance/sampled_<k>",)),
+    Panel(
+        LEARNING,
+        "Tokens per pass of the trunk",
+        ("acceptance/greedy_length", "acceptance/sampled_length"),
+    ),
     Panel(LEARNING, "Expert balance loss", ("loss/balance",), True, True, 1.0, "even"),
     Panel(
         EXPERTS, "Fullest expert, worst layer", ("experts/max_over_mean",), True, False, 1.0, "even"

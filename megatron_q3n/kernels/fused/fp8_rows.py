@@ -1,0 +1,207 @@
+"""FP8 operands for grouped products: each row with a scale of its own (e4m3, amax / 448), made where the row is made.
+
+Grouped FP8 products (`torch._scaled_grouped_mm`) want one scale per row of the left side and per output of the right
+side. A pass of its own over the sorted rows would cost what FP8 saves, so rows are quantised while
+they are written: when a token is copied to its experts (amax taken once per token, not once per
+copy), and when the activation or its gradient is computed. Weights are quantised once per step, in
+both orientations: an output's row forward, an input's column for the input gradient.
+
+T tokens, TOPK copies of each, R rows, H width, F expert width, E experts, N outputs, K inputs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+_LARGEST = tl.constexpr(448.0)  # of e4m3
+_SMALLEST = tl.constexpr(1e-12)  # rows of zeros get a scale too
+
+
+@triton.jit
+def _scale_of(x, axis: tl.constexpr):
+    return tl.maximum(tl.max(tl.abs(x), axis=axis), _SMALLEST) / _LARGEST
+
+
+@triton.jit
+def _scatter_kernel(
+    x_ptr,
+    row_ptr,
+    out_ptr,
+    scale_ptr,
+    WIDTH: tl.constexpr,
+    TOPK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    x = tl.load(x_ptr + t * WIDTH + h, mask=h < WIDTH, other=0.0).to(tl.float32)
+    scale = _scale_of(x, 0)
+    quantised = (x / scale).to(out_ptr.dtype.element_ty)
+    for slot in tl.static_range(TOPK):
+        row = tl.load(row_ptr + t * TOPK + slot).to(tl.int64)
+        tl.store(out_ptr + row * WIDTH + h, quantised, mask=h < WIDTH)
+        tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _swiglu_kernel(
+    gate_up_ptr, weight_ptr, out_ptr, quantised_ptr, scale_ptr, rows,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    f = tl.arange(0, BLOCK_F)
+    mask = (r < rows)[:, None] & (f < WIDTH)[None, :]
+    place = r[:, None] * (2 * WIDTH) + f[None, :]
+    gate = tl.load(gate_up_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + place + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + r, mask=r < rows, other=0.0).to(tl.float32)[:, None]
+    y = gate * tl.sigmoid(gate) * up * weight
+    target = r[:, None] * WIDTH + f[None, :]
+    tl.store(out_ptr + target, y.to(out_ptr.dtype.element_ty), mask=mask)
+    scale = _scale_of(y, 1)
+    tl.store(scale_ptr + r, scale, mask=r < rows)
+    tl.store(
+        quantised_ptr + target, (y / scale[:, None]).to(quantised_ptr.dtype.element_ty), mask=mask
+    )
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    gate_up_ptr, weight_ptr, dout_ptr, dgate_up_ptr, quantised_ptr, scale_ptr, dweight_ptr, rows,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    f = tl.arange(0, BLOCK_F)
+    mask = (r < rows)[:, None] & (f < WIDTH)[None, :]
+    place = r[:, None] * (2 * WIDTH) + f[None, :]
+    gate = tl.load(gate_up_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + place + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + r, mask=r < rows, other=0.0).to(tl.float32)[:, None]
+    dout = tl.load(dout_ptr + r[:, None] * WIDTH + f[None, :], mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(dweight_ptr + r, tl.sum(dout * silu * up, axis=1), mask=r < rows)
+    d = dout * weight
+    dgate, dup = d * up * sigmoid * (1 + gate - silu), d * silu
+    element, narrow = dgate_up_ptr.dtype.element_ty, quantised_ptr.dtype.element_ty
+    tl.store(dgate_up_ptr + place, dgate.to(element), mask=mask)
+    tl.store(dgate_up_ptr + place + WIDTH, dup.to(element), mask=mask)
+    scale = tl.maximum(_scale_of(dgate, 1), _scale_of(dup, 1))
+    tl.store(scale_ptr + r, scale, mask=r < rows)
+    tl.store(quantised_ptr + place, (dgate / scale[:, None]).to(narrow), mask=mask)
+    tl.store(quantised_ptr + place + WIDTH, (dup / scale[:, None]).to(narrow), mask=mask)
+
+
+@triton.jit
+def _row_amax_kernel(
+    w_ptr, amax_ptr, N, K, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Largest magnitude of each row of [N,K], or of each column; one program walks the other direction."""
+    expert = tl.program_id(1).to(tl.int64)
+    base = w_ptr + expert * N * K
+    if COLUMNS:
+        i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+        largest = tl.zeros((BLOCK_I,), tl.float32)
+        for start in range(0, N, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            mask = (n < N)[:, None] & (i < K)[None, :]
+            w = tl.load(base + n[:, None] * K + i[None, :], mask=mask, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(w), axis=0))
+        tl.store(amax_ptr + expert * K + i, tl.maximum(largest, _SMALLEST) / _LARGEST, mask=i < K)
+    else:
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        largest = tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(0, K, BLOCK_I):
+            i = start + tl.arange(0, BLOCK_I)
+            mask = (n < N)[:, None] & (i < K)[None, :]
+            w = tl.load(base + n[:, None] * K + i[None, :], mask=mask, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(w), axis=1))
+        tl.store(amax_ptr + expert * N + n, tl.maximum(largest, _SMALLEST) / _LARGEST, mask=n < N)
+
+
+@triton.jit
+def _both_ways_kernel(
+    w_ptr, row_scale_ptr, column_scale_ptr, rows_ptr, columns_ptr, N, K,
+    BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Write [N,K] by its rows' scales, and its transpose [K,N] by its columns'."""
+    expert = tl.program_id(2).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    mask = (n < N)[:, None] & (i < K)[None, :]
+    place = expert * N * K + n[:, None] * K + i[None, :]
+    w = tl.load(w_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    narrow = rows_ptr.dtype.element_ty
+    row_scale = tl.load(row_scale_ptr + expert * N + n, mask=n < N, other=1.0)
+    tl.store(rows_ptr + place, (w / row_scale[:, None]).to(narrow), mask=mask)
+    column_scale = tl.load(column_scale_ptr + expert * K + i, mask=i < K, other=1.0)
+    turned = tl.trans((w / column_scale[None, :]).to(narrow))
+    place = expert * N * K + i[:, None] * N + n[None, :]
+    tl.store(columns_ptr + place, turned, mask=(i < K)[:, None] & (n < N)[None, :])
+
+
+def scatter_quantised(x_TH: Tensor, row_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy each token to its rows. Returns: rows [R,H] in e4m3 and their scales [R]."""
+    tokens, width = x_TH.shape
+    rows = row_TK.numel()
+    out, scale = x_TH.new_empty(rows, width, dtype=E4M3), x_TH.new_empty(rows, dtype=torch.float32)
+    _scatter_kernel[(tokens,)](
+        x_TH, row_TK, out, scale, WIDTH=width, TOPK=row_TK.shape[1],
+        BLOCK_H=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return out, scale
+
+
+def swiglu_quantised(gate_up_RF: Tensor, weight_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return SiLU(gate) · up · weight [R,F] as it is, in e4m3, and the scales [R]."""
+    rows, width = gate_up_RF.shape[0], gate_up_RF.shape[1] // 2
+    out = gate_up_RF.new_empty(rows, width)
+    quantised, scale = torch.empty_like(out, dtype=E4M3), out.new_empty(rows, dtype=torch.float32)
+    blocks, grid = _swiglu_blocks(rows, width)
+    _swiglu_kernel[grid](gate_up_RF, weight_R, out, quantised, scale, rows, **blocks)
+    return out, quantised, scale
+
+
+def swiglu_backward_quantised(
+    gate_up_RF: Tensor, weight_R: Tensor, dout_RF: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradient of gate|up [R,2F] as it is, in e4m3 and its scales [R], and the weights' gradient [R]."""
+    rows, width = dout_RF.shape
+    dgate_up, dweight = torch.empty_like(gate_up_RF), torch.empty_like(weight_R)
+    quantised = torch.empty_like(dgate_up, dtype=E4M3)
+    scale = dgate_up.new_empty(rows, dtype=torch.float32)
+    blocks, grid = _swiglu_blocks(rows, width)
+    _swiglu_backward_kernel[grid](
+        gate_up_RF, weight_R, dout_RF, dgate_up, quantised, scale, dweight, rows, **blocks
+    )
+    return dgate_up, quantised, scale, dweight
+
+
+def quantise_both_ways(weight_ENK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantise expert weights for the forward product and for the input gradient's.
+
+    Returns: [E,N,K] in e4m3 with a scale per output [E,N], and the transpose [E,K,N] with a scale per input [E,K].
+    """
+    experts, outputs, inputs = weight_ENK.shape
+    row_scale = weight_ENK.new_empty(experts, outputs, dtype=torch.float32)
+    column_scale = weight_ENK.new_empty(experts, inputs, dtype=torch.float32)
+    _row_amax_kernel[(triton.cdiv(outputs, 16), experts)](
+        weight_ENK, row_scale, outputs, inputs, BLOCK_N=16, BLOCK_I=256, COLUMNS=False
+    )
+    _row_amax_kernel[(triton.cdiv(inputs, 128), experts)](
+        weight_ENK, column_scale, outputs, inputs, BLOCK_N=32, BLOCK_I=128, COLUMNS=True
+    )
+    by_rows = torch.empty_like(weight_ENK, dtype=E4M3)
+    by_columns = weight_ENK.new_empty(experts, inputs, outputs, dtype=E4M3)
+    _both_ways_kernel[(triton.cdiv(outputs, 64), triton.cdiv(inputs, 64), experts)](
+        weight_ENK, row_scale, column_scale, by_rows, by_columns, outputs, inputs, BLOCK_N=64, BLOCK_I=64
+    )  # fmt: skip
+    return by_rows, row_scale, by_columns, column_scale
+
+
+def _swiglu_blocks(rows: int, width: int) -> tuple[dict[str, int], tuple[int]]:
+    block_f = triton.next_power_of_2(width)
+    block_r = max(1, 4096 // block_f)
+    return {"WIDTH": width, "BLOCK_F": block_f, "BLOCK_R": block_r}, (triton.cdiv(rows, block_r),)

@@ -1,0 +1,19 @@
+"""Training the multi-token prediction layer to draft: pretraining's run, on text or on conversations."""
+
+from functools import partial
+from pathlib import Path
+
+from megatron_q3n.config import RunConfig
+from megatron_q3n.data.pretrain import build_pretrain_data
+from megatron_q3n.stages import pretrain
+from megatron_q3n.stages.sft import build_sft_data
+
+
+def run(config: RunConfig, run_dir: Path) -> int:
+    """Train the layer and report; on conversations where sft.train names some, to refresh it after fine-tuning or RL.
+
+    Returns: 0 when all steps are done, 75 when stopped early with everything saved.
+    """
+    if config.sft.train:
+        return pretrain.run(config, run_dir, partial(build_sft_data, run_dir=run_dir))
+    return pretrain.run(config, run_dir, build_pretrain_data)
