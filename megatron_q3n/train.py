@@ -38,7 +38,9 @@ STAGES = {
     "generate": "megatron_q3n.stages.generate",
     "sft": "megatron_q3n.stages.sft",
     "rl": "megatron_q3n.stages.rl",
+    "serve": "megatron_q3n.stages.serve",
     "mtp": "megatron_q3n.stages.mtp",
+    "evaluate": "megatron_q3n.stages.evaluate",
 }
 PIPELINE = "pipeline-"  # names of files in recipes/ that chain recipes, for slurm/submit.py
 HYDRA_FLAGS = (

@@ -76,7 +76,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--update-code", action="store_true", help="with --resume: copy the code anew"
     )
     parser.add_argument("overrides", nargs="*", metavar="setting=value")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def replace_python(site: Site) -> Site:
@@ -141,9 +141,8 @@ def _recipe_stage(
     before: RunConfig | None = None,
 ) -> Stage:
     """Validate a recipe for this site."""
-    arguments = ["--config-name", recipe, *overrides, f"run_dir={run_dir}"]
-    if given.config_dir:
-        arguments += ["--config-dir", given.config_dir]
+    arguments = ["--config-dir", given.config_dir] if given.config_dir else []
+    arguments += ["--config-name", recipe, *overrides, f"run_dir={run_dir}"]
     if nodes:
         arguments.append(f"parallel.world_size={nodes * site.ranks_per_node}")
     config = train.configure(arguments)

@@ -53,7 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--time", help="time limit of one trial")
     parser.add_argument("--local", action="store_true", help="run here, without Slurm")
     parser.add_argument("overrides", nargs="+", metavar="setting=value,value")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def launcher_settings(site: Site, time: str | None) -> list[str]:

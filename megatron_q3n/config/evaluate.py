@@ -45,7 +45,9 @@ class EvaluateConfig(Section):
         None, description="a tokenizer.json or its folder; null: the one the model was trained with"
     )
     output: str | None = Field(
-        None, description="a file for the results, JSON; null: results.json in the run directory"
+        None,
+        description="a file for the results, JSON; null: evaluation.json in the checkpoint's run directory, whose report "
+        "then shows them",
     )
 
 

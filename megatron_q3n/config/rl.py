@@ -82,6 +82,11 @@ class RolloutConfig(Section):
                 f"rl.rollout.engine={self.engine} with rl.rollout.urls={self.urls}: http needs at least one "
                 "address (e.g. http://host:8000/v1), in_process none."
             )
+        if self.engine == "http" and self.temperature != 1:
+            raise UserError(
+                f"rl.rollout.temperature={self.temperature} with rl.rollout.engine=http: servers tell log "
+                "probabilities before the temperature, and the policy's are needed after it; set it to 1."
+            )
         return self
 
 

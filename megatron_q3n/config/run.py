@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from megatron_q3n.config import launch
 from megatron_q3n.config.data import DataConfig
 from megatron_q3n.config.errors import UserError, suggest
+from megatron_q3n.config.evaluate import EvaluateConfig, check_evaluate
 from megatron_q3n.config.health import HealthConfig
 from megatron_q3n.config.inference import InferenceConfig
 from megatron_q3n.config.model import ModelConfig
@@ -16,6 +17,7 @@ from megatron_q3n.config.parallel import ParallelConfig
 from megatron_q3n.config.post_training import check_rl, check_sft
 from megatron_q3n.config.rl import RlConfig
 from megatron_q3n.config.section import Section
+from megatron_q3n.config.serve import ServeConfig
 from megatron_q3n.config.sft import SftConfig
 from megatron_q3n.config.training import (
     CheckpointConfig,
@@ -62,7 +64,7 @@ class SampleConfig(Section):
 class RunConfig(Section):
     """Everything a run needs to know. `config.yaml` in the run directory is exactly this, resolved."""
 
-    stage: Literal["pretrain", "longcontext", "generate", "sft", "rl", "mtp"] = "pretrain"
+    stage: Literal["pretrain", "longcontext", "generate", "sft", "rl", "serve", "mtp"] = "pretrain"
     recipe: str = Field("custom", description="name of the recipe, for the run directory")
     run_dir: str | None = Field(
         None,
@@ -87,13 +89,15 @@ class RunConfig(Section):
     inference: InferenceConfig = InferenceConfig()
     sft: SftConfig = SftConfig()
     mtp: MtpConfig = MtpConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     rl: RlConfig = RlConfig()
+    serve: ServeConfig = ServeConfig()
 
     @model_validator(mode="after")
     def _legal(self) -> "RunConfig":
         self.parallel.check_against(self.model, self.training.sequence_length, self.world_size)
         self._check_start()
-        if self.stage == "generate":
+        if self.stage in ("generate", "serve"):
             return self  # what follows is about training
         self._check_batch()
         self._check_schedule()
@@ -114,9 +118,9 @@ class RunConfig(Section):
                 "stage=longcontext continues a trained model: say which with checkpoint.load=RUN_DIR "
                 "(or a checkpoint in one, e.g. checkpoint.load=runs/latest)."
             )
-        if self.stage == "generate" and self.checkpoint.load is None:
+        if self.stage in ("generate", "serve") and self.checkpoint.load is None:
             raise UserError(
-                "stage=generate needs a trained model: say which with checkpoint.load=RUN_DIR "
+                f"stage={self.stage} needs a trained model: say which with checkpoint.load=RUN_DIR "
                 "(or a checkpoint in one, e.g. checkpoint.load=runs/latest)."
             )
         if self.checkpoint.load_optimizer and self.checkpoint.load is None:

@@ -36,10 +36,10 @@ from megatron_q3n.model.cached_attention import Rotary
 
 
 class DraftingMTP(MultiTokenPredictionBlock):
-    """megatron-core's block, same weights and names; where drafts are wanted, it leaves a chain to run with the loss.
+    """megatron-core's block, same weights and names; except in stock training it leaves a chain to run with the loss.
 
     Drafts depend on logits, which only the loss makes; so `forward` hands the trunk's states on
-    unchanged, and `process_mtp_loss` finds `config.mtp_losses.chain`.
+    unchanged, and `process_mtp_loss` finds `config.mtp_losses.chain`, which costs nothing until run.
     """
 
     rotary: Any  # the model's RotaryEmbedding, set once built: it has no parameters
@@ -56,7 +56,7 @@ class DraftingMTP(MultiTokenPredictionBlock):
     ) -> Tensor:
         """Run the layers as megatron-core does, or leave a chain for the loss."""
         ledger = self.config.mtp_losses
-        if ledger.settings.method == "stock" and (self.training or not ledger.measures):
+        if ledger.settings.method == "stock" and self.training:
             return super().forward(
                 input_ids=input_ids, position_ids=position_ids, hidden_states=hidden_states,
                 attention_mask=attention_mask, packed_seq_params=packed_seq_params, embedding=embedding,

@@ -23,6 +23,7 @@ from megatron_q3n.metrics import jsonl
 from megatron_q3n.metrics.recorder import Recorder, Status
 from megatron_q3n.metrics.report import write_report
 from megatron_q3n.model.build import compute_dtype
+from megatron_q3n.rl.http_engine import HttpEngine
 from megatron_q3n.rl.loop import RlLoop
 from megatron_q3n.rl.prompts import Prompts
 from megatron_q3n.rl.reference import Reference
@@ -30,6 +31,7 @@ from megatron_q3n.rl.rewards import Graders
 from megatron_q3n.rl.rollout import InProcessEngine, RolloutEngine
 from megatron_q3n.rl.samples import Sample
 from megatron_q3n.stages import chat_format, run_directory
+from megatron_q3n.stages.handover import Publisher
 from megatron_q3n.stages.pretrain import start_weights
 from megatron_q3n.training.state import TrainState, build_state
 
@@ -60,7 +62,7 @@ def run(config: RunConfig, run_dir: Path) -> int:
     reference = _reference(state) if config.rl.kl_coefficient else None
     origin = start_weights(state, run_dir)
     with Graders(config.rl.reward) as graders:
-        loop = _loop(state, graders, tokenizer, template, reference)
+        loop = _loop(state, run_dir, graders, tokenizer, template, reference)
         stopped = _session(loop, template, run_dir, origin, stop.reason)
     if group.is_leader:
         print(f"\nrun directory {run_dir}\nreport        {run_dir / 'report.html'}")
@@ -182,6 +184,7 @@ class _Session:
 
 def _loop(
     state: TrainState,
+    run_dir: Path,
     graders: Graders,
     tokenizer: TextTokenizer,
     template: ChatTemplate,
@@ -192,14 +195,18 @@ def _loop(
     prompts = Prompts(
         rl.prompts, template, longest=_longest_prompt(state.config), seed=state.config.training.seed
     )
-    engine = _engine(state, tokenizer, stop_tokens)
+    engine = _engine(state, run_dir, tokenizer, stop_tokens)
     return RlLoop(state, engine, graders, prompts, tokenizer, stop_tokens, reference)
 
 
 def _engine(
-    state: TrainState, tokenizer: TextTokenizer, stop_tokens: frozenset[int]
+    state: TrainState, run_dir: Path, tokenizer: TextTokenizer, stop_tokens: frozenset[int]
 ) -> RolloutEngine:
     rl, seed = state.config.rl, state.config.training.seed
+    if rl.rollout.engine == "http":
+        seen_by_servers = Path(rl.rollout.handover) if rl.rollout.handover else None
+        publish = Publisher(state, run_dir, seen_by_servers)
+        return HttpEngine(state.parallel, rl.rollout, stop_tokens, seed, publish)
     return InProcessEngine(
         state.models[0],
         state.parallel,

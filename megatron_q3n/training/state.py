@@ -137,6 +137,8 @@ def _wait_where_parts_are_read(chunk: DistributedDataParallel) -> None:
 
     def wait(module: nn.Module, _: Any) -> None:
         for parameter in module.parameters():
+            if not parameter.requires_grad:  # frozen: nothing to wait for
+                continue
             group = chunk.param_to_bucket_group[parameter]
             group.finish_param_sync(skip_next_bucket_dispatch=chunk.ddp_config.align_param_gather)
 

@@ -46,7 +46,9 @@ def work(rank: int, layout: str, folder: Path) -> None:
             "routing_replay": False,
         }  # fmt: skip
     config = tiny_config(folder, rl, parallel={**LAYOUTS[layout], "world_size": world})
-    if layout == "pp2":  # replay's own rule is about engines, and the samples given to it have routes
+    if (
+        layout == "pp2"
+    ):  # replay's own rule is about engines, and the samples given to it have routes
         replaying = config.rl.model_copy(update={"routing_replay": True})
         config = config.model_copy(update={"rl": replaying})
     device = choose_device(config)

@@ -70,9 +70,7 @@ def test_rollout_and_trainer_agree(loop: Any, samples: list[Sample]) -> None:
     assert len(np.unique(samples[0].routes)) > 2, "else agreeing would show little"
 
 
-def test_temperature_and_padding_are_the_rollouts(
-    alone: Any, tmp_path: Path
-) -> None:
+def test_temperature_and_padding_are_the_rollouts(alone: Any, tmp_path: Path) -> None:
     """Ids beyond the tokenizer's are never drawn, and probabilities are of the tempered distribution."""
     rollout = {"prompts": 4, "samples_per_prompt": 3, "max_new_tokens": 7, "temperature": 0.7}
     loop = tiny_loop(tiny_config(tmp_path, {"rollout": rollout}), *alone)
@@ -135,9 +133,7 @@ def test_gradient_is_the_plain_policy_gradient(loop: Any, samples: list[Sample])
         total = total - sample.advantage * answer.mean() / len(samples)
     total.backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(
-            found[name], parameter.main_grad, atol=2e-6, rtol=2e-3, msg=name
-        )
+        torch.testing.assert_close(found[name], parameter.main_grad, atol=2e-6, rtol=2e-3, msg=name)
 
 
 def test_mtp_and_balance_sit_out(loop: Any, samples: list[Sample]) -> None:
