@@ -20,15 +20,22 @@ MASTER_AND_MOMENTS_BYTES = 12  # fp32, per parameter
 
 
 def check_run(
-    config: RunConfig, site: Site, num_nodes: int, before: RunConfig | None = None
+    config: RunConfig,
+    site: Site,
+    num_nodes: int,
+    before: RunConfig | None = None,
+    *,
+    loads_later: bool = False,
 ) -> None:
-    """Refuse a validated recipe that cannot run on this site; `before` is the stage yet to make its checkpoint.
+    """Refuse a validated recipe that cannot run on this site.
+
+    With `loads_later` a stage before it is yet to make its checkpoint, `before` if that is a recipe.
 
     Raises: UserError.
     """
     _check_ranks(config, site, num_nodes)
     _check_data(config)
-    if config.checkpoint.load:
+    if config.checkpoint.load and (before is not None or not loads_later):
         _check_beginning(config, before)
     _check_memory(config, site)
     _check_space(config)

@@ -18,6 +18,7 @@ from typing import Any
 SLURM_FOLDER = "slurm"
 ATTEMPTS = "attempts.jsonl"
 JOB = "job.json"
+EXCLUDED = "excluded_nodes.txt"
 
 
 def newest_step(run_dir: Path) -> int:
@@ -74,6 +75,14 @@ def add_attempt_line(run_dir: Path, **values: Any) -> None:
     """Append one line to attempts.jsonl."""
     with (run_dir / SLURM_FOLDER / ATTEMPTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"time": time.time(), **values}) + "\n")
+
+
+def begin_anew(run_dir: Path) -> None:
+    """Forget what was counted against the run and its nodes: a person looked at it and submits it again."""
+    add_attempt_line(run_dir, event="resubmitted")
+    excluded = run_dir / SLURM_FOLDER / EXCLUDED
+    if excluded.exists():
+        excluded.unlink()
 
 
 def fruitless_starts(run_dir: Path) -> int:

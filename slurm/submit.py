@@ -114,7 +114,7 @@ def _pipeline_stages(given: argparse.Namespace, site: Site, name: str, folder: P
         else:
             overrides = [*wish.overrides, *extra[stage_name]]
             overrides += [f"checkpoint.load={source}"] if source else []
-            before = next((s.config for s in stages if s.name == wish.begins_with), None)
+            before = next((s for s in stages if s.name == wish.begins_with), None)
             stage = _recipe_stage(
                 given, site, wish.recipe or "", run_dir, overrides, nodes=wish.nodes, before=before
             )
@@ -138,7 +138,7 @@ def _recipe_stage(
     overrides: list[str],
     *,
     nodes: int | None,
-    before: RunConfig | None = None,
+    before: Stage | None = None,
 ) -> Stage:
     """Validate a recipe for this site."""
     arguments = ["--config-dir", given.config_dir] if given.config_dir else []
@@ -149,10 +149,13 @@ def _recipe_stage(
     return _checked(Stage(recipe, run_dir, run_dir / "code", config), site, nodes, before)
 
 
-def _checked(stage: Stage, site: Site, nodes: int | None, before: RunConfig | None) -> Stage:
+def _checked(stage: Stage, site: Site, nodes: int | None, before: Stage | None) -> Stage:
+    """Refuse a stage that cannot run; say how many nodes it takes."""
     assert stage.config is not None
     num_nodes = nodes or math.ceil(stage.config.world_size / site.ranks_per_node)
-    check_run(stage.config, site, num_nodes, before)
+    check_run(
+        stage.config, site, num_nodes, before and before.config, loads_later=before is not None
+    )
     return replace(stage, num_nodes=num_nodes)
 
 
@@ -175,10 +178,13 @@ def _resumed(given: argparse.Namespace, site: Site) -> tuple[Path, list[Stage]]:
             begins_with=entry["from"], num_nodes=entry.get("nodes", 1), time=given.time or entry.get("time"),
         )  # fmt: skip
         if not stage.tool:
-            config = train.configure(["--resume", str(run_dir), *extra[stage.name]])
+            settings = list(extra[stage.name])
+            if given.nodes:
+                settings.append(f"parallel.world_size={given.nodes * site.ranks_per_node}")
+            config = train.configure(["--resume", str(run_dir), *settings])
             stage = replace(stage, config=config)
             if not stage.is_done:
-                before = next((s.config for s in stages if s.name == entry["from"]), None)
+                before = next((s for s in stages if s.name == entry["from"]), None)
                 stage = _checked(stage, site, given.nodes, before)
         _refuse_if_queued(stage)
         stages.append(stage)
@@ -228,7 +234,7 @@ def _write(
             stage.job_file.write_text(script.job_json(stage, site, local=given.local))
             stage.script_file.write_text(script.sbatch_script(stage, site))
             if given.resume:
-                progress.add_attempt_line(stage.run_dir, event="resubmitted")
+                progress.begin_anew(stage.run_dir)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written: {error}. Choose another with --run-dir."

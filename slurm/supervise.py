@@ -169,7 +169,7 @@ class Supervisor:
 
     def _exclude(self, unfit: list[str]) -> int:
         """Requeue the job without the nodes that are not fit, if that is not too many by now."""
-        path = self.run_dir / progress.SLURM_FOLDER / "excluded_nodes.txt"
+        path = self.run_dir / progress.SLURM_FOLDER / progress.EXCLUDED
         known = path.read_text().split() if path.exists() else []
         excluded = sorted({*known, *unfit})
         if len(excluded) > self.job["max_excluded_nodes"]:

@@ -66,6 +66,7 @@ DOORS: dict[str, set[str]] = {
     "megatron.core.mpu": {"parallel"},  # its other name
     "megatron.training": set(),
     "megatron.legacy": set(),
+    "lm_eval": {"inference"},  # and by name from stages, when tasks are asked for
     "transformer_engine": GPU_KERNELS,
     "fla": GPU_KERNELS,
     "flash_qla": GPU_KERNELS,
@@ -98,6 +99,7 @@ TOP_LEVEL = {
     "pyproject.toml",
     "recipes",
     "requirements-dev.txt",
+    "requirements-eval.txt",
     "requirements-gpu.txt",
     "requirements.txt",
     "slurm",

@@ -16,6 +16,7 @@ from megatron_q3n.config import UserError
 from megatron_q3n.parallel import Parallel
 from megatron_q3n.training.state import TrainState
 
+
 @dataclass
 class Resumed:
     """What a run goes on from: a checkpoint, or None for a run without any; `notes` are for the user."""

@@ -15,7 +15,9 @@ class TextSet(Section):
     """Held-out text with a name: a prepared folder."""
 
     name: str = Field(min_length=1, description="what the results call it")
-    path: str = Field(description="a folder written by tools/prepare_data.py with the model's tokenizer")
+    path: str = Field(
+        description="a folder written by tools/prepare_data.py with the model's tokenizer"
+    )
 
 
 class EvaluateConfig(Section):
@@ -33,21 +35,24 @@ class EvaluateConfig(Section):
     draft_depth: int = Field(0, ge=0, description="drafts to judge at each place; 0 judges none")
     draft_stride: int = Field(32, gt=0, description="tokens between places where drafts are judged")
     tasks: list[str] = Field(
-        default_factory=list, description="tasks of lm-evaluation-harness, by the names in tasks_dir's files"
+        default_factory=list,
+        description="tasks of lm-evaluation-harness, by the names in tasks_dir's files",
     )
     tasks_dir: str | None = Field(
         None, description="folder of task files (.yaml), whose data are local files too"
     )
     task_limit: int | None = Field(None, gt=0, description="documents of each task; null: all")
-    num_fewshot: int | None = Field(None, ge=0, description="examples before each; null: the task's own")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="examples before each; null: the task's own"
+    )
     seed: int = Field(1, ge=0, description="of drawn drafts")
     tokenizer: str | None = Field(
         None, description="a tokenizer.json or its folder; null: the one the model was trained with"
     )
     output: str | None = Field(
         None,
-        description="a file for the results, JSON; null: evaluation.json in the checkpoint's run directory, whose report "
-        "then shows them",
+        description="a file for the results, JSON; null: evaluation.json in the checkpoint's run directory, whose "
+        "report then shows them",
     )
 
 

@@ -26,7 +26,10 @@ class MtpConfig(Section):
         "layer learns (stage mtp)",
     )
     own_drafts_start: float = Field(
-        0.0, ge=0, le=1, description="share of anchors fed the model's own drafts, at the first step"
+        0.0,
+        ge=0,
+        le=1,
+        description="share of anchors fed the model's own drafts, at the first step",
     )
     own_drafts_end: float = Field(1.0, ge=0, le=1, description="the same at the last step")
     after_wrong_draft: Literal["text", "skip"] = Field(
@@ -36,10 +39,13 @@ class MtpConfig(Section):
     )
     label_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy with the text")
     distillation_weight: float = Field(
-        0.0, ge=0, description="weight of the divergence from the model's own next-token distribution"
+        0.0,
+        ge=0,
+        description="weight of the divergence from the model's own next-token distribution",
     )
     depth_weights: list[float] = Field(
-        default_factory=list, description="relative weight of each depth's loss; empty: all the same"
+        default_factory=list,
+        description="relative weight of each depth's loss; empty: all the same",
     )
     acceptance_depth: int = Field(
         0,

@@ -64,7 +64,9 @@ class SampleConfig(Section):
 class RunConfig(Section):
     """Everything a run needs to know. `config.yaml` in the run directory is exactly this, resolved."""
 
-    stage: Literal["pretrain", "longcontext", "generate", "sft", "rl", "serve", "mtp"] = "pretrain"
+    stage: Literal[
+        "pretrain", "longcontext", "generate", "sft", "rl", "serve", "mtp", "evaluate"
+    ] = "pretrain"
     recipe: str = Field("custom", description="name of the recipe, for the run directory")
     run_dir: str | None = Field(
         None,
@@ -97,7 +99,9 @@ class RunConfig(Section):
     def _legal(self) -> "RunConfig":
         self.parallel.check_against(self.model, self.training.sequence_length, self.world_size)
         self._check_start()
-        if self.stage in ("generate", "serve"):
+        if self.stage == "evaluate":
+            check_evaluate(self)
+        if self.stage in ("generate", "serve", "evaluate"):
             return self  # what follows is about training
         self._check_batch()
         self._check_schedule()
@@ -207,10 +211,10 @@ class RunConfig(Section):
             return "expert tensor parallelism communicates inside the passes"
         if layout.overlap_grad_reduce:
             return "parallel.overlap_grad_reduce=true communicates inside the passes"
+        if self.stage in ("sft", "rl") or (self.stage == "mtp" and self.sft.train):
+            return f"stage={self.stage} packs conversations, and every batch has other shapes"
         if self.data.mask_document_boundaries:
             return "data.mask_document_boundaries=true gives every batch other shapes"
-        if self.stage in ("sft", "rl") or (self.stage == "mtp" and self.sft.train):
-            return f"stage={self.stage} packs conversations, which gives every batch other shapes"
         if self.training.recompute_granularity is not None:
             return "recompute saves and restores random states on the host"
         return None

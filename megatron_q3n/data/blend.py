@@ -51,7 +51,7 @@ def load_blends(config: RunConfig) -> Blends:
             "data.validation is empty: give at least one folder of held-out text, made by "
             "tools/prepare_data.py with the tokenizer of the training data."
         )
-    parts = {"data.train": _parts(train), "data.validation": _parts(validation)}
+    parts = {"data.train": prepared_parts(train), "data.validation": prepared_parts(validation)}
     _check_length(parts, config.training.sequence_length)
     tokenizer = _tokenizer(data.tokenizer, parts)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -62,7 +62,11 @@ def load_blends(config: RunConfig) -> Blends:
     return Blends(parts["data.train"], parts["data.validation"], tokenizer)
 
 
-def _parts(blend: list[BlendPart]) -> tuple[Part, ...]:
+def prepared_parts(blend: list[BlendPart]) -> tuple[Part, ...]:
+    """Check each folder of a blend.
+
+    Raises: UserError for one that is missing or damaged.
+    """
     return tuple(
         Part(Path(part.path).expanduser().absolute(), part.weight, verify_prepared(part.path))
         for part in blend

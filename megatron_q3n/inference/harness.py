@@ -23,7 +23,9 @@ from megatron_q3n.inference.sampling import Sampling
 from megatron_q3n.model.decode import generating
 
 _MAX_NEW_TOKENS = 256  # where a task does not say
-Score = tuple[float, bool]  # log probability in nats, and whether greedy decoding would say the same
+Score = tuple[
+    float, bool
+]  # log probability in nats, and whether greedy decoding would say the same
 
 
 class HarnessModel(TemplateLM):
@@ -69,7 +71,10 @@ class HarnessModel(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: object
     ) -> list[Score]:
         """Score continuations, given contexts, both as tokens. Too long ones lose the beginning of their context."""
-        sequences = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
+        sequences = [
+            (context + continuation)[-self.max_length - 1 :]
+            for _, context, continuation in requests
+        ]
         counts = [len(continuation) for _, _, continuation in requests]
         mine = range(len(requests))[self._group.rank() :: self._group.size()]
         scores: dict[int, Score] = {}

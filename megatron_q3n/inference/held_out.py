@@ -81,7 +81,12 @@ def _add_drafts(
     stretch = (tokens_NT.shape[1] - 1) // measure.buckets
     tokens = tokens_NT.to(next(model.parameters()).device)
     judgements = judge_drafts(
-        model, tokens, measure.draft_depth, measure.draft_stride, measure.seed + number, measure.vocab_size
+        model,
+        tokens,
+        measure.draft_depth,
+        measure.draft_stride,
+        measure.seed + number,
+        measure.vocab_size,
     )
     for judgement in judgements:
         bucket = drafts[(judgement.position - 1) // stretch]

@@ -48,11 +48,22 @@ def mark_stale(weights: list[Tensor]) -> None:
         weight.main_grad_is_stale = True  # type: ignore[attr-defined]
 
 
+def mark_fresh(weights: list[Tensor]) -> None:
+    """Say that the main gradients of these are this step's."""
+    for weight in weights:
+        weight.main_grad_is_stale = False  # type: ignore[attr-defined]
+
+
+def is_stale(weight: Tensor) -> bool:
+    """Whether the weight's main gradient is still the last step's."""
+    return getattr(weight, "main_grad_is_stale", False)
+
+
 def settle(weight: Tensor) -> None:
     """Clear a main gradient that is still stale: its weight was not used, or by a path that only adds."""
-    if getattr(weight, "main_grad_is_stale", False):
+    if is_stale(weight):
         weight.main_grad.zero_()  # type: ignore[attr-defined]
-        weight.main_grad_is_stale = False  # type: ignore[attr-defined]
+        mark_fresh([weight])
 
 
 class _OneLaunch(torch.autograd.Function):
@@ -98,8 +109,8 @@ def main_gradient(weight: Tensor) -> GradientTarget:
     if main is None:
         fresh = torch.empty_like(weight)
         return GradientTarget(fresh, False, fresh)
-    stale = getattr(weight, "main_grad_is_stale", False)
-    weight.main_grad_is_stale = False  # type: ignore[attr-defined]
+    stale = is_stale(weight)
+    mark_fresh([weight])
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     # DDP's hook must still be called, and autograd calls it with some gradient. The hook drops it unread, so the
     # weight's own memory will do; a tensor of its own would cost as much as all experts of a layer.

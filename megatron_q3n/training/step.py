@@ -81,12 +81,12 @@ def run_microbatches(
 ) -> list[dict]:
     """Drive megatron-core's schedule (plain, 1F1B or interleaved, as the layout needs) over the micro-batches.
 
-    Training passes are replayed as one CUDA graph where the state has one (training/step_graph.py).
+    Training passes are replayed as one CUDA graph where the state has one (training/step_graph.py) and the forward
+    pass is the usual one.
     """
-    if state.graph is not None and not forward_only:
-        return state.graph.run(
-            batches, partial(_run_schedule, state, forward_only=False, forward=forward)
-        )
+    if state.graph is not None and not forward_only and forward is forward_step:
+        run = partial(_run_schedule, state, forward_only=False, forward=forward)
+        return state.graph.run(batches, run)
     return _run_schedule(state, batches, forward_only=forward_only, forward=forward)
 
 

@@ -51,7 +51,8 @@ class StepGraph:
     def __init__(self, chunks: list[Any]) -> None:
         assert len(chunks) == 1
         self._hooks = chunks[0].module.config
-        self._finalize = self._hooks.finalize_model_grads_func
+        self._parameters = list(chunks[0].parameters())
+        self._overwritten: list[torch.Tensor] = []
         self._eager_steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batches: list[Batch] = []
@@ -74,8 +75,11 @@ class StepGraph:
         for static, batch in zip(self._batches, batches, strict=True):
             _copy(batch, static)
         self._graph.replay()
+        grouped_linear.mark_fresh(
+            self._overwritten
+        )  # the kernels did; Python was not there to note it
         positional, named = self._to_finalize
-        self._finalize(*positional, **named)
+        self._hooks.finalize_model_grads_func(*positional, **named)
         return self._reports
 
     def _capture(
@@ -87,6 +91,8 @@ class StepGraph:
         gc.collect()
         torch.cuda.empty_cache()  # the graph has a pool of its own; the warm-up's memory becomes free for it
         graph = torch.cuda.CUDAGraph()
+        stale = [p for p in self._parameters if grouped_linear.is_stale(p)]
+        finalize = self._hooks.finalize_model_grads_func
         self._hooks.finalize_model_grads_func = self._remember
         # on the stream that everything was built on: autograd adds a leaf's gradient on the stream the leaf's hook
         # was made on. Other threads (a save under way) may go on using the GPU.
@@ -95,8 +101,9 @@ class StepGraph:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._reports = run_schedule(self._batches)
         finally:
-            self._hooks.finalize_model_grads_func = self._finalize
+            self._hooks.finalize_model_grads_func = finalize
         self._graph = graph
+        self._overwritten = [p for p in stale if not grouped_linear.is_stale(p)]
 
     def _remember(self, *positional: Any, **named: Any) -> None:
         self._to_finalize = (positional, named)

@@ -12,6 +12,7 @@ from megatron_q3n.metrics import jsonl
 from megatron_q3n.metrics.recorder import RECORDS_FILE
 
 CONFIG_FILE = "config.yaml"
+EVALUATION_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class RunFiles:
     samples: Any
     expert_load: Any
     baseline: Any
+    evaluation: Any
     summary: dict[str, Any]
     damaged: dict[str, str] = field(default_factory=dict)
 
@@ -65,6 +67,7 @@ def load(run_dir: Path) -> RunFiles:
         samples=_json(run_dir / "samples.json", damaged),
         expert_load=_json(run_dir / "expert_load.json", damaged),
         baseline=_json(run_dir / "baseline.json", damaged),
+        evaluation=_json(run_dir / EVALUATION_FILE, damaged),
         summary=summary if isinstance(summary, dict) else {},
         damaged=damaged,
     )

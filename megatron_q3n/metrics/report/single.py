@@ -12,6 +12,7 @@ import numpy as np
 from megatron_q3n.metrics.progress import clock_text
 from megatron_q3n.metrics.report import page
 from megatron_q3n.metrics.report.charts import heat_map
+from megatron_q3n.metrics.report.evaluation import evaluation_cards
 from megatron_q3n.metrics.report.panels import (
     EXPERTS,
     LEARNING,
@@ -41,6 +42,7 @@ def write_report(run_dir: Path) -> Path:
         page.section(OPTIMIZER, _charts(run, OPTIMIZER)),
         page.section(SPEED, _charts(run, SPEED)),
         page.section(MORE, _charts(run, MORE)),
+        page.section("Evaluation", evaluation_cards(run.evaluation)),
         page.section("Generated text", [_samples(run)]),
         page.section(
             "Settings and environment", [_settings(run), _environment(run), _backends(run)]
