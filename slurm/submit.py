@@ -153,9 +153,8 @@ def _checked(stage: Stage, site: Site, nodes: int | None, before: Stage | None) 
     """Refuse a stage that cannot run; say how many nodes it takes."""
     assert stage.config is not None
     num_nodes = nodes or math.ceil(stage.config.world_size / site.ranks_per_node)
-    check_run(
-        stage.config, site, num_nodes, before and before.config, loads_later=before is not None
-    )
+    made_by = before.config if before is not None else None
+    check_run(stage.config, site, num_nodes, made_by, loads_later=before is not None)
     return replace(stage, num_nodes=num_nodes)
 
 

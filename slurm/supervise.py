@@ -248,7 +248,8 @@ class Supervisor:
             self.process.send_signal(signal.Signals[f"SIG{name}"])
 
     def _save_and_end(self, number: int, _frame: Any) -> None:
-        self.asked = number
+        if self.asked != signal.SIGUSR2:  # whom a person told to end does not come back
+            self.asked = number
 
     def _terminated(self, number: int, _frame: Any) -> None:
         if self.job_id is None:

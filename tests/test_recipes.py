@@ -27,7 +27,8 @@ PRIMARY = sorted(
 )
 PARTS = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
 GROUPS = ("model", "data", "precision", "parallel", "stage")
-OF_ANY_MODEL = {"generate", "serve"}  # the checkpoint brings it, so the name has none
+OF_ANY_MODEL = {"generate", "serve", "evaluate"}  # the checkpoint brings it, so the name has none
+STARTED = ("longcontext", "generate", "serve", "mtp", "evaluate")  # stages that begin from a checkpoint
 REQUIRED = {"pretrain-tiny", "pretrain-small", "pretrain-80b_a3b", "longcontext-tiny"}
 GLOBAL_PACKAGE = "# @package _global_"
 DEFAULTS = RunConfig().model_dump(mode="json")
@@ -47,7 +48,7 @@ def composed(recipe: str, *overrides: str) -> dict[str, Any]:
 def run_config(recipe: str, *overrides: str) -> RunConfig:
     """Validate a recipe, with the value it leaves to its user: what to continue from."""
     words = " ".join((recipe, *overrides))
-    continues = any(stage in words for stage in ("longcontext", "generate", "serve"))
+    continues = any(stage in words for stage in STARTED)
     start = ["checkpoint.load=runs/latest"] if continues else []
     for stage, setting in (("sft", "sft.train"), ("rl", "rl.prompts")):
         if f"stage={stage}" in overrides:  # a stage alone names no conversations

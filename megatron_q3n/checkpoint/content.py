@@ -37,6 +37,7 @@ def sharded(state: TrainState, *, loading: bool, with_optimizer: bool = True) ->
     content: dict[str, Any] = dict(models)
     if with_optimizer:
         _prime_adam(state)
+        _tell_idle_adams_the_step(state)
         if not loading:
             _count_padding(state)
         content["optimizer"] = state.optimizer.sharded_state_dict(
@@ -111,6 +112,24 @@ def _count_padding(state: TrainState) -> None:
             buffer.numel_unpadded = buffer.numel
             for bucket in buffer.buckets:
                 bucket.numel_unpadded = bucket.grad_data.numel()
+
+
+def _tell_idle_adams_the_step(state: TrainState) -> None:
+    """Let torch's AdamW say how many steps it took where it has no parameter: on a stage of a frozen trunk.
+
+    megatron-core reads the step off the parameters' states and asserts that there is one
+    (distrib_optimizer.py:838), and saves the first rank's for all. torch keeps a key that is no parameter.
+    """
+    if state.config.mtp.trunk != "frozen" or state.parallel.world_size == 1:
+        return
+    adams = {id(adam): adam for adam, _ in torch_adam_states(state.optimizer)}.values()
+    taken = [float(entry["step"]) for adam in adams for entry in adam.state.values()]
+    most = torch.tensor([max(taken, default=0.0)], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+        adam = None if part.is_stub_optimizer else part.optimizer
+        if isinstance(adam, torch.optim.AdamW) and not any(g["params"] for g in adam.param_groups):
+            adam.state["idle"] = {"step": most[0].cpu().clone()}
 
 
 def _prime_adam(state: TrainState) -> None:

@@ -33,7 +33,7 @@ class MtpConfig(Section):
     )
     own_drafts_end: float = Field(1.0, ge=0, le=1, description="the same at the last step")
     after_wrong_draft: Literal["text", "skip"] = Field(
-        "text",
+        "skip",
         description="text: deeper predictions after a draft that differs from the text are asked for the text all the "
         "same; skip: they do not count, as a rejected draft's successors never do",
     )
@@ -71,7 +71,7 @@ class MtpConfig(Section):
 
     def _check_stock(self) -> None:
         defaults = {
-            "own_drafts_start": 0.0, "own_drafts_end": 1.0, "after_wrong_draft": "text",
+            "own_drafts_start": 0.0, "own_drafts_end": 1.0, "after_wrong_draft": "skip",
             "label_weight": 1.0, "distillation_weight": 0.0,
         }  # fmt: skip
         for name, value in defaults.items():

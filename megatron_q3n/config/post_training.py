@@ -24,6 +24,17 @@ def check_sft(config: "RunConfig") -> None:
             f"sft.tokenizer_vocab_size={trained} would replace the tokenizer of checkpoint.load or data.tokenizer; "
             "set it to null."
         )
+    context, alignment = config.parallel.context_parallel_size, config.sft.alignment
+    if context > 1 and alignment % (2 * context):
+        raise UserError(
+            f"sft.alignment={alignment} must be a multiple of 2 × parallel.context_parallel_size={context} "
+            f"(= {2 * context}): every conversation is cut into so many equal chunks."
+        )
+    if config.training.sequence_length % alignment:
+        raise UserError(
+            f"training.sequence_length={config.training.sequence_length} is not divisible by sft.alignment="
+            f"{alignment}; make it a multiple."
+        )
     _check_packing(config)
 
 
@@ -97,13 +108,6 @@ def _check_packing(config: "RunConfig") -> None:
             f"data.mask_document_boundaries has no effect with stage={config.stage}: conversations never see each "
             "other; leave it false."
         )
-
-
-def conversation_alignment(config: "RunConfig") -> int:
-    """Return what a conversation's length in a row is padded to a multiple of: context parallelism cuts each into
-    2 × its size equal chunks."""
-    context = config.parallel.context_parallel_size
-    return 2 * context if context > 1 else 1
 
 
 def _recomputes_experts(config: "RunConfig") -> bool:

@@ -72,6 +72,11 @@ class SftConfig(Section):
     turns: Literal["all", "last"] = Field(
         "all", description="assistant turns that count: all of them, or a conversation's last"
     )
+    alignment: int = Field(
+        1,
+        gt=0,
+        description="conversations in a row are padded to a multiple; context parallelism needs 2 × its size",
+    )
     too_long: Literal["drop", "oldest_turns", "cut"] = Field(
         "drop",
         description="a conversation longer than training.sequence_length is left out, loses its oldest exchanges "

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from megatron_q3n.config import RunConfig
-from megatron_q3n.config.post_training import conversation_alignment
 from megatron_q3n.data.batch import Batch
 from megatron_q3n.data.sft_rows import SftRows, SpelledSet, lay_out
 from megatron_q3n.data.tokenizer import TextTokenizer
@@ -33,7 +32,7 @@ class SftData:
         cls, config: RunConfig, tokenizer: TextTokenizer, train: SpelledSet, validation: SpelledSet
     ) -> "SftData":
         """Pack the sets into rows."""
-        training, alignment = config.training, conversation_alignment(config)
+        training, alignment = config.training, config.sft.alignment
         rows = [
             SftRows(part, training.sequence_length, alignment, training.seed, tokenizer.eod)
             for part in (train, validation)
@@ -84,7 +83,7 @@ class SftData:
     def _validation_row(self, number: int) -> Batch:
         if number < len(self.validation_rows):
             return self.validation_rows.batch(number)
-        training, alignment = self.config.training, conversation_alignment(self.config)
+        training, alignment = self.config.training, self.config.sft.alignment
         return lay_out([], training.sequence_length, alignment, self.tokenizer.eod)
 
 

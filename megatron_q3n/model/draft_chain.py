@@ -9,7 +9,8 @@ at position t+k-1 (RoPE too), and sees
     depth-1 keys and values of positions ≤ t, and those of this anchor's own depths 2 … k.
 
 So one attention serves all anchors of a depth: the keys of the depths stand one behind the other,
-and the mask is a triangle followed by k-1 diagonals. megatron-core's own multi-step training gives
+and the mask is a triangle followed by k-1 diagonals. It is made in memory, k·T² bytes: 64 MiB for
+depth 4 at 4K tokens, 4 GiB at 32K. megatron-core's own multi-step training gives
 depth k the keys of depth k-1 at *all* positions, of true tokens: something drafting never has.
 
 Which tokens are fed, and the losses: draft_losses.py.
@@ -21,6 +22,7 @@ With sequence parallelism hidden states are a rank's share of S.
 """
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,7 +137,11 @@ class DraftChain:
         scale = mixer.config.softmax_scale or mixer.hidden_size_per_attention_head**-0.5
         mask = self._mask(query.shape[0], len(seen) // 2, query.device)
         keys, values = torch.cat([*seen[::2], key]), torch.cat([*seen[1::2], value])
-        core = _attend(query, keys, values, mask, scale)
+        attend = partial(_attend, mask=mask, scale=scale)
+        if mixer.checkpoint_core_attention and torch.is_grad_enabled():
+            core = tensor_parallel.checkpoint(attend, False, query, keys, values)
+        else:
+            core = attend(query, keys, values)
         if gated:
             core = mixer._apply_output_gate(core, gate[0])
         mixed = mixer.linear_proj(core)[0]

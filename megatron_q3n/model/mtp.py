@@ -10,6 +10,7 @@ Reference: DeepSeek-V3 (arXiv 2412.19437), section 2.2.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -127,6 +128,33 @@ def freeze_trunk(model: nn.Module) -> None:
         # megatron-core clips heads that are detached apart from the rest, and reports the rest's norm: there is no rest
         if hasattr(parameter, "grad_norm_group"):
             del parameter.grad_norm_group
+    model.decoder.forward = partial(_run_frozen, model.decoder, model.decoder.forward)
+
+
+class _NoGradient(torch.autograd.Function):
+    """What was computed from a source, to autograd: with a gradient of zero, which pipeline stages want to send."""
+
+    @staticmethod
+    def forward(_: Any, computed: Tensor, source: Tensor) -> Tensor:
+        """Return what was computed."""
+        return computed.clone()
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        """Return zeros."""
+        return None, torch.zeros_like(gradients[0])
+
+
+def _run_frozen(
+    decoder: Any, forward: Callable[..., Tensor], *inputs: Any, **options: Any
+) -> Tensor:
+    """Run a stage's part of a frozen trunk, keeping nothing for a backward pass."""
+    with torch.no_grad():
+        hidden = forward(*inputs, **options)
+    received = None if decoder.pre_process else decoder.input_tensor
+    if received is None or not torch.is_grad_enabled():
+        return hidden
+    return _NoGradient.apply(hidden, received)
 
 
 def process_mtp_loss(

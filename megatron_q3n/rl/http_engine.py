@@ -62,7 +62,7 @@ class HttpEngine:
         if version == self._version:
             return
         folder = self._publish(version)
-        self._from_leader(lambda: [self._load(url, folder) for url in self._settings.urls])
+        self._from_leader(lambda: self._load_all(folder))
         self._version = version
 
     def _ask_all(self, prompts: list[Prompt], count: int, temperature: float) -> list[Sample]:
@@ -125,6 +125,11 @@ class HttpEngine:
             + "; ".join(f"{url}: {word}" for url, word in words.items())
             + ". Start the servers again, or raise rl.rollout.timeout_seconds or attempts."
         )
+
+    def _load_all(self, folder: Path) -> list[str]:
+        for url in self._settings.urls:
+            self._load(url, folder)
+        return self._settings.urls
 
     def _load(self, url: str, folder: Path) -> None:
         """Let a server load weights; it alone can, so no other is asked."""

@@ -22,7 +22,7 @@ def set_results(sums: Sums, wanted: EvaluateConfig) -> dict[str, Any]:
         results["drafts"] = _draft_results(sums.drafts.sum(0))
     results["by_position"] = []
     for number in range(wanted.position_buckets):
-        found = {"from": number * stretch, "to": (number + 1) * stretch}
+        found: dict[str, Any] = {"from": number * stretch, "to": (number + 1) * stretch}
         found |= _text_results(sums.text[number].tolist())
         if wanted.draft_depth and sums.drafts[number, 0, 0]:
             found["drafts"] = _draft_results(sums.drafts[number])

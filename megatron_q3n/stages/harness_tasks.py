@@ -15,6 +15,8 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Run the harness over local tasks. A collective call.
 
+    Returns: each task's numbers, on the leader.
+
     Raises: UserError for a task that the folder does not have.
     """
     os.environ.setdefault(
@@ -41,6 +43,8 @@ def run_tasks(
         adapter, tasks=list(wanted.tasks), task_manager=manager, limit=wanted.task_limit,
         num_fewshot=wanted.num_fewshot, log_samples=False, bootstrap_iters=0,
     )  # fmt: skip
+    if found is None:  # the harness gives its results to one process of a machine
+        return {}
     return {task: _numbers(scores) for task, scores in found["results"].items()}
 
 

@@ -36,6 +36,7 @@ from megatron_q3n.stages.pretrain import start_weights
 from megatron_q3n.training.state import TrainState, build_state
 
 PROGRESS_FILE = "progress.jsonl"
+SHOWN = 12  # held-out answers in the report
 
 
 def run(config: RunConfig, run_dir: Path) -> int:
@@ -152,6 +153,15 @@ class _Session:
         self.loop.engine.new_weights(step)
         accuracy, answers = self.loop.examine(self.held_out)
         self._write(f"held_out_{step:07d}", answers)
+        if self.recorder.enabled:
+            shown = [
+                {
+                    "prompt": str(s.prompt.grading.get("text", "")),
+                    "text": f" → {s.text} ({s.score:g})",
+                }
+                for s in answers[:SHOWN]
+            ]
+            run_directory.write_json(self.run_dir / "samples.json", shown)
         self.recorder.note(f"held-out accuracy after step {step}: {accuracy:.3f}")
         return {"reward/held_out": accuracy}
 

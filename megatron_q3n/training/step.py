@@ -115,7 +115,8 @@ def _close_balance(state: TrainState) -> tuple[dict[str, list[float]], dict[str,
     if routers:
         load_LE, balance_L = finish_balance(routers, state.parallel.groups.tp_dp_cp)
         for name, load, loss in zip(_layer_names(routers), load_LE.tolist(), balance_L.tolist()):
-            loads[name], balance[name] = load, loss
+            if any(load):  # a frozen trunk's routers do not count
+                loads[name], balance[name] = load, loss
     pipeline = state.parallel.groups.pp
     if pipeline.size() > 1:
         gathered: list[Any] = [None] * pipeline.size()

@@ -10,6 +10,11 @@ import pytest
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
+# half the anchors feed their own drafts; right ones only, so a draft that differs anywhere is seen
+DRAFTS = [
+    "model.mtp_num_layers=3", "model.mtp_use_repeated_layer=true", "mtp.method=inference", "mtp.own_drafts_start=0.5",
+    "mtp.own_drafts_end=0.5", "mtp.distillation_weight=0.5", "mtp.depth_weights=[3,2,1]", "mtp.after_wrong_draft=skip",
+]  # fmt: skip
 LISTS = {
     "packed": ["cp2", "cp2-passing", "tp2", "pp2", "pp2-vpp2", "ep2", "cp2-ep2", "tp2-cp2", "--packed"],
     "larger": [
@@ -20,6 +25,12 @@ LISTS = {
     "two depths": ["tp2", "pp2-vpp2", "ep2", "cp2", "model.mtp_num_layers=2"],
     "one layer for two depths": [
         "tp2", "pp2-vpp2", "ep2", "cp2", "model.mtp_num_layers=2", "model.mtp_use_repeated_layer=true",
+    ],
+    "drafts": ["tp2", "pp2-vpp2", "ep2", "cp2", "tp2-cp2", *DRAFTS],
+    "drafts in packed documents": ["tp2", "pp2", "cp2", "--packed", *DRAFTS],
+    "drafts over a frozen trunk": [
+        "tp2", "pp2", "pp2-vpp2", "cp2", "dp2-overlap", "pp2-ep2-overlap", "stage=mtp", "mtp.trunk=frozen",
+        "checkpoint.load=not-read-by-the-harness", *DRAFTS,
     ],
     "z loss and balance in a sequence": [
         "tp2", "pp2", "ep2", "cp2", "model.moe_z_loss_coeff=0.01", "model.moe_router_load_balancing_type=seq_aux_loss",

@@ -1,6 +1,6 @@
 """Training for drafts is what drafting does: the same logits at every depth and anchor, from the same own drafts.
 
-fp32, one process. Layouts: test_layouts.py.
+fp32, one process. Layouts: tests/layouts/test_more_layouts.py.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The trainer's view of samples: the rollout's own probabilities, routes that are replayed, and one loss however packed.
+"""Trainer and rollout: the same probabilities, routes that are replayed, and one loss however samples are packed.
 
 One process; other layouts are in test_layouts.py. Not covered here: bf16 and GPU kernels.
 """

@@ -99,6 +99,18 @@ class Cluster:
 
     def stop(self) -> None:
         """End every job and daemon of this cluster; what does not end by itself is killed."""
+        self.cancel_all()
+        names = [*(f"slurmd-n{i + 1}" for i in range(self.nodes)), "slurmctld", "munged"]
+        files = [path for name in names if (path := self.root / f"{name}.pid").exists()]
+        ids = [int(text) for path in files if (text := path.read_text().strip())]
+        daemons = [psutil.Process(number) for number in ids if psutil.pid_exists(number)]
+        for daemon in daemons:
+            daemon.terminate()
+        for daemon in psutil.wait_procs(daemons, timeout=5)[1]:
+            daemon.kill()
+
+    def cancel_all(self) -> None:
+        """End every job."""
         ask: dict[str, Any] = {
             "env": self.environment,
             "check": False,
@@ -109,14 +121,6 @@ class Cluster:
         deadline = time.monotonic() + 12  # KillWait and a little
         while subprocess.run(["squeue", "-h"], **ask).stdout and time.monotonic() < deadline:
             time.sleep(0.2)
-        names = [*(f"slurmd-n{i + 1}" for i in range(self.nodes)), "slurmctld", "munged"]
-        files = [path for name in names if (path := self.root / f"{name}.pid").exists()]
-        ids = [int(text) for path in files if (text := path.read_text().strip())]
-        daemons = [psutil.Process(number) for number in ids if psutil.pid_exists(number)]
-        for daemon in daemons:
-            daemon.terminate()
-        for daemon in psutil.wait_procs(daemons, timeout=5)[1]:
-            daemon.kill()
 
     def run(self, *command: str) -> str:
         """Run one of Slurm's client programs and return what it prints."""
@@ -139,7 +143,7 @@ class Cluster:
                 self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
             time.sleep(0.5)
 
-    def wait(self, job: str, *wanted: str, seconds: float = 120) -> str:
+    def wait(self, job: str, *wanted: str, seconds: float = 240) -> str:
         """Wait until a job is in one of the states and return it."""
         deadline = time.monotonic() + seconds
         while (state := self.state(job)) not in wanted:

@@ -11,8 +11,15 @@ from tests.slurm.cluster import Cluster, missing_programs
 from tests.slurm.runs import SITE, alone
 
 
+@pytest.fixture
+def cluster(one_cluster: Cluster) -> Iterator[Cluster]:
+    """Lend the cluster, and end what a failed test leaves in its queue."""
+    yield one_cluster
+    one_cluster.cancel_all()
+
+
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Start Slurm; without its programs skip, and in CI fail."""
     if missing := missing_programs():
         reason = (

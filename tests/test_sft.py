@@ -1,0 +1,108 @@
+"""Fine-tuning and reinforcement learning as people start them: what is refused, and a run from talks to text."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_q3n.config import UserError, validate
+from megatron_q3n.config.rl import ALGORITHMS, RlConfig
+
+TASK = [{"task": {"name": "chain_sum"}}]
+
+
+def tree(stage: str, **sections: Any) -> dict[str, Any]:
+    own = {"sft": {"train": TASK}} if stage == "sft" else {"rl": {"prompts": TASK}}
+    training = {"micro_batch_size": 1} | sections.pop("training", {})
+    return {"stage": stage, "training": training, **own, **sections}
+
+
+@pytest.mark.parametrize(
+    ("stage", "sections", "words"),
+    [
+        ("sft", {"sft": {}}, "stage=sft needs sft.train"),
+        ("sft", {"training": {"micro_batch_size": 2}}, "micro_batch_size must be 1"),
+        ("sft", {"data": {"mask_document_boundaries": True}}, "has no effect with stage=sft"),
+        ("sft", {"sft": {"train": [{}]}}, "either {path"),
+        ("sft", {"sft": {"train": [{"task": {"name": "a", "first": 0.5, "last": 0.5}}]}}, "below"),
+        ("sft", {"sft": {"train": TASK, "tokenizer_vocab_size": 300}, "data": {"tokenizer": "x"}}, "replace"),
+        ("sft", {"parallel": {"context_parallel_size": 2, "world_size": 2}}, "sft.alignment=1 must be"),
+        ("sft", {"training": {"cuda_graph": True}}, "packs conversations"),
+        ("rl", {"rl": {}}, "stage=rl needs rl.prompts"),
+        ("rl", {"rl": {"prompts": [{"path": "x.jsonl"}]}}, "kind=task grades questions of task sets"),
+        ("rl", {"parallel": {"context_parallel_size": 2, "world_size": 2}}, "needs whole sequences"),
+        ("rl", {"parallel": {"pipeline_model_parallel_size": 2, "world_size": 2}}, "in-process engine"),
+        ("rl", {"parallel": {"overlap_grad_reduce": True}}, "MTP layers get none"),
+        ("rl", {"rl": {"prompts": TASK, "updates_per_rollout": 3}}, "not divisible by rl.updates_per_rollout"),
+        ("rl", {"rl": {"prompts": TASK, "updates_per_rollout": 2, "max_staleness": 0}}, "max_staleness"),
+        (
+            "rl",
+            {"training": {"steps": 1600}, "rl": {"prompts": TASK, "updates_per_rollout": 16}},
+            "interval_steps=200 is not",
+        ),
+        ("rl", {"rl": {"prompts": TASK, "rollout": {"max_new_tokens": 256}}}, "row a prompt and its"),
+        ("rl", {"rl": {"prompts": TASK, "rollout": {"engine": "http"}}}, "needs at least one"),
+        ("rl", {"rl": {"prompts": TASK, "rollout": {"urls": ["http://x/v1"]}}}, "in_process none"),
+        ("rl", {"rl": {"prompts": TASK, "rollout": {"engine": "http", "urls": ["x"]}}}, "does not carry routes"),
+        (
+            "rl",
+            {"rl": {"prompts": TASK, "rollout": {"engine": "http", "urls": ["x"], "temperature": 0.5}}},
+            "set it to 1",
+        ),
+        ("rl", {"rl": {"prompts": TASK, "reward": {"kind": "function"}}}, "needs module:name"),
+        ("rl", {"rl": {"prompts": TASK, "reward": {"kind": "function", "function": "a.b"}}}, "write it as"),
+        ("rl", {"rl": {"prompts": TASK, "reward": {"answer_pattern": "("}}}, "answer_pattern"),
+        ("rl", {"rl": {"prompts": TASK, "reward": {"answer_pattern": "a"}}}, "has no group"),
+        ("rl", {"rl": {"prompts": TASK, "overlong_buffer_tokens": 64}}, "must be below"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(stage: str, sections: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words.replace("(", r"\(").replace("{", r"\{")):
+        validate(tree(stage, **sections))
+
+
+def test_an_algorithm_is_its_rules_and_what_is_laid_over_them() -> None:
+    for name, rules in ALGORITHMS.items():
+        assert RlConfig(algorithm=name).rules == rules  # type: ignore[arg-type]
+    mixed = RlConfig(algorithm="grpo", normalisation="token", clip_high=0.28)
+    assert (mixed.rules.normalisation, mixed.rules.clip_high, mixed.rules.clip_low) == (
+        "token",
+        0.28,
+        0.2,
+    )
+    assert [RlConfig(algorithm=a).redraws_even_groups for a in ("gspo", "dapo")] == [False, True]
+
+
+@pytest.mark.slow
+def test_a_run_from_conversations_to_text(tmp_path: Path, run_module: Any) -> None:
+    """It learns one answer by heart; text from its checkpoint has it, with the run's own tokenizer; it goes on."""
+    talks = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {n}"},
+                {"role": "assistant", "content": "seven"},
+            ]
+        }
+        for n in range(40)
+    ]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    settings = [
+        "sft.train=[{path: talks.jsonl}]", "sft.validation=[]", "sft.validation_percent=20",
+        "sft.tokenizer_vocab_size=280", "training.sequence_length=64", "training.global_batch_size=2",
+        "schedule.warmup_steps=2", "logging.wandb.mode=disabled", "run_dir=first",
+    ]  # fmt: skip
+    done = run_module("--config-name", "sft-tiny", "training.steps=60", *settings)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(x) for x in (tmp_path / "first/metrics.jsonl").read_text().splitlines()]
+    assert records[0]["loss/train"] == pytest.approx(math.log(512), abs=0.8)
+    assert records[-1]["loss/validation"] < 0.3
+    asked = ['inference.prompts=["user:\\nsay 3"]', "inference.max_new_tokens=20"]
+    text = run_module("--config-name", "generate", "checkpoint.load=first", *asked)
+    assert text.returncode == 0, text.stderr
+    more = run_module("--resume", "first", "training.steps=62")
+    assert more.returncode == 0, more.stderr
+    other = run_module("--resume", "first", "training.steps=64", "sft.turns=last")
+    assert other.returncode == 2
+    assert "sft.turns: all there, last here" in other.stderr
