@@ -101,6 +101,10 @@ class RowSource:
 
         return self._indexed({"blend": identity}, blend)
 
+    def held_out_rows(self, part: Part, num_rows: int) -> Rows:
+        """Return at least `num_rows` rows of one folder, to evaluate on; they repeat once all have come."""
+        return self.rows((part,), num_rows, Split.valid)
+
     def _folder_rows(self, part: Part, num_rows: int, split: Split) -> EpochRows:
         prefix = str(part.path / DOCUMENTS)
 

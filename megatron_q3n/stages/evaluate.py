@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.datasets.utils import Split
 
 from megatron_q3n import parallel
 from megatron_q3n.config import RunConfig, UserError
@@ -116,7 +115,7 @@ def _batches(
         tokenizer,
         group.is_leader,
     )
-    rows = source.rows((part,), wanted.rows, Split.valid)
+    rows = source.held_out_rows(part, wanted.rows)
     if group.is_leader:
         group.barrier()
     there = (part.manifest.num_tokens - 1) // wanted.context_tokens  # no row twice
