@@ -28,7 +28,13 @@ PRIMARY = sorted(
 PARTS = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
 GROUPS = ("model", "data", "precision", "parallel", "stage")
 OF_ANY_MODEL = {"generate", "serve", "evaluate"}  # the checkpoint brings it, so the name has none
-STARTED = ("longcontext", "generate", "serve", "mtp", "evaluate")  # stages that begin from a checkpoint
+STARTED = (
+    "longcontext",
+    "generate",
+    "serve",
+    "mtp",
+    "evaluate",
+)  # stages that begin from a checkpoint
 REQUIRED = {"pretrain-tiny", "pretrain-small", "pretrain-80b_a3b", "longcontext-tiny"}
 GLOBAL_PACKAGE = "# @package _global_"
 DEFAULTS = RunConfig().model_dump(mode="json")

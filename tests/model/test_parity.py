@@ -71,7 +71,6 @@ def test_matches_the_reference(variant: str, alone: Any) -> None:
         TOKENS * 2 / mask.sum()
     )  # the balance loss counts all tokens, finalize_model_grads divides by the unmasked
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
     from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
     # schedules set both before every backward pass; whatever ran before left its own
