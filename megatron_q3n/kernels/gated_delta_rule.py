@@ -114,6 +114,7 @@ def _packed(
             f"{tokens} tokens, bounds {bounds[0]}…{bounds[-1]}"
         )
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    chunk = min(chunk, max(1, *lengths))  # many short documents need not be padded to a whole chunk
     chunks = [-(-length // chunk) for length in lengths]
     first_chunk = [sum(chunks[:i]) for i in range(len(chunks))]
     place_T = torch.cat(
