@@ -151,7 +151,7 @@ def test_the_draft_layer_is_the_one_that_was_trained(model: Any) -> None:
     grabbed: list[Tensor] = []
     hook = model.mtp.register_forward_hook(lambda _m, _i, out: grabbed.append(out))
     with torch.no_grad():
-        model.eval()
+        model.train()  # an evaluation without labels leaves the layer out
         model(
             tokens[None, :-1],
             torch.arange(40, device=device)[None],

@@ -1,12 +1,7 @@
 """Where the fused kernels run: on a GPU when there is one, else in Triton's interpreter, on CPU tensors."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before the imports
 
 
 @pytest.fixture(scope="session")
