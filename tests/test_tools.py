@@ -7,6 +7,7 @@ project's own requirements is not covered here; every tools/quickstart and tools
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -330,6 +331,10 @@ def test_all_leaves_slurm_out_only_where_there_is_none(machine: Machine) -> None
 
 def test_ci_runs_every_test(machine: Machine) -> None:
     machine.fake_environment(REPORT)
+    asked = machine.home / "asked"
+    for program in ("apt-get", "sudo", "id"):  # this machine's root, and what it would install
+        machine.add(machine.bin / program, f'echo {program} "$@" >> {asked}; echo 0')
     result = machine.run("bash", "-c", "cd / && bash $0", f"{machine.root}/.ci/run")
     assert result.returncode == 0
     assert f"-m not gpu|{machine.root}|{machine.root}|1|true\n" in result.stdout
+    assert re.search(r"apt-get install .*slurm-wlm munge", asked.read_text())
