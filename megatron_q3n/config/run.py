@@ -223,7 +223,7 @@ class RunConfig(Section):
         obstacle = self.graph_obstacle()
         if self.training.cuda_graph and obstacle:
             raise UserError(
-                f"training.cuda_graph=true: {obstacle}; leave it null or change the other setting."
+                f"training.cuda_graph=true: {obstacle}; set it false or change the other setting."
             )
 
     def _check_recompute(self) -> None:

@@ -128,7 +128,7 @@ def _cuda(config: RunConfig) -> Device:
 
 def _cpu(config: RunConfig) -> Device:
     if config.training.cuda_graph:
-        raise UserError("training.cuda_graph=true needs a GPU; leave it null.")
+        raise UserError("training.cuda_graph=true needs a GPU; set it false.")
     if config.model.backend == "transformer_engine":
         raise UserError(
             "model.backend=transformer_engine needs a GPU; set model.backend=auto or torch."

@@ -1,7 +1,7 @@
 """Everything of Gated DeltaNet between its projections: convolution, gates, delta rule, gated norm.
 
 `delta_mixer` composes the torch references, and is what the fused form is tested against. Fused,
-the whole is one autograd function around the delta rule: three small passes instead of some thirty,
+the whole is one autograd function around the delta rule: a few passes over the channels,
 no transposed, sliced or concatenated copy of the projection's output, and one gradient buffer that
 the norm (z) and the convolution (q, k, v) each fill their part of.
 

@@ -1,10 +1,10 @@
 """All of the experts in FP8: tokens in, the sum of their experts' outputs out, one launch per product.
 
 Forward and input-gradient products run in e4m3 with one scale per row and per output
-(`torch._scaled_grouped_mm`), nearly twice as fast as bf16; activations and gradients are quantised
+(`torch._scaled_grouped_mm`), 1.3 to 1.7 times as fast as bf16 on an H200; activations and gradients are quantised
 in the kernels that make them, weights once per step. Weight gradients stay in bf16 and add up in
-fp32: they read tokens and gradients where they lie, so the sorted rows exist only in FP8, and
-nothing of that size is kept for the backward pass.
+fp32: they read tokens and gradients where they lie, so no sorted copy of tokens in bf16 is
+made or kept. The four products were timed; the whole has not yet run on a GPU.
 
 Where experts are spread over processes the rows arrive sorted already; then each is its own token.
 

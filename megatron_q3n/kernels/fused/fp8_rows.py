@@ -1,7 +1,7 @@
 """FP8 operands for grouped products: each row with a scale of its own (e4m3, amax / 448), made where the row is made.
 
 Grouped FP8 products (`torch._scaled_grouped_mm`) want one scale per row of the left side and per output of the right
-side. A pass of its own over the sorted rows would cost what FP8 saves, so rows are quantised while
+side. A pass of its own over the sorted rows would, by reckoning, cost what FP8 saves; so rows are quantised while
 they are written: when a token is copied to its experts (amax taken once per token, not once per
 copy), and when the activation or its gradient is computed. Weights are quantised once per step, in
 both orientations: an output's row forward, an input's column for the input gradient.

@@ -1,7 +1,7 @@
 """The shared expert's gate in one pass each way: sigmoid(hidden · w) times the expert's output, row by row.
 
-From library calls it is a matrix product with one column, a sigmoid and a broadcast product, and some seven
-kernels backward, all of them bound by memory. The weight's gradient is one partial sum per program, added in a fixed
+From library calls it is a matrix product with one column, a sigmoid and a broadcast product, and more
+kernels backward, all of them bound by memory. Not yet timed on a GPU. The weight's gradient is one partial sum per program, added in a fixed
 order.
 
 T tokens, H width (a program holds whole rows).
