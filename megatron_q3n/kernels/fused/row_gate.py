@@ -1,8 +1,8 @@
 """The shared expert's gate in one pass each way: sigmoid(hidden · w) times the expert's output, row by row.
 
 From library calls it is a matrix product with one column, a sigmoid and a broadcast product, and more
-kernels backward, all of them bound by memory. Not yet timed on a GPU. The weight's gradient is one partial sum per program, added in a fixed
-order.
+kernels backward, all of them bound by memory. Not yet timed on a GPU.
+The weight's gradient is one partial sum per program, added in a fixed order.
 
 T tokens, H width (a program holds whole rows).
 """
