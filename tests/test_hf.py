@@ -148,7 +148,6 @@ def test_round_trips_are_exact_both_ways(dtype: torch.dtype) -> None:
 @given(
     groups=st.integers(1, 3),
     query_heads_per_group=st.integers(1, 3),
-    gate=st.booleans(),
     key_heads=st.integers(1, 3),
     value_heads_per_key_head=st.integers(1, 3),
     key_dim=st.integers(1, 3),
@@ -159,7 +158,6 @@ def test_round_trips_are_exact_both_ways(dtype: torch.dtype) -> None:
 def test_round_trips_are_exact_for_any_sizes(
     groups: int,
     query_heads_per_group: int,
-    gate: bool,
     key_heads: int,
     value_heads_per_key_head: int,
     key_dim: int,
@@ -176,7 +174,6 @@ def test_round_trips_are_exact_for_any_sizes(
         num_query_groups=groups,
         kv_channels=2,
         rotary_percent=1,
-        attention_output_gate=gate,
         linear_num_key_heads=key_heads,
         linear_num_value_heads=key_heads * value_heads_per_key_head,
         linear_key_head_dim=key_dim,

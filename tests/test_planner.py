@@ -18,7 +18,11 @@ from rich.console import Console
 from megatron_q3n.config import RunConfig
 from megatron_q3n.config.sizes import embedding_weights, mtp_weights, trunk_weights
 from megatron_q3n.planner import Card, plan, render
-from megatron_q3n.planner.activations import EXPERT_IMBALANCE, mixture_of_experts
+from megatron_q3n.planner.activations import (
+    EXPERT_IMBALANCE,
+    gated_attention,
+    mixture_of_experts,
+)
 from megatron_q3n.planner.plan import GIB
 from megatron_q3n.planner.schedule import in_flight
 from megatron_q3n.planner.states import expert_replicas
@@ -186,6 +190,23 @@ def test_moe_activations_by_hand() -> None:
         "shared activated": 1024 * 64 * 4,
         "shared output": 1024 * 128 * 4,
     }
+
+
+@pytest.mark.parametrize(
+    ("gate", "projected", "gated"),
+    [
+        ({}, 128 + 128 + 128, 128 * 4 + 128 * 4),
+        ({"attention_gate": "none"}, 128 + 128, 0),
+        ({"attention_gate": "headwise"}, 128 + 4 + 128, 128 * 4 + 4 * 4),
+        ({"attention_gate_position": "value"}, 128 + 64 + 128, 64 * 4 + 64 * 4),
+        ({"attention_gate_shared": True}, 128 + 32 + 128, 128 * 4 + 32 * 4),
+    ],
+)
+def test_gates_by_hand(gate: dict[str, Any], projected: int, gated: int) -> None:
+    """Tiny model, 1,024 tokens, fp32; 4 heads of 32, 2 key/value heads."""
+    saved = {t.name: t.bytes for t in gated_attention(run_config(model=gate)).saved}
+    assert saved["query|gate|key|value"] == 1024 * projected * 4
+    assert saved.get("what is gated, sigmoid", 0) == 1024 * gated
 
 
 @pytest.mark.parametrize("module", RECOMPUTE_MODULES)

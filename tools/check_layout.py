@@ -5,6 +5,7 @@
     tools/check_layout.py tp2-pp2 cp2-ep2-overlap                layouts by short name
     tools/check_layout.py tensor_model_parallel_size=2 expert_model_parallel_size=2
     tools/check_layout.py pp2 --reshard tp2:pp2 --masked 0.3 model.mtp_num_layers=2
+    tools/check_layout.py --all instruments.interval_steps=2    what instruments show inside the model, too
 
 One process saves its fresh weights; every layout loads them and takes the same steps on the same
 rows, which checks the resharding of weights too. With --reshard A:B a run goes on in layout B from
@@ -66,9 +67,10 @@ TINY = (
     "model.hidden_size=64", "model.kv_channels=16", "model.init_method_std=0.05", "model.moe_aux_loss_coeff=0.5",
     "training.sequence_length=64", "training.micro_batch_size=2", "training.global_batch_size=8",
     "training.steps=1000", "optimizer.adam_eps=1e-5", "schedule.lr=1e-3", "schedule.warmup_steps=2",
+    "instruments.interval_steps=0", "instruments.microbatches=1000",
 )  # fmt: skip
 # what a step reports -> largest relative difference allowed
-TOLERANCES = {"loss": 1e-5, "grad norm": 1e-4, "mtp": 1e-5, "balance": 1e-5}
+TOLERANCES = {"loss": 1e-5, "grad norm": 1e-4, "mtp": 1e-5, "balance": 1e-5, "inside": 1e-4}
 ONE_ROW = ("training.micro_batch_size=1", "training.global_batch_size=4")  # as packing wants it
 
 

@@ -66,7 +66,8 @@ def import_everything(config: RunConfig) -> None:
     logging.disable(logging.WARNING)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork cannot share a CUDA context
     device.choose_device(config)
-    for room in ("parallel", "checkpoint", "data.batch", "training.state", "training.step"):
+    rooms = ("parallel", "checkpoint", "data.batch", "training.state", "training.step", "instruments")
+    for room in rooms:
         importlib.import_module(f"megatron_q3n.{room}")
     gc.freeze()  # a collection in a fork would touch, and so copy, every page
 
@@ -138,6 +139,7 @@ def _train(run: Run, rank: int, meeting: Path) -> list[Step]:
 
     from megatron_q3n import checkpoint, parallel
     from megatron_q3n.device import choose_device
+    from megatron_q3n.instruments import Instruments
     from megatron_q3n.training.state import build_state
     from megatron_q3n.training.step import train_step
 
@@ -148,12 +150,16 @@ def _train(run: Run, rank: int, meeting: Path) -> list[Step]:
     if run.start:
         _load(state, checkpoint.find(run.start), run.resume)
     assert state.step == run.first_step
+    instruments = Instruments(state)
     steps = []
     for step in range(run.first_step, run.last_step + 1):
         if step in run.save:
             checkpoint.save(state, run.save[step])
         if step < run.last_step:
-            steps.append(_flat(train_step(state, list(batches(run, step, group)))))
+            own = list(batches(run, step, group))
+            instruments.before_step()
+            report = train_step(state, own)
+            steps.append(_flat(report) | _measured(instruments.after_step(own, report)))
     parallel.shutdown()
     return steps if rank == 0 else []
 
@@ -181,6 +187,10 @@ def _flat(report: Any) -> Step:
     step = {"loss": report.loss, "grad norm": report.grad_norm}
     step |= {f"mtp {depth}": loss for depth, loss in enumerate(report.mtp_losses, 1)}
     return step | {f"balance {name}": loss for name, loss in report.balance_losses.items()}
+
+
+def _measured(values: Step) -> Step:
+    return {f"inside {name}": value for name, value in values.items()}
 
 
 def batches(run: Run, step: int, group: Any) -> Iterator[Any]:

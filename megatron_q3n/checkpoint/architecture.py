@@ -10,13 +10,15 @@ _FREE = {
     "name", "backend", "max_position_embeddings", "rotary_base", "moe_aux_loss_coeff", "moe_z_loss_coeff",
     "moe_router_load_balancing_type", "mtp_loss_scaling_factor", "init_method_std", "embedding_init_method_std",
     "linear_chunk_size",
-    "moe_router_normalized_init", "megatron",
+    "moe_router_normalized_init", "moe_router_bias_update_rate", "attention_window_tokens", "megatron",
 }  # fmt: skip
 
 
 def check_architecture(description: dict[str, Any], model: ModelConfig, checkpoint: Path) -> None:
     """Refuse a checkpoint whose weights do not fit this model, naming the settings that differ."""
-    saved = _with_layers_of_its_own(description["model"])
+    # what the description does not know yet had its default
+    known = ModelConfig().model_dump(mode="json") | description["model"]
+    saved = _with_layers_of_its_own(known)
     wanted = _with_layers_of_its_own(model.model_dump(mode="json"))
     differ = [
         f"model.{name}: {saved.get(name)} there, {value} here"

@@ -10,7 +10,12 @@ from megatron_q3n.config.errors import (
     UserError,
     suggest,
 )
-from megatron_q3n.config.model import GATED_ATTENTION, GATED_DELTA_NET, ModelConfig
+from megatron_q3n.config.model import (
+    GATED_ATTENTION,
+    GATED_DELTA_NET,
+    SLIDING_ATTENTION,
+    ModelConfig,
+)
 from megatron_q3n.config.run import RunConfig, default_tree, known_settings, validate
 
 __all__ = [
@@ -19,6 +24,7 @@ __all__ = [
     "EXIT_REQUEUE",
     "GATED_ATTENTION",
     "GATED_DELTA_NET",
+    "SLIDING_ATTENTION",
     "ModelConfig",
     "RunConfig",
     "UserError",

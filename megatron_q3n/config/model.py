@@ -14,6 +14,7 @@ from megatron_q3n.config.section import Section
 
 GATED_DELTA_NET = "G"
 GATED_ATTENTION = "*"
+SLIDING_ATTENTION = "S"
 MOE = "E"
 
 Positive = Field(gt=0)
@@ -30,7 +31,9 @@ class ModelConfig(Section):
     hidden_size: int = Field(128, gt=0)
     num_layers: int = Field(4, gt=0, description="token mixers, each with its MoE")
     mixer_pattern: str = Field(
-        "GGG*", description="repeated over the layers: G Gated DeltaNet, * gated attention"
+        "GGG*",
+        description="repeated over the layers: G Gated DeltaNet, * gated attention, S gated attention to a sliding "
+        "window; MTP is always *",
     )
     max_position_embeddings: int = Field(32768, gt=0)
     init_method_std: float = Field(0.02, gt=0)
@@ -46,8 +49,21 @@ class ModelConfig(Section):
     kv_channels: int = Field(32, gt=0, description="head dimension")
     rotary_percent: float = Field(0.25, gt=0, le=1)
     rotary_base: float = Field(1e7, gt=0)
-    attention_output_gate: bool = Field(
-        True, description="sigmoid gate on the attention output (arXiv 2505.06708)"
+    attention_gate: Literal["elementwise", "headwise", "none"] = Field(
+        "elementwise",
+        description="gate of gated attention (arXiv 2505.06708): one number per channel, or one per head",
+    )
+    attention_gate_position: Literal["output", "value"] = Field(
+        "output", description="what is gated: what each head has read, or the values it reads"
+    )
+    attention_gate_activation: Literal["sigmoid", "silu"] = "sigmoid"
+    attention_gate_shared: bool = Field(
+        False, description="one gate for all heads, instead of one for each"
+    )
+    attention_window_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="how many tokens the S layers of model.mixer_pattern see, the present one included",
     )
     # Gated DeltaNet
     linear_num_key_heads: int = Field(4, gt=0)
@@ -75,6 +91,16 @@ class ModelConfig(Section):
         True,
         description="give every router row the same norm at init, so that no expert starts favoured",
     )
+    moe_router_enable_expert_bias: bool = Field(
+        False,
+        description="balance without a loss: a bias per expert, on the choice alone, that rises while the global "
+        "batch gives the expert too few tokens (arXiv 2408.15664)",
+    )
+    moe_router_bias_update_rate: float = Field(
+        1e-3,
+        ge=0,
+        description="how far each bias moves per step, in units of the router's logits; 0 keeps them",
+    )
     # multi-token prediction
     mtp_num_layers: int = Field(
         1, ge=0, description="prediction depths beyond the next token; 0 builds no MTP layer"
@@ -88,11 +114,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _legal(self) -> "ModelConfig":
-        bad = sorted(set(self.mixer_pattern) - {GATED_DELTA_NET, GATED_ATTENTION})
-        if bad or not self.mixer_pattern:
-            raise UserError(
-                f"model.mixer_pattern={self.mixer_pattern!r}: use only G (Gated DeltaNet) and * (attention)."
-            )
+        self._check_mixers()
+        self._check_gate()
         _divides(
             "model.num_attention_heads",
             self.num_attention_heads,
@@ -128,8 +151,59 @@ class ModelConfig(Section):
                 f"model.moe_aux_loss_coeff={self.moe_aux_loss_coeff} has no effect with "
                 "model.moe_router_load_balancing_type=none; set it to 0."
             )
+        self._check_expert_bias()
         check_pass_through(self.megatron)
         return self
+
+    def _check_mixers(self) -> None:
+        bad = set(self.mixer_pattern) - {GATED_DELTA_NET, GATED_ATTENTION, SLIDING_ATTENTION}
+        if bad or not self.mixer_pattern:
+            raise UserError(
+                f"model.mixer_pattern={self.mixer_pattern!r}: use only G (Gated DeltaNet), * (attention) and S "
+                "(sliding-window attention)."
+            )
+        slides, window = SLIDING_ATTENTION in self.mixer_pattern, self.attention_window_tokens
+        if slides and window is None:
+            raise UserError(
+                f"model.mixer_pattern={self.mixer_pattern!r} has sliding-window attention (S): say how many tokens "
+                "it sees with model.attention_window_tokens."
+            )
+        if window is not None and not slides:
+            raise UserError(
+                f"model.attention_window_tokens={window} has no effect with model.mixer_pattern="
+                f"{self.mixer_pattern!r}: only its S layers have a window; set it to null, or use S."
+            )
+
+    def _check_gate(self) -> None:
+        how = ("attention_gate_position", "attention_gate_activation", "attention_gate_shared")
+        fields = type(self).model_fields
+        if self.attention_gate == "none":
+            for name in how:
+                if (found := getattr(self, name)) != (default := fields[name].default):
+                    raise UserError(
+                        f"model.{name}={found} has no effect with model.attention_gate=none; set it to {default}."
+                    )
+
+    def _check_expert_bias(self) -> None:
+        rate = type(self).model_fields["moe_router_bias_update_rate"].default
+        if not self.moe_router_enable_expert_bias:
+            if self.moe_router_bias_update_rate != rate:
+                raise UserError(
+                    f"model.moe_router_bias_update_rate={self.moe_router_bias_update_rate} has no effect without "
+                    f"model.moe_router_enable_expert_bias=true; set it to {rate}."
+                )
+            return
+        wanted = {
+            "moe_router_score_function": "softmax",
+            "moe_router_pre_softmax": False,
+            "moe_enable_routing_replay": False,
+        }
+        for name, allowed in wanted.items():
+            if (found := self.megatron.get(name, allowed)) != allowed:
+                raise UserError(
+                    f"model.moe_router_enable_expert_bias=true biases the choice by logits: "
+                    f"model.megatron.{name} must be {allowed}, found {found}."
+                )
 
     @property
     def rotary_dim(self) -> int:
@@ -142,8 +216,32 @@ class ModelConfig(Section):
         return self.mixer_pattern * (self.num_layers // len(self.mixer_pattern))
 
     @property
+    def gate_lies_with_queries(self) -> bool:
+        """Whether a head's gate is a second half of its query projection, as published; else it is one of its own."""
+        elementwise = self.attention_gate == "elementwise"
+        return (
+            elementwise
+            and self.attention_gate_position == "output"
+            and not self.attention_gate_shared
+        )
+
+    @property
+    def gate_heads(self) -> int:
+        """How many heads have a gate: one for all, or all query heads (output) or key/value heads (value)."""
+        if self.attention_gate == "none":
+            return 0
+        values = self.attention_gate_position == "value"
+        heads = self.num_query_groups if values else self.num_attention_heads
+        return 1 if self.attention_gate_shared else heads
+
+    @property
+    def gate_width(self) -> int:
+        """Numbers in the gate of one head."""
+        return self.kv_channels if self.attention_gate == "elementwise" else 1
+
+    @property
     def main_pattern(self) -> str:
-        """megatron-core's symbols without pipeline cuts, e.g. "GEGEGE*E"."""
+        """One symbol per megatron-core layer, without pipeline cuts, e.g. "GEGEGE*E"."""
         return "".join(mixer + MOE for mixer in self.mixers)
 
     @property

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_q3n.config.errors import UserError
-from megatron_q3n.config.model import ModelConfig
+from megatron_q3n.config.model import SLIDING_ATTENTION, ModelConfig
 from megatron_q3n.config.section import Section
 
 
@@ -107,6 +107,12 @@ class ParallelConfig(Section):
             f"{tensor} × {context}" if by_heads else tensor,
             tp * cp if by_heads else tp,
         )
+        if cp > 1 and SLIDING_ATTENTION in model.mixers and model.backend != "torch":
+            raise UserError(
+                f"{context} with model.mixer_pattern={model.mixer_pattern!r}: TransformerEngine's attention over a "
+                "ring of ranks knows no sliding window. Use parallel.context_parallel_size=1, a pattern without S, or "
+                "model.backend=torch."
+            )
         _cut("model.vocab_size", model.vocab_size, tensor, tp)
         _cut("model.hidden_size", model.hidden_size, tensor, tp)
         _cut(

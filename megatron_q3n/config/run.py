@@ -11,6 +11,7 @@ from megatron_q3n.config.errors import UserError, suggest
 from megatron_q3n.config.evaluate import EvaluateConfig, check_evaluate
 from megatron_q3n.config.health import HealthConfig
 from megatron_q3n.config.inference import InferenceConfig
+from megatron_q3n.config.instruments import AlertsConfig, InstrumentsConfig
 from megatron_q3n.config.model import ModelConfig
 from megatron_q3n.config.mtp import MtpConfig, check_mtp
 from megatron_q3n.config.parallel import ParallelConfig
@@ -86,6 +87,8 @@ class RunConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
+    instruments: InstrumentsConfig = InstrumentsConfig()
+    alerts: AlertsConfig = AlertsConfig()
     logging: LoggingConfig = LoggingConfig()
     samples: SampleConfig = SampleConfig()
     inference: InferenceConfig = InferenceConfig()
@@ -174,7 +177,7 @@ class RunConfig(Section):
         model, layout = self.model, self.parallel
         tensor, context = layout.tensor_model_parallel_size, layout.context_parallel_size
         heads = f" / parallel.tensor_model_parallel_size={tensor}" if tensor > 1 else ""
-        gated = 2 if model.attention_output_gate else 1
+        gated = 2 if model.gate_lies_with_queries else 1
         key, value = (
             model.linear_num_key_heads * model.linear_key_head_dim,
             model.linear_num_value_heads * model.linear_value_head_dim,

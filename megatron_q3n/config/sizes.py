@@ -12,7 +12,13 @@ from itertools import accumulate
 from math import prod
 from typing import Literal, get_args
 
-from megatron_q3n.config.model import GATED_ATTENTION, GATED_DELTA_NET, MOE, ModelConfig
+from megatron_q3n.config.model import (
+    GATED_ATTENTION,
+    GATED_DELTA_NET,
+    MOE,
+    SLIDING_ATTENTION,
+    ModelConfig,
+)
 
 Group = Literal[
     "embedding",
@@ -67,10 +73,11 @@ def head_weights(model: ModelConfig) -> list[Weight]:
 
 
 def sublayer_weights(model: ModelConfig, symbol: str) -> list[Weight]:
-    """Return the tensors of one megatron-core layer: G, * or E, each with its pre-norm."""
+    """Return the tensors of one megatron-core layer: G, *, S or E, each with its pre-norm."""
     weights = {
         GATED_DELTA_NET: _gated_delta_net_weights,
         GATED_ATTENTION: _gated_attention_weights,
+        SLIDING_ATTENTION: _gated_attention_weights,
         MOE: _moe_weights,
     }
     return weights[symbol](model)
@@ -130,14 +137,18 @@ def _gated_delta_net_weights(model: ModelConfig) -> list[Weight]:
 def _gated_attention_weights(model: ModelConfig) -> list[Weight]:
     hidden, head = model.hidden_size, model.kv_channels
     query = model.num_attention_heads * head
-    with_gate = query * (2 if model.attention_output_gate else 1)
-    qkv = with_gate + 2 * model.num_query_groups * head
+    gate = model.gate_heads * model.gate_width
+    inside = gate if model.gate_lies_with_queries else 0
+    qkv = query + inside + 2 * model.num_query_groups * head
+    split: Split = "none" if model.attention_gate_shared else "tensor"
+    apart = [Weight("linear_gate", (gate, hidden), "gated_attention", split)]
     return [
         Weight("input_layernorm", (hidden,), "norms"),
         Weight("linear_qkv", (qkv, hidden), "gated_attention", "tensor", True),
         Weight("q_layernorm", (head,), "norms"),
         Weight("k_layernorm", (head,), "norms"),
         Weight("linear_proj", (hidden, query), "gated_attention", "tensor", True),
+        *(apart if gate and not inside else ()),
     ]
 
 
@@ -233,7 +244,8 @@ def flops_per_token(
     Counted, at 2 per multiply-add, forward: every weight matrix and the convolution once per token (routed experts
     top-k of all); the delta rule in its recurrent form, four passes over each value head's state (decay, read by key,
     rank-one write, read by query): 8 · key_head_dim · value_head_dim; causal attention's two products over half of
-    the sequence on average: 2 · heads · head_dim · sequence_length. Each MTP depth adds eh_proj, its layer and one
+    the sequence on average: 2 · heads · head_dim · sequence_length; with a window of W tokens W · (1 - W / 2
+    sequence_length) tokens on average instead. Each MTP depth adds eh_proj, its layer and one
     more head. Training multiplies by 3 (the backward pass is twice the forward). Not counted: other element-wise
     work, norms, softmax, the embedding look-up, what a chunked delta rule or recomputation adds. So a utilisation
     computed from it is of useful work, not of what the kernels happen to execute.
@@ -249,13 +261,20 @@ def flops_per_token(
     return FlopCount(
         projections=passes * 2 * (trunk["gated_delta_net"] + trunk["gated_attention"]),
         delta_rule=passes * 8.0 * state * model.mixers.count(GATED_DELTA_NET),
-        attention_core=passes * core * model.mixers.count(GATED_ATTENTION),
+        attention_core=passes * core * _full_attentions(model, sequence_length),
         routed_experts=passes * 2 * trunk["routed_experts"],
         shared_expert=passes * 2 * trunk["shared_expert"],
         router=passes * 2 * trunk["router"],
         head=passes * 2 * trunk["head"],
         mtp=passes * (2 * depth + core) * (model.mtp_num_layers if with_mtp else 0),
     )
+
+
+def _full_attentions(model: ModelConfig, sequence_length: int) -> float:
+    """Count the trunk's attention layers; one with a window counts by the tokens it sees, of half the sequence."""
+    window = min(model.attention_window_tokens or sequence_length, sequence_length)
+    share = 2 * window / sequence_length - (window / sequence_length) ** 2
+    return model.mixers.count(GATED_ATTENTION) + model.mixers.count(SLIDING_ATTENTION) * share
 
 
 def _multiply_adds(weights: Iterable[Weight], model: ModelConfig) -> dict[Group, float]:

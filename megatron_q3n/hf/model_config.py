@@ -99,11 +99,6 @@ def to_published(
     like: one to take the fields from that the model does not decide, e.g. token ids.
     Raises: UserError for a model that transformers has no form of.
     """
-    if not model.attention_output_gate:
-        raise UserError(
-            f"model.attention_output_gate=false cannot be exported: {family.architecture} always has "
-            "the gate. Only a model trained with it has a published form."
-        )
     check_publishable(model)
     if not family.multimodal:
         kept = _text_section(like)[0] if like else {}

@@ -25,7 +25,8 @@ What differs between the two sides, and why it is so here:
 Names here are Qwen3-Next's; `Family` says where another family differs.
 
 Depths of multi-token prediction beyond the first, when they have layers of their own, have no
-published names. `reference.py` calls them mtp_deeper; they are read, and refused on export.
+published names. `reference.py` calls them mtp_deeper; they are read, and refused on export. So are gates of
+attention that are not part of the query projection; the reference calls them gate_proj.
 """
 
 from collections.abc import Mapping
@@ -34,9 +35,24 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, ModelConfig, UserError
+from megatron_q3n.config import (
+    GATED_ATTENTION,
+    GATED_DELTA_NET,
+    SLIDING_ATTENTION,
+    ModelConfig,
+    UserError,
+)
 from megatron_q3n.hf.families import QWEN3_NEXT, Family
 from megatron_q3n.hf.rule import HUGGING_FACE, MEGATRON, Rule, Shape, check_names
+
+# what a published model is, though ours may be another
+_PUBLISHED = {
+    "attention_gate": "elementwise",
+    "attention_gate_position": "output",
+    "attention_gate_activation": "sigmoid",
+    "attention_gate_shared": False,
+    "moe_router_enable_expert_bias": False,
+}
 
 
 def to_megatron(
@@ -80,6 +96,20 @@ def check_publishable(config: ModelConfig) -> None:
 
     Raises: UserError naming the setting.
     """
+    variant = {
+        name: getattr(config, name)
+        for name, published in _PUBLISHED.items()
+        if getattr(config, name) != published
+    }
+    if SLIDING_ATTENTION in config.mixer_pattern:
+        variant["mixer_pattern"] = config.mixer_pattern
+    if variant:
+        found = ", ".join(f"model.{name}={value}" for name, value in variant.items())
+        raise UserError(
+            f"{found} cannot be exported: the published format has no place for it, and what reads it would run "
+            "another model. It holds attention with an elementwise sigmoid gate on the output for each head, "
+            "Gated DeltaNet, no sliding windows, and routers without a bias."
+        )
     if _num_predictors(config) > 1:
         raise UserError(
             f"model.mtp_num_layers={config.mtp_num_layers} with a layer for each depth has no "
@@ -178,7 +208,9 @@ def _attention(config: ModelConfig, m: str, h: str) -> list[Rule]:
     h += "self_attn."
     hidden, head_dim = config.hidden_size, config.kv_channels
     query_dim, key_dim = config.num_attention_heads * head_dim, config.num_query_groups * head_dim
-    query_rows = 2 * query_dim if config.attention_output_gate else query_dim
+    gate_rows = config.gate_heads * config.gate_width
+    query_rows = query_dim + (gate_rows if config.gate_lies_with_queries else 0)
+    apart = _same(m + "linear_gate.weight", h + "gate_proj.weight", (gate_rows, hidden))
     return [
         Rule(
             m + "linear_qkv.weight",
@@ -194,6 +226,7 @@ def _attention(config: ModelConfig, m: str, h: str) -> list[Rule]:
         _same(m + "q_layernorm.weight", h + "q_norm.weight", (head_dim,)),
         _same(m + "k_layernorm.weight", h + "k_norm.weight", (head_dim,)),
         _same(m + "linear_proj.weight", h + "o_proj.weight", (hidden, query_dim)),
+        *([apart] if gate_rows and not config.gate_lies_with_queries else []),
     ]
 
 

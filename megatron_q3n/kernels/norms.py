@@ -12,7 +12,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns: x's shape and dtype.
     """
     wide = _wide(x)
-    return F.rms_norm(wide, wide.shape[-1:], (1 + weight).to(wide.dtype), eps).to(x.dtype)
+    return F.rms_norm(wide, wide.shape[-1:], 1 + weight.to(wide.dtype), eps).to(x.dtype)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,5 +1,5 @@
 """Core attention for the torch backend: causal softmax attention with grouped key/value heads,
-packing and context parallelism.
+packing, context parallelism and sliding windows.
 
 Everything around it (projections, QK-norm, partial RoPE, the sigmoid output gate of arXiv
 2505.06708) is megatron-core's SelfAttention. megatron-core's own torch core, DotProductAttention,
@@ -41,6 +41,7 @@ class TorchCausalAttention(nn.Module):
         assert config.attention_dropout == 0.0, "the architecture has no attention dropout"
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.cp_group = pg_collection.cp
+        self.window_tokens = window_tokens(config)
 
     def forward(
         self,
@@ -55,14 +56,16 @@ class TorchCausalAttention(nn.Module):
         """Attend.
 
         Shapes: query [T,B,h,d], key and value [T,B,kv,d]; packed: [T,h,d] and [T,kv,d]. The mask
-            argument is unused: the mask is causal, within documents when packed.
+            argument is unused: the mask is causal, within documents when packed, within the layer's window.
         Returns: [T,B,h·d]; packed: [T,h·d].
         """
         assert attention_bias is None
         cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
         if cu_seqlens is not None:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        mask = visible_keys(cu_seqlens, query.shape[0], self.cp_group, query.device)
+        mask = visible_keys(
+            cu_seqlens, query.shape[0], self.cp_group, query.device, self.window_tokens
+        )
         if self.cp_group.size() > 1:
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
@@ -74,8 +77,17 @@ class TorchCausalAttention(nn.Module):
         return out if cu_seqlens is None else out.squeeze(1)
 
 
+def window_tokens(config: TransformerConfig) -> int | None:
+    """Return how many tokens a layer of this configuration sees, the present one included; None for all."""
+    return None if config.window_size is None else config.window_size[0] + 1
+
+
 def visible_keys(
-    cu_seqlens: Tensor | None, local: int, group: Any, device: torch.device
+    cu_seqlens: Tensor | None,
+    local: int,
+    group: Any,
+    device: torch.device,
+    window: int | None = None,
 ) -> Tensor | None:
     """Return which keys, gathered over context-parallel ranks, each local query may see; None for plain causal
     attention.
@@ -83,12 +95,14 @@ def visible_keys(
     Shapes: bool [S, T], S = T / ranks.
     """
     size, rank = group.size(), group.rank()
-    if size == 1 and cu_seqlens is None:
+    if size == 1 and cu_seqlens is None and window is None:
         return None
     held = zigzag_indices(cu_seqlens, size * local, size) if size > 1 else torch.arange(local)[None]
     held = held.to(device)
     seen, asking = held.flatten(), held[rank]
     mask = seen[None, :] <= asking[:, None]
+    if window is not None:
+        mask &= seen[None, :] > asking[:, None] - window
     if cu_seqlens is not None:
         ends = cu_seqlens[1:].long().to(device)
         document = torch.bucketize(torch.arange(size * local, device=device), ends, right=True)

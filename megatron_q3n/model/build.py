@@ -13,7 +13,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import init_method_normal
 
-from megatron_q3n.config import GATED_ATTENTION, RunConfig
+from megatron_q3n.config import GATED_ATTENTION, SLIDING_ATTENTION, RunConfig
 from megatron_q3n.config.model import MOE
 from megatron_q3n.config.sizes import pipeline_segments
 from megatron_q3n.model.mtp import MTPLosses
@@ -80,6 +80,7 @@ def hybrid_pattern(config: RunConfig) -> str:
     The cuts are those the planner reckons with (config/sizes.py).
     """
     main = "|".join(pipeline_segments(config.model, config.parallel.num_stages))
+    main = main.replace(SLIDING_ATTENTION, GATED_ATTENTION)  # the layer finds its window itself
     return main + f"/{GATED_ATTENTION}{MOE}" * config.model.mtp_num_layers
 
 
@@ -94,7 +95,7 @@ def _architecture(config: RunConfig) -> dict[str, Any]:
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": model.num_query_groups,
         "kv_channels": model.kv_channels,
-        "attention_output_gate": model.attention_output_gate,
+        "attention_output_gate": model.gate_lies_with_queries,
         "qk_layernorm": True,
         "normalization": "RMSNorm",
         "layernorm_zero_centered_gamma": True,

@@ -20,6 +20,7 @@ from megatron.core.models.common.embeddings.rope_utils import _rotate_half
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_q3n.model.attention import window_tokens
 from megatron_q3n.model.decode_state import KeyValueCache, Span
 
 
@@ -60,17 +61,20 @@ def attend(mixer: Any, hidden: Tensor, cache: KeyValueCache, span: Span, rotary:
     query, key = rotary.turn(torch.cat([query, key], 2)).split(heads, 2)
     cache.write(span.flatten(key), span.flatten(value), span)
     scale = mixer.config.softmax_scale or mixer.hidden_size_per_attention_head**-0.5
+    window = window_tokens(mixer.config)
     if span.is_short:
-        core = _attend_few(query, cache, span, scale)
+        core = _attend_few(query, cache, span, scale, window)
     else:
-        core = span.arrange(_attend_each(span.flatten(query), cache, span, scale))
+        core = span.arrange(_attend_each(span.flatten(query), cache, span, scale, window))
     core = core.flatten(2)
     if gated:
         core = mixer._apply_output_gate(core, gate[0])
     return mixer.linear_proj(core)[0]
 
 
-def _attend_few(query_TNHD: Tensor, cache: KeyValueCache, span: Span, scale: float) -> Tensor:
+def _attend_few(
+    query_TNHD: Tensor, cache: KeyValueCache, span: Span, scale: float, window: int | None
+) -> Tensor:
     """Let T tokens of every sequence ask at once. Returns [T,N,H,D]."""
     tokens, rows, heads, head_dim = query_TNHD.shape
     groups, seen = cache.key.shape[1], max(span.ends)
@@ -80,7 +84,8 @@ def _attend_few(query_TNHD: Tensor, cache: KeyValueCache, span: Span, scale: flo
     query = query.reshape(rows * groups, -1, head_dim)
     scores = _wide_product(query * scale, key.transpose(1, 2))
     scores = scores.view(rows, groups, heads // groups, tokens, seen)
-    scores = scores.masked_fill(span.future_NTL[:, None, None], float("-inf"))
+    hidden_NTL = span.future_NTL if window is None else span.outside_NTL(window)
+    scores = scores.masked_fill(hidden_NTL[:, None, None], float("-inf"))
     weights = scores.softmax(-1).to(value.dtype).view(rows * groups, -1, seen)
     core = torch.bmm(weights, value).view(rows, groups, heads // groups, tokens, head_dim)
     return core.permute(3, 0, 1, 2, 4).flatten(2, 3)
@@ -93,14 +98,28 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b).float() if a.dtype != torch.float64 else torch.bmm(a, b)
 
 
-def _attend_each(query_SHD: Tensor, cache: KeyValueCache, span: Span, scale: float) -> Tensor:
+def _attend_each(
+    query_SHD: Tensor, cache: KeyValueCache, span: Span, scale: float, window: int | None
+) -> Tensor:
     """Let the tokens of one sequence after the other ask. Returns [S,H,D]."""
     outputs = []
     for row, (query, end) in enumerate(zip(query_SHD.split(span.counts), span.ends)):
-        key, value = (x[row : row + 1, :, :end] for x in (cache.key, cache.value))
-        mask = causal_lower_right(len(query), end)
+        first = 0 if window is None else max(0, end - len(query) - window + 1)
+        key, value = (x[row : row + 1, :, first:end] for x in (cache.key, cache.value))
+        mask = (
+            causal_lower_right(len(query), end)
+            if window is None
+            else _band(query, end - first, window)
+        )
         out = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None], key, value, attn_mask=mask, scale=scale, enable_gqa=True
         )
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _band(query_SHD: Tensor, num_keys: int, window: int) -> Tensor:
+    """Return which of so many tokens the last S of them see: themselves and those before, up to a window."""
+    seen = torch.arange(num_keys, device=query_SHD.device)
+    asking = seen[num_keys - len(query_SHD) :, None]
+    return (seen <= asking) & (seen > asking - window)

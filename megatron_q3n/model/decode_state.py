@@ -71,6 +71,12 @@ class Span:
         position_NT = self.position_S.view(len(self.counts), self.counts[0])
         return torch.arange(max(self.ends), device=self.device) > position_NT[..., None]
 
+    def outside_NTL(self, window: int) -> Tensor:
+        """Which positions come after each token of a batch, or so long before that a window ends."""
+        position_NT = self.position_S.view(len(self.counts), self.counts[0])
+        positions_L = torch.arange(max(self.ends), device=self.device)
+        return self.future_NTL | (positions_L <= position_NT[..., None] - window)
+
     def _bounds(self) -> Tensor:
         bounds = torch.tensor([0, *self.counts]).cumsum(0)
         return bounds.to(torch.int32).to(self.device, non_blocking=True)

@@ -100,6 +100,7 @@ class GatedDeltaNet(MegatronModule):
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         tp, cp = self.tp_group.size(), self.cp_group.size()
         self.passes_state = passes_state and cp > 1
+        self.tape: Any = None  # `heard(rule)` sees what a forward pass puts into the rule, and its states
         self.key_head_dim = config.linear_key_head_dim
         self.value_head_dim = config.linear_value_head_dim
         self.taps = config.linear_conv_kernel_dim
@@ -228,8 +229,8 @@ class GatedDeltaNet(MegatronModule):
             output_final_state=False,
         )
         return delta_mixer(
-            qkvz_TBX, beta_alpha_TBX, self._local_weights(), self._heads(), rule, cu_seqlens
-        )
+            qkvz_TBX, beta_alpha_TBX, self._local_weights(), self._heads(), self._heard(rule), cu_seqlens
+        )  # fmt: skip
 
     def _mix_from_state(
         self,
@@ -298,11 +299,13 @@ class GatedDeltaNet(MegatronModule):
         rule = partial(
             delta_rule_backend.gated_delta_rule, cu_seqlens=bounds, chunk_size=self.chunk_size
         )
-        output, _ = rule(
-            *inputs, initial_state_DHKV=states_before_chunks(rule, inputs, self.cp_group)
-        )
+        states = states_before_chunks(rule, inputs, self.cp_group)
+        output, _ = self._heard(rule)(*inputs, initial_state_DHKV=states)
         gated = gated_rms_norm(output, z, self.out_norm.weight, self.config.layernorm_epsilon)
         return gated.flatten(2).view(rows, local, -1).transpose(0, 1).contiguous()
+
+    def _heard(self, rule: delta_rule_backend.Rule) -> delta_rule_backend.Rule:
+        return rule if self.tape is None else self.tape.heard(rule)
 
     def _heads(self) -> DeltaHeads:
         """The heads at hand: a share of them after an all-to-all."""

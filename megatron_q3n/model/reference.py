@@ -27,8 +27,8 @@ Around these, what makes it train well:
   token t+1, and predicts token t+2. The trunk learns to look ahead, and inference gets a cheap
   drafter for speculative decoding (DeepSeek-V3, arXiv 2412.19437).
 
-What is not here is speed: no kernels, no parallelism, no cache; and no packing of documents, no
-router z-loss, nothing of `config.megatron`. `reference_layers.py` has the parts of a layer. Names
+What is not here is speed: no kernels, no parallelism, no cache; and no packing of documents,
+nothing of `config.megatron`. `reference_layers.py` has the parts of a layer. Names
 and layouts are the published checkpoint's; `megatron_q3n/hf.py` maps them to megatron-core's.
 Norms, gates, router, softmax and loss run in fp32, or fp64 in a double model.
 
@@ -42,7 +42,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, ModelConfig, UserError
+from megatron_q3n.config import (
+    GATED_ATTENTION,
+    GATED_DELTA_NET,
+    SLIDING_ATTENTION,
+    ModelConfig,
+    UserError,
+)
 from megatron_q3n.model.reference_layers import (
     GatedAttention,
     GatedDeltaNet,
@@ -57,7 +63,7 @@ from megatron_q3n.model.reference_layers import (
 class DecoderLayer(nn.Module):
     """A token mixer and a mixture of experts, each reading a normalised copy of the hidden state.
 
-    mixer: G for Gated DeltaNet, * for gated attention.
+    mixer: G for Gated DeltaNet, * for gated attention, S for gated attention to a sliding window.
     """
 
     def __init__(self, config: ModelConfig, mixer: str) -> None:
@@ -67,7 +73,8 @@ class DecoderLayer(nn.Module):
         if mixer == GATED_DELTA_NET:
             self.linear_attn = GatedDeltaNet(config)
         else:
-            self.self_attn = GatedAttention(config)
+            window = config.attention_window_tokens if mixer == SLIDING_ATTENTION else None
+            self.self_attn = GatedAttention(config, window)
         self.post_attention_layernorm = _norm(config)
         self.mlp = MixtureOfExperts(config)
 
@@ -164,8 +171,8 @@ class ReferenceModel(nn.Module):
 
         Labels are the tokens one to the right of `tokens_BT`. The loss is that of the next token,
         plus `mtp_loss_scaling_factor` times the mean of the depths' losses, plus
-        `moe_aux_loss_coeff` times the sum of the balance losses (left out of `loss`, not of
-        `balance_loss`, if not `with_balance`). Every cross-entropy is a mean over the tokens its
+        `moe_aux_loss_coeff` and `moe_z_loss_coeff` times the sums of the routers' losses (left out of
+        `loss`, not of `balance_loss`, if not `with_balance`). Every cross-entropy is a mean over the tokens its
         own mask leaves; the balance is counted over all tokens.
         """
         hidden_BTH, routings = self.model(tokens_BT)
@@ -181,8 +188,7 @@ class ReferenceModel(nn.Module):
             if mtp_losses:
                 loss = loss + self.config.mtp_loss_scaling_factor * torch.stack(mtp_losses).mean()
             if with_balance:
-                total = self.total_balance(routings, mtp_routings)
-                loss = loss + self.config.moe_aux_loss_coeff * total
+                loss = loss + self.router_losses(routings, mtp_routings)
         routings = routings + mtp_routings
         return ReferenceOutput(
             logits_BTV,
@@ -222,12 +228,16 @@ class ReferenceModel(nn.Module):
             losses.append(masked_cross_entropy(logits_BTV, labels_BT, loss_mask_BT))
         return losses
 
-    def total_balance(self, routings: list[Routing], mtp_routings: list[Routing]) -> Tensor:
-        """Sum the balance losses over layers; one layer applied at every depth counts once."""
-        applications = len(mtp_routings) if self.config.mtp_use_repeated_layer else 1
-        trunk = sum(routing.balance_loss for routing in routings)
-        further = sum(routing.balance_loss for routing in mtp_routings)
-        return trunk + further / applications
+    def router_losses(self, routings: list[Routing], mtp_routings: list[Routing]) -> Tensor:
+        """Sum balance and z-losses over layers; one layer applied at every depth counts once."""
+        c = self.config
+        applications = len(mtp_routings) if c.mtp_use_repeated_layer else 1
+
+        def weighed(routing: Routing) -> Tensor:
+            return c.moe_aux_loss_coeff * routing.balance_loss + c.moe_z_loss_coeff * routing.z_loss
+
+        trunk = sum(map(weighed, routings))
+        return trunk + sum(map(weighed, mtp_routings)) / applications
 
     def _predictor(self, depth: int) -> nn.Module:
         assert self.mtp is not None
@@ -289,11 +299,6 @@ def _norm(config: ModelConfig) -> ZeroCenteredRMSNorm:
 
 
 def _check_covered(config: ModelConfig) -> None:
-    if config.moe_z_loss_coeff:
-        raise UserError(
-            f"model.moe_z_loss_coeff={config.moe_z_loss_coeff}: the reference model has no router "
-            "z-loss; compare with the coefficient at 0."
-        )
     if config.moe_router_load_balancing_type == "seq_aux_loss":
         raise UserError(
             "model.moe_router_load_balancing_type=seq_aux_loss: the reference model balances over "

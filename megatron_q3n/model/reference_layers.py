@@ -80,40 +80,49 @@ def rotate(x_BTND: Tensor, rotary_dim: int, base: float) -> Tensor:
     return torch.cat((turned.to(x_BTND.dtype), unturned), -1)
 
 
-def causal_attention(query_BTND: Tensor, key_BTGD: Tensor, value_BTGD: Tensor) -> Tensor:
+def causal_attention(
+    query_BTND: Tensor, key_BTGD: Tensor, value_BTGD: Tensor, window: int | None = None
+) -> Tensor:
     """Average the values of all tokens up to each one, weighted by softmax(q . k / sqrt(D)).
 
-    Each key/value head serves N/G neighbouring query heads.
+    With a window only the last so many of these tokens count, itself included. Each key/value head
+    serves N/G neighbouring query heads.
     Reference: Attention Is All You Need (arXiv 1706.03762), eq. 1.
     """
     num_heads, head_dim = query_BTND.shape[2:]
     sharers = num_heads // key_BTGD.shape[2]
     key_BTND, value_BTND = (x.repeat_interleave(sharers, 2) for x in (key_BTGD, value_BTGD))
     scores_BNTT = torch.einsum("bqnd,bknd->bnqk", query_BTND, key_BTND) / math.sqrt(head_dim)
-    is_future_TT = torch.ones_like(scores_BNTT[0, 0], dtype=torch.bool).triu(1)
-    weights_BNTT = precise(scores_BNTT).masked_fill(is_future_TT, -math.inf).softmax(-1)
+    hidden_TT = torch.ones_like(scores_BNTT[0, 0], dtype=torch.bool).triu(1)
+    if window is not None:
+        hidden_TT |= torch.ones_like(hidden_TT).tril(-window)
+    weights_BNTT = precise(scores_BNTT).masked_fill(hidden_TT, -math.inf).softmax(-1)
     return torch.einsum("bnqk,bknd->bqnd", weights_BNTT.to(query_BTND.dtype), value_BTND)
 
 
 class GatedAttention(nn.Module):
     """Softmax attention with QK-norm, partial RoPE and a sigmoid gate on what it read.
 
-    Rows of q_proj lie head by head: its query, then its gate.
+    Rows of q_proj lie head by head: its query, then its gate. For comparison there are other gates
+    (Gated Attention, arXiv 2505.06708): none, one number per head, one gate for all heads, SiLU,
+    on the values instead; their rows are gate_proj, which no published model has.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, window: int | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.window = config, window
         hidden, head_dim, epsilon = config.hidden_size, config.kv_channels, config.layernorm_epsilon
         query_dim = config.num_attention_heads * head_dim
         key_dim = config.num_query_groups * head_dim
-        gate_dim = query_dim if config.attention_output_gate else 0
+        gate_dim = query_dim if config.gate_lies_with_queries else 0
         self.q_proj = nn.Linear(hidden, query_dim + gate_dim, bias=False)
         self.k_proj = nn.Linear(hidden, key_dim, bias=False)
         self.v_proj = nn.Linear(hidden, key_dim, bias=False)
         self.o_proj = nn.Linear(query_dim, hidden, bias=False)
         self.q_norm = ZeroCenteredRMSNorm(head_dim, epsilon)
         self.k_norm = ZeroCenteredRMSNorm(head_dim, epsilon)
+        if config.gate_heads and not config.gate_lies_with_queries:
+            self.gate_proj = nn.Linear(hidden, config.gate_heads * config.gate_width, bias=False)
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
         c = self.config
@@ -121,13 +130,29 @@ class GatedAttention(nn.Module):
         query_BTND, *gate_BTND = query_and_gate.split(c.kv_channels, -1)
         key_BTGD = self.k_proj(hidden_BTH).unflatten(-1, (c.num_query_groups, -1))
         value_BTGD = self.v_proj(hidden_BTH).unflatten(-1, (c.num_query_groups, -1))
+        gate = gate_BTND[0] if gate_BTND else self.other_gate(hidden_BTH)
 
         query_BTND = rotate(self.q_norm(query_BTND), c.rotary_dim, c.rotary_base)
         key_BTGD = rotate(self.k_norm(key_BTGD), c.rotary_dim, c.rotary_base)
-        read_BTND = causal_attention(query_BTND, key_BTGD, value_BTGD)
-        if c.attention_output_gate:
-            read_BTND = read_BTND * torch.sigmoid(gate_BTND[0])
+        if c.attention_gate_position == "value":
+            value_BTGD = self.opened(value_BTGD, gate)
+        read_BTND = causal_attention(query_BTND, key_BTGD, value_BTGD, self.window)
+        if c.attention_gate_position == "output":
+            read_BTND = self.opened(read_BTND, gate)
         return self.o_proj(read_BTND.flatten(2))
+
+    def other_gate(self, hidden_BTH: Tensor) -> Tensor | None:
+        """Return the gate of gate_proj: heads or 1 for all of them, numbers of a head or 1 for all of them."""
+        if not self.config.gate_heads:
+            return None
+        return self.gate_proj(hidden_BTH).unflatten(-1, (-1, self.config.gate_width))
+
+    def opened(self, heads: Tensor, gate: Tensor | None) -> Tensor:
+        """Let through of each head what its gate says."""
+        if gate is None:
+            return heads
+        silu = self.config.attention_gate_activation == "silu"
+        return heads * (F.silu(gate) if silu else torch.sigmoid(gate))
 
 
 def gated_delta_rule(
@@ -255,6 +280,7 @@ class Routing:
     probs_BTE: Tensor  # softmax over all experts
     load_E: Tensor  # share of the routed slots each expert received; sums to 1
     balance_loss: Tensor  # E * sum_i load_i * mean_prob_i: 1 when balanced
+    z_loss: Tensor  # mean square of log sum exp of the logits: keeps them small
 
 
 class MixtureOfExperts(nn.Module):
@@ -265,6 +291,7 @@ class MixtureOfExperts(nn.Module):
         self.topk = config.moe_router_topk
         hidden, num_experts = config.hidden_size, config.num_moe_experts
         self.gate = nn.Linear(hidden, num_experts, bias=False)
+        self.register_buffer("expert_bias_E", torch.zeros(num_experts), persistent=False)
         self.experts = nn.ModuleList(
             SwiGLU(hidden, config.moe_ffn_hidden_size) for _ in range(num_experts)
         )
@@ -274,7 +301,9 @@ class MixtureOfExperts(nn.Module):
     def forward(self, hidden_BTH: Tensor) -> tuple[Tensor, Routing]:
         hidden_XH = hidden_BTH.flatten(0, 1)
         logits_XE = F.linear(precise(hidden_XH), precise(self.gate.weight))
-        top_logits_XS, chosen_XS = logits_XE.topk(self.topk, -1)
+        # The bias of balancing without a loss (arXiv 2408.15664) has a say in the choice alone.
+        chosen_XS = (logits_XE + self.expert_bias_E).topk(self.topk, -1).indices
+        top_logits_XS = logits_XE.gather(-1, chosen_XS)
         # Softmax over the chosen alone: the same as softmax over all, scaled to sum to 1 again.
         weights_XS = top_logits_XS.softmax(-1).to(hidden_XH.dtype)
 
@@ -289,11 +318,13 @@ class MixtureOfExperts(nn.Module):
 def routing(logits_XE: Tensor, chosen_XS: Tensor, batch: int) -> Routing:
     """Count the routed slots and measure their balance over the whole batch.
 
-    Reference: Switch Transformer (arXiv 2101.03961), eq. 4 to 6, with the share of slots for f.
+    Reference: Switch Transformer (arXiv 2101.03961), eq. 4 to 6, with the share of slots for f; for
+    the z-loss ST-MoE (arXiv 2202.08906), eq. 5.
     """
     num_experts = logits_XE.shape[-1]
     probs_XE = logits_XE.softmax(-1)
     count_E = torch.bincount(chosen_XS.flatten(), minlength=num_experts)
     load_E = count_E.to(probs_XE.dtype) / chosen_XS.numel()
     balance_loss = num_experts * (load_E * probs_XE.mean(0)).sum()
-    return Routing(probs_XE.unflatten(0, (batch, -1)), load_E, balance_loss)
+    z_loss = logits_XE.logsumexp(-1).square().mean()
+    return Routing(probs_XE.unflatten(0, (batch, -1)), load_E, balance_loss, z_loss)

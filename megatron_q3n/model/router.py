@@ -12,6 +12,12 @@ was cut. Here fᵢ comes from the *previous* global batch (none yet: uniform, wh
 a delay of one step in a slow feedback loop, in exchange for a loss that is the same for every
 layout and micro-batch size, and for one all-reduce per step instead of one per layer and
 micro-batch. The reported value uses the present batch's f and P.
+
+**Balance without a loss** (arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437, section 2.1.2), instead of that loss or
+beside it: a bias per expert is added to the logits where experts are chosen, and nowhere else, so no
+gradient pulls against the language model's. After each global batch it moves by a fixed step, up for
+experts with less than their share of its slots and down for those with more. There the scores are
+sigmoids; here they are logits, which for softmax is a factor exp(bias) on each probability.
 """
 
 from copy import copy
@@ -36,6 +42,7 @@ class GlobalBatchRouter(TopKRouter):
         pg_collection: Any = None,
         is_mtp_layer: bool = False,
         normalized_init: bool = True,
+        bias_update_rate: float | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         if normalized_init and config.perform_initialization:
@@ -52,6 +59,15 @@ class GlobalBatchRouter(TopKRouter):
         self.forces_balance = config.moe_router_force_load_balancing
         self.config = copy(config)
         self.config.moe_router_force_load_balancing = False
+        if is_mtp_layer and config.mtp_use_repeated_layer and config.moe_z_loss_coeff:
+            # run once per depth, weighed once: upstream divides what it logs, after the gradient (router.py:686)
+            self.config.moe_z_loss_coeff = config.moe_z_loss_coeff / config.mtp_num_layers
+        self.bias_update_rate = bias_update_rate
+        if bias_update_rate is not None:
+            del self.expert_bias  # a plain None so far
+            self.register_buffer("expert_bias", zeros())
+            self.router_replay = BiasedChoice(self)
+            self.config.moe_router_fusion = False  # the fused choice asks nobody
 
     def set_layer_number(self, layer_number: int) -> None:
         """Number the layer as megatron-core's log of auxiliary losses counts: one place per MTP depth,
@@ -93,6 +109,16 @@ class GlobalBatchRouter(TopKRouter):
                 probs = self._attach_balance_loss(probs, scores)
         return probs, routing_map
 
+    @torch.no_grad()
+    def move_bias(self, load_E: Tensor) -> None:
+        """Move every expert's bias one step towards an even load, given the global batch's.
+
+        A frozen router saw nothing, and keeps its bias.
+        """
+        if self.bias_update_rate is not None:
+            too_few = (1 / self.num_experts - load_E).sign() * load_E.any()
+            self.expert_bias += self.bias_update_rate * too_few
+
     def _apply_global_aux_loss(self, probs: Tensor, *_: object, **__: object) -> Tensor:
         """Leave out megatron-core's version; `routing` attaches ours."""
         return probs
@@ -105,6 +131,23 @@ class GlobalBatchRouter(TopKRouter):
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
             loss = loss / self.config.mtp_num_layers  # one layer, run once per depth
         return MoEAuxLossAutoScaler.apply(probs, loss * self.config.moe_aux_loss_coeff)
+
+
+class BiasedChoice:
+    """Choose experts by logits plus the router's bias, in the place that megatron-core keeps for replayed choices.
+
+    Its own bias is for sigmoid scores only (transformer_config.py:2284).
+    """
+
+    def __init__(self, router: GlobalBatchRouter) -> None:
+        self._router = router
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Return the chosen experts' own logits [T,K], without the bias, and the experts."""
+        chosen_TK = (scores.detach() + self._router.expert_bias).topk(topk, dim=1).indices
+        return scores.gather(1, chosen_TK), chosen_TK
 
 
 def normalize_rows(weight: nn.Parameter, std: float) -> None:
@@ -141,6 +184,7 @@ def finish_balance(routers: list[GlobalBatchRouter], tokens_group: Any) -> tuple
     load_LE, probability_LE = shares[:, 0], shares[:, 1]
     for router, load in zip(routers, load_LE):
         router.expert_load.copy_(load)
+        router.move_bias(load)
         router.slots.zero_()
         router.probability.zero_()
     return load_LE, load_LE.shape[-1] * (load_LE * probability_LE).sum(-1)

@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.model.attention import TorchCausalAttention
+from megatron_q3n.model.attention_variants import VariantAttention, needs_variant
 from megatron_q3n.model.dispatch import Qwen3NextMoELayer
 from megatron_q3n.model.experts import StackedExperts
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
@@ -91,7 +92,7 @@ def stack_spec(config: RunConfig, backend: Backend) -> ModuleSpec:
         module=HybridStack,
         submodules=HybridStackSubmodules(
             gdn_layer=_mixer_layer(_gated_delta_net(config, backend), backend),
-            attention_layer=_mixer_layer(_gated_attention(backend), backend),
+            attention_layer=_mixer_layer(_gated_attention(config, backend), backend),
             moe_layer=ModuleSpec(
                 module=MoESublayer,
                 submodules=TransformerLayerSubmodules(
@@ -130,10 +131,14 @@ def _gated_delta_net(config: RunConfig, backend: Backend) -> ModuleSpec:
     )
 
 
-def _gated_attention(backend: Backend) -> ModuleSpec:
+def _gated_attention(config: RunConfig, backend: Backend) -> ModuleSpec:
+    variant = needs_variant(config.model)
     return ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        module=VariantAttention if variant else SelfAttention,
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            **({"model": config.model} if variant else {}),
+        },
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_linear,
             core_attention=backend.core_attention,
@@ -145,12 +150,15 @@ def _gated_attention(backend: Backend) -> ModuleSpec:
 
 
 def _moe(config: RunConfig, backend: Backend) -> Any:
+    rate = config.model.moe_router_bias_update_rate
     shared = MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=backend.row_linear)
     return partial(
         Qwen3NextMoELayer,
         submodules=MoESubmodules(
             router=partial(
-                GlobalBatchRouter, normalized_init=config.model.moe_router_normalized_init
+                GlobalBatchRouter,
+                normalized_init=config.model.moe_router_normalized_init,
+                bias_update_rate=rate if config.model.moe_router_enable_expert_bias else None,
             ),
             experts=StackedExperts,
             shared_experts=partial(GatedSharedExpert, submodules=shared),

@@ -16,7 +16,8 @@ that keeps less beats these figures. Left out: masks, indices, statistics of a n
 
 from dataclasses import dataclass
 
-from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, ModelConfig, RunConfig
+from megatron_q3n.config import GATED_DELTA_NET, ModelConfig, RunConfig
+from megatron_q3n.config.model import MOE
 
 EXPERT_IMBALANCE = 0.25  # the fullest expert rank gets this much more than its even share of tokens
 _FP32 = 4
@@ -95,10 +96,10 @@ class Local:
 
 
 def sublayer(config: RunConfig, symbol: str) -> Footprint:
-    """Return the footprint of one megatron-core layer: G, * or E."""
+    """Return the footprint of one megatron-core layer: G, *, S or E."""
     if symbol == GATED_DELTA_NET:
         return gated_delta_net(config)
-    return gated_attention(config) if symbol == GATED_ATTENTION else mixture_of_experts(config)
+    return mixture_of_experts(config) if symbol == MOE else gated_attention(config)
 
 
 def gated_delta_net(config: RunConfig) -> Footprint:
@@ -139,15 +140,16 @@ def gated_attention(config: RunConfig) -> Footprint:
     t = at.tokens / at.tensor_ranks
     query = model.num_attention_heads * model.kv_channels
     kv = 2 * model.num_query_groups * model.kv_channels
-    projected = t * (query * (2 if model.attention_output_gate else 1) + kv) * at.value
-    gated = (Saved("ungated output, sigmoid", t * query * (at.value + _FP32)),)
+    gate = t * model.gate_heads * model.gate_width
+    projected = t * (query + kv) * at.value + gate * at.value
+    ungated = t * (query if model.attention_gate_position == "output" else kv / 2) * at.value
     return Footprint(
         (
             *_normed_input(config, at.product_input),
             Saved("query|gate|key|value", projected),
             Saved("rotated q|k, value", t * (query + kv) * at.value),
             Saved("softmax statistics", t * model.num_attention_heads * _FP32, ("core_attn",)),
-            *(gated if model.attention_output_gate else ()),
+            *((Saved("what is gated, sigmoid", ungated + gate * _FP32),) if gate else ()),
             Saved("input of linear_proj", t * query * at.product_input),
         ),
         transient=projected,

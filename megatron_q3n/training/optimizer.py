@@ -8,7 +8,8 @@ Which parameters are decayed (`decays`):
 | every norm weight, MTP's too | yes (an option) | zero-centered: decay pulls the scale to 1 |
 | A_log, dt_bias | no | 0 is a certain forgetting speed, not a small one |
 
-megatron-core alone decays only q/k norms and never the others.
+megatron-core alone decays only q/k norms and never the others. A norm is decayed only where its module says
+that its weight is zero-centered (`check_norms`): a plain scale would be pulled to 0, and the layer shut.
 
 The optimizer is always megatron-core's distributed one, on one process too: its checkpoints are the
 same for fp32 and bf16, CPU and GPU, while its plain bf16 optimizer cannot save a model with some
@@ -27,6 +28,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from megatron_q3n.config import RunConfig
+from megatron_q3n.model.norms import ZeroCenteredRMSNorm
 
 NORM_WEIGHTS = (
     "input_layernorm.weight",
@@ -56,6 +58,24 @@ def decays(parameter: torch.Tensor, name: str, *, decay_norm_weights: bool) -> b
         f"{name}: no decay rule for this vector; place it in training/optimizer.py"
     )
     return True
+
+
+def check_norms(chunks: list[nn.Module]) -> None:
+    """Refuse to decay a norm whose weight is the scale itself.
+
+    TransformerEngine's norms say what they are by an attribute, our own by their class.
+    Raises: AssertionError naming the first norm that is not zero-centered.
+    """
+    for chunk in chunks:
+        for name, _ in chunk.named_parameters():
+            if not name.endswith(NORM_WEIGHTS):
+                continue
+            module = chunk.get_submodule(name.rpartition(".")[0])
+            ours = isinstance(module, ZeroCenteredRMSNorm)
+            assert ours or getattr(module, "zero_centered_gamma", False), (
+                f"{name} belongs to a {type(module).__name__} and is not zero-centered: decay would pull its scale "
+                "to 0, not to 1; make it zero-centered, or set optimizer.decay_norm_weights=false"
+            )
 
 
 def decay_table(chunks: list[nn.Module], config: RunConfig) -> str:
@@ -91,10 +111,8 @@ def build_optimizer(chunks: list[nn.Module], config: RunConfig) -> MegatronOptim
         overlap_param_gather=config.parallel.overlap_param_gather,
         log_num_zeros_in_grad=False,
     )
-    zero_centered = chunks[0].config.layernorm_zero_centered_gamma
-    assert zero_centered or not settings.decay_norm_weights, (
-        "decay would pull these norms to 0, not to 1"
-    )
+    if settings.decay_norm_weights:
+        check_norms(chunks)
 
     def undecayed(parameter: torch.Tensor, name: str) -> bool:
         return not decays(parameter, name, decay_norm_weights=settings.decay_norm_weights)

@@ -208,7 +208,16 @@ def test_index_and_config_are_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "reason"),
     [
-        ({"attention_output_gate": False}, "attention_output_gate=false cannot be exported"),
+        ({"attention_gate": "none"}, "model.attention_gate=none cannot be exported"),
+        ({"attention_gate": "headwise"}, "model.attention_gate=headwise cannot be exported"),
+        ({"attention_gate_position": "value"}, "attention_gate_position=value cannot be exported"),
+        ({"attention_gate_activation": "silu"}, "attention_gate_activation=silu cannot be"),
+        ({"attention_gate_shared": True}, "attention_gate_shared=True cannot be exported"),
+        ({"moe_router_enable_expert_bias": True}, "enable_expert_bias=True cannot be exported"),
+        (
+            {"mixer_pattern": "GS", "attention_window_tokens": 8},
+            r"mixer_pattern=GS cannot be exported",
+        ),
         ({"mtp_num_layers": 2}, "mtp_num_layers=2 .* has no published form"),
     ],
 )

@@ -36,6 +36,29 @@ LISTS = {
         "tp2", "pp2", "ep2", "cp2", "model.moe_z_loss_coeff=0.01", "model.moe_router_load_balancing_type=seq_aux_loss",
     ],
     "balance in a micro-batch": ["tp2", "ep2", "cp2", "model.moe_router_load_balancing_type=aux_loss"],
+    "balance by a bias": [
+        "tp2", "pp2", "ep2", "cp2", "dp2", "tp2-ep2", "model.moe_router_enable_expert_bias=true",
+        "model.moe_router_bias_update_rate=0.02", "model.moe_aux_loss_coeff=0",
+        "model.moe_router_load_balancing_type=none", "--reshard", "tp2:ep2", "ep2:dp2",
+    ],
+    "a gate for each head": [
+        "tp2", "cp2", "tp2-cp2", "pp2", "model.attention_gate=headwise", "--reshard", "tp2:single",
+    ],
+    "one gate for all heads": [
+        "tp2", "cp2", "tp2-cp2", "model.attention_gate_shared=true", "model.attention_gate_activation=silu",
+        "--reshard", "tp2:cp2", "single:tp2",
+    ],
+    "gated values": ["tp2", "cp2", "tp2-cp2", "model.attention_gate_position=value", "--packed"],
+    "windows": [
+        "tp2", "cp2", "pp2", "tp2-cp2", "model.mixer_pattern='SG*S'", "model.attention_window_tokens=11",
+        "model.backend=torch",
+    ],
+    "windows in packed documents": [
+        "tp2", "cp2", "cp2-passing", "model.mixer_pattern='SG*S'", "model.attention_window_tokens=5",
+        "model.backend=torch", "--packed",
+    ],
+    "only attention": ["tp2", "cp2", "pp2-vpp2", "model.mixer_pattern='*'"],
+    "only Gated DeltaNet": ["tp2", "cp2", "pp2-vpp2", "model.mixer_pattern=G"],
 }  # fmt: skip
 RESHARDS = [
     "cp2-ep2:tp2-pp2", "pp2-vpp2:single", "single:pp2-vpp2", "tp2-ep2-etp2:cp2-passing", "pp4:ep4", "ep4:tp2-etp2",

@@ -23,9 +23,20 @@ MODEL = {
     "moe_aux_loss_coeff": 0.0, "moe_router_load_balancing_type": "none",
 }  # fmt: skip
 TOKENS = 256
+VARIANTS: dict[str, dict[str, Any]] = {
+    "no gate": {"attention_gate": "none"},
+    "headwise": {"attention_gate": "headwise"},
+    "silu": {"attention_gate_activation": "silu"},
+    "shared": {"attention_gate_shared": True},
+    "values": {"attention_gate_position": "value"},
+    "windows": {"mixer_pattern": "SG*S", "attention_window_tokens": 21},
+    "only attention": {"mixer_pattern": "*"},
+    "z-loss": {"moe_z_loss_coeff": 0.01},
+    "expert bias": {"moe_router_enable_expert_bias": True},
+}
 
 
-def errors_of(backend: Backend) -> tuple[float, float]:
+def errors_of(backend: Backend, settings: dict[str, Any] | None = None) -> tuple[float, float]:
     """Return the relative errors of the loss and of the worst gradient, with the reference's weights."""
     from megatron_q3n.model.build import build_model
     from tests.model.test_reference import reference
@@ -33,7 +44,7 @@ def errors_of(backend: Backend) -> tuple[float, float]:
     rounds = (
         backend.compute == "bf16"
     )  # which may route a token elsewhere: then every expert takes all
-    model_settings = MODEL | ({"moe_router_topk": 8} if rounds else {})
+    model_settings = MODEL | ({"moe_router_topk": 8} if rounds else {}) | (settings or {})
     config = validate({"model": model_settings, "precision": {"compute": backend.compute}})
     exact = reference(config.model)
     device, parallel = backend.alone
@@ -72,6 +83,15 @@ def test_matches_the_reference(
     loss, gradient = errors_of(replace(which, alone=alone))
     assert abs(loss) < loss_tolerance
     assert gradient < gradient_tolerance
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_variants_match_the_reference(variant: dict[str, Any], alone: Any) -> None:
+    """Gates, windows and router options through TransformerEngine. Every expert is chosen, so the bias changes nothing
+    but the path."""
+    loss, gradient = errors_of(replace(GPU_TE, alone=alone), variant)
+    assert abs(loss) < 5e-3
+    assert gradient < 0.3
 
 
 def test_both_backends_have_one_set_of_names(alone: Any) -> None:

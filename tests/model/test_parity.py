@@ -28,6 +28,7 @@ def set_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
     model.load_state_dict(weights, strict=False)
 
 
+ATTENTION = {"mixer_pattern": "*", "num_layers": 2}
 VARIANTS = {
     "tiny": {},
     "no-mtp": {"mtp_num_layers": 0},
@@ -39,6 +40,24 @@ VARIANTS = {
         "num_moe_experts": 5, "moe_router_topk": 3,
     },
     "attention-first": {"mixer_pattern": "*G", "linear_chunk_size": 32},
+    "only-attention": ATTENTION,
+    "only-gated-delta-net": {"mixer_pattern": "G", "num_layers": 2, "mtp_num_layers": 0},
+    "sliding-windows": {"mixer_pattern": "SG*S", "attention_window_tokens": 21},
+    "window-of-everything": {**ATTENTION, "mixer_pattern": "S", "attention_window_tokens": 500},
+    "no-gate": ATTENTION | {"attention_gate": "none"},
+    "headwise": ATTENTION | {"attention_gate": "headwise"},
+    "silu": ATTENTION | {"attention_gate_activation": "silu"},
+    "shared": ATTENTION | {"attention_gate_shared": True, "attention_gate_activation": "silu"},
+    "shared-headwise": ATTENTION | {"attention_gate": "headwise", "attention_gate_shared": True},
+    "values": ATTENTION | {"attention_gate_position": "value"},
+    "values-headwise": ATTENTION | {
+        "attention_gate": "headwise", "attention_gate_position": "value", "attention_gate_activation": "silu",
+    },
+    "values-shared": ATTENTION | {"attention_gate_position": "value", "attention_gate_shared": True},
+    "z-loss": ATTENTION | {"moe_z_loss_coeff": 0.1},
+    "z-loss-of-repeated-mtp": ATTENTION | {
+        "moe_z_loss_coeff": 0.1, "mtp_num_layers": 2, "mtp_use_repeated_layer": True,
+    },
 }  # fmt: skip
 
 
@@ -46,7 +65,7 @@ VARIANTS = {
 def test_matches_the_reference(variant: str, alone: Any) -> None:
     """Loss within 1e-6 relative, logits within 1e-4, gradients within 1e-3 relative, MTP and balance included."""
     # one router serving several depths balances their tokens together, the reference each depth by itself
-    coeff = 0.0 if variant == "repeated-mtp" else 0.1
+    coeff = 0.0 if VARIANTS[variant].get("mtp_use_repeated_layer") else 0.1
     config = validate({"model": VARIANTS[variant] | {"moe_aux_loss_coeff": coeff}})
     exact = reference(config.model)
     model = megatron_model(config, alone)

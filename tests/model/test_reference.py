@@ -374,7 +374,7 @@ def test_half_precision_rounds_no_router_and_no_loss() -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"moe_z_loss_coeff": 1e-3}, {"moe_router_load_balancing_type": "seq_aux_loss"}],
+    [{"moe_router_load_balancing_type": "seq_aux_loss"}],
 )
 def test_refuses_what_it_does_not_compute(setting: dict[str, object]) -> None:
     with pytest.raises(UserError, match=next(iter(setting))):

@@ -51,6 +51,36 @@ def test_norm_weights_shrink_and_gates_do_not_move(state: Any) -> None:
     assert norms == 8 + 3 + 2 + 1 + (2 + 2 + 3)
 
 
+@torch.no_grad()
+def test_every_decayed_norm_is_zero_centered(state: Any) -> None:
+    """By what it computes, not by what it says: at -1 it lets nothing through, at 0 it only normalises."""
+    from megatron_q3n.training.optimizer import NORM_WEIGHTS
+
+    model, seen = state.models[0], 0
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert name.endswith(NORM_WEIGHTS), name
+            norm = model.get_submodule(name.removesuffix(".weight"))
+            x = torch.randn(3, *parameter.shape)
+            parameter.fill_(-1)
+            assert (norm(x) == 0).all(), name
+            parameter.fill_(0)
+            torch.testing.assert_close(norm(x).square().mean(-1), torch.ones(3), msg=name)
+            seen += 1
+    assert seen == 21
+
+
+def test_a_norm_that_is_a_plain_scale_is_not_decayed(alone: Any, state: Any) -> None:
+    from megatron_q3n.training.optimizer import build_optimizer
+
+    model = state.models[0]
+    model.decoder.layers[2].input_layernorm = torch.nn.RMSNorm(128)
+    with pytest.raises(
+        AssertionError, match=r"layers.2.input_layernorm.weight belongs to a RMSNorm"
+    ):
+        build_optimizer(state.chunks, state.config)
+
+
 def test_norm_decay_can_be_turned_off(alone: Any) -> None:
     state = built(alone, {"optimizer": {"weight_decay": 0.5, "decay_norm_weights": False}})
     before = decay_only(state)
@@ -72,6 +102,11 @@ def test_decay_table_lists_every_parameter(state: Any) -> None:
     table = decay_table(state.models, state.config)
     for name, _ in state.models[0].named_parameters():
         assert name in table
+    decay = {line.split()[-1]: float(line.split()[0]) for line in table.splitlines()[1:]}
+    undecayed = {name for name, value in decay.items() if value == 0}
+    layers = [f"decoder.layers.{layer}.self_attention." for layer in (0, 2, 4)]
+    assert undecayed == {f"{layer}{name}" for layer in layers for name in ("A_log", "dt_bias")}
+    assert set(decay.values()) == {0, 0.5}
     assert "0      (8,)                   decoder.layers.0.self_attention.A_log" in table
     assert "0.5    (128,)                 decoder.final_norm.weight" in table
 

@@ -153,7 +153,7 @@ def stock_fields(config: RunConfig) -> dict[str, Any]:
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": model.num_query_groups,
         "kv_channels": model.kv_channels,
-        "attention_output_gate": model.attention_output_gate,
+        "attention_output_gate": model.gate_lies_with_queries,
         "qk_layernorm": True,
         "normalization": "RMSNorm",
         "layernorm_zero_centered_gamma": True,
