@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"config", "device", "kernels"},  # process groups are handed to it
     "health": {"config", "parallel"},
     "training": {"config", "device", "parallel", "data", "kernels", "model", "metrics"},
+    "instruments": {"config", "model", "training"},
     "checkpoint": {"config", "parallel", "model", "training", "hf"},
     "conversion": {"config", "hf", "checkpoint"},  # file to file: builds no model
     "inference": {"config", "device", "data", "model"},
@@ -51,6 +52,7 @@ DOORS: dict[str, set[str]] = {
     "hydra": {"train"},
     "omegaconf": {"train"},
     "wandb": {"metrics"},
+    "wandb_workspaces": {"metrics"},
     "torch": ROOMS - {"config", "planner", "train"},  # bad settings are refused before torch loads
     "megatron": {
         "device",
@@ -58,6 +60,7 @@ DOORS: dict[str, set[str]] = {
         "data",
         "model",
         "training",
+        "instruments",
         "checkpoint",
         "inference",
         "rl",

@@ -9,18 +9,36 @@ A name may hold one place for a whole number, written `<k>`: `loss/mtp_<k>` stan
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One row: what is measured, in which unit, and the panel that shows it."""
+    """One row: what is measured, in which unit, the panel that shows it, and which extreme to remember, if any."""
 
     name: str
     unit: str
     meaning: str
     group: str
+    best: Literal["min", "max", ""] = ""
+
+
+NORM_KINDS = {
+    "mixer": "before attention and Gated DeltaNet",
+    "moe": "before experts",
+    "query": "of queries",
+    "key": "of keys",
+    "delta_output": "on Gated DeltaNet's output",
+    "final": "before the head",
+    "mtp": "inside MTP",
+}
+
+
+def _by_layer(metric: Metric, places: tuple[str, ...] = ("layer_<k>",)) -> list[Metric]:
+    """Return a row for each place a number is also given for; layers count from 0, a mixer and its experts one."""
+    return [replace(metric, name=f"{metric.name}_{place}") for place in places]
 
 
 METRICS = (
@@ -34,8 +52,8 @@ METRICS = (
         "loss/mtp_<k>", "nats/token", "loss of multi-token prediction depth k, unscaled", "loss"
     ),
     Metric("loss/balance", "1", "expert balance loss, unscaled; 1.0 is perfectly even", "loss"),
-    Metric("loss/validation", "nats/token", "language-model loss on held-out text", "loss"),
-    Metric("bits_per_byte/validation", "bits/byte", "the same per byte of text", "loss"),
+    Metric("loss/validation", "nats/token", "language-model loss on held-out text", "loss", "min"),
+    Metric("bits_per_byte/validation", "bits/byte", "the same per byte of text", "loss", "min"),
     Metric("learning_rate", "1", "learning rate the step was taken with", "optimizer"),
     Metric("grad_norm", "1", "L2 norm of the whole gradient before clipping", "optimizer"),
     Metric("params_norm", "1", "L2 norm of all parameters after the step", "optimizer"),
@@ -50,7 +68,14 @@ METRICS = (
     Metric(
         "throughput/mfu",
         "1",
-        "model FLOP/s over the devices' peak; absent where no peak is known (CPU)",
+        "tokens/s × FLOPs per token (forward and backward, recurrent form, config/sizes.py) over devices × the bf16 "
+        "matrix product's rate, measured at the start; absent on a CPU, which has no one peak",
+        "throughput",
+    ),
+    Metric(
+        "throughput/instruments_seconds",
+        "seconds",
+        "a look inside the model (instruments.interval_steps); not part of a step's time",
         "throughput",
     ),
     Metric(
@@ -70,6 +95,89 @@ METRICS = (
     Metric(
         "experts/dead", "experts", "experts without a token in the batch, all layers", "experts"
     ),
+    *_by_layer(
+        Metric("experts/max_over_mean", "1", "the same of one layer, or of MTP", "experts"),
+        places=("layer_<k>", "mtp", "mtp_<k>"),
+    ),
+    *_by_layer(
+        Metric("experts/dead", "experts", "the same of one layer, or of MTP", "experts"),
+        places=("layer_<k>", "mtp", "mtp_<k>"),
+    ),
+    Metric(
+        "router/entropy",
+        "1",
+        "entropy of a token's softmax over all experts, over ln of their number: 1 is no preference; mean over layers",
+        "router",
+    ),
+    Metric("router/entropy_min", "1", "the same, of the layer with the least", "router"),
+    *_by_layer(Metric("router/entropy", "1", "the same of one layer", "router")),
+    Metric(
+        "sinks/first_token",
+        "1",
+        "attention to the document's first token, mean over later queries, heads and attention layers; an even spread "
+        "over T tokens is about ln(T)/T",
+        "sinks",
+    ),
+    Metric("sinks/first_token_max", "1", "the same, of the layer with most", "sinks"),
+    *_by_layer(Metric("sinks/first_token", "1", "the same of one layer", "sinks")),
+    Metric(
+        "activations/max",
+        "1",
+        "largest magnitude in the residual stream, of all layers",
+        "activations",
+    ),
+    Metric(
+        "activations/max_over_median",
+        "1",
+        "a layer's largest magnitude over its median (over a token's channels, mean over tokens), worst layer",
+        "activations",
+    ),
+    *_by_layer(Metric("activations/max", "1", "as it leaves one layer", "activations")),
+    *_by_layer(Metric("activations/max_over_median", "1", "of one layer", "activations")),
+    *_by_layer(
+        Metric(
+            "activations/rms",
+            "1",
+            "root mean square of the residual stream as it leaves one layer",
+            "activations",
+        )
+    ),
+    Metric(
+        "norms/max",
+        "1",
+        "largest scale of any norm, 1 + weight where zero-centered, in magnitude",
+        "norms",
+    ),
+    *(
+        Metric(f"norms/max_{kind}", "1", f"the same {where}", "norms")
+        for kind, where in NORM_KINDS.items()
+    ),
+    *_by_layer(Metric("norms/max", "1", "the same of all norms in one layer", "norms")),
+    *_by_layer(
+        Metric(
+            "gradients/norm",
+            "1",
+            "L2 norm of the gradient of one layer's parameters before clipping; head: with the final norm",
+            "gradients",
+        ),
+        places=("layer_<k>", "embedding", "head", "mtp"),
+    ),
+    Metric(
+        "delta/half_life",
+        "tokens",
+        "ln 2 over the mean of -log decay of a Gated DeltaNet head, median of all heads",
+        "delta",
+    ),
+    Metric("delta/half_life_min", "tokens", "of the most forgetful head", "delta"),
+    Metric("delta/half_life_max", "tokens", "of the head that remembers longest", "delta"),
+    *_by_layer(Metric("delta/half_life", "tokens", "median of one layer's heads", "delta")),
+    Metric(
+        "delta/state_norm",
+        "1",
+        "Frobenius norm of a head's state at the end of a sequence, mean over heads and layers",
+        "delta",
+    ),
+    *_by_layer(Metric("delta/state_norm", "1", "the same of one layer", "delta")),
     Metric(
         "acceptance/greedy_<k>",
         "1",
@@ -98,7 +206,7 @@ METRICS = (
         "mean of what advantages are made of: scores and the penalty for length",
         "reward",
     ),
-    Metric("reward/full_marks", "1", "share of answers with a score of 1 or more", "reward"),
+    Metric("reward/full_marks", "1", "share of answers with a score of 1 or more", "reward", "max"),
     Metric(
         "reward/held_out", "1", "the same of the likeliest answers to held-out prompts", "reward"
     ),

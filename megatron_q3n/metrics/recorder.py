@@ -1,8 +1,8 @@
 """The one object a training loop talks to: every number and every message of a run goes through the Recorder.
 
 It composes the sinks (metrics.jsonl, wandb, the terminal) and owns their order: metrics.jsonl first, because
-wandb follows it and a resumed run cuts it back. Only the leader writes; on all other ranks the same calls do
-nothing.
+wandb follows it and a resumed run cuts it back. It passes on the alerts that a step's numbers raise. Only the leader
+writes; on all other ranks the same calls do nothing.
 """
 
 import time
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.metrics import jsonl, wandb_sink
+from megatron_q3n.metrics.alerts import Alerts, num_experts
 from megatron_q3n.metrics.names import STEP, TIME, TOKENS, check
 from megatron_q3n.metrics.progress import Progress
 
@@ -67,6 +68,10 @@ class Recorder:
         if self._wandb and self._wandb.online:
             self._wandb.follow(step)
         self._progress.update(step, values)
+        for alert in self._alerts.examine(step, values):
+            self.note(f"alert at step {step}: {alert.kind}: {alert.message}")
+            if self._wandb:
+                self._wandb.alert(alert)
 
     def checkpointed(self, step: int) -> None:
         """Say that everything up to and with `step` is safe: a resume will not go back behind it."""
@@ -118,5 +123,8 @@ class Recorder:
                 f"metrics.jsonl: cut back to step {first_step - 1} ({self._records.cut_lines} lines); "
                 "those steps run again"
             )
+        self._alerts = Alerts(config.alerts, num_experts(config.model.model_dump()))
+        for record in jsonl.read(self._records.path):
+            self._alerts.examine(int(record[STEP]), record)
         self._wandb = wandb_sink.open_sink(run_dir, config, self._records.path, self.note)
         self._progress.start()

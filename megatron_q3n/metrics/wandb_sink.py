@@ -26,11 +26,15 @@ from typing import Any, Literal, cast
 
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.metrics import jsonl
-from megatron_q3n.metrics.names import STEP, TIME, TOKENS
+from megatron_q3n.metrics.alerts import Alert
+from megatron_q3n.metrics.load_picture import load_picture
+from megatron_q3n.metrics.names import METRICS, STEP, TIME, TOKENS
 
 Note = Callable[[str], None]
 
 RUN_ID_FILE = "run_id"
+EXPERT_LOAD_FILE = "expert_load.json"
+EXPERT_LOAD_PICTURE = "experts/load"  # the one thing wandb shows that is no number
 EMPTY_LOG_BYTES = 7  # the header alone, all that a run killed in its first seconds leaves
 INIT_TIMEOUT_SECONDS = 30  # wandb's own 90 is long for a cluster node without a way out
 
@@ -44,11 +48,17 @@ class WandbSink:
         self._records = records
         self._offset = 0
         self._held_step = held_step
+        self._pictured_step = 0
         self.online: bool = not run.offline
 
     def follow(self, up_to_step: int) -> None:
         """Send the records up to and with `up_to_step` that wandb does not hold."""
         self._while_there(lambda: self._send(up_to_step))
+
+    def alert(self, alert: Alert) -> None:
+        """Let wandb tell those who subscribed to it."""
+        text = f"step {alert.step}: {alert.message}"
+        self._while_there(lambda: self._run.alert(title=alert.kind, text=text, level="WARN"))
 
     def close(self, exit_code: int) -> None:
         """Send what is left of the run's state and end the run; 0 is success."""
@@ -74,10 +84,21 @@ class WandbSink:
             if record[STEP] > self._held_step:
                 self._held_step = int(record[STEP])
                 # wandb's own clock would stamp all steps of a checkpoint alike
-                values = {**record, "_timestamp": record[TIME]}
+                values = {**record, "_timestamp": record[TIME], **self._picture(record)}
                 self._run.log(values, step=self._held_step)
         if len(covered) == len(records):
             self._offset = offset
+
+    def _picture(self, record: jsonl.Record) -> dict[str, Any]:
+        """Return the picture of the expert load with the record of the step it was taken at."""
+        path = self._records.with_name(EXPERT_LOAD_FILE)
+        if record[STEP] != self._pictured_step and path.exists():
+            load = json.loads(path.read_text(encoding="utf-8"))
+            if load["step"] == record[STEP]:
+                self._pictured_step = int(record[STEP])
+                image = _quiet_wandb().Image(load_picture(load), caption=f"step {load['step']:,}")
+                return {EXPERT_LOAD_PICTURE: image}
+        return {}
 
 
 def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Note) -> WandbSink | None:
@@ -198,9 +219,17 @@ def _init(run_dir: Path, config: RunConfig, mode: str) -> Any:
         config=config.model_dump(mode="json"),
         settings=wandb.Settings(silent=True, console="off", init_timeout=patience),
     )
+    _define_metrics(run)
+    return run
+
+
+def _define_metrics(run: Any) -> None:
+    """Put tokens on every panel's x axis, and the best value beside the last where one is wanted."""
     run.define_metric(TOKENS, hidden=True)
     run.define_metric("*", step_metric=TOKENS)
-    return run
+    for metric in METRICS:
+        if metric.best:
+            run.define_metric(metric.name, step_metric=TOKENS, summary=f"{metric.best},last")
 
 
 def _run_id(run_dir: Path) -> str:

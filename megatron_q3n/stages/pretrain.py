@@ -16,6 +16,7 @@ from megatron_q3n.data.bigram import witten_bell_bits_per_byte
 from megatron_q3n.data.pretrain import PretrainData, build_pretrain_data
 from megatron_q3n.device import choose_device, measured_matmul_flops
 from megatron_q3n.health.watch import Watch
+from megatron_q3n.instruments import Instruments
 from megatron_q3n.kernels.qualification import qualify
 from megatron_q3n.metrics import jsonl
 from megatron_q3n.metrics.meters import throughput
@@ -57,8 +58,10 @@ def run(
     hooks = state.models[0].config
     watch = Watch(config, group, run_dir, is_cuda=device.is_cuda, hooks=hooks)
     UpdateGuard(state, watch.admit)
+    keep_load = partial(run_directory.write_expert_load, run_dir)
+    instruments = Instruments(state, keep_load if group.is_leader else lambda *_: None)
     gc.freeze()  # megatron-core collects garbage twice a save: 0.6 s over all that imports left, else 0.02 s
-    session = partial(_session, state, data, run_dir, watch, stop.reason, started)
+    session = partial(_session, state, data, run_dir, watch, instruments, stop.reason, started)
     result = session([f"{name}: {verdict}" for name, verdict in kernels.items()])
     while result.verdict == "roll_back":
         result = session([])
@@ -81,6 +84,7 @@ def _session(
     data: PretrainData,
     run_dir: Path,
     watch: Watch,
+    instruments: Instruments,
     stop_reason: Callable[[], str | None],
     started: float,
     lines: list[str],
@@ -109,6 +113,7 @@ def _session(
             throughput=throughput,
             peak_flops=measured_matmul_flops(state.device, group.world_size),
             watch=watch,
+            instruments=instruments,
         )
         result = fit(state, data, recorder, pace)
         watch.stop()
@@ -235,11 +240,8 @@ def _conclude(
         "validation_loss": result.validation_loss,
         "bits_per_byte": result.bits_per_byte,
     }
-    layers = [{"name": name, "share": share} for name, share in result.expert_load.items()]
-    if layers:
-        run_directory.write_json(
-            run_dir / "expert_load.json", {"step": state.step, "layers": layers}
-        )
+    if result.expert_load:
+        run_directory.write_expert_load(run_dir, state.step, result.expert_load)
     samples = []
     if config.parallel.model_parallel_size == 1 and config.parallel.expert_model_parallel_size == 1:
         samples = sample_texts(

@@ -124,6 +124,12 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1))
 
 
+def write_expert_load(run_dir: Path, step: int, loads: dict[str, list[float]]) -> None:
+    """Write each MoE layer's load over the step's global batch, for the report and wandb."""
+    layers = [{"name": name, "share": share} for name, share in loads.items()]
+    write_json(run_dir / "expert_load.json", {"step": step, "layers": layers})
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one step, so that a reader or a kill never meets half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")

@@ -12,6 +12,7 @@ import torch
 from megatron_q3n.config.sizes import flops_per_token
 from megatron_q3n.data.batch import Batch
 from megatron_q3n.data.pretrain import PretrainData
+from megatron_q3n.training.measuring import Measuring, Unmeasured
 from megatron_q3n.training.state import TrainState
 from megatron_q3n.training.step import StepReport, evaluate, kept_drafts, train_step
 from megatron_q3n.training.watch import Unwatched, Verdict, Watch
@@ -40,6 +41,7 @@ class Pace:
     throughput: Callable[[int, float, float, float | None], dict[str, float]]
     peak_flops: float | None = None
     watch: Watch = field(default_factory=Unwatched)
+    instruments: Measuring = field(default_factory=Unmeasured)
 
 
 @dataclass
@@ -69,6 +71,7 @@ def fit(state: TrainState, data: PretrainData, recorder: StepLog, pace: Pace) ->
         batches = next(steps)
         started = time.perf_counter()
         watch.before_step()
+        pace.instruments.before_step()
         report = train_step(state, batches)
         state.device.synchronize()
         seconds = time.perf_counter() - started
@@ -79,6 +82,7 @@ def fit(state: TrainState, data: PretrainData, recorder: StepLog, pace: Pace) ->
             break
         values |= pace.throughput(settings.tokens_per_step, seconds, flops, pace.peak_flops)
         result.expert_load = report.expert_load
+        values |= _measure(state, batches, report, pace)
         if _due(state.step, settings.validation.interval_steps, last):
             values |= _validate(state, data, token_bytes, result)
             watch.beat()
@@ -93,6 +97,19 @@ def fit(state: TrainState, data: PretrainData, recorder: StepLog, pace: Pace) ->
             break
     _report_checkpoints(recorder, pace, wait=True)
     return result
+
+
+def _measure(
+    state: TrainState, batches: list[Batch], report: StepReport, pace: Pace
+) -> dict[str, float]:
+    """Look inside the model, if this step is one to be looked at, and say how long that took."""
+    started = time.perf_counter()
+    measured = pace.instruments.after_step(batches, report)
+    if measured:
+        state.device.synchronize()
+        measured["throughput/instruments_seconds"] = time.perf_counter() - started
+        pace.watch.beat()
+    return measured
 
 
 def _report_checkpoints(recorder: StepLog, pace: Pace, *, wait: bool) -> None:

@@ -15,10 +15,17 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    StrMethodFormatter,
+)
 
+from megatron_q3n.metrics.load_picture import LOAD_COLOURS, over_even_share
 from megatron_q3n.metrics.report.series import Array, Series, thin
 
 NUM_COLOURS = 8
@@ -51,7 +58,6 @@ _STYLE: Any = {
     "xtick.major.pad": 6,
     "path.simplify": False,
 }
-_LOAD_COLOURS = LinearSegmentedColormap.from_list("load", ["#2b5f9e", "#9aa0a6", "#d9822b"])
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def line_chart(
 
 def heat_map(shares: Sequence[Sequence[float]], row_names: Sequence[str], *, title: str) -> str:
     """Return an SVG of load over layers (rows) and experts (columns), in multiples of the even share."""
-    load = _over_even_share(shares)
+    load = over_even_share(shares)
     rows = len(load)
     cells_height = min(max(16 * rows, 40), 480)
     height = 70 + cells_height
@@ -107,7 +113,7 @@ def heat_map(shares: Sequence[Sequence[float]], row_names: Sequence[str], *, tit
         most = max(2.0, float(load.max()))
         norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=most)
         image = axes.imshow(
-            load, cmap=_LOAD_COLOURS, norm=norm, aspect="auto", interpolation="nearest"
+            load, cmap=LOAD_COLOURS, norm=norm, aspect="auto", interpolation="nearest"
         )
         bar = figure.colorbar(
             image, ax=axes, pad=0.01, aspect=cells_height / 10, ticks=[0, 1, most]
@@ -121,6 +127,36 @@ def heat_map(shares: Sequence[Sequence[float]], row_names: Sequence[str], *, tit
         axes.spines[:].set_visible(False)
         if load.size <= MAX_WRITTEN_CELLS:
             _write_cells(axes, load)
+        return _svg(figure, title)
+
+
+def layer_map(table: Array, steps: Sequence[float], row_names: Sequence[str], *, title: str) -> str:
+    """Return an SVG of one number of every layer (rows, the first at the top) over the steps it was measured at.
+
+    The colours are logarithmic where the values span more than a factor of fifty.
+    """
+    known = table[np.isfinite(table)]
+    low, high = (known.min(), known.max()) if len(known) else (0.0, 1.0)
+    wide = low > 0 and high / low > LOG_SCALE_ABOVE
+    norm: Any = LogNorm(low, high) if wide else Normalize(low, high if high > low else low + 1)
+    with matplotlib.rc_context(_STYLE):
+        size = (WIDTH / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(
+            table, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest"
+        )
+        bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=30, ticks=[low, high])
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.ax.minorticks_off()
+        bar.ax.set_yticklabels([_four_digits(low), _four_digits(high)])
+        every = -(-len(row_names) // 12)
+        axes.set_yticks(range(0, len(row_names), every), row_names[::every])
+        axes.set_ylabel("layer")
+        shown = np.unique(np.linspace(0, len(steps) - 1, min(6, len(steps))).astype(int))
+        axes.set_xticks(shown, [f"{steps[k]:,.0f}" for k in shown])
+        axes.set_xlabel("step")
+        axes.spines[:].set_visible(False)
         return _svg(figure, title)
 
 
@@ -185,6 +221,10 @@ def _scale(axes: Axes, values: Array, usual_range: bool) -> None:
         axes.set_ylim(low - pad, high + pad)
     elif values.min() > 0 and values.max() / values.min() > LOG_SCALE_ABOVE:
         axes.set_yscale("log")
+        steps_of_ten = (1, 2, 5) if values.max() / values.min() < 1000 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=steps_of_ten))
+        axes.yaxis.set_major_formatter(lambda value, _: _four_digits(value))
+        axes.yaxis.set_minor_locator(NullLocator())
         return
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=counts))
     if np.abs(values).max() >= 10_000:
@@ -193,10 +233,8 @@ def _scale(axes: Axes, values: Array, usual_range: bool) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
-def _over_even_share(shares: Sequence[Sequence[float]]) -> Array:
-    load = np.asarray(shares, dtype=np.float64)
-    mean = load.mean(axis=1, keepdims=True)
-    return np.divide(load, mean, out=np.zeros_like(load), where=mean > 0)
+def _four_digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _write_cells(axes: Axes, load: Array) -> None:

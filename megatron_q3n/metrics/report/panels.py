@@ -1,17 +1,20 @@
 """Which charts there are, in which section, and how a metric's unit and name read; for one run and for several.
 
 A metric of the table (`metrics/names.py`) that no panel names gets a panel of its own under "More", so that a
-new number is seen without a change here.
+new number is seen without a change here. Numbers of every layer are curves where there are few layers, and a map of
+layers over steps where there are many. `metrics/workspace.py` makes the same panels for wandb.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_q3n.metrics import names
 from megatron_q3n.metrics.jsonl import Record
 from megatron_q3n.metrics.report import page
-from megatron_q3n.metrics.report.charts import NUM_COLOURS, Curve, line_chart
+from megatron_q3n.metrics.report.charts import NUM_COLOURS, Curve, layer_map, line_chart
 from megatron_q3n.metrics.report.series import Series, names_in, pick, smooth
 
 MARKED_BELOW = 60  # points; a curve of more is a line without markers
@@ -30,10 +33,19 @@ class Panel:
     line_at: float | None = None
     line_label: str = ""
     usual_range: bool = False  # a slow first step must not flatten the rest
+    labels: tuple[str, ...] = ()  # of the metrics, in the legend
+    note: str = ""
+
+    @property
+    def is_by_layer(self) -> bool:
+        """Whether it shows one number of every layer."""
+        return self.metrics[0].endswith("layer_<k>")
 
 
 TFLOPS = "throughput/model_tflops_per_second"
-LEARNING, EXPERTS, OPTIMIZER, SPEED, MORE = "Learning", "Experts", "Optimizer", "Speed", "More"
+LEARNING, EXPERTS, ATTENTION = "Learning", "Experts", "Attention and activations"
+DELTA, OPTIMIZER, SPEED, MORE = "Gated DeltaNet", "Optimizer and norms", "Speed", "More"
+SECTIONS = (LEARNING, EXPERTS, ATTENTION, DELTA, OPTIMIZER, SPEED, MORE)
 
 PANELS = (
     Panel(LEARNING, "Loss", ("loss/train", "loss/validation"), noisy=True, always=True),
@@ -51,14 +63,106 @@ PANELS = (
         EXPERTS, "Fullest expert, worst layer", ("experts/max_over_mean",), True, False, 1.0, "even"
     ),
     Panel(EXPERTS, "Dead experts", ("experts/dead",)),
+    Panel(
+        EXPERTS,
+        "Fullest expert by layer",
+        ("experts/max_over_mean_layer_<k>", "experts/max_over_mean_mtp"),
+        line_at=1.0,
+        line_label="even",
+    ),
+    Panel(EXPERTS, "Dead experts by layer", ("experts/dead_layer_<k>", "experts/dead_mtp")),
+    Panel(
+        EXPERTS,
+        "Router entropy",
+        ("router/entropy", "router/entropy_min"),
+        labels=("mean of layers", "least"),
+        note="Of the softmax over all experts, over ln of their number: 1 is no preference.",
+    ),
+    Panel(EXPERTS, "Router entropy by layer", ("router/entropy_layer_<k>",)),
+    Panel(
+        ATTENTION,
+        "Attention to the first token",
+        ("sinks/first_token", "sinks/first_token_max"),
+        labels=("mean of layers", "most"),
+        note="Share of what later tokens attend to; an even spread over T tokens is about ln(T)/T.",
+    ),
+    Panel(ATTENTION, "Attention to the first token by layer", ("sinks/first_token_layer_<k>",)),
+    Panel(
+        ATTENTION,
+        "Largest activation over the median",
+        ("activations/max_over_median",),
+        note="Of the residual stream, worst layer; 1,000 and more are called massive.",
+    ),
+    Panel(
+        ATTENTION,
+        "Largest activation over the median by layer",
+        ("activations/max_over_median_layer_<k>",),
+    ),
+    Panel(ATTENTION, "Largest activation", ("activations/max",)),
+    Panel(ATTENTION, "Largest activation by layer", ("activations/max_layer_<k>",)),
+    Panel(
+        ATTENTION,
+        "Residual stream by layer, root mean square",
+        ("activations/rms_layer_<k>",),
+    ),
+    Panel(
+        DELTA,
+        "Half-life of memory",
+        ("delta/half_life", "delta/half_life_min", "delta/half_life_max"),
+        labels=("median head", "shortest", "longest"),
+        note="Tokens until a head's state has faded to half, by its mean decay.",
+    ),
+    Panel(DELTA, "Half-life by layer, median head", ("delta/half_life_layer_<k>",)),
+    Panel(
+        DELTA,
+        "State norm",
+        ("delta/state_norm",),
+        note="Frobenius norm at the end of a sequence, mean over heads.",
+    ),
+    Panel(DELTA, "State norm by layer", ("delta/state_norm_layer_<k>",)),
     Panel(OPTIMIZER, "Learning rate", ("learning_rate",), always=True),
     Panel(OPTIMIZER, "Gradient norm", ("grad_norm",), noisy=True, always=True),
+    Panel(
+        OPTIMIZER,
+        "Gradient norm by layer",
+        ("gradients/norm_layer_<k>",),
+    ),
+    Panel(
+        OPTIMIZER,
+        "Gradient norm elsewhere",
+        ("gradients/norm_embedding", "gradients/norm_head", "gradients/norm_mtp"),
+        labels=("embedding", "head", "MTP"),
+    ),
+    Panel(
+        OPTIMIZER,
+        "Largest norm scale",
+        ("norms/max", *(f"norms/max_{kind}" for kind in names.NORM_KINDS)),
+        labels=("any", *(kind.replace("_", " ") for kind in names.NORM_KINDS)),
+        line_at=1.0,
+        line_label="at the start",
+        note="1 + weight, in magnitude.",
+    ),
+    Panel(
+        OPTIMIZER,
+        "Largest norm scale by layer",
+        ("norms/max_layer_<k>",),
+        line_at=1.0,
+        line_label="at the start",
+    ),
     Panel(OPTIMIZER, "Parameter norm", ("params_norm",)),
     Panel(OPTIMIZER, "Skipped steps", ("skipped_steps",)),
     Panel(SPEED, "Throughput", ("throughput/tokens_per_second",), True, True, usual_range=True),
     Panel(SPEED, "Step time", ("throughput/step_seconds",), noisy=True, usual_range=True),
     Panel(SPEED, "Model FLOP/s", (TFLOPS,), noisy=True, usual_range=True),
-    Panel(SPEED, "Model FLOPs utilisation", ("throughput/mfu",), noisy=True, usual_range=True),
+    Panel(
+        SPEED,
+        "Model FLOPs utilisation",
+        ("throughput/mfu",),
+        noisy=True,
+        usual_range=True,
+        note="Tokens/s × FLOPs per token, forward and backward, over devices × the measured bf16 matrix rate.",
+    ),
+    Panel(SPEED, "A look inside the model", ("throughput/instruments_seconds",)),
     Panel(SPEED, "Peak memory", ("memory/peak_gib",)),
 )
 _AXES = {names.STEP, names.TOKENS, names.TIME}
@@ -92,13 +196,14 @@ def panel_card(
 ) -> str:
     """Return the card of one panel for one run; empty when it has nothing. `line_at` overrides the panel's."""
     present = [name for name in logged_names(panel, records) if _says_something(name, records)]
-    if not present:
+    if not present or (panel.is_by_layer and len(present) == 1):  # one layer is the whole already
         return page.card(panel.title, page.sentence(_absent(panel))) if panel.always else ""
+    if panel.is_by_layer and len(present) > NUM_COLOURS:
+        return _map_card(panel, present, records)
     curves: list[Curve] = []
     for index, name in enumerate(present):
-        curves += curves_of(
-            pick(records, name), short(name), f"c{index % NUM_COLOURS}", panel.noisy
-        )
+        colour = f"c{index % NUM_COLOURS}"
+        curves += curves_of(pick(records, name), label_of(name, panel), colour, panel.noisy)
     clear = [curve for curve in curves if not curve.faint]
     chart = line_chart(
         sorted(curves, key=lambda curve: not curve.faint),
@@ -114,8 +219,30 @@ def panel_card(
         unit=unit_of(present[0]),
         value="" if several else reading(clear[0].series.last),
         legend=[(c.label, c.colour, reading(c.series.last)) for c in clear] if several else [],
-        note=_lost(curves),
+        note=_lost(curves) or panel.note,
     )
+
+
+def _map_card(panel: Panel, present: Sequence[str], records: Sequence[Record]) -> str:
+    """Return the card of a panel of many layers: layers over steps, the last numbers' range in words."""
+    every = [pick(records, name) for name in present]
+    steps = sorted({float(x) for series in every for x in series.x})
+    table = np.full((len(present), len(steps)), np.nan)
+    for row, series in enumerate(every):
+        table[row, np.searchsorted(steps, series.x)] = series.y
+    last = [series.last for series in every if series.last is not None]
+    span = f"{reading(min(last))} … {reading(max(last))}" if last else ""
+    rows = [label_of(name, panel).removeprefix("layer ") for name in present]
+    chart = layer_map(table, steps, rows, title=panel.title)
+    return page.card(panel.title, chart, unit=unit_of(present[0]), value=span, note=panel.note)
+
+
+def label_of(name: str, panel: Panel) -> str:
+    """Return a metric's legend entry in this panel."""
+    row = row_name(name)
+    if panel.labels:
+        return panel.labels[panel.metrics.index(row)]
+    return short(name)
 
 
 def curves_of(series: Series, label: str, colour: str, noisy: bool) -> list[Curve]:
@@ -132,7 +259,9 @@ def unit_of(name: str) -> str:
 
 
 def short(name: str) -> str:
-    """Return a legend entry: "train" for "loss/train", "depth 2" for "loss/mtp_2"."""
+    """Return a legend entry: "train" for "loss/train", "depth 2" for "loss/mtp_2", "layer 3" for ".../max_layer_3"."""
+    if place := re.search(r"_(layer_\d+|mtp)$", name):
+        return place[1].replace("layer_", "layer ").replace("mtp", "MTP")
     return re.sub(r"^mtp_(\d+)$", r"depth \1", name.rsplit("/", 1)[-1]).replace("_", " ")
 
 

@@ -1,7 +1,7 @@
 """report.html of one run: headline numbers, charts, expert load, samples, settings and environment, in this order."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -9,24 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from megatron_q3n.metrics.alerts import Alert, alerts_in
 from megatron_q3n.metrics.progress import clock_text
 from megatron_q3n.metrics.report import page
 from megatron_q3n.metrics.report.charts import heat_map
 from megatron_q3n.metrics.report.evaluation import evaluation_cards
-from megatron_q3n.metrics.report.panels import (
-    EXPERTS,
-    LEARNING,
-    MORE,
-    OPTIMIZER,
-    SPEED,
-    panel_card,
-    panels_for,
-)
+from megatron_q3n.metrics.report.panels import EXPERTS, SECTIONS, panel_card, panels_for
 from megatron_q3n.metrics.report.run_files import RunFiles, flatten, load, not_default
 from megatron_q3n.metrics.report.series import pick, smooth
 
 REPORT_FILE = "report.html"
 VALIDATION = "bits_per_byte/validation"
+MAX_ALERTS = 20
 
 
 def write_report(run_dir: Path) -> Path:
@@ -35,13 +29,11 @@ def write_report(run_dir: Path) -> Path:
     Raises: UserError when the directory is not a run's.
     """
     run = load(run_dir)
+    alerts = alerts_in(run.records, run.config)
     body = [
         page.tiles(list(_headline(run))),
-        page.section(LEARNING, _charts(run, LEARNING)),
-        page.section(EXPERTS, [*_charts(run, EXPERTS), _expert_load(run)]),
-        page.section(OPTIMIZER, _charts(run, OPTIMIZER)),
-        page.section(SPEED, _charts(run, SPEED)),
-        page.section(MORE, _charts(run, MORE)),
+        page.section("Alerts", [alerts_card(alerts)] if alerts else []),
+        *(page.section(section, _charts(run, section)) for section in SECTIONS),
         page.section("Evaluation", evaluation_cards(run.evaluation)),
         page.section("Generated text", [_samples(run)]),
         page.section(
@@ -133,7 +125,15 @@ def _charts(run: RunFiles, section: str) -> list[str]:
             baseline = _baseline(run) if VALIDATION in panel.metrics else None
             name, bits = baseline or ("", None)
             cards.append(panel_card(panel, run.records, line_at=bits, line_label=name))
-    return cards
+    return [*cards, _expert_load(run)] if section == EXPERTS else cards
+
+
+def alerts_card(alerts: Sequence[Alert]) -> str:
+    """Return the newest alerts of a run as a table."""
+    rows = [(f"step {a.step:,}", a.kind, a.message) for a in alerts[-MAX_ALERTS:]]
+    more = f"{len(alerts) - MAX_ALERTS} earlier ones are in logs/events.log. "
+    note = f"{more if len(alerts) > MAX_ALERTS else ''}Levels and pauses: the settings alerts.*."
+    return page.card("What was out of the ordinary", page.table(rows), note=note, wide=True)
 
 
 def _baseline(run: RunFiles) -> tuple[str, float] | None:
