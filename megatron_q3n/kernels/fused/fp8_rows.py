@@ -85,7 +85,8 @@ def _swiglu_backward_kernel(
     tl.store(dweight_ptr + r, tl.sum(dout * silu * up, axis=1), mask=r < rows)
     d = dout * weight
     dgate, dup = d * up * sigmoid * (1 + gate - silu), d * silu
-    element, narrow = dgate_up_ptr.dtype.element_ty, quantised_ptr.dtype.element_ty
+    element = dgate_up_ptr.dtype.element_ty
+    narrow = quantised_ptr.dtype.element_ty
     tl.store(dgate_up_ptr + place, dgate.to(element), mask=mask)
     tl.store(dgate_up_ptr + place + WIDTH, dup.to(element), mask=mask)
     scale = tl.maximum(_scale_of(dgate, 1), _scale_of(dup, 1))
