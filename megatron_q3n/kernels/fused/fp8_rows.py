@@ -96,35 +96,23 @@ def _swiglu_backward_kernel(
 
 
 @triton.jit
-def _row_amax_kernel(
-    w_ptr, amax_ptr, N, K, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, COLUMNS: tl.constexpr
+def _amax_kernel(
+    w_ptr, row_amax_ptr, column_amax_ptr, N, K, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr
 ):
-    """Largest magnitude of each row of [N,K], or of each column; one program walks the other direction."""
-    expert = tl.program_id(1).to(tl.int64)
-    base = w_ptr + expert * N * K
-    if COLUMNS:
-        i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-        largest = tl.zeros((BLOCK_I,), tl.float32)
-        for start in range(0, N, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            mask = (n < N)[:, None] & (i < K)[None, :]
-            w = tl.load(base + n[:, None] * K + i[None, :], mask=mask, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(w), axis=0))
-        tl.store(amax_ptr + expert * K + i, tl.maximum(largest, _SMALLEST) / _LARGEST, mask=i < K)
-    else:
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        largest = tl.zeros((BLOCK_N,), tl.float32)
-        for start in range(0, K, BLOCK_I):
-            i = start + tl.arange(0, BLOCK_I)
-            mask = (n < N)[:, None] & (i < K)[None, :]
-            w = tl.load(base + n[:, None] * K + i[None, :], mask=mask, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(w), axis=1))
-        tl.store(amax_ptr + expert * N + n, tl.maximum(largest, _SMALLEST) / _LARGEST, mask=n < N)
+    """Raise the largest magnitudes of each row and each column of [N,K] by a tile's; both are zero to begin with."""
+    expert = tl.program_id(2).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    mask = (n < N)[:, None] & (i < K)[None, :]
+    place = expert * N * K + n[:, None] * K + i[None, :]
+    w = tl.abs(tl.load(w_ptr + place, mask=mask, other=0.0).to(tl.float32))
+    tl.atomic_max(row_amax_ptr + expert * N + n, tl.max(w, axis=1), mask=n < N, sem="relaxed")
+    tl.atomic_max(column_amax_ptr + expert * K + i, tl.max(w, axis=0), mask=i < K, sem="relaxed")
 
 
 @triton.jit
 def _both_ways_kernel(
-    w_ptr, row_scale_ptr, column_scale_ptr, rows_ptr, columns_ptr, N, K,
+    w_ptr, row_amax_ptr, column_amax_ptr, rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr, N, K,
     BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Write [N,K] by its rows' scales, and its transpose [K,N] by its columns'."""
@@ -135,12 +123,18 @@ def _both_ways_kernel(
     place = expert * N * K + n[:, None] * K + i[None, :]
     w = tl.load(w_ptr + place, mask=mask, other=0.0).to(tl.float32)
     narrow = rows_ptr.dtype.element_ty
-    row_scale = tl.load(row_scale_ptr + expert * N + n, mask=n < N, other=1.0)
+    row_amax = tl.load(row_amax_ptr + expert * N + n, mask=n < N, other=1.0)
+    row_scale = tl.maximum(row_amax, _SMALLEST) / _LARGEST
     tl.store(rows_ptr + place, (w / row_scale[:, None]).to(narrow), mask=mask)
-    column_scale = tl.load(column_scale_ptr + expert * K + i, mask=i < K, other=1.0)
+    column_amax = tl.load(column_amax_ptr + expert * K + i, mask=i < K, other=1.0)
+    column_scale = tl.maximum(column_amax, _SMALLEST) / _LARGEST
     turned = tl.trans((w / column_scale[None, :]).to(narrow))
     place = expert * N * K + i[:, None] * N + n[None, :]
     tl.store(columns_ptr + place, turned, mask=(i < K)[:, None] & (n < N)[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(row_scale_ptr + expert * N + n, row_scale, mask=n < N)
+    if tl.program_id(0) == 0:
+        tl.store(column_scale_ptr + expert * K + i, column_scale, mask=i < K)
 
 
 def scatter_quantised(x_TH: Tensor, row_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,18 +180,17 @@ def quantise_both_ways(weight_ENK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     Returns: [E,N,K] in e4m3 with a scale per output [E,N], and the transpose [E,K,N] with a scale per input [E,K].
     """
     experts, outputs, inputs = weight_ENK.shape
-    row_scale = weight_ENK.new_empty(experts, outputs, dtype=torch.float32)
-    column_scale = weight_ENK.new_empty(experts, inputs, dtype=torch.float32)
-    _row_amax_kernel[(triton.cdiv(outputs, 16), experts)](
-        weight_ENK, row_scale, outputs, inputs, BLOCK_N=16, BLOCK_I=256, COLUMNS=False
-    )
-    _row_amax_kernel[(triton.cdiv(inputs, 128), experts)](
-        weight_ENK, column_scale, outputs, inputs, BLOCK_N=32, BLOCK_I=128, COLUMNS=True
-    )
+    row_amax = weight_ENK.new_zeros(experts, outputs, dtype=torch.float32)
+    column_amax = weight_ENK.new_zeros(experts, inputs, dtype=torch.float32)
+    _amax_kernel[(triton.cdiv(outputs, 64), triton.cdiv(inputs, 256), experts)](
+        weight_ENK, row_amax, column_amax, outputs, inputs, BLOCK_N=64, BLOCK_I=256, num_warps=8
+    )  # fmt: skip
+    row_scale, column_scale = torch.empty_like(row_amax), torch.empty_like(column_amax)
     by_rows = torch.empty_like(weight_ENK, dtype=E4M3)
     by_columns = weight_ENK.new_empty(experts, inputs, outputs, dtype=E4M3)
     _both_ways_kernel[(triton.cdiv(outputs, 64), triton.cdiv(inputs, 64), experts)](
-        weight_ENK, row_scale, column_scale, by_rows, by_columns, outputs, inputs, BLOCK_N=64, BLOCK_I=64
+        weight_ENK, row_amax, column_amax, by_rows, by_columns, row_scale, column_scale, outputs, inputs,
+        BLOCK_N=64, BLOCK_I=64,
     )  # fmt: skip
     return by_rows, row_scale, by_columns, column_scale
 
