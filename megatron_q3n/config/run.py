@@ -62,6 +62,11 @@ class SampleConfig(Section):
     prompts: list[str] = Field(default_factory=lambda: ["def ", "class ", "import "])
 
 
+# cuDNN 9.19's attention backward, captured at 255 tokens, copies from a host buffer that it frees at once: replays
+# compute with garbage. 256, 384 and more are clean (H200); training/step_graph.py looks at every graph all the same.
+GRAPH_SEQUENCE_MULTIPLE = 128
+
+
 class RunConfig(Section):
     """Everything a run needs to know. `config.yaml` in the run directory is exactly this, resolved."""
 
@@ -220,6 +225,11 @@ class RunConfig(Section):
             return "data.mask_document_boundaries=true gives every batch other shapes"
         if self.training.recompute_granularity is not None:
             return "recompute saves and restores random states on the host"
+        if self.training.sequence_length % GRAPH_SEQUENCE_MULTIPLE:
+            return (
+                f"training.sequence_length={self.training.sequence_length} is not a multiple of "
+                f"{GRAPH_SEQUENCE_MULTIPLE}, and there cuDNN's attention copies from the host"
+            )
         return None
 
     def _check_graph(self) -> None:

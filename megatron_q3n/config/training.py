@@ -98,10 +98,9 @@ class TrainingConfig(Section):
     threads: int | None = Field(
         None, gt=0, description="CPU threads per process; null: 1, usually fastest"
     )
-    cuda_graph: bool = Field(
-        False,
-        description="replay a step's forward and backward passes as one CUDA graph; off by default, since a small "
-        "model's replay once read memory it should not (tools/benchmark/LOG.md)",
+    cuda_graph: bool | None = Field(
+        None,
+        description="replay a step's forward and backward passes as one CUDA graph; null: wherever that is possible",
     )
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_modules: list[

@@ -108,12 +108,7 @@ def _cuda(config: RunConfig) -> Device:
                 f"precision.fp8_recipe=mxfp8 needs a Blackwell GPU (compute capability 10), found {name} "
                 f"({major}.{minor}); use tensorwise or blockwise."
             )
-    use_te = has_te and wanted != "torch"
-    reason = (
-        "installed"
-        if use_te
-        else ("model.backend=torch" if has_te else "TransformerEngine is not installed")
-    )
+    use_te, reason = _te_serves(config, has_te)
     return Device(
         torch_device=device,
         communication="nccl",
@@ -124,6 +119,17 @@ def _cuda(config: RunConfig) -> Device:
             "model": f"{'transformer_engine' if use_te else 'torch'}: {reason}",
         },
     )
+
+
+def _te_serves(config: RunConfig, has_te: bool) -> tuple[bool, str]:
+    wanted = config.model.backend
+    if wanted == "torch":
+        return False, "model.backend=torch"
+    if not has_te:
+        return False, "TransformerEngine is not installed"
+    if wanted == "auto" and config.precision.compute == "fp32":
+        return False, "TransformerEngine multiplies fp32 matrices in TF32"
+    return True, "installed"
 
 
 def _cpu(config: RunConfig) -> Device:

@@ -1,10 +1,9 @@
 """All of the experts in FP8: tokens in, the sum of their experts' outputs out, one launch per product.
 
-Forward and input-gradient products run in e4m3 with one scale per row and per output
+Forward and input-gradient products run in e4m3 with one scale per row and per expert
 (`torch._scaled_grouped_mm`), 1.3 to 1.7 times as fast as bf16 on an H200; activations and gradients are quantised
 in the kernels that make them, weights once per step. Weight gradients stay in bf16 and add up in
-fp32: they read tokens and gradients where they lie, so no sorted copy of tokens in bf16 is
-made or kept. The four products were timed; the whole has not yet run on a GPU.
+fp32. What was tried, and what the whole gains, is in tools/benchmark/LOG.md.
 
 Where experts are spread over processes the rows arrive sorted already; then each is its own token.
 
@@ -54,11 +53,11 @@ class _Fp8Experts(torch.autograd.Function):
 
         trains = any(ctx.needs_input_grad)
         row = _each_its_own(x) if routes is None else routes.row_TK
-        narrow, scale = fp8_rows.scatter_quantised(x, row)
+        narrow, scale, rows = fp8_rows.scatter_quantised(x, row, copy=trains and routes is not None)
         gate_up = _product(narrow, scale, *_quantised(fc1, trains)[:2], ends)
         hidden, narrow, scale = fp8_rows.swiglu_quantised(gate_up, gates)
         out = _product(narrow, scale, *_quantised(fc2, trains)[:2], ends)
-        ctx.save_for_backward(x, gates, ends, row, gate_up, hidden)
+        ctx.save_for_backward(x if rows is None else rows, gates, ends, row, gate_up, hidden)
         ctx.weights, ctx.routes = (fc1, fc2), routes
         return out if routes is None else permutation.gather_rows(out, row)
 
@@ -69,14 +68,14 @@ class _Fp8Experts(torch.autograd.Function):
         x, gates, ends, row, gate_up, hidden = ctx.saved_tensors
         fc1, fc2 = ctx.weights
         dout = dout.contiguous()
-        narrow, scale = fp8_rows.scatter_quantised(dout, row)
+        narrow, scale, rows = fp8_rows.scatter_quantised(dout, row, copy=ctx.routes is not None)
         dhidden = _product(narrow, scale, *_quantised(fc2, True)[2:], ends)
-        dfc2 = _weight_gradient(fc2, dout, hidden, ends, ctx.routes, gathers_x=False)
+        dfc2 = _weight_gradient(fc2, dout if rows is None else rows, hidden, ends)
         dgate_up, narrow, scale, dgates = fp8_rows.swiglu_backward_quantised(
             gate_up, gates, dhidden
         )
         dx = _product(narrow, scale, *_quantised(fc1, True)[2:], ends)
-        dfc1 = _weight_gradient(fc1, dgate_up, x, ends, ctx.routes, gathers_x=True)
+        dfc1 = _weight_gradient(fc1, dgate_up, x, ends)
         if ctx.routes is not None:
             dx = permutation.gather_rows(dx, row)
         return dx, dgates, dfc1, dfc2, None, None
@@ -103,19 +102,12 @@ def _quantised(weight: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tens
     return held
 
 
-def _weight_gradient(
-    weight: Tensor, dy: Tensor, x: Tensor, ends: Tensor, routes: Routes | None, *, gathers_x: bool
-) -> Tensor:
+def _weight_gradient(weight: Tensor, dy_RN: Tensor, x_RK: Tensor, ends: Tensor) -> Tensor:
     from megatron_q3n.kernels.fused import grouped_weight_gradient as fused  # late: Triton
     from megatron_q3n.kernels.grouped_linear import main_gradient
 
     target = main_gradient(weight)
-    if routes is None:
-        fused.grouped_weight_gradient(dy, x, ends, target.tensor, target.accumulate)
-    else:
-        fused.gathered_weight_gradient(
-            dy, x, routes.token_R, ends, target.tensor, gathers_x=gathers_x, accumulate=target.accumulate
-        )  # fmt: skip
+    fused.grouped_weight_gradient(dy_RN, x_RK, ends, target.tensor, target.accumulate)
     return target.for_autograd
 
 

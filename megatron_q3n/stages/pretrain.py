@@ -25,6 +25,7 @@ from megatron_q3n.metrics.report import write_report
 from megatron_q3n.model.build import compute_dtype
 from megatron_q3n.stages import run_directory
 from megatron_q3n.stages.samples import sample_texts, share_of_python_lines
+from megatron_q3n.training import step_graph
 from megatron_q3n.training.fit import FitResult, Pace, fit
 from megatron_q3n.training.guard import UpdateGuard
 from megatron_q3n.training.optimizer import decay_table
@@ -52,6 +53,8 @@ def run(
     if group.is_leader:
         run_directory.open_directory(run_dir, config)
     kernels = qualify(config, device.torch_device, compute_dtype(config))
+    if device.is_cuda:
+        kernels["step as one CUDA graph"] = step_graph.verdict(config)
     if group.is_leader:
         run_directory.record_environment(run_dir, device, kernels)
     state = build_state(config, device, group)

@@ -92,7 +92,8 @@ def connect(
     """Put a state together from its parts (benchmarks of forward and backward passes bring no optimizer)."""
     loss_scale = torch.ones(1, device=torch.cuda.current_device())
     chunks[0].module.config.grad_scale_func = lambda loss: loss * loss_scale
-    graph = StepGraph(chunks) if uses_graph(config, device.is_cuda) else None
+    required = config.training.cuda_graph is True
+    graph = StepGraph(chunks, required=required) if uses_graph(config, device.is_cuda) else None
     return TrainState(config, device, parallel, chunks, optimizer, schedule, loss_scale, graph)
 
 

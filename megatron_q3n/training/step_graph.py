@@ -4,18 +4,21 @@ One period of a micro-batch is nearly 600 kernels (counted at 4,096 tokens), whi
 slowly than a Hopper GPU finishes them. Captured once and replayed, they are one launch (gaps of 0.1 ms a
 period there).
 
-Off by default: a small model's replay ended in an illegal access whose cause is not known.
-
 What makes it possible: nothing between the batch and the gradients waits for the GPU or has a shape
 that depends on data. Experts are reached without host counts (model/dispatch.py), rows that go to
 them are always tokens × top-k, and every number that changes per step (batch, loss scale, expert
 loads) lies where it lay when the graph was captured. Collectives are not captured: a layout that
 needs some inside its passes does without a graph, and gradients are reduced after the replay.
 
+A library may break this unseen: what it copies from the host while its kernels are captured is read
+again at every replay, from memory that is long somebody else's. So every captured graph is searched for
+nodes that touch the host before it is used.
+
 Reference: PyTorch, "CUDA semantics", whole-network capture.
 """
 
 import gc
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -31,26 +34,42 @@ _WARMUP_STEPS = 2  # kernels compile and libraries allocate; neither may happen 
 
 
 def uses_graph(config: RunConfig, is_cuda: bool) -> bool:
-    """Whether a run's steps become graphs: where training.cuda_graph asks for it.
+    """Whether a run's steps become graphs: where training.cuda_graph asks for it, or leaves it open and nothing stands
+    against it.
 
-    Raises: UserError if the kernels here cannot.
+    Raises: UserError if it asks and the kernels here cannot.
     """
-    if not (is_cuda and config.training.cuda_graph):
+    if not is_cuda:
         return False
+    obstacle = _obstacle(config)
+    if config.training.cuda_graph and obstacle:
+        raise UserError(f"training.cuda_graph=true: {obstacle}. Set training.cuda_graph=null.")
+    return config.training.cuda_graph is not False and obstacle is None
+
+
+def verdict(config: RunConfig) -> str:
+    """Say whether steps are graphs, and why not; for environment.json."""
+    if config.training.cuda_graph is False:
+        return "no: training.cuda_graph=false"
+    obstacle = _obstacle(config)
+    return f"no: {obstacle}" if obstacle else "yes, from the third step on"
+
+
+def _obstacle(config: RunConfig) -> str | None:
     lacking = choices.lacking(MUST_BE_FUSED)
     if lacking:
-        raise UserError(
-            f"training.cuda_graph=true: here {lacking[0]} runs as its torch reference, which waits for the "
-            "GPU; environment.json says why. Set training.cuda_graph=false."
-        )
-    return True
+        return f"{lacking[0]} runs as its torch reference here, which waits for the GPU (environment.json says why)"
+    return config.graph_obstacle()
 
 
 class StepGraph:
     """Captures the third step's passes, and replays them from then on."""
 
-    def __init__(self, chunks: list[Any]) -> None:
+    def __init__(self, chunks: list[Any], *, required: bool) -> None:
+        """Take the model; `required`: a graph that cannot be had is an error, not a reason to go on without."""
         assert len(chunks) == 1
+        self._required = required
+        self._given_up = False
         self._hooks = chunks[0].module.config
         self._parameters = list(chunks[0].parameters())
         self._overwritten: list[torch.Tensor] = []
@@ -67,12 +86,16 @@ class StepGraph:
 
         Returns: the reports of `run_schedule`; they are overwritten by the next call.
         """
-        if self._eager_steps < _WARMUP_STEPS:
+        if self._given_up or self._eager_steps < _WARMUP_STEPS:
             self._eager_steps += 1
             return run_schedule(batches)
         if self._graph is None:
-            self._capture(batches, run_schedule)
-        assert self._graph is not None
+            graph = self._capture(batches, run_schedule)
+            touching = _nodes_that_touch_the_host(graph)
+            if touching:
+                self._give_up(touching)
+                return run_schedule(batches)
+            self._graph = graph
         for static, batch in zip(self._batches, batches, strict=True):
             _copy(batch, static)
         self._graph.replay()
@@ -85,13 +108,13 @@ class StepGraph:
 
     def _capture(
         self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]
-    ) -> None:
+    ) -> torch.cuda.CUDAGraph:
         device = torch.cuda.current_device()
         self._batches = [_own_copy(batch, device) for batch in batches]
         torch.cuda.synchronize()
         gc.collect()
         torch.cuda.empty_cache()  # the graph has a pool of its own; the warm-up's memory becomes free for it
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)  # to look at its nodes
         stale = [p for p in self._parameters if grouped_linear.is_stale(p)]
         finalize = self._hooks.finalize_model_grads_func
         self._hooks.finalize_model_grads_func = self._remember
@@ -101,13 +124,59 @@ class StepGraph:
         try:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._reports = run_schedule(self._batches)
+        except RuntimeError as error:
+            raise UserError(
+                f"a step's passes could not be captured as a CUDA graph ({str(error).splitlines()[0]}). Set "
+                "training.cuda_graph=false, and tell the project's developers."
+            ) from error
         finally:
             self._hooks.finalize_model_grads_func = finalize
-        self._graph = graph
         self._overwritten = [p for p in stale if not grouped_linear.is_stale(p)]
+        return graph
+
+    def _give_up(self, touching: list[str]) -> None:
+        what = f"a captured step holds {len(touching)} nodes that touch the host ({', '.join(sorted(set(touching)))})"
+        if self._required:
+            raise UserError(
+                f"training.cuda_graph=true: {what}, so its replays would compute with garbage. Set "
+                "training.cuda_graph=null; tools/benchmark/LOG.md tells of the one known case."
+            )
+        warnings.warn(f"steps run without a CUDA graph: {what}", stacklevel=2)
+        self._given_up = True
+        self._batches, self._reports = [], []
+        grouped_linear.mark_stale(self._overwritten)  # nothing ran
+        self._overwritten = []
 
     def _remember(self, *positional: Any, **named: Any) -> None:
         self._to_finalize = (positional, named)
+
+
+def _nodes_that_touch_the_host(graph: torch.cuda.CUDAGraph) -> list[str]:
+    """Return the kinds of a captured graph's nodes that call the host or copy from or to it."""
+    from cuda.bindings import runtime  # late: comes with torch's CUDA builds only
+
+    handle = runtime.cudaGraph_t(graph.raw_cuda_graph())
+    _, count = _checked(runtime.cudaGraphGetNodes(handle))
+    nodes, _ = _checked(runtime.cudaGraphGetNodes(handle, count))
+    kinds = runtime.cudaGraphNodeType
+    touching = []
+    for node in nodes:
+        (kind,) = _checked(runtime.cudaGraphNodeGetType(node))
+        if kind == kinds.cudaGraphNodeTypeHost:
+            touching.append("host call")
+        elif kind == kinds.cudaGraphNodeTypeMemcpy:
+            (copy,) = _checked(runtime.cudaGraphMemcpyNodeGetParams(node))
+            if copy.kind != runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice:
+                touching.append("copy " + copy.kind.name.removeprefix("cudaMemcpy"))
+    return touching
+
+
+def _checked(answer: Any) -> Any:
+    """Return what a call of the CUDA runtime answered beside its status."""
+    status, *results = answer
+    if status.value:
+        raise RuntimeError(f"looking at a captured CUDA graph: {status.name}")
+    return results
 
 
 def _own_copy(batch: Batch, device: Any) -> Batch:

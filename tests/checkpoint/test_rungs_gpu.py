@@ -34,6 +34,9 @@ from tests.checkpoint.tiny_state import fingerprint
 
 ROOT = Path(__file__).parent.parent.parent
 OTHER_FORMAT = 1e-2  # relative, of a loss, between fp32 and bf16
+# of the losses after the first: at this learning rate the formats part (2 % seen at the fourth step), and a lost
+# moment shows as 10 %
+LATER_IN_OTHER_FORMAT = 3e-2
 OTHER_DEVICE = 1e-4  # between a CPU's fp32 and a GPU's
 
 
@@ -68,6 +71,15 @@ def assert_arrives(backend: Backend, source: Path, folder: Path) -> Any:
     assert before.keys() == after.keys()
     assert [name for name in before if not before[name].equal(after[name])] == []
     return state
+
+
+def assert_goes_on(
+    losses: list[float], wanted: list[float], tolerance: float, what: str = ""
+) -> None:
+    """Compare the losses after a load; the first has only seen the weights, the others the moments too."""
+    later = LATER_IN_OTHER_FORMAT if tolerance == OTHER_FORMAT else tolerance
+    assert losses[0] == pytest.approx(wanted[0], rel=tolerance), what
+    assert losses[1:] == pytest.approx(wanted[1:], rel=later), what
 
 
 def run_cpu_ranks(folder: Path, task: str) -> dict[str, list[float]]:
@@ -144,10 +156,10 @@ def test_another_backend_goes_on(
     state, path = trained(source, tmp_path)
     wanted = train(state, STEPS_AFTER)
     loaded = assert_arrives(target, path, tmp_path)
-    assert train(loaded, STEPS_AFTER) == pytest.approx(wanted, rel=OTHER_FORMAT)
+    assert_goes_on(train(loaded, STEPS_AFTER), wanted, OTHER_FORMAT)
     without_moments = target.state()
     checkpoint.load(without_moments, path, resume=True, with_optimizer=False)
-    assert train(without_moments, STEPS_AFTER) != pytest.approx(wanted, rel=OTHER_FORMAT)
+    assert train(without_moments, STEPS_AFTER) != pytest.approx(wanted, rel=LATER_IN_OTHER_FORMAT)
 
 
 # on a CPU every pair of layouts is checked by tools/check_layout.py --reshard
@@ -169,7 +181,7 @@ def test_goes_on_from_cpu_processes(
     folder, losses = saved_by_cpus
     state = assert_arrives(backend, checkpoint.find(folder / layout), tmp_path)
     tolerance = OTHER_DEVICE if backend.compute == "fp32" else OTHER_FORMAT
-    assert train(state, STEPS_AFTER) == pytest.approx(losses[layout], rel=tolerance)
+    assert_goes_on(train(state, STEPS_AFTER), losses[layout], tolerance)
 
 
 @between_devices
@@ -178,7 +190,7 @@ def test_cpu_processes_go_on(backend: Backend, tmp_path: Path) -> None:
     wanted = train(state, STEPS_AFTER)
     tolerance = OTHER_DEVICE if backend.compute == "fp32" else OTHER_FORMAT
     for layout, losses in run_cpu_ranks(tmp_path, "resume").items():
-        assert losses == pytest.approx(wanted, rel=tolerance), layout
+        assert_goes_on(losses, wanted, tolerance, layout)
 
 
 def test_saving_behind_the_training_writes_the_same_bytes(

@@ -4,10 +4,12 @@ Speed is not covered here (tools/bench_generate.py). In bf16 two ways of computi
 round a near tie apart, so there only the logits are compared.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_q3n.config import validate
 from tests.inference.test_decode import decoded
@@ -30,24 +32,45 @@ def qualified(compute: str) -> dict[str, str]:
     data = {"source": "blend", "train": [{"path": "unused"}]}
     tree = {"model": {**TINY, **MODEL}, "data": data, "precision": {"compute": compute}}
     config = validate(tree)
-    return qualify(config, torch.device("cuda"), compute_dtype(config))
+    return qualify(config, torch.device("cuda", 0), compute_dtype(config))
 
 
-@pytest.mark.parametrize(("compute", "tolerance"), [("fp32", 1e-4), ("bf16", 3e-2)])
-def test_decoding_equals_the_whole_forward_pass(alone: Any, compute: str, tolerance: float) -> None:
-    """Unequal lengths, packed prompts in two chunks, then token by token. Relative error of all logits."""
-    verdicts = qualified(compute)
-    print(verdicts)
-    if compute == "bf16":
-        assert verdicts["gated delta net, few tokens"].startswith("fused")
-    model = tiny_model(alone, compute=compute, **MODEL)
-    prompts = random_prompts([300, 170, 201], 64)
-    cuts = [[100, 236, *range(237, 301)], [5, 106, *range(107, 171)], [64, 137, *range(138, 202)]]
-    for prompt, ours in zip(prompts, decoded(model, prompts, cuts)):
-        wanted = full_logits(model, prompt)
-        error = ((ours - wanted).norm() / wanted.norm()).item()
-        print(compute, error, (ours.argmax(-1) == wanted.argmax(-1)).float().mean().item())
-        assert error < tolerance
+PROMPTS = [300, 170, 201]  # in two chunks, packed, then token by token
+CUTS = [[100, 236, *range(237, 301)], [5, 106, *range(107, 171)], [64, 137, *range(138, 202)]]
+
+
+def relative_error(ours: list[Tensor], wanted: list[Tensor]) -> list[float]:
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(ours, wanted, strict=True)]
+
+
+def in_fp32(alone: Any) -> Any:
+    """Build the model on plain torch: TransformerEngine's fp32 products are TF32."""
+    device, parallel = alone
+    return tiny_model((replace(device, model_backend="torch"), parallel), **MODEL)
+
+
+def test_decoding_in_fp32_equals_the_whole_forward_pass(alone: Any) -> None:
+    qualified("fp32")
+    model, prompts = in_fp32(alone), random_prompts(PROMPTS, 64)
+    wanted = [full_logits(model, prompt) for prompt in prompts]
+    errors = relative_error(decoded(model, prompts, CUTS), wanted)
+    print(errors)
+    assert max(errors) < 1e-4
+
+
+def test_decoding_in_bf16_is_as_near_the_truth_as_the_whole_forward_pass(alone: Any) -> None:
+    """Weights far from their init: rounding moves tokens to other experts, so bf16 differs from fp32 by much."""
+    prompts = random_prompts(PROMPTS, 64)
+    qualified("fp32")
+    model = in_fp32(alone)
+    truth = [full_logits(model, prompt) for prompt in prompts]
+    verdicts = qualified("bf16")
+    assert verdicts["gated delta net, few tokens"].startswith("fused")
+    model = tiny_model(alone, compute="bf16", **MODEL)
+    whole = relative_error([full_logits(model, prompt) for prompt in prompts], truth)
+    errors = relative_error(decoded(model, prompts, CUTS), truth)
+    print(errors, whole)
+    assert max(errors) < 2 * max(whole)
 
 
 @pytest.mark.parametrize("depth", [1, 3])

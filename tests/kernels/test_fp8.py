@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_q3n.kernels.permutation import Routes
 
 # e4m3 has three fraction bits: relative errors spread evenly up to 2⁻⁴ when rounded
-ROUNDED, CUT = 0.03, 0.06
+ROUNDED, CUT = 0.03, 0.075
 
 
 def normal(seed: int, *shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -19,9 +19,13 @@ def normal(seed: int, *shape: int, device: str, dtype: torch.dtype = torch.float
 
 
 def assert_keeps(narrow: Tensor, scale: Tensor, exact: Tensor) -> None:
-    error = (narrow.float() * scale[..., None] - exact).norm() / exact.norm()
+    error = (
+        narrow.float() * (scale[..., None] if scale.dim() else scale) - exact
+    ).norm() / exact.norm()
     assert error < (ROUNDED if narrow.is_cuda else CUT)
-    assert narrow.float().abs().amax(-1).gt(400).all(), "a row does not use the format's range"
+    assert narrow.float().abs().amax(-1).gt(400).all(), (
+        "a row (or matrix) does not use the format's range"
+    )
 
 
 def routed(device: str, tokens: int, experts: int, topk: int) -> tuple[Routes, Tensor]:
@@ -39,8 +43,10 @@ def test_rows_are_quantised_where_they_are_made(triton_device: str) -> None:
 
     routes, gates = routed(triton_device, 37, 6, 2)
     x = normal(2, 37, 48, device=triton_device)
-    narrow, scale = fp8_rows.scatter_quantised(x, routes.row_TK.int())
+    narrow, scale, rows = fp8_rows.scatter_quantised(x, routes.row_TK.int(), copy=True)
     assert_keeps(narrow, scale, x[routes.token_R])
+    assert rows is not None
+    assert rows.equal(x[routes.token_R])
     gate_up = normal(3, 74, 48, device=triton_device).requires_grad_()
     exact = weighted_swiglu(gate_up, gates, fused=False)
     out, narrow, scale = fp8_rows.swiglu_quantised(gate_up.detach(), gates)
@@ -59,38 +65,13 @@ def test_weights_are_quantised_both_ways(triton_device: str) -> None:
     from megatron_q3n.kernels.fused import fp8_rows
 
     weight = normal(1, 3, 72, 40, device=triton_device)
-    by_rows, row_scale, by_columns, column_scale = fp8_rows.quantise_both_ways(weight)
-    assert_keeps(by_rows, row_scale, weight)
-    assert_keeps(by_columns, column_scale, weight.transpose(1, 2))
-
-
-@pytest.mark.parametrize("accumulate", [True, False])
-@pytest.mark.parametrize("gathers_x", [True, False])
-def test_weight_gradient_reads_rows_where_they_lie(
-    gathers_x: bool, accumulate: bool, triton_device: str
-) -> None:
-    from megatron_q3n.kernels.fused.grouped_weight_gradient import gathered_weight_gradient
-
-    routes, _ = routed(triton_device, 75, 5, 2)
-    lying, sorted_rows = (
-        normal(2, 75, 40, device=triton_device),
-        normal(3, 150, 72, device=triton_device),
-    )
-    dy, x = (sorted_rows, lying) if gathers_x else (lying, sorted_rows)
-    out = normal(4, 5, dy.shape[1], x.shape[1], device=triton_device)
-    want = out.double() if accumulate else torch.zeros_like(out, dtype=torch.float64)
-    there = lying[routes.token_R].double()
-    start = 0
-    for expert, count in enumerate(routes.rows_per_expert_E.tolist()):
-        rows = slice(start, start + count)
-        left, right = (sorted_rows.double(), there) if gathers_x else (there, sorted_rows.double())
-        want[expert] += left[rows].T @ right[rows]
-        start += count
-    ends = routes.rows_per_expert_E.cumsum(0).to(torch.int32)
-    gathered_weight_gradient(
-        dy, x, routes.token_R.int(), ends, out, gathers_x=gathers_x, accumulate=accumulate
-    )
-    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=2e-4)
+    weight *= torch.tensor([1e-3, 1.0, 50.0], device=triton_device)[:, None, None]
+    straight, by_output, turned, by_input = fp8_rows.quantise_both_ways(weight)
+    assert (by_output.shape, by_input.shape) == ((3, 72), (3, 40))
+    for expert in range(3):
+        wanted = weight[expert].flatten()
+        assert_keeps(straight[expert].flatten(), by_output[expert, 0], wanted)
+        assert_keeps(turned[expert].T.flatten(), by_input[expert, 0], wanted)
 
 
 @pytest.mark.gpu

@@ -17,6 +17,24 @@ def test_says_what_keeps_a_step_from_being_a_graph() -> None:
     training = {**TINY["training"], "micro_batch_size": 1, "cuda_graph": True}
     with pytest.raises(UserError, match="gives every batch other shapes"):
         validate({**TINY, "data": packed, "training": training})
+    training = {**TINY["training"], "sequence_length": 255, "cuda_graph": True}
+    with pytest.raises(UserError, match="sequence_length=255 is not a multiple of 128"):
+        validate({**TINY, "training": training})
+
+
+@pytest.mark.gpu
+def test_a_graph_that_copies_from_the_host_is_found() -> None:
+    from megatron_q3n.training.step_graph import _nodes_that_touch_the_host
+
+    x = torch.zeros(64, device="cuda")
+    pinned = torch.ones(64).pin_memory()
+    for from_host in (False, True):
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(graph):
+            y = x + 1
+            x.copy_(pinned if from_host else y, non_blocking=True)
+        found = _nodes_that_touch_the_host(graph)
+        assert found == (["copy HostToDevice"] if from_host else [])
 
 
 @pytest.mark.gpu
@@ -32,7 +50,9 @@ def test_trains_as_without_a_graph(fp8: str | None, alone: Any) -> None:
     losses, norms = [], []
     for graph in (False, True):
         # wide enough for FP8, and three micro-batches, of which the first overwrites and the others add
-        settings = {"micro_batch_size": 4, "global_batch_size": 12, "cuda_graph": graph}
+        settings = {
+            "micro_batch_size": 4, "global_batch_size": 12, "sequence_length": 128, "cuda_graph": graph,
+        }  # fmt: skip
         config = validate(
             {
                 **TINY,
@@ -51,8 +71,8 @@ def test_trains_as_without_a_graph(fp8: str | None, alone: Any) -> None:
             generator = torch.Generator().manual_seed(step)
             batches = []
             for _ in range(3):
-                walks = torch.randint(1, 4, (4, 33), generator=generator).cumsum(1) % 64
-                mask = (torch.rand(4, 32, generator=generator) > 0.3).float()
+                walks = torch.randint(1, 4, (4, 129), generator=generator).cumsum(1) % 64
+                mask = (torch.rand(4, 128, generator=generator) > 0.3).float()
                 batches.append(
                     batch_of_rows(walks[:, :-1].contiguous(), walks[:, 1:].contiguous(), mask)
                 )

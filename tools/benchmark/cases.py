@@ -107,10 +107,15 @@ def config_of(setting: Setting, case: Case, contestant: Contestant, periods: int
     Raises: UserError for what does not fit together.
     """
     arguments = ["--config-name", setting.recipe]
-    pattern = configure([*arguments, "parallel=single", *setting.overrides]).model.mixer_pattern
+    alone = [
+        "parallel=single",
+        "training.recompute_granularity=null",
+        "training.recompute_modules=[]",
+    ]
+    pattern = configure([*arguments, *alone, *setting.overrides]).model.mixer_pattern
     rows = case.tokens // case.sequence_length
     fixed = [
-        "parallel=single",
+        *alone,
         f"precision={contestant.precision}",
         f"model.num_layers={periods * len(pattern)}",
         f"model.vocab_size={setting.vocabulary}",
@@ -122,8 +127,6 @@ def config_of(setting: Setting, case: Case, contestant: Contestant, periods: int
         f"training.sequence_length={case.sequence_length}",
         f"training.micro_batch_size={rows}",
         f"training.global_batch_size={rows}",
-        "training.recompute_granularity=null",
-        "training.recompute_modules=[]",
     ]
     if case.experts:
         fixed.append(f"model.num_moe_experts={case.experts}")

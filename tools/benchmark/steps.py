@@ -33,15 +33,12 @@ def measure(
     parallel = importlib.import_module("megatron_q3n.parallel")
     training = importlib.import_module("megatron_q3n.training.state")
     step_room = importlib.import_module("megatron_q3n.training.step")
-    backend = importlib.import_module("megatron_q3n.kernels.delta_rule_backend")
+    qualification = importlib.import_module("megatron_q3n.kernels.qualification")
     build = importlib.import_module("megatron_q3n.model.build")
     phase("megatron-core and libraries")
     group = parallel.initialize(config, device)
     phase("process groups")
-    rule = backend.choose(
-        device.torch_device, build.compute_dtype(config), config.model.linear_key_head_dim,
-        config.model.linear_value_head_dim,
-    )  # fmt: skip
+    kernels = qualification.qualify(config, device.torch_device, build.compute_dtype(config))
     phase("kernels qualified")
     state = training.build_state(config, device, group)
     phase("model and optimizer built")
@@ -65,7 +62,7 @@ def measure(
         "recipe": config.recipe,
         "device": device.choices["device"],
         "model_backend": device.model_backend,
-        "delta_rule": rule,
+        "kernels": kernels,
         "tokens_per_step": config.tokens_per_step,
         "step_seconds_median": median,
         "step_seconds_min": min(seconds),

@@ -17,6 +17,7 @@ from torch import Tensor
 E4M3 = torch.float8_e4m3fn
 _LARGEST = tl.constexpr(448.0)  # of e4m3
 _SMALLEST = tl.constexpr(1e-12)  # rows of zeros get a scale too
+_AMAX_BLOCK = 16384
 
 
 @triton.jit
@@ -26,23 +27,21 @@ def _scale_of(x, axis: tl.constexpr):
 
 @triton.jit
 def _scatter_kernel(
-    x_ptr,
-    row_ptr,
-    out_ptr,
-    scale_ptr,
-    WIDTH: tl.constexpr,
-    TOPK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    x_ptr, row_ptr, out_ptr, scale_ptr, copy_ptr,
+    WIDTH: tl.constexpr, TOPK: tl.constexpr, BLOCK_H: tl.constexpr, COPIES: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
-    x = tl.load(x_ptr + t * WIDTH + h, mask=h < WIDTH, other=0.0).to(tl.float32)
+    exact = tl.load(x_ptr + t * WIDTH + h, mask=h < WIDTH, other=0.0)
+    x = exact.to(tl.float32)
     scale = _scale_of(x, 0)
     quantised = (x / scale).to(out_ptr.dtype.element_ty)
     for slot in tl.static_range(TOPK):
         row = tl.load(row_ptr + t * TOPK + slot).to(tl.int64)
         tl.store(out_ptr + row * WIDTH + h, quantised, mask=h < WIDTH)
         tl.store(scale_ptr + row, scale)
+        if COPIES:
+            tl.store(copy_ptr + row * WIDTH + h, exact, mask=h < WIDTH)
 
 
 @triton.jit
@@ -85,7 +84,8 @@ def _swiglu_backward_kernel(
     tl.store(dweight_ptr + r, tl.sum(dout * silu * up, axis=1), mask=r < rows)
     d = dout * weight
     dgate, dup = d * up * sigmoid * (1 + gate - silu), d * silu
-    element, narrow = dgate_up_ptr.dtype.element_ty, quantised_ptr.dtype.element_ty
+    element = dgate_up_ptr.dtype.element_ty
+    narrow = quantised_ptr.dtype.element_ty
     tl.store(dgate_up_ptr + place, dgate.to(element), mask=mask)
     tl.store(dgate_up_ptr + place + WIDTH, dup.to(element), mask=mask)
     scale = tl.maximum(_scale_of(dgate, 1), _scale_of(dup, 1))
@@ -95,63 +95,44 @@ def _swiglu_backward_kernel(
 
 
 @triton.jit
-def _row_amax_kernel(
-    w_ptr, amax_ptr, N, K, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Largest magnitude of each row of [N,K], or of each column; one program walks the other direction."""
+def _amax_kernel(w_ptr, amax_ptr, size, BLOCK: tl.constexpr):
+    """Raise an expert's largest magnitude by a part's; zero to begin with."""
     expert = tl.program_id(1).to(tl.int64)
-    base = w_ptr + expert * N * K
-    if COLUMNS:
-        i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-        largest = tl.zeros((BLOCK_I,), tl.float32)
-        for start in range(0, N, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            mask = (n < N)[:, None] & (i < K)[None, :]
-            w = tl.load(base + n[:, None] * K + i[None, :], mask=mask, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(w), axis=0))
-        tl.store(amax_ptr + expert * K + i, tl.maximum(largest, _SMALLEST) / _LARGEST, mask=i < K)
-    else:
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        largest = tl.zeros((BLOCK_N,), tl.float32)
-        for start in range(0, K, BLOCK_I):
-            i = start + tl.arange(0, BLOCK_I)
-            mask = (n < N)[:, None] & (i < K)[None, :]
-            w = tl.load(base + n[:, None] * K + i[None, :], mask=mask, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(w), axis=1))
-        tl.store(amax_ptr + expert * N + n, tl.maximum(largest, _SMALLEST) / _LARGEST, mask=n < N)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    w = tl.load(w_ptr + expert * size + place, mask=place < size, other=0.0).to(tl.float32)
+    tl.atomic_max(amax_ptr + expert, tl.max(tl.abs(w), axis=0), sem="relaxed")
 
 
 @triton.jit
 def _both_ways_kernel(
-    w_ptr, row_scale_ptr, column_scale_ptr, rows_ptr, columns_ptr, N, K,
-    BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
-):  # fmt: skip
-    """Write [N,K] by its rows' scales, and its transpose [K,N] by its columns'."""
+    w_ptr, scale_ptr, straight_ptr, turned_ptr, N, K, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr
+):
+    """Write [N,K] and its transpose [K,N], divided by the expert's scale."""
     expert = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask = (n < N)[:, None] & (i < K)[None, :]
     place = expert * N * K + n[:, None] * K + i[None, :]
     w = tl.load(w_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    narrow = rows_ptr.dtype.element_ty
-    row_scale = tl.load(row_scale_ptr + expert * N + n, mask=n < N, other=1.0)
-    tl.store(rows_ptr + place, (w / row_scale[:, None]).to(narrow), mask=mask)
-    column_scale = tl.load(column_scale_ptr + expert * K + i, mask=i < K, other=1.0)
-    turned = tl.trans((w / column_scale[None, :]).to(narrow))
+    narrow = (w / tl.load(scale_ptr + expert)).to(straight_ptr.dtype.element_ty)
+    tl.store(straight_ptr + place, narrow, mask=mask)
     place = expert * N * K + i[:, None] * N + n[None, :]
-    tl.store(columns_ptr + place, turned, mask=(i < K)[:, None] & (n < N)[None, :])
+    tl.store(turned_ptr + place, tl.trans(narrow), mask=(i < K)[:, None] & (n < N)[None, :])
 
 
-def scatter_quantised(x_TH: Tensor, row_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Copy each token to its rows. Returns: rows [R,H] in e4m3 and their scales [R]."""
+def scatter_quantised(
+    x_TH: Tensor, row_TK: Tensor, *, copy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Copy each token to its rows. Returns: rows [R,H] in e4m3, their scales [R], and if asked the rows as they are."""
     tokens, width = x_TH.shape
     rows = row_TK.numel()
     out, scale = x_TH.new_empty(rows, width, dtype=E4M3), x_TH.new_empty(rows, dtype=torch.float32)
+    exact = x_TH.new_empty(rows, width) if copy else None
     _scatter_kernel[(tokens,)](
-        x_TH, row_TK, out, scale, WIDTH=width, TOPK=row_TK.shape[1],
-        BLOCK_H=triton.next_power_of_2(width), num_warps=8,
+        x_TH, row_TK, out, scale, exact, WIDTH=width, TOPK=row_TK.shape[1],
+        BLOCK_H=triton.next_power_of_2(width), COPIES=copy, num_warps=8,
     )  # fmt: skip
-    return out, scale
+    return out, scale, exact
 
 
 def swiglu_quantised(gate_up_RF: Tensor, weight_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,23 +163,22 @@ def swiglu_backward_quantised(
 def quantise_both_ways(weight_ENK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantise expert weights for the forward product and for the input gradient's.
 
-    Returns: [E,N,K] in e4m3 with a scale per output [E,N], and the transpose [E,K,N] with a scale per input [E,K].
+    Returns: [E,N,K] in e4m3 with a scale per output [E,N], and the transpose [E,K,N] with a scale per input [E,K]; the
+        scales of an expert are all the same, as the product wants one for each.
     """
     experts, outputs, inputs = weight_ENK.shape
-    row_scale = weight_ENK.new_empty(experts, outputs, dtype=torch.float32)
-    column_scale = weight_ENK.new_empty(experts, inputs, dtype=torch.float32)
-    _row_amax_kernel[(triton.cdiv(outputs, 16), experts)](
-        weight_ENK, row_scale, outputs, inputs, BLOCK_N=16, BLOCK_I=256, COLUMNS=False
+    amax_E = weight_ENK.new_zeros(experts, dtype=torch.float32)
+    _amax_kernel[(triton.cdiv(outputs * inputs, _AMAX_BLOCK), experts)](
+        weight_ENK, amax_E, outputs * inputs, BLOCK=_AMAX_BLOCK, num_warps=8
     )
-    _row_amax_kernel[(triton.cdiv(inputs, 128), experts)](
-        weight_ENK, column_scale, outputs, inputs, BLOCK_N=32, BLOCK_I=128, COLUMNS=True
-    )
-    by_rows = torch.empty_like(weight_ENK, dtype=E4M3)
-    by_columns = weight_ENK.new_empty(experts, inputs, outputs, dtype=E4M3)
+    scale_E1 = (amax_E.clamp_(min=_SMALLEST.value) / _LARGEST.value)[:, None]
+    straight = torch.empty_like(weight_ENK, dtype=E4M3)
+    turned = weight_ENK.new_empty(experts, inputs, outputs, dtype=E4M3)
     _both_ways_kernel[(triton.cdiv(outputs, 64), triton.cdiv(inputs, 64), experts)](
-        weight_ENK, row_scale, column_scale, by_rows, by_columns, outputs, inputs, BLOCK_N=64, BLOCK_I=64
-    )  # fmt: skip
-    return by_rows, row_scale, by_columns, column_scale
+        weight_ENK, scale_E1, straight, turned, outputs, inputs, BLOCK_N=64, BLOCK_I=64
+    )
+    by_output, by_input = (scale_E1.expand(experts, n).contiguous() for n in (outputs, inputs))
+    return straight, by_output, turned, by_input
 
 
 def _swiglu_blocks(rows: int, width: int) -> tuple[dict[str, int], tuple[int]]:
