@@ -89,7 +89,7 @@ def test_a_run_from_conversations_to_text(tmp_path: Path, run_module: Any) -> No
     ]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     settings = [
-        "sft.train=[{path: talks.jsonl}]", "sft.validation=[]", "sft.validation_percent=20",
+        "sft.train=[{path: talks.jsonl}]", "sft.validation=[]", "sft.validation_percent=20", "sft.chat_template=null",
         "sft.tokenizer_vocab_size=280", "training.sequence_length=64", "training.global_batch_size=2",
         "schedule.warmup_steps=2", "logging.wandb.mode=disabled", "run_dir=first",
     ]  # fmt: skip

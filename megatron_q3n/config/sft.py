@@ -62,7 +62,8 @@ class SftConfig(Section):
     )
     chat_template: str | None = Field(
         None,
-        description="a Jinja file; null: the tokenizer's own, else ChatML where it has those tokens, else a plain one",
+        description="a Jinja file, or the template itself if it holds {{; null: the tokenizer's own, else ChatML where "
+        "it has those tokens, else a plain one",
     )
     tokenizer_vocab_size: int | None = Field(
         None,

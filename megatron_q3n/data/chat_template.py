@@ -139,10 +139,13 @@ class ChatTemplate:
 def chat_template(
     setting: str | None, folder: Path | None, tokenizer: TextTokenizer
 ) -> ChatTemplate:
-    """Return the template that is set, or the tokenizer's own beside it, or one that fits its tokens.
+    """Return the template that is set (itself or its file), or the tokenizer's own beside it, or one that fits its
+    tokens.
 
     Raises: UserError for a file that is not there.
     """
+    if setting is not None and "{{" in setting:
+        return ChatTemplate(setting, tokenizer)
     if setting is not None:
         try:
             return ChatTemplate(Path(setting).expanduser().read_text(encoding="utf-8"), tokenizer)
