@@ -2,7 +2,7 @@
 
     recipes/*.yaml -> config -> { data, model, parallel, metrics } -> training -> checkpoint
         -> { inference, rl } -> stages -> train
-    kernels -> model        hf -> checkpoint
+    kernels -> model        hf -> checkpoint        training -> instruments -> stages
 
 A reader who has never seen Megatron starts at `model/reference.py` (the whole architecture in plain torch); one who has
 starts at `model/spec.py`. `train.py` is the one door.

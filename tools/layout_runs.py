@@ -66,7 +66,14 @@ def import_everything(config: RunConfig) -> None:
     logging.disable(logging.WARNING)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork cannot share a CUDA context
     device.choose_device(config)
-    rooms = ("parallel", "checkpoint", "data.batch", "training.state", "training.step", "instruments")
+    rooms = (
+        "parallel",
+        "checkpoint",
+        "data.batch",
+        "training.state",
+        "training.step",
+        "instruments",
+    )
     for room in rooms:
         importlib.import_module(f"megatron_q3n.{room}")
     gc.freeze()  # a collection in a fork would touch, and so copy, every page

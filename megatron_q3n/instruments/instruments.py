@@ -36,9 +36,13 @@ class Instruments:
         return interval > 0 and (step == 1 or step % interval == 0)
 
     def before_step(self) -> None:
-        """A step begins: its gradient may be wanted."""
-        if self._gradients is not None and self.measures(self._state.step + 1):
-            self._gradients.ask()
+        """A step begins: its gradient may be wanted. What a step left that never ended is forgotten."""
+        if self._tally is None or self._gradients is None:
+            return
+        wanted = self.measures(self._state.step + 1)
+        self._gradients.ask(wanted)
+        if wanted:
+            self._tally.clear()
 
     def after_step(self, batches: list[Any], report: StepReport) -> dict[str, float]:
         """Look at the model after a step, with a part of the step's batch. A collective call.
@@ -53,7 +57,6 @@ class Instruments:
         weights.gather_norms(self._state.models, self._layers, self._tally)
         self._tally.share(self._state.parallel.world_size)
         values = dict(readings(self._tally, self._layers))
-        self._tally.clear()
         if report.expert_load:
             self._keep_load(self._state.step, report.expert_load)
         return values | dict(load_readings(report.expert_load))

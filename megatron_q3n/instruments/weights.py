@@ -96,9 +96,9 @@ class GradientReader:
         self._norm = optimizer.get_grad_norm
         optimizer.get_grad_norm = self._read_then_norm
 
-    def ask(self) -> None:
-        """Read the next step's gradient."""
-        self._asked = True
+    def ask(self, wanted: bool) -> None:
+        """Read the next step's gradient, or do not."""
+        self._asked = wanted
 
     def _read_then_norm(self) -> Any:
         if self._asked:

@@ -6,6 +6,7 @@ step s are in `samples/after_step_s.jsonl`.
 """
 
 import json
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_q3n import checkpoint, parallel
-from megatron_q3n.config import EXIT_REQUEUE, RunConfig
+from megatron_q3n.config import EXIT_REQUEUE, RunConfig, launch
 from megatron_q3n.config.sizes import parameters
 from megatron_q3n.data.chat_template import ChatTemplate
 from megatron_q3n.data.tokenizer import TextTokenizer
 from megatron_q3n.device import choose_device
+from megatron_q3n.health.hang import HangWatch
 from megatron_q3n.kernels.qualification import qualify
 from megatron_q3n.metrics import jsonl
 from megatron_q3n.metrics.recorder import Recorder, Status
@@ -98,9 +100,22 @@ def _session(
     try:
         recorder.note("\n".join([_introduction(loop, run_dir), *origin]))
         saver = checkpoint.Saver(state, run_dir, recorder.note)
-        stopped = _Session(loop, held_out, run_dir, recorder, saver, progress).go(stop_reason)
+        host = launch.node_name() or platform.node()
+        watch = HangWatch(state.config.health, run_dir, state.parallel.rank, host)
+        watch.start()
+        session = _Session(loop, held_out, run_dir, recorder, saver, progress, watch)
+        try:
+            stopped = session.go(stop_reason)
+        finally:
+            watch.stop()
         if stopped:
             recorder.note(f"stopped at step {state.step}: {stopped}; everything is saved")
+        elif is_leader:
+            summary = {
+                "steps": state.step,
+                "parameters": parameters(state.config.model).total_with_mtp,
+            }
+            run_directory.write_json(run_dir / "summary.json", summary)
         status = "stopped" if stopped else "done"
     finally:
         recorder.close(status)
@@ -121,6 +136,7 @@ class _Session:
     recorder: Recorder
     saver: Any
     progress: jsonl.MetricsFile | None
+    watch: HangWatch
 
     def go(self, stop_reason: Callable[[], str | None]) -> str | None:
         """Run the loop; return why it stopped early, or None."""
@@ -129,11 +145,14 @@ class _Session:
         if state.step == 0:
             self._examine()
         while state.step < last and reason is None:
+            began = time.perf_counter()  # a step's time holds its share of the rollout
             loop.engine.new_weights(state.step)
             samples, values = loop.rollout()
             self._write(f"after_step_{state.step:07d}", samples)
             for share in loop.shares(samples):
                 values |= loop.learn(share)[1]
+                self.watch.beat(time.perf_counter() - began)
+                began = time.perf_counter()
                 if _due(state.step, loop.settings.held_out_interval_steps, last):
                     values |= self._examine()
                 self.recorder.log(state.step, values)
@@ -152,6 +171,7 @@ class _Session:
         step = self.loop.state.step
         self.loop.engine.new_weights(step)
         accuracy, answers = self.loop.examine(self.held_out)
+        self.watch.beat()
         self._write(f"held_out_{step:07d}", answers)
         if self.recorder.enabled:
             shown = [
@@ -177,6 +197,7 @@ class _Session:
             self.progress.append(place)
             self.progress.sync()
         self.saver.save()
+        self.watch.beat()
 
     def _settle(self, *, wait: bool) -> None:
         for step in self.saver.settle(wait):

@@ -25,6 +25,7 @@ def main() -> None:
     gradients = importlib.import_module("megatron.core.distributed.finalize_model_grads")
     router = importlib.import_module("megatron_q3n.model.router")
     state = importlib.import_module("megatron_q3n.training.state")
+    tally = importlib.import_module("megatron_q3n.instruments.tally")
     step = importlib.import_module("megatron_q3n.training.step")
     balance = router.finish_balance
     faults: dict[str, tuple[list[str], Any, str, Any]] = {
@@ -40,6 +41,9 @@ def main() -> None:
         ),
         "gradients of MTP's embedding stay on their stage": (
             ["pp2"], gradients, "_allreduce_word_embedding_grads", lambda *_, **__: None,
+        ),
+        "what instruments see stays on its rank": (
+            ["cp2", "instruments.interval_steps=2"], tally.Tally, "share", lambda *_: None,
         ),
         "a checkpoint takes weights that are not gathered yet": (
             ["--reshard", "dp2-overlap:single"], state.TrainState, "gather_parameters", lambda _: None,

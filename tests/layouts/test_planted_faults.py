@@ -26,7 +26,7 @@ def test_without_a_fault_nothing_is_seen(verdicts: dict[str, Any]) -> None:
 
 def test_every_fault_is_seen(verdicts: dict[str, Any]) -> None:
     faults = {fault: verdict for fault, verdict in verdicts.items() if fault != "none"}
-    assert len(faults) == 5
+    assert len(faults) == 6
     for fault, verdict in faults.items():
         assert not verdict["ok"], fault
         if "checkpoint" not in fault:  # that one is refused when it is loaded

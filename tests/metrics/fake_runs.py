@@ -21,15 +21,24 @@ START_TIME = 1_780_000_000.0
 
 
 def write_run(
-    run_dir: Path, steps: int = 700, total_steps: int | None = None, seed: int = 0
+    run_dir: Path,
+    steps: int = 700,
+    total_steps: int | None = None,
+    seed: int = 0,
+    layers: int = 4,
+    gated: bool = True,
 ) -> Path:
     """Write every file of a finished run (killed at `steps` when `total_steps` is more)."""
     rng = random.Random(seed)
     total_steps = total_steps or steps
     run_dir.mkdir(parents=True, exist_ok=True)
     file = jsonl.open_at(run_dir / "metrics.jsonl", 0)
+    inside = random.Random(seed)
     for step in range(1, steps + 1):
-        file.append(_record(step, total_steps, rng))
+        record = _record(step, total_steps, rng)
+        if step == 1 or step % max(1, total_steps // 14) == 0:
+            record |= _inside(step / total_steps, layers, gated, inside)
+        file.append(record)
     file.close()
     tree = {
         "recipe": "pretrain-tiny",
@@ -100,6 +109,40 @@ def _record(step: int, total_steps: int, rng: random.Random) -> dict[str, float]
         bits = record["loss/validation"] / math.log(2) / BYTES_PER_TOKEN
         record["bits_per_byte/validation"] = bits
     return record
+
+
+def _inside(done: float, layers: int, gated: bool, rng: random.Random) -> dict[str, float]:
+    """What instruments would show: sinks and massive activations grow without the gate."""
+
+    def noisy(value: float) -> float:
+        return value * math.exp(rng.gauss(0, 0.06))
+
+    sink = 0.02 + (0.02 if gated else 0.4) * done
+    peak = 8 + (20 if gated else 1500) * done**2
+    values: dict[str, float] = {}
+    for layer in range(layers):
+        depth = (layer + 1) / layers
+        values[f"activations/max_over_median_layer_{layer}"] = noisy(4 + peak * depth)
+        values[f"activations/max_layer_{layer}"] = noisy(3 + peak * depth)
+        values[f"activations/rms_layer_{layer}"] = noisy(1 + depth * done)
+        values[f"norms/max_layer_{layer}"] = noisy(1 + 0.3 * done)
+        values[f"gradients/norm_layer_{layer}"] = noisy(0.3 - 0.2 * depth)
+        values[f"router/entropy_layer_{layer}"] = 0.98 - 0.2 * done * rng.random()
+        values[f"experts/max_over_mean_layer_{layer}"] = noisy(1.3 + done * depth)
+        if layer % 4 == 3:
+            values[f"sinks/first_token_layer_{layer}"] = noisy(sink * depth)
+        else:
+            values[f"delta/half_life_layer_{layer}"] = noisy(2 ** (8 * depth))
+            values[f"delta/state_norm_layer_{layer}"] = noisy(0.2 + done)
+    return {
+        "sinks/first_token": sink / 2,
+        "sinks/first_token_max": noisy(sink),
+        "activations/max_over_median": 4 + peak,
+        "norms/max": noisy(1 + 0.3 * done),
+        "delta/half_life": 4.0,
+        "router/entropy": noisy(0.98 - 0.1 * done),
+        **values,
+    }
 
 
 def _learning_rate(step: int, total_steps: int) -> float:

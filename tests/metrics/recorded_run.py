@@ -1,10 +1,12 @@
 """A stand-in for the training loop, run as a process of its own so that a test can kill it.
 
-    python recorded_run.py RUN_DIR FIRST_STEP LAST_STEP [kill_after=K] [total=N] [pause=SECONDS] [wandb.mode=MODE]
+    python recorded_run.py RUN_DIR FIRST_STEP LAST_STEP [kill_after=K] [total=N] [pause=SECONDS] [spike=K] …
 
-The numbers are a function of the step, and a checkpoint is complete at every fifth.
+The numbers are a function of the step, and a checkpoint is complete at every fifth; so is a look at the expert load.
+`wandb.mode=MODE` is the other option.
 """
 
+import json
 import os
 import signal
 import sys
@@ -29,6 +31,12 @@ def main() -> None:
     )
     for step in range(first_step, last_step + 1):
         values = {"tokens": 1024 * step, "loss/train": 6 / step, "loss/mtp_1": 7 / step}
+        if step == int(options.get("spike", 0)):
+            values["loss/train"] = 90.0
+        if step % 5 == 0:
+            layers = [{"name": "layer 0", "share": [0.75, 0.25]}]
+            load = json.dumps({"step": step, "layers": layers})
+            (run_dir / "expert_load.json").write_text(load)
         recorder.log(step, values | ({"loss/validation": 5 / step} if step % 5 == 0 else {}))
         if step % 5 == 0:
             recorder.checkpointed(step)

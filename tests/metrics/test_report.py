@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_strategies
@@ -19,6 +20,7 @@ from megatron_q3n.config import UserError
 from megatron_q3n.metrics import jsonl
 from megatron_q3n.metrics.report import write_comparison, write_report
 from megatron_q3n.metrics.report.series import Series, pick, smooth, thin
+from megatron_q3n.metrics.report.variants import mean_and_spread
 from tests.metrics.fake_runs import expert_load, write_run
 
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
@@ -237,13 +239,66 @@ def test_smoothing_does_not_lag() -> None:
 
 
 def test_comparison(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / name, steps=30, seed=seed) for seed, name in enumerate("ab")]
+    runs = [write_run(tmp_path / name, steps=30) for name in "ab"]
+    _set(runs[1], "schedule", "lr", 0.003)
     text = _checked_text(write_comparison(runs, tmp_path / "comparison.html"))
-    assert "2 runs compared" in text
-    assert "training.seed 4000 4001" in text
-    assert "schedule.lr" not in text, "the same in both"
-    with pytest.raises(UserError, match="2 to 8 run directories, found 1"):
+    assert "2 runs compared curves over tokens" in text
+    assert "schedule.lr 0.002 0.003" in text
+    assert "lr=0.002 lr=0.003 runs 1 1" in text
+    with pytest.raises(UserError, match="2 or more run directories, found 1"):
         write_comparison(runs[:1], tmp_path / "comparison.html")
+
+
+def test_runs_that_differ_in_the_seed_are_one_variant_with_a_spread(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"run-{seed}", steps=30, seed=seed) for seed in range(5)]
+    for run in runs[3:]:
+        _set(run, "optimizer", "weight_decay", 0.0)
+    text = _checked_text(write_comparison(runs, tmp_path / "comparison.html"))
+    assert "5 runs compared 2 variants" in text
+    assert "weight_decay=0.1 weight_decay=0.0 runs 3 2" in text
+    assert "training.seed" not in text
+    ends = [pick(jsonl.read(run / "metrics.jsonl"), "loss/validation").last for run in runs]
+    for part in (ends[:3], ends[3:]):
+        mean, spread = mean_and_spread(part)
+        assert mean == pytest.approx(np.mean(part))
+        assert spread == pytest.approx(np.std(part, ddof=1))
+        assert f"{mean:.2f}" in text  # ± stands behind
+    for index in range(8):
+        runs.append(write_run(tmp_path / f"other-{index}", steps=1))
+        _set(runs[-1], "schedule", "lr", 0.001 + index / 1000)
+    with pytest.raises(UserError, match=r"up to 8 variants .* found 10"):
+        write_comparison(runs, tmp_path / "comparison.html")
+
+
+def _set(run_dir: Path, section: str, name: str, value: object) -> None:
+    tree = yaml.safe_load((run_dir / "config.yaml").read_text())
+    tree[section][name] = value
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(tree))
+
+
+def test_instruments_have_their_sections(tmp_path: Path) -> None:
+    few, many = (write_run(tmp_path / f"{n}", steps=60, layers=n) for n in (4, 48))
+    for run in (few, many):
+        text = _checked_text(write_report(run))
+        for title in (
+            "Attention to the first token", "Largest activation over the median by layer", "Gated DeltaNet",
+            "Half-life of memory", "Largest norm scale by layer", "Gradient norm by layer", "Router entropy by layer",
+        ):  # fmt: skip
+            assert title in text, title
+        assert "More" not in text.split(), "a number without a panel of its own"
+    legend = '<i style="background:var(--c3)"></i>layer 3 '
+    assert legend in (few / "report.html").read_text()
+    assert legend not in (many / "report.html").read_text(), "48 layers are a map"
+
+
+def test_alerts_have_a_section(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=60, gated=False)
+    text = _checked_text(write_report(run))
+    assert "Alerts What was out of the ordinary" in text
+    assert "attention sink share of attention on the first token" in text
+    assert "massive activations largest activation over median" in text
+    quiet = write_run(tmp_path / "quiet", steps=10)
+    assert "out of the ordinary" not in _checked_text(write_report(quiet))
 
 
 def _tool(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -70,6 +70,22 @@ def test_a_run_never_interrupted(tmp_path: Path) -> None:
         record["metric"] for record in _held(_logs(tmp_path)[0]) if record["type"] == "metric"
     ]
     assert any(m.get("glob_name") == "*" and m.get("step_metric") == "tokens" for m in metrics)
+    (best,) = [m["summary"] for m in metrics if m.get("name") == "loss/validation"]
+    assert best == {"min": True, "last": True}
+
+
+def test_an_alert_and_the_picture_of_the_expert_load(tmp_path: Path) -> None:
+    result = _run(tmp_path, 1, 30, "spike=25")
+    assert result.returncode == 0, result.stderr
+    assert "alert at step 25: loss spike: training loss 90.0000, above" in result.stdout
+    (alert,) = [r["alert"] for r in _held(_logs(tmp_path)[0]) if r["type"] == "alert"]
+    assert alert["title"] == "loss spike"
+    assert alert["text"].startswith("step 25: training loss 90.0000")
+    pictures = [item for item in _history(tmp_path) if "experts/load.path" in item]
+    assert [item["_step"] for item in pictures] == [5, 10, 15, 20, 25, 30]
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    for item in pictures:
+        assert (folder / "files" / item["experts/load.path"]).stat().st_size > 1000
 
 
 @pytest.mark.parametrize("flushed", [False, True], ids=["wandb lost its buffer", "wandb wrote"])

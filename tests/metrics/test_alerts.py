@@ -1,0 +1,95 @@
+"""Alerts by the numbers alone: each kind at its level, none below, none twice in a pause, the same after a resume."""
+
+import math
+from typing import Any
+
+import pytest
+
+from megatron_q3n.config import validate
+from megatron_q3n.config.instruments import AlertsConfig
+from megatron_q3n.metrics.alerts import Alert, Alerts, alerts_in, num_experts
+
+
+def config(**alerts: Any) -> Any:
+    return validate({"alerts": alerts}).model_dump()
+
+
+def watching(**alerts: Any) -> Alerts:
+    return Alerts(AlertsConfig(**alerts), num_experts({}))  # 8 experts in 4 layers and MTP: 40
+
+
+LEVELS = [
+    ("experts/max_over_mean", 10.0, 10.5, "expert load", "alerts.expert_load=10"),
+    ("sinks/first_token_max", 0.3, 0.31, "attention sink", "alerts.first_token_share=0.3"),
+    ("activations/max_over_median", 1000.0, 2500.0, "massive activations", "2500, above"),
+    ("norms/max", 10.0, 12.0, "norm growth", "alerts.norm_scale=10"),
+]
+
+
+@pytest.mark.parametrize(("name", "fine", "bad", "kind", "says"), LEVELS)
+def test_levels(name: str, fine: float, bad: float, kind: str, says: str) -> None:
+    alerts = watching()
+    assert alerts.examine(1, {name: fine}) == []
+    (alert,) = alerts.examine(2, {name: bad})
+    assert (alert.step, alert.kind) == (2, kind)
+    assert says in alert.message
+
+
+def test_experts_are_dead_after_a_while() -> None:
+    records = [{"step": k, "experts/dead": 3.0 if k not in (10, 50) else 2.0} for k in range(1, 80)]
+    found = alerts_in(records, config(pause_steps=10))
+    assert [alert.step for alert in found] == [30, 41, 70]
+    assert "3 of 40 experts" in found[0].message
+    assert "for 20 steps in a row" in found[0].message
+
+
+def test_null_turns_a_kind_off() -> None:
+    off = dict.fromkeys(
+        ("loss_spike_deviations", "dead_experts_share", "expert_load", "first_token_share")
+    )
+    alerts = watching(**off, activation_over_median=None, norm_scale=None)
+    bad = {name: 1e9 for name, *_ in LEVELS} | {"loss/train": math.nan, "experts/dead": 9}
+    assert all(alerts.examine(step, bad) == [] for step in range(1, 50))
+
+
+def losses(count: int) -> list[dict[str, float]]:
+    return [{"step": k, "loss/train": 4 - k / 1000 + (k % 7) / 50} for k in range(1, count + 1)]
+
+
+def test_a_loss_spike_is_seen_and_ordinary_noise_is_not() -> None:
+    records = losses(300)
+    assert alerts_in(records, config()) == []
+    records[200]["loss/train"] = 5.5
+    (alert,) = alerts_in(records, config())
+    assert (alert.step, alert.kind) == (201, "loss spike")
+
+
+def test_the_first_steps_are_no_spikes_but_nan_is() -> None:
+    records = losses(10)
+    records[4]["loss/train"] = 90.0
+    records[8]["loss/train"] = math.nan
+    (alert,) = alerts_in(records, config())
+    assert (alert.step, alert.message[:29]) == (9, "the training loss is not fini")
+
+
+def test_a_kind_pauses_and_others_do_not() -> None:
+    records = [{"step": k, "norms/max": 11.0} for k in range(1, 26)]
+    records[4]["experts/max_over_mean"] = 40
+    found = [(a.step, a.kind) for a in alerts_in(records, config(pause_steps=10))]
+    assert found == [(1, "norm growth"), (5, "expert load"), (12, "norm growth"), (23, "norm growth")]  # fmt: skip
+
+
+def test_a_resumed_run_goes_on_where_it_was() -> None:
+    """As the Recorder does it: read the records again, then go on."""
+    records = losses(300)
+    for step in (120, 180, 250):
+        records[step]["loss/train"] = 9.0
+    whole = alerts_in(records, config(pause_steps=50))
+    assert len(whole) == 3
+    resumed = watching(pause_steps=50)
+    for record in records[:150]:
+        resumed.examine(int(record["step"]), record)
+    later: list[Alert] = []
+    for record in records[150:]:
+        later += resumed.examine(int(record["step"]), record)
+    assert later == whole[1:]

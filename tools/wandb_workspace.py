@@ -1,0 +1,82 @@
+#!/usr/bin/env python
+"""Make a wandb workspace with the panels of report.html: grouped, with tokens on the x axis.
+
+tools/wandb_workspace.py --entity TEAM --project megatron_q3n       saves it and prints where it is
+tools/wandb_workspace.py --project megatron_q3n --print             only shows what would be saved
+
+Needs wandb-workspaces (requirements-dev.txt has the version), and to save also a login (`wandb login`).
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # works without an installed package
+
+from megatron_q3n.config import EXIT_BAD_INPUT
+from megatron_q3n.metrics.workspace import build_workspace
+
+
+def main() -> int:
+    """Build, and save or print."""
+    arguments = _parse()
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        return _refuse(
+            "wandb-workspaces is not installed: .venv/bin/pip install wandb-workspaces (requirements-dev.txt has the "
+            "version that was tried)"
+        )
+    workspace = build_workspace(arguments.entity or "", arguments.project, arguments.name)
+    if arguments.print:
+        print(json.dumps(_outline(workspace), indent=1))
+        return 0
+    if not arguments.entity:
+        return _refuse("--entity is missing: the user or team that the project belongs to")
+    import wandb  # late: for its errors' type, and half a second
+
+    try:
+        workspace.save()
+    except (wandb.errors.Error, wandb.errors.CommError, ValueError, OSError) as error:
+        return _refuse(
+            f"wandb did not take the workspace ({error}). Run `wandb login`, check the network, and that the project "
+            f"{arguments.entity}/{arguments.project} exists (a run creates it)."
+        )
+    print(workspace.url)
+    return 0
+
+
+def _outline(workspace: object) -> dict[str, list[dict[str, object]]]:
+    """Return the sections with each panel's title and metrics."""
+    return {
+        section.name: [
+            {
+                "title": panel.title,
+                "metrics": getattr(panel, "metric_regex", None)
+                or getattr(panel, "y", None)
+                or panel.media_keys,
+            }
+            for panel in section.panels
+        ]
+        for section in workspace.sections  # type: ignore[attr-defined]
+    }
+
+
+def _refuse(message: str) -> int:
+    print(message, file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--entity", help="user or team")
+    parser.add_argument("--project", default="megatron_q3n", help="logging.wandb.project")
+    parser.add_argument("--name", default="megatron_q3n", help="of the workspace view")
+    parser.add_argument("--print", action="store_true", help="show it instead of saving it")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
