@@ -5,11 +5,14 @@ that sees the cluster's file system.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_q3n import checkpoint
 from megatron_q3n.checkpoint import integrity
 from megatron_q3n.config import RunConfig, UserError
+from megatron_q3n.config.rl import PromptSource
+from megatron_q3n.config.sft import ConversationSource
 from megatron_q3n.config.sizes import parameters
 from megatron_q3n.data.blend import load_blends
 from megatron_q3n.planner import Card, plan
@@ -59,12 +62,23 @@ def _check_ranks(config: RunConfig, site: Site, num_nodes: int) -> None:
 
 def _check_data(config: RunConfig) -> None:
     """Look for the data where it can be told without reading it: folders with a manifest, files of conversations."""
-    if config.stage in ("pretrain", "longcontext"):
+    if config.stage in ("pretrain", "longcontext") or (
+        config.stage == "mtp" and not config.sft.train
+    ):
         load_blends(config)
-    for where in ("train", "validation"):
-        for source in getattr(config.sft, where):
+    named: dict[str, Sequence[ConversationSource | PromptSource]] = {
+        "sft.train": config.sft.train,
+        "sft.validation": config.sft.validation,
+        "rl.prompts": config.rl.prompts,
+        "rl.held_out": config.rl.held_out,
+    }
+    for setting, sources in named.items():
+        for source in sources:
             if source.path is not None and not Path(source.path).expanduser().exists():
-                raise UserError(f"sft.{where}: there is no {source.path}.")
+                raise UserError(
+                    f"{setting}: there is no {source.path} on this machine. Name a file that is there; submit from a "
+                    "machine that sees the cluster's file system."
+                )
 
 
 def _check_beginning(config: RunConfig, before: RunConfig | None) -> None:

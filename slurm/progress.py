@@ -32,10 +32,10 @@ def newest_step(run_dir: Path) -> int:
 
 
 def is_concluded(run_dir: Path, steps: int | None) -> bool:
-    """Say whether all steps are trained and their results written; `steps` is None for a stage that does not train."""
-    if steps is None:
-        return read_outcome(run_dir).get("code") == 0
+    """Say whether all steps are trained and their results written; a stage that does not train leaves no summary."""
     summary = _read(run_dir / "summary.json")
+    if steps is None or not summary:
+        return read_outcome(run_dir).get("code") == 0
     return summary.get("steps", -1) >= steps
 
 

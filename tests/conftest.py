@@ -14,13 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from tests import forked
 from tests.backends import Backend, on_every_backend, qualify_kernels
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_SECONDS = 300
 SLOW_TIMEOUT_SECONDS = 1200
+GIB_A_WORKER, MAX_WORKERS = 4, 8
 LAUNCHER_VARIABLES = [
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
@@ -44,7 +47,12 @@ for name in [*LAUNCHER_VARIABLES, "WANDB_API_KEY"]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give each test its time limit and skip GPU tests where there is no GPU."""
+    """Give each test its time limit, skip GPU tests where there is no GPU, and put long files first.
+
+    Long are those that start several processes or are slow: a suite in several processes ends when the last file does.
+    """
+    long = {i.path for i in items if any(map(i.get_closest_marker, ("multiprocess", "slow")))}
+    items.sort(key=lambda item: item.path not in long)
     # A GPU machine may have pytest without the plugin, and then the mark would be unknown.
     limited = config.pluginmanager.hasplugin("timeout") and not config.getoption("timeout")
     for item in items:
@@ -54,6 +62,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(seconds))
         if item.get_closest_marker("gpu") and not _cuda_is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device (tools/test hides them)"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes share the suite: one a core, as far as memory allows. Each imports megatron-core for
+    itself and forks programs that have it (forked.py)."""
+    gib = psutil.virtual_memory().total / 2**30
+    return max(1, min(os.cpu_count() or 1, int(gib / GIB_A_WORKER), MAX_WORKERS))
 
 
 def _cuda_is_available() -> bool:
@@ -66,7 +82,7 @@ def _cuda_is_available() -> bool:
 
 @pytest.fixture
 def run_module(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `python -m megatron_q3n.train …` as a user does, in a process of its own.
+    """Run `python -m megatron_q3n.train …` as a user does, in a process of its own (see forked.py).
 
     The call's working folder is the test's tmp_path, so that default run directories land there. Output is captured
     as text and the exit status is the caller's to check.
@@ -78,14 +94,8 @@ def run_module(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         environment: Mapping[str, str] | None = None,
         timeout_seconds: float = 240,
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            cwd=tmp_path,
-            env={**os.environ, **(environment or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout_seconds,
-            check=False,
+        return forked.run(
+            module, *arguments, cwd=tmp_path, seconds=timeout_seconds, **(environment or {})
         )
 
     return run

@@ -6,11 +6,8 @@ Adam's moments and the expert counts all enter the compared losses.
 """
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,10 @@ from typing import Any
 
 import pytest
 
+from megatron_q3n.checkpoint import folders, integrity
+from tests import forked
+
+DOOR = "megatron_q3n.train"
 SMALL = [
     "--config-name", "pretrain-tiny", "training.steps=12", "training.sequence_length=64", "validation.interval_steps=5",
     "validation.batches=1", "validation.bigram_baseline=false", "checkpoint.interval_steps=4", "samples.count=0",
@@ -43,11 +44,8 @@ def numbers(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run(
-        [sys.executable, "-m", "megatron_q3n.train", *SMALL, f"run_dir={run_dir}"],
-        check=True,
-        env=os.environ,
-    )
+    done = forked.run(DOOR, *SMALL, f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
     return numbers(run_dir)
 
 
@@ -55,11 +53,7 @@ def test_sigkill_then_resume_changes_nothing(
     tmp_path: Path, uninterrupted: list[dict[str, Any]]
 ) -> None:
     run_dir = tmp_path / "run"
-    started = subprocess.Popen(
-        [sys.executable, "-m", "megatron_q3n.train", *SMALL, f"run_dir={run_dir}"],
-        stdout=subprocess.DEVNULL,
-        env=os.environ,
-    )
+    started = forked.start(DOOR, *SMALL, f"run_dir={run_dir}")
     metrics = run_dir / "metrics.jsonl"
     seen = random.randint(1, 10)
     deadline = time.monotonic() + 120
@@ -70,10 +64,7 @@ def test_sigkill_then_resume_changes_nothing(
     time.sleep(random.random() * 0.2)
     started.send_signal(signal.SIGKILL)
     started.wait()
-    resumed = subprocess.run(
-        [sys.executable, "-m", "megatron_q3n.train", "--resume", str(run_dir)],
-        capture_output=True, text=True, env=os.environ, timeout=200,
-    )  # fmt: skip
+    resumed = forked.run(DOOR, "--resume", run_dir)
     assert resumed.returncode == 0, resumed.stderr
     assert numbers(run_dir) == uninterrupted, f"killed after {seen} steps"
 
@@ -82,25 +73,45 @@ def test_sigterm_saves_and_asks_to_be_requeued(
     tmp_path: Path, uninterrupted: list[dict[str, Any]]
 ) -> None:
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "megatron_q3n.train", *SMALL, f"run_dir={run_dir}"]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    command = [DOOR, *SMALL, f"run_dir={run_dir}"]
+    first = forked.start(*command)
     metrics = run_dir / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
         assert first.poll() is None
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
-    output, _ = first.communicate(timeout=120)
-    assert first.returncode == 75
-    assert "SIGTERM received; everything is saved" in output
+    stopped = first.wait()
+    assert stopped.returncode == 75
+    assert "SIGTERM received; everything is saved" in stopped.stdout
     # the same command again, as a scheduler requeues it
-    other = subprocess.run(
-        [*command, "training.global_batch_size=8"], capture_output=True, text=True, env=os.environ
-    )
+    other = forked.run(*command, "training.global_batch_size=8")
     assert other.returncode == 2
     assert "training.global_batch_size: 4 there, 8 here" in other.stderr
-    second = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=200)
+    second = forked.run(*command)
     assert second.returncode == 0, second.stderr
     assert "resumed from step_" in second.stdout
+    assert numbers(run_dir) == uninterrupted
+
+
+@pytest.mark.parametrize(("step", "code"), [(4, 75), (12, 0)])
+def test_a_save_under_way_when_told_to_end_is_finished(
+    tmp_path: Path, uninterrupted: list[dict[str, Any]], step: int, code: int
+) -> None:
+    """A checkpoint half written behind the training is neither lost nor left; after the last step the run just ends."""
+    run_dir = tmp_path / "run"
+    first = forked.run("tests.told_while_saving", step, *SMALL, f"run_dir={run_dir}")
+    assert first.returncode == code, first.stderr
+    kept = folders.complete(run_dir)
+    assert [integrity.damage(path, "full") for path in kept] == [[]] * len(kept)
+    assert not list((run_dir / "checkpoints").glob(".*.partial"))
+    steps = sorted(folders.step_of(path) for path in kept)
+    if code == 0:
+        assert steps[-1] == 12
+    else:
+        assert steps[0] == 4, "the one that was being written"
+        assert 4 < steps[-1] < 12, "and the one of the end, which waited for it"
+        assert "SIGTERM received; everything is saved" in first.stdout
+        assert forked.run(DOOR, "--resume", run_dir).returncode == 0
     assert numbers(run_dir) == uninterrupted
 
 

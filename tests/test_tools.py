@@ -322,11 +322,19 @@ def test_test_runs_every_check_and_fails_with_any(
 def test_all_leaves_slurm_out_only_where_there_is_none(machine: Machine) -> None:
     machine.fake_environment(REPORT)
     result = machine.run("tools/test", "--all")
-    assert "-m not gpu and not slurm|" in result.stdout
+    assert "-m not gpu and not slurm --numprocesses auto" in result.stdout
+    assert "not gpu and slurm" not in result.stdout
     assert "tests marked slurm are left out" in result.stderr
-    assert "-m not gpu|" in machine.run("tools/test", "--all", CI="true").stdout
+    assert "-m not gpu and slurm|" in machine.run("tools/test", "--all", CI="true").stdout
     machine.add(machine.bin / "sbatch", "exit 0")
-    assert "-m not gpu|" in machine.run("tools/test", "--all").stdout
+    assert "-m not gpu and slurm|" in machine.run("tools/test", "--all").stdout
+
+
+def test_a_failure_of_either_half_of_all_is_its_exit_status(machine: Machine) -> None:
+    machine.add(machine.bin / "sbatch", "exit 0")
+    for half in ("not slurm", "gpu and slurm"):
+        machine.fake_environment(f'case "$*" in *pytest*"{half}"*) exit 1 ;; esac')
+        assert machine.run("tools/test", "--all").returncode == 1
 
 
 def test_ci_runs_every_test(machine: Machine) -> None:
@@ -336,5 +344,5 @@ def test_ci_runs_every_test(machine: Machine) -> None:
         machine.add(machine.bin / program, f'echo {program} "$@" >> {asked}; echo 0')
     result = machine.run("bash", "-c", "cd / && bash $0", f"{machine.root}/.ci/run")
     assert result.returncode == 0
-    assert f"-m not gpu|{machine.root}|{machine.root}|1|true\n" in result.stdout
+    assert f"-m not gpu and slurm|{machine.root}|{machine.root}|1|true\n" in result.stdout
     assert re.search(r"apt-get install .*slurm-wlm munge", asked.read_text())

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
+
+DOOR = "megatron_q3n.train"
 pytestmark = pytest.mark.multiprocess
 SETTINGS = [
     "--config-name", "pretrain-tiny", "training.steps=4", "training.sequence_length=64", "training.micro_batch_size=2",
@@ -21,7 +24,7 @@ SETTINGS = [
 
 def run(processes: int, *settings: str) -> subprocess.CompletedProcess[str]:
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command = [sys.executable, "-m", *launcher, "megatron_q3n.train", *SETTINGS, *settings]
+    command = [sys.executable, "-m", *launcher, DOOR, *SETTINGS, *settings]
     return subprocess.run(
         command, capture_output=True, text=True, env=os.environ, timeout=240, check=False
     )
@@ -29,9 +32,10 @@ def run(processes: int, *settings: str) -> subprocess.CompletedProcess[str]:
 
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     losses = []
-    for processes in (1, 2):
-        run_dir = tmp_path / str(processes)
-        done = run(processes, f"run_dir={run_dir}")
+    for name in ("one", "two"):
+        run_dir = tmp_path / name
+        place = f"run_dir={run_dir}"
+        done = run(2, place) if name == "two" else forked.run(DOOR, *SETTINGS, place)
         assert done.returncode == 0, done.stderr[-3000:]
         records = [
             json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()

@@ -92,7 +92,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
         ("a.txt", b"text\0text", "NUL characters, so it is binary"),
         ("a.txt", b"caf\xe9 au lait", r"not UTF-8 text \(byte 0xe9"),
         ("a.txt.gz", b"not gzip at all", r"cannot be read as .gz \(Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(JSONL)[:-20], "cannot be read as .gz"),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-20], "cannot be read as .gz"),
         ("a.jsonl.zst", b"not zstandard", "cannot be read as .zst"),
         ("a.parquet", b"PAR1 not really", "a.parquet: cannot be read"),
     ],

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
+
 PROGRAM = """
 import ctypes, sys, time
 from pathlib import Path
@@ -66,6 +68,24 @@ def test_a_hang_that_holds_the_interpreter_lock_is_ended_too(tmp_path: Path) -> 
     assert done.returncode == 1
     assert seconds < 20
     assert "stuck_here" in done.stderr
+
+
+@pytest.mark.slow
+def test_reinforcement_learning_is_watched_too(tmp_path: Path) -> None:
+    from tests.slurm.runs import FAULTS
+
+    tiny = [
+        *("model.hidden_size=32", "training.sequence_length=64", "training.steps=9"),
+        *("rl.held_out=[]", "rl.rollout.prompts=2", "rl.rollout.samples_per_prompt=2"),
+        *("logging.wandb.mode=disabled", "data.source=stdlib", f"run_dir={tmp_path}/run"),
+        *("health.hang_floor_seconds=4", "health.hang_factor=3", "rl.dynamic_sampling=false"),
+    ]
+    done = forked.run(
+        "megatron_q3n.train", "--config-name", "rl-tiny", *tiny,
+        PYTHONPATH=os.pathsep.join((str(FAULTS), os.environ["PYTHONPATH"])), Q3N_FAULT="hang@4:0",
+    )  # fmt: skip
+    assert done.returncode == 70, done.stderr[-3000:]
+    assert "sitecustomize.py" in (tmp_path / "run/logs/stacks/rank_00000.txt").read_text()
 
 
 @pytest.mark.slow

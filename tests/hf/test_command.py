@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_q3n.config import ModelConfig
+from tests import forked
 from tests.hf.published import publish, stored, transformers_model
 from tests.model.test_reference import move_from_init, published_config, qwen3_next
 
@@ -18,8 +19,7 @@ TOOL = Path(__file__).parent.parent.parent / "tools" / "convert_hf.py"
 
 
 def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return forked.run(TOOL, *arguments)
 
 
 def test_continued_pretraining_takes_one_override(

@@ -1,8 +1,5 @@
 """An import loads in parallel layouts with transformers' logits, and what those layouts save exports again."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 from megatron_q3n.conversion.exporting import Export, export_weights
 from megatron_q3n.conversion.importing import import_weights
 from megatron_q3n.hf import QWEN3_NEXT
+from tests import forked
 from tests.hf.layout_ranks import LAYOUTS, ROWS, TOKENS
 from tests.hf.published import publish, quiet, stored, transformers_model
 
@@ -20,15 +18,7 @@ def test_imports_and_exports_in_parallel_layouts(tmp_path: Path) -> None:
     model = transformers_model("qwen3_next")
     source = publish(tmp_path / "hf", model)
     import_weights(source, tmp_path / "ours", quiet, quiet)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.hf.layout_ranks", str(tmp_path / "ours"), str(tmp_path)],
-        cwd=Path(__file__).parent.parent.parent,
-        capture_output=True,
-        text=True,
-        env=os.environ,
-        check=False,
-        timeout=280,
-    )
+    done = forked.run("tests.hf.layout_ranks", tmp_path / "ours", tmp_path, seconds=280)
     assert done.returncode == 0, done.stderr[-4000:]
     tokens = torch.randint(0, 96, (ROWS, TOKENS), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

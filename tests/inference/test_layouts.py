@@ -1,29 +1,19 @@
 """Tensor and expert parallel ranks generate what one process does, also where only some of them have prompts."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import forked
 from tests.inference.layout_ranks import LAYOUTS, PROMPTS, RUNS
 
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.inference.layout_ranks", str(folder)],
-        cwd=Path(__file__).parent.parent.parent,
-        capture_output=True,
-        text=True,
-        env=os.environ,
-        check=False,
-        timeout=280,
-    )
+    done = forked.run("tests.inference.layout_ranks", folder, seconds=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

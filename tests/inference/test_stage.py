@@ -1,8 +1,6 @@
 """The generate stage and its tool: text out, one clear message for bad input. One small checkpoint, random weights."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import yaml
 
 from megatron_q3n.config import RunConfig, UserError, validate
 from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
+from tests import forked
 
 ROOT = Path(__file__).parent.parent.parent
 TEXTS = ["def main(argument):\n    return argument + 1\n"] * 20
@@ -63,10 +62,9 @@ def test_text_from_a_checkpoint(trained: Path, run_module: Callable[..., Any]) -
 
 def test_the_tool_takes_any_text_and_writes_results(trained: Path, tmp_path: Path) -> None:
     prompts = ['f"${name}" \\ {x: [1]}\n\té', "class A:"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "generate.py", trained / "run", *prompts, "--tokens", "5",
-         "--temperature", "0", "--output", tmp_path / "out.jsonl", "--stop", "a"],
-        capture_output=True, text=True, check=False,
+    done = forked.run(
+        ROOT / "tools" / "generate.py", trained / "run", *prompts, "--tokens", "5", "--temperature", "0",
+        "--output", tmp_path / "out.jsonl", "--stop", "a",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -1,13 +1,14 @@
 """One way to run the layout harness: a process of its own, since it forks, and what it measured as JSON."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import forked
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tools"))  # where the harness keeps the names of its layouts
@@ -21,8 +22,9 @@ def check_layouts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ver
 
     def check(*arguments: str) -> Verdicts:
         figures = tmp_path_factory.mktemp("layouts") / "figures.json"
-        tool = str(ROOT / "tools" / "check_layout.py")
-        subprocess.run([sys.executable, tool, *arguments, "--json", str(figures)], check=False)
+        tool = ROOT / "tools" / "check_layout.py"
+        done = forked.run(tool, *arguments, "--json", figures, seconds=1100)
+        print(done.stdout, done.stderr)
         verdicts = json.loads(figures.read_text())["verdicts"]
         return {verdict["layout"]: verdict for verdict in verdicts}
 

@@ -70,13 +70,13 @@ RESHARDS = [
 def test_layouts_train_as_one_process_does(
     check_layouts: Callable[..., Any], words: list[str]
 ) -> None:
-    verdicts = check_layouts(*words, "--masked", "0.3")
+    verdicts = check_layouts(*words, "--masked", "0.3", "--steps", "6")
     assert verdicts
     assert [verdict for verdict in verdicts.values() if not verdict["ok"]] == []
 
 
 def test_runs_go_on_in_other_layouts(check_layouts: Callable[..., Any]) -> None:
-    verdicts = check_layouts("--masked", "0.3", "--reshard", *RESHARDS)
+    verdicts = check_layouts("--masked", "0.3", "--steps", "6", "--reshard", *RESHARDS)
     assert len(verdicts) >= len(RESHARDS)
     assert [verdict for verdict in verdicts.values() if not verdict["ok"]] == []
 

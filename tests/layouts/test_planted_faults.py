@@ -1,12 +1,12 @@
 """The harness has teeth: a reduction or a wait left out anywhere is seen within four steps, and nothing else is."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import forked
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
@@ -14,9 +14,8 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def verdicts() -> dict[str, Any]:
     script = Path(__file__).with_name("planted_faults.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = forked.run(script, seconds=500)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -2,13 +2,28 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.slurm.runs import SITE, alone
+
+NOT_INSTALLED = "Slurm is not installed"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let all tests that miss Slurm be skipped at one place, so that pytest says it in one line."""
+    report = yield
+    if (
+        report.skipped
+        and isinstance(report.longrepr, tuple)
+        and NOT_INSTALLED in report.longrepr[2]
+    ):
+        report.longrepr = (__file__, 0, report.longrepr[2])
+    return report
 
 
 @pytest.fixture
@@ -22,9 +37,7 @@ def cluster(one_cluster: Cluster) -> Iterator[Cluster]:
 def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Start Slurm; without its programs skip, and in CI fail."""
     if missing := missing_programs():
-        reason = (
-            f"Slurm is not installed (no {', '.join(missing)}): apt-get install slurm-wlm munge"
-        )
+        reason = f"{NOT_INSTALLED} (no {', '.join(missing)}): apt-get install slurm-wlm munge"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)

@@ -2,10 +2,11 @@
 
     python -m tests.slurm.random_kills [--kills 20] [--seed 0]
 
-Not a test of the suite: it takes a quarter of an hour. On a real Slurm of two nodes with one process each it runs
-pipeline-tiny, shortened, twice. The second time it disturbs the job at random moments: SIGKILL of a rank or of srun,
-`scontrol requeue`, TERM to the training, a node set down. Then it compares losses. Not done: SIGKILL of the supervisor,
-which is the job's batch process; Slurm then calls the job failed, and only `submit --resume` goes on.
+Not a test of the suite: it takes half an hour. On a real Slurm of two nodes with one process each it runs
+pipeline-tiny, all its stages shortened, twice. The second time it disturbs the jobs at random moments, each training
+stage a few times: SIGKILL of a rank or of srun, `scontrol requeue`, TERM to the training, a node set down. Then it
+compares every loss, gradient norm and reward. Not done: SIGKILL of the supervisor, which is the job's batch process;
+Slurm then calls the job failed, and only `submit --resume` goes on.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,16 +25,22 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.runs import ROOT, SITE, ranks_of, submitted
 
 SHORT = [
-    "all.training.sequence_length=64", "all.training.micro_batch_size=2", "all.validation.batches=1",
-    "all.samples.count=0", "all.logging.wandb.mode=offline", "all.checkpoint.interval_steps=5",
-    "pretrain.training.steps=300", "pretrain.parallel.world_size=2", "longcontext.parallel.world_size=2",
-    "longcontext.training.steps=60",
+    "all.training.sequence_length=64", "all.validation.batches=1", "all.samples.count=0",
+    "all.logging.wandb.mode=offline", "all.checkpoint.interval_steps=5",
+    "pretrain.training.micro_batch_size=2", "pretrain.training.steps=100", "pretrain.parallel.world_size=2",
+    "longcontext.training.micro_batch_size=2", "longcontext.training.steps=40", "longcontext.parallel.world_size=2",
+    "sft.training.steps=40", "rl.training.steps=20", "mtp.training.steps=20",
 ]  # fmt: skip
-COMPARED = ("loss/train", "loss/mtp_1", "grad_norm", "loss/validation", "learning_rate")
+STAGES = ("pretrain", "longcontext", "sft", "rl", "mtp", "export")
+TRAINED = STAGES[:-1]
+# what must not differ: all but what measures time and memory
+COMPARED = (
+    "tokens", "loss/", "grad_norm", "learning_rate", "bits_per_byte/", "acceptance/", "reward/", "rl/", "skipped_steps",
+)  # fmt: skip
 
 
-def main() -> None:
-    """Run both, and print what was done and what came out."""
+def main() -> int:
+    """Run both, and print what was done and what came out; 1 if the two differ."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -52,10 +60,11 @@ def main() -> None:
         )
     finally:
         cluster.stop()
-    for stage in ("pretrain", "longcontext"):
+    for stage in TRAINED:
         same = left_alone[stage] == disturbed[stage]
         print(f"{stage}: {len(disturbed[stage])} steps, {'bit-equal' if same else 'DIFFERENT'}")
     print(f"everything is in {folder}")
+    return int(left_alone != disturbed)
 
 
 def run(
@@ -70,15 +79,21 @@ def run(
     )  # fmt: skip
     done = 0
     while cluster.state(jobs[-1]) not in ("COMPLETED", "CANCELLED", "FAILED"):
-        if done < kills and disturb_once(cluster, folder, jobs, luck):
-            done += 1
+        if done < kills * share_until_now(cluster, jobs):
+            done += disturb_once(cluster, folder, jobs, luck)
         time.sleep(0.5)
     states = [cluster.state(job) for job in jobs]
     print(
         f"{folder.name}: {done} disturbances, {time.monotonic() - began:.0f} s, {states}",
         flush=True,
     )
-    return {stage: losses(folder / stage) for stage in ("pretrain", "longcontext")}
+    return {stage: losses(folder / stage) for stage in TRAINED}
+
+
+def share_until_now(cluster: Cluster, jobs: list[str]) -> float:
+    """Return which part of the training stages have at least begun."""
+    done = sum(cluster.state(job) == "COMPLETED" for job in jobs)
+    return min(done + 1, len(TRAINED)) / len(TRAINED)
 
 
 def disturb_once(cluster: Cluster, folder: Path, jobs: list[str], luck: random.Random) -> bool:
@@ -87,7 +102,7 @@ def disturb_once(cluster: Cluster, folder: Path, jobs: list[str], luck: random.R
     running = [job for job in jobs if cluster.state(job) == "RUNNING"]
     if not running:
         return False
-    stage = folder / ("pretrain", "longcontext", "export")[jobs.index(running[0])]
+    stage = folder / STAGES[jobs.index(running[0])]
     kind = luck.choice(["rank", "rank", "rank", "srun", "requeue", "term", "node"])
     print(f"  {time.strftime('%T')} {stage.name}: {kind}", flush=True)
     if kind == "rank" and (ranks := ranks_of(stage)):
@@ -114,13 +129,13 @@ def sruns_of(stage: Path) -> list[psutil.Process]:
     return [process for process in named if str(stage) in " ".join(process.info["cmdline"])]
 
 
-def losses(run_dir: Path) -> list[list[float | None]]:
+def losses(run_dir: Path) -> list[dict[str, float]]:
     """Return the compared numbers of each step."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
-    return [[record.get(name) for name in COMPARED] for record in records]
+    return [{k: v for k, v in record.items() if k.startswith(COMPARED)} for record in records]
 
 
 if __name__ == "__main__":
     os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline")
-    main()
+    sys.exit(main())

@@ -47,6 +47,12 @@ COMPARED = (
 )
 
 
+def with_fault(fault: str, once: Path | None = None) -> dict[str, str]:
+    """Return the environment that brings a fault into the training processes."""
+    extra = {"PYTHONPATH": str(FAULTS), "Q3N_FAULT": fault}
+    return SITE["environment"] | extra | ({"Q3N_FAULT_ONCE": str(once)} if once else {})
+
+
 def submit(
     cluster: Cluster, *arguments: str, root: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:

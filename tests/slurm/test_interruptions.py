@@ -5,7 +5,6 @@ a sum over two ranks; the learning rate, the data order and the set of steps mus
 """
 
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from tests.slurm.runs import (
     story,
     submitted,
     wait_for_steps,
+    with_fault,
 )
 
 pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess]
@@ -119,34 +119,38 @@ def test_told_to_end_with_everything_it_requeues_but_cancelled_it_does_not(
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_time_limit(
-    cluster: Cluster, site: Callable[..., str], tmp_path: Path, launcher: str
+    cluster: Cluster,
+    site: Callable[..., str],
+    tmp_path: Path,
+    uninterrupted: Path,
+    launcher: str,
 ) -> None:
-    """Slurm counts limits in minutes and may send its warning a minute early, so the limit here is three."""
+    """Slurm counts limits in minutes and may send its warning a minute early, so the limit here is three; the run
+    waits for it in its sixth step."""
     run_dir = tmp_path / "run"
-    slices = site(time="3:00", save_margin_seconds=60, launcher=launcher)
-    longer = [
-        "training.steps=1000000",
-        "logging.interval_steps=1000",
-        "validation.interval_steps=0",
-    ]
+    held = with_fault("hold@6:0", tmp_path / "once")
+    slices = site(time="3:00", save_margin_seconds=60, launcher=launcher, environment=held)
     (job,) = submitted(
         cluster, "--config-name", "pretrain-tiny", "--site", slices, "--nodes", "2",
-        "--run-dir", str(run_dir), *SMALL, *longer,
+        "--run-dir", str(run_dir), *SMALL,
     )  # fmt: skip
-    wait_for_steps(run_dir, 2)
-    wait_for_attempts(run_dir, 2, seconds=240)
-    assert decisions(run_dir) == ["again"], story(run_dir)
-    saved = (run_dir / "checkpoints" / "latest").resolve().name
+    assert cluster.wait(job, *ENDED, seconds=420) == "COMPLETED", story(run_dir)
+    assert decisions(run_dir) == ["again", "done"], story(run_dir)
+    assert "the time limit is near" in story(run_dir)
     assert "SIGTERM received; everything is saved" in story(run_dir)
-    wait_until_resumed(run_dir, saved)
+    assert "resumed from step_0000006" in story(run_dir)
+    assert_same_losses(run_dir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_asked_by_a_person_it_ends_and_stays_ended(
+    cluster: Cluster, site: Callable[..., str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["--config-name", "pretrain-tiny", "--site", site(), "--run-dir", str(run_dir)]
+    (job,) = submitted(cluster, *arguments, *SMALL, "training.steps=1000000")
+    wait_for_steps(run_dir, 2)
     cluster.run("scancel", "--batch", "--signal=USR2", job)
     cluster.wait(job, *ENDED)
-    assert decisions(run_dir) == ["again", "stopped"], story(run_dir)
-
-
-def wait_until_resumed(run_dir: Path, checkpoint: str, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while f"resumed from {checkpoint}" not in (run_dir / "logs" / "events.log").read_text():
-        assert time.monotonic() < deadline, story(run_dir)
-        time.sleep(0.2)
-    subprocess.run(["sleep", "2"], check=True)
+    assert decisions(run_dir) == ["stopped"], story(run_dir)
+    assert "SIGTERM received; everything is saved" in story(run_dir)

@@ -1,5 +1,6 @@
 """Pipelines: what the file may say, the chain on a real Slurm with a failing stage, the same chain without Slurm."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from megatron_q3n.config import UserError
 from slurm.pipeline import overrides_by_stage, read_recipe
+from tests import forked
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import FAULTS, ROOT, SITE, numbers, story, submit, submitted
 
@@ -82,20 +84,28 @@ def test_a_failed_stage_stops_the_chain_and_a_fixed_one_goes_on(
     assert "nothing is left to do" in nothing.stdout
 
 
+SHORT_LATER = [
+    "sft.training.steps=4", "sft.schedule.warmup_steps=1", "rl.training.steps=2", "mtp.training.steps=2",
+    "mtp.schedule.warmup_steps=1",
+]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_same_pipeline_runs_without_slurm(tmp_path: Path) -> None:
-    """pipeline-tiny whole, each stage shortened."""
+    """pipeline-tiny whole, each stage shortened: every stage begins with what the one before made, and is done once."""
     folder = tmp_path / "chain"
-    command = [sys.executable, "-m", "slurm.submit", "--local"]
-    short = [*SHORT, "sft.training.steps=4", "sft.schedule.warmup_steps=1"]
-    subprocess.run(
-        [*command, "--config-name", "pipeline-tiny", "--run-dir", str(folder), *short],
-        cwd=ROOT, check=True, timeout=200,
-    )  # fmt: skip
-    assert (folder / "export" / "huggingface" / "model.safetensors.index.json").exists() or (
-        folder / "export" / "huggingface" / "model.safetensors"
-    ).exists()
+    name = ["--config-name", "pipeline-tiny", "--run-dir", folder]
+    done = forked.run("slurm.submit", "--local", *name, *SHORT, *SHORT_LATER, seconds=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lineage = ["pretrain", "longcontext", "sft", "rl", "mtp", "export"]
+    for before, stage in itertools.pairwise(lineage[:-1]):
+        assert f"weights from {folder}/{before}/checkpoints/step_" in story(folder / stage)
+    exported = folder / "export" / "huggingface"
+    assert json.loads((exported / "config.json").read_text())["vocab_size"] == 512
+    assert list(exported.glob("*.safetensors"))
+    again = forked.run("slurm.submit", "--local", "--resume", folder)
+    assert "nothing is left to do" in again.stdout
 
 
 def written(tmp_path: Path, text: str) -> Path:

@@ -58,6 +58,19 @@ def test_a_pipeline_is_checked_as_a_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rl.rl.prompts=[{path: /nowhere/p.jsonl}]", "rl.rl.reward.kind=math_verify"],
+        ["mtp.sft.train=[{path: /nowhere/p.jsonl}]"],
+    ],
+)
+def test_data_of_a_later_stage_is_looked_for_too(overrides: list[str]) -> None:
+    done = dry_run("--config-name", "pipeline-tiny", *overrides)
+    assert done.returncode == 2
+    assert "there is no /nowhere/p.jsonl on this machine" in done.stderr
+
+
 def test_a_stage_that_does_not_fit_the_one_before_is_refused(tmp_path: Path) -> None:
     done = dry_run("--config-name", "pipeline-tiny", "longcontext.model.moe_ffn_hidden_size=48")
     assert done.returncode == 2

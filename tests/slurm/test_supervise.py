@@ -26,7 +26,7 @@ def job_file(run_dir: Path, shell: str, **changes: Any) -> Path:
     """Describe a stage whose training is a line of shell."""
     for name in ("logs", "slurm", "checkpoints"):
         (run_dir / name).mkdir(parents=True)
-    job = {
+    job: dict[str, Any] = {
         "run_dir": str(run_dir), "code": str(ROOT), "command": ["bash", "-c", shell], "steps": None,
         "launcher": "local", "attempts_without_progress": 3, "preflight": None, "environment": {},
     }  # fmt: skip

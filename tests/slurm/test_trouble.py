@@ -11,16 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import FAULTS, SITE, SMALL, decisions, numbers, story, submitted
+from tests.slurm.runs import SITE, SMALL, decisions, numbers, story, submitted, with_fault
 
 pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-
-
-def with_fault(fault: str, once: Path | None = None) -> dict[str, str]:
-    """Return the environment that brings a fault into the training processes."""
-    extra = {"PYTHONPATH": str(FAULTS), "Q3N_FAULT": fault}
-    return SITE["environment"] | extra | ({"Q3N_FAULT_ONCE": str(once)} if once else {})
 
 
 def test_a_hanging_rank_is_found_its_stack_kept_and_the_job_requeued(

@@ -7,7 +7,8 @@ $Q3N_FAULT is a list, separated by commas, of
     hang@S:R     rank R sleeps for good at the start of step S
     slow@S:R     rank R sleeps 0.3 s in the forward pass of every step from S on
     crash@S:R    rank R ends itself with SIGKILL at the start of step S
-With $Q3N_FAULT_ONCE (a file), hang and crash happen only while that file does not exist; it is made then.
+    hold@S:R     rank R waits at the start of step S until it gets SIGTERM
+With $Q3N_FAULT_ONCE (a file), hang, crash and hold happen only while that file does not exist; it is made then.
 """
 
 import importlib.machinery
@@ -15,6 +16,7 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -55,20 +57,34 @@ def disturb_steps(module: Any) -> None:
     honest = module.train_step
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
-    def train_step(state: Any, batches: Any) -> Any:
+    def train_step(state: Any, *arguments: Any) -> Any:
         for kind, place in FAULTS:
             step, _, who = place.partition(":")
-            here_and_now = kind in ("hang", "crash", "slow") and (
+            here_and_now = kind in ("hang", "crash", "hold", "slow") and (
                 (state.step + 1, rank) == (int(step), int(who))
             )
             if here_and_now and kind != "slow" and first_time():
                 print(f"fault: {kind} at step {step} on rank {rank}", flush=True)
-                time.sleep(1e6) if kind == "hang" else os.kill(os.getpid(), signal.SIGKILL)
+                if kind == "crash":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(1e6) if kind == "hang" else wait_for_term()
             if here_and_now and kind == "slow":
                 state.chunks[0].register_forward_pre_hook(lambda *_: time.sleep(0.3))
-        return honest(state, batches)
+        return honest(state, *arguments)
 
     module.train_step = train_step
+
+
+def wait_for_term() -> None:
+    """Return when SIGTERM has come; the run's own handler gets it too."""
+    told, handler = threading.Event(), signal.getsignal(signal.SIGTERM)
+
+    def both(number: int, frame: Any) -> None:
+        handler(number, frame)  # type: ignore[operator, misc]
+        told.set()
+
+    signal.signal(signal.SIGTERM, both)
+    told.wait()
 
 
 def first_time() -> bool:
@@ -109,5 +125,6 @@ if os.environ.get("Q3N_FAULT"):
     changes = {
         "megatron_q3n.data.pretrain": poison_batches,
         "megatron_q3n.training.fit": disturb_steps,
+        "megatron_q3n.rl.loop": disturb_steps,
     }
     sys.meta_path.insert(0, _After(changes))  # type: ignore[arg-type]
