@@ -10,6 +10,7 @@ Alone, under torchrun, or under srun. A wrong setting is refused before torch is
 import argparse
 import importlib
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ STAGES = {
     "evaluate": "megatron_q3n.stages.evaluate",
 }
 PIPELINE = "pipeline-"  # names of files in recipes/ that chain recipes, for slurm/submit.py
+ABLATION = "ablation-"  # and of those that compare runs of a recipe, for tools/ablation.py
+# a launcher ends everybody when the first process leaves: the others wait, so that the one that speaks has spoken
+LEADER_SPEAKS_SECONDS = 20.0
 HYDRA_FLAGS = (
     "--cfg",
     "-c",
@@ -71,6 +75,8 @@ def main() -> int:
     except UserError as error:
         if launch.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(LEADER_SPEAKS_SECONDS)
         return EXIT_BAD_INPUT
 
 
@@ -143,6 +149,10 @@ def _composed(recipe: str, own_recipes: str | None, overrides: list[str]) -> dic
             f"--config-name {recipe}: a pipeline chains recipes; run it with python -m slurm.submit "
             f"--config-name {recipe} (--local: on this machine)."
         )
+    if recipe.startswith(ABLATION):
+        raise UserError(
+            f"--config-name {recipe}: an ablation compares runs of a recipe; run it with tools/ablation.py {recipe}."
+        )
     folders = [RECIPES] + ([Path(own_recipes).resolve()] if own_recipes else [])
     if not any((folder / f"{recipe}.yaml").is_file() for folder in folders):
         raise UserError(
@@ -212,7 +222,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
 
 def _recipes() -> list[str]:
     stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    return [stem for stem in stems if not stem.startswith(PIPELINE)]
+    return [stem for stem in stems if not stem.startswith((PIPELINE, ABLATION))]
 
 
 if __name__ == "__main__":

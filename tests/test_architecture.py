@@ -98,6 +98,7 @@ TOP_LEVEL = {
     "CONTRIBUTING.md",
     "LICENSE",
     "README.md",
+    "docs",
     "megatron_q3n",
     "pyproject.toml",
     "recipes",

@@ -115,13 +115,13 @@ def test_results_name_what_was_added_up() -> None:
     assert results["by_position"][0]["to"] == 8
 
 
-def test_text_drafts_and_tasks_of_a_run(
+def test_text_drafts_recall_and_tasks_of_a_run(
     run_dir: Path, tasks_dir: Path, run_module: Callable[..., Any]
 ) -> None:
     done = run_module(
         "--config-name", "evaluate", f"checkpoint.load={run_dir}", "evaluate.draft_depth=2", "evaluate.rows=6",
         "evaluate.context_tokens=64", "evaluate.batch_rows=4", "evaluate.draft_stride=16",
-        f"evaluate.tasks_dir={tasks_dir}", "evaluate.tasks=[choosing,completing]",
+        f"evaluate.tasks_dir={tasks_dir}", "evaluate.tasks=[choosing,completing]", "evaluate.recall_lengths=[16,64]",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((run_dir / "evaluation.json").read_text())
@@ -130,8 +130,18 @@ def test_text_drafts_and_tasks_of_a_run(
     assert found["drafts"]["places"] == 6 * 4
     assert 0 <= results["tasks"]["choosing"]["acc"] <= 1
     assert "exact_match" in results["tasks"]["completing"]
+    for length in (16, 64):
+        recall = results["tasks"][f"repeat {length} tokens"]
+        assert 0 <= recall["accuracy"] < 0.5
+        assert recall["loss"] > 1
+        assert recall["loss of the first copy"] > 1
     report = (run_dir / "report.html").read_text()
-    for words in ("Held-out text: validation", "Drafts: validation", "choosing"):
+    for words in (
+        "Held-out text: validation",
+        "Drafts: validation",
+        "choosing",
+        "repeat 64 tokens",
+    ):
         assert words in report
 
 
@@ -192,6 +202,7 @@ def test_a_checkpoint_is_needed() -> None:
 BAD_INPUT = {
     "no such folder of tasks": (["evaluate.tasks=[a]", "evaluate.tasks_dir=/nowhere"], "no such folder"),
     "rows longer than positions": (["evaluate.context_tokens=1024"], "max_position_embeddings=512"),
+    "recall longer than positions": (["evaluate.recall_lengths=[16,300]"], "300 tokens, twice"),
     "no such task": (["evaluate.rows=0", "evaluate.tasks=[a]", "evaluate.tasks_dir=TASKS"], "has no task a"),
 }  # fmt: skip
 
@@ -233,11 +244,12 @@ LAYOUTS = {
 def test_two_ranks_find_what_one_finds(
     layout: str, run_dir: Path, tasks_dir: Path, tmp_path: Path
 ) -> None:
-    """Texts, greedy drafts and tasks; ranks that share experts have rows of their own, an odd number of them."""
+    """Texts, greedy drafts, recall, tasks; ranks that share experts have rows of their own, an odd number of them."""
     words = [
         "--config-name", "evaluate", f"checkpoint.load={run_dir}", "evaluate.draft_depth=2", "evaluate.rows=5",
         "evaluate.context_tokens=64", "evaluate.batch_rows=2", "evaluate.draft_stride=16",
         f"evaluate.tasks_dir={tasks_dir}", "evaluate.tasks=[choosing,completing]",
+        "evaluate.recall_lengths=[5,40]", "evaluate.recall_rows=7",
     ]  # fmt: skip
     found = {}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -250,4 +262,8 @@ def test_two_ranks_find_what_one_finds(
     assert two["tokens"] == one["tokens"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert two["drafts"]["greedy"] == one["drafts"]["greedy"]
+    recalled = [f"repeat {length} tokens" for length in (5, 40)]
+    for task in recalled:
+        one, two = (found[name]["tasks"].pop(task) for name in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-5)
     assert found["two"]["tasks"] == found["one"]["tasks"]

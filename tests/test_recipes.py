@@ -21,10 +21,9 @@ from megatron_q3n.config.sizes import parameters
 from megatron_q3n.planner import plan
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-PIPELINES = "pipeline-"  # chains of recipes, no recipes: tests/slurm/test_pipeline.py
-PRIMARY = sorted(
-    path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith(PIPELINES)
-)
+# chains and comparisons of recipes, no recipes: tests/slurm/test_pipeline.py, tests/test_ablation.py
+OTHERS = ("pipeline-", "ablation-")
+PRIMARY = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith(OTHERS))
 PARTS = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
 GROUPS = ("model", "data", "precision", "parallel", "stage")
 OF_ANY_MODEL = {"generate", "serve", "evaluate"}  # the checkpoint brings it, so the name has none

@@ -1,4 +1,4 @@
-"""What the evaluate stage measures: held-out text, drafts, and tasks of the language-model evaluation harness."""
+"""What the evaluate stage measures: held-out text, drafts, recall, and tasks of lm-evaluation-harness."""
 
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ class TextSet(Section):
 
 
 class EvaluateConfig(Section):
-    """Data sets, how much of each, and tasks."""
+    """Data sets, how much of each, recall, and tasks."""
 
     sets: list[TextSet] = Field(
         default_factory=list, description="empty: the validation text of `data`"
@@ -34,6 +34,12 @@ class EvaluateConfig(Section):
     )
     draft_depth: int = Field(0, ge=0, description="drafts to judge at each place; 0 judges none")
     draft_stride: int = Field(32, gt=0, description="tokens between places where drafts are judged")
+    recall_lengths: list[int] = Field(
+        default_factory=list,
+        description="zero-shot recall: so many random tokens of each set, then the same again, e.g. [16,64,256,1024]; "
+        "loss and accuracy on the second copy (inference/recall.py)",
+    )
+    recall_rows: int = Field(64, gt=0, description="rows for each of recall_lengths")
     tasks: list[str] = Field(
         default_factory=list,
         description="tasks of lm-evaluation-harness, by the names in tasks_dir's files",
@@ -45,7 +51,7 @@ class EvaluateConfig(Section):
     num_fewshot: int | None = Field(
         None, ge=0, description="examples before each; null: the task's own"
     )
-    seed: int = Field(1, ge=0, description="of drawn drafts")
+    seed: int = Field(1, ge=0, description="of drawn drafts and of recall's tokens")
     tokenizer: str | None = Field(
         None, description="a tokenizer.json or its folder; null: the one the model was trained with"
     )
@@ -73,8 +79,15 @@ def check_evaluate(config: "RunConfig") -> None:
                 f"parallel.{name}={getattr(layout, name)}: evaluation spreads a model by tensor and expert parallelism "
                 "only; set it to 1 (a checkpoint loads in any layout)."
             )
-    if not wanted.rows and not wanted.tasks:
-        raise UserError("evaluate.rows=0 and no evaluate.tasks leave nothing to measure.")
+    if not (wanted.rows or wanted.tasks or wanted.recall_lengths):
+        raise UserError(
+            "evaluate.rows=0, no evaluate.tasks and no evaluate.recall_lengths leave nothing to measure."
+        )
+    if any(length < 2 for length in wanted.recall_lengths):
+        raise UserError(
+            f"evaluate.recall_lengths={wanted.recall_lengths}: the first token of a copy cannot be recalled and is not "
+            "counted, so each length must be at least 2."
+        )
     if wanted.tasks and wanted.tasks_dir is None:
         raise UserError(
             f"evaluate.tasks={wanted.tasks} needs evaluate.tasks_dir, the folder with their .yaml files; tasks are "

@@ -100,7 +100,9 @@ class GatedDeltaNet(MegatronModule):
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         tp, cp = self.tp_group.size(), self.cp_group.size()
         self.passes_state = passes_state and cp > 1
-        self.tape: Any = None  # `heard(rule)` sees what a forward pass puts into the rule, and its states
+        self.tape: Any = (
+            None  # `heard(rule)` sees what a forward pass puts into the rule, and its states
+        )
         self.key_head_dim = config.linear_key_head_dim
         self.value_head_dim = config.linear_value_head_dim
         self.taps = config.linear_conv_kernel_dim

@@ -13,6 +13,8 @@ from megatron_q3n.metrics.report import write_report
 from megatron_q3n.metrics.report.run_files import EVALUATION_FILE
 from megatron_q3n.stages import run_directory
 
+RECALL_TASK = "repeat {length} tokens"
+
 
 def set_results(sums: Sums, wanted: EvaluateConfig) -> dict[str, Any]:
     """Turn sums into what is reported of a data set, whole and by stretch of positions."""
@@ -53,6 +55,21 @@ def _draft_results(sums_DC: torch.Tensor) -> dict[str, Any]:
             "tokens_per_pass": 1 + (sums_DC[:, kept].sum() / places).item(),
         }
     return results
+
+
+def recall_results(
+    sums: torch.Tensor, length: int, name: str | None
+) -> dict[str, dict[str, float]]:
+    """Name one length's sums [2,3] of `inference.recall` as a task; `name`: the set, where there are several."""
+    of = f" of {name}" if name else ""
+    nats, right, tokens = sums[1].tolist()
+    return {
+        f"{RECALL_TASK.format(length=length)}{of}": {
+            "accuracy": right / tokens,
+            "loss": nats / tokens,
+            "loss of the first copy": (sums[0, 0] / sums[0, 2]).item(),
+        }
+    }
 
 
 def leave(results: dict[str, Any], source: Path, wanted: EvaluateConfig) -> None:

@@ -1,0 +1,136 @@
+"""A variant and a seed as processes of megatron_q3n.train, several at once.
+
+How a run ended is a result and written down beside it (`OUTCOME`), also when it failed: a study does not end because a
+learning rate was too large. A run that was interrupted has no such file, and goes on from its checkpoint next time.
+Once a run is written down its checkpoints are deleted: with optimizer states they are gigabytes each, and what a study
+is about is recorded by then. Only a model whose evaluation failed is kept, and evaluated again next time.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ablations.measures import has_diverged
+from ablations.recipe import Trial
+from megatron_q3n.config import EXIT_REQUEUE, UserError
+from megatron_q3n.metrics.report.run_files import load
+from slurm.progress import is_concluded
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OUTCOME = "trial.json"
+STUDY = "study.json"
+OUTPUT = "output.txt"
+STOPPED = 1000  # no process's exit code
+DONE, DIVERGED, FAILED, NOT_EVALUATED = "done", "diverged", "failed", "not evaluated"
+LAST_LINES = 3
+
+
+class Bench:
+    """Where a study's runs go, how many of them run at once, and the processes that run now."""
+
+    def __init__(self, output: Path, workers: int, keep_checkpoints: bool, retry: bool) -> None:
+        """`retry`: begin runs that failed anew."""
+        self._output, self._workers, self._keep = output, workers, keep_checkpoints
+        self._again = {NOT_EVALUATED, FAILED} if retry else {NOT_EVALUATED}
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._lock, self._stopping = threading.Lock(), False
+
+    def run(self, trials: list[Trial]) -> list[dict[str, Any] | None]:
+        """Run what has not been run. Returns: how each trial ended; None for one that was interrupted."""
+        self._remember(trials)
+        with ThreadPoolExecutor(self._workers) as threads:
+            return list(threads.map(self._trial, trials))
+
+    def stop(self) -> None:
+        """Start nothing more, and ask what runs to save and end."""
+        with self._lock:
+            self._stopping = True
+            for process in self._processes:
+                process.terminate()
+
+    def _remember(self, trials: list[Trial]) -> None:
+        """Write down what each run is made of.
+
+        Raises: UserError if a run of that name was made of something else.
+        """
+        path = self._output / STUDY
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        for trial in trials:
+            before = known.setdefault(trial.name, list(trial.arguments))
+            if before != list(trial.arguments):
+                raise UserError(
+                    f"{self._output / trial.name} was run with {' '.join(before)}, which is not what is asked now: "
+                    f"{' '.join(trial.arguments)}. Choose another --output, or delete it and its line in {path}."
+                )
+        self._output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known, indent=1) + "\n")
+
+    def _trial(self, trial: Trial) -> dict[str, Any] | None:
+        path = trial.run_dir / OUTCOME
+        if path.is_file() and (known := json.loads(path.read_text()))["ended"] not in self._again:
+            return known
+        began = time.monotonic()
+        code = 0
+        if not is_concluded(trial.run_dir, trial.config.training.steps):
+            code = self._process(trial.training, trial.run_dir)
+            if code in (STOPPED, EXIT_REQUEUE):
+                return None
+        ended = _ended(code, trial.run_dir)
+        if ended == DONE and trial.is_evaluated:
+            code = self._process(trial.evaluation, trial.run_dir)
+            if code == STOPPED:
+                return None
+            ended = NOT_EVALUATED if code else DONE
+        outcome = {
+            "ended": ended,
+            "exit_code": code,
+            "message": _last_words(trial.run_dir) if code else "",
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        path.write_text(json.dumps(outcome, indent=1) + "\n")
+        if not self._keep and ended != NOT_EVALUATED:
+            shutil.rmtree(trial.run_dir / "checkpoints", ignore_errors=True)
+        print(f"{trial.name:<32} {ended:<13} {outcome['seconds']:7.0f} s", flush=True)
+        return outcome
+
+    def _process(self, arguments: list[str], run_dir: Path) -> int:
+        """Run one process to its end. Returns: its exit code, or STOPPED where the study stops."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
+        with (run_dir / OUTPUT).open("ab") as output:
+            with self._lock:
+                if self._stopping:
+                    return STOPPED
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "megatron_q3n.train", *arguments],
+                    env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                )  # fmt: skip
+                self._processes.add(process)
+            code = process.wait()
+        with self._lock:
+            self._processes.discard(process)
+            return STOPPED if self._stopping and code else code
+
+
+def _ended(code: int, run_dir: Path) -> str:
+    """Say how a run ended: done, diverged (whatever its exit code) or failed."""
+    try:
+        diverged = has_diverged(load(run_dir))
+    except UserError:  # it failed before it had a configuration
+        return FAILED
+    if diverged:
+        return DIVERGED
+    return FAILED if code else DONE
+
+
+def _last_words(run_dir: Path) -> str:
+    lines = (run_dir / OUTPUT).read_text(errors="replace").splitlines()
+    return "\n".join([line for line in lines if line.strip()][-LAST_LINES:])
