@@ -240,7 +240,8 @@ def test_a_comparison_of_the_tiny_model(tmp_path: Path) -> None:
     assert (ours["contestant"], theirs["contestant"]) == ("ours:fp32", "transformers:fp32")
     assert ours["parameters"] == ours["parameters_by_formula"] == theirs["parameters"]
     assert ours["samples"] == 4
-    assert sum(ours["groups_ms"].values()) > 0
+    # two periods less one: on a busy CPU the difference of a group's times may be of either sign
+    assert ours["groups_ms"]["GEMM dense"] != 0
 
 
 @pytest.mark.slow
