@@ -52,7 +52,9 @@ def verdict(config: RunConfig) -> str:
     if config.training.cuda_graph is False:
         return "no: training.cuda_graph=false"
     obstacle = _obstacle(config)
-    return f"no: {obstacle}" if obstacle else "yes, from the third step on"
+    if obstacle:
+        return f"no: {obstacle}"
+    return "from the third step on, unless its capture touches the host: then the log says so"
 
 
 def _obstacle(config: RunConfig) -> str | None:
