@@ -218,27 +218,35 @@ def moe(bench: Bench) -> None:
 
     bench.forward_backward("moe", "top-k: TransformerEngine", router, [logits])
     bench.time("moe", "top-k: torch", lambda: logits.topk(TOPK, 1))
-    expert_products(bench, counts.cumsum(0).to(torch.int32), gates)
+    expert_products(bench, counts, gates)
 
 
-def expert_products(bench: Bench, ends: torch.Tensor, gates: torch.Tensor) -> None:
+def expert_products(bench: Bench, counts: torch.Tensor, gates: torch.Tensor) -> None:
     """The experts' grouped products and their activation, on rows already sorted."""
+    from megatron_q3n.kernels.fused.grouped_product import grouped_product, row_blocks
     from megatron_q3n.kernels.fused.grouped_weight_gradient import grouped_weight_gradient
     from megatron_q3n.kernels.weighted_swiglu import weighted_swiglu
 
     rows, experts = bench.tokens * TOPK, bench.experts
+    ends, blocks = counts.cumsum(0).to(torch.int32), row_blocks(counts, rows)
+    bench.time("moe", "blocks of rows listed", lambda: row_blocks(counts, rows))
     for name, n, k in (("fc1", 2 * WIDTH, HIDDEN), ("fc2", HIDDEN, WIDTH)):
         x, w, dy = bench.random(rows, k), bench.random(experts, n, k), bench.random(rows, n)
         main = torch.zeros(experts, n, k, device="cuda")
         products: dict[str, Callable[[], Any]] = {
             "forward: torch": lambda x=x, w=w: torch._grouped_mm(x, w.transpose(1, 2), offs=ends),
+            "forward: ours": lambda x=x, w=w: grouped_product(x, w, blocks),
+            "input gradient: ours": lambda dy=dy, w=w: grouped_product(dy, w, blocks, turned=True),
+            "weight gradient: ours, written": lambda dy=dy, x=x, main=main: grouped_weight_gradient(
+                dy, x, ends, main, False
+            ),
             "input gradient: torch": lambda dy=dy, w=w: torch._grouped_mm(dy, w, offs=ends),
             "weight gradient: torch": lambda dy=dy, x=x: torch._grouped_mm(dy.T, x, offs=ends),
             "weight gradient: torch, added in fp32": lambda dy=dy, x=x, main=main: main.add_(
                 torch._grouped_mm(dy.T, x, offs=ends)
             ),
-            "weight gradient: ours, in fp32": lambda dy=dy, x=x, main=main: grouped_weight_gradient(
-                dy, x, ends, main, True
+            "weight gradient: ours, added in fp32": lambda dy=dy, x=x, main=main: (
+                grouped_weight_gradient(dy, x, ends, main, True)
             ),
         }
         for what, run in products.items():

@@ -1,9 +1,8 @@
 """All of the experts in FP8: tokens in, the sum of their experts' outputs out, one launch per product.
 
-Forward and input-gradient products run in e4m3 with one scale per row and per expert
-(`torch._scaled_grouped_mm`), 1.3 to 1.7 times as fast as bf16 on an H200; activations and gradients are quantised
-in the kernels that make them, weights once per step. Weight gradients stay in bf16 and add up in
-fp32. What was tried, and what the whole gains, is in tools/benchmark/LOG.md.
+Forward and input-gradient products run in e4m3 with one scale per row and per expert; activations and
+gradients are quantised in the kernels that make them, weights once per step. Weight gradients stay in bf16
+and add up in fp32. What was tried, and what the whole gains, is in tools/benchmark/LOG.md.
 
 Where experts are spread over processes the rows arrive sorted already; then each is its own token.
 
@@ -32,10 +31,10 @@ def fp8_experts(
     Returns: shaped like x.
     """
     assert checking or choices.lacking((OPERATION,)) == []
-    ends_E = rows_per_expert_E.to(x_TH.device).cumsum(0).to(torch.int32)
     return _Fp8Experts.apply(
-        x_TH.contiguous(), gates_R.contiguous(), fc1_EXH, fc2_EHF, routes, ends_E
-    )
+        x_TH.contiguous(), gates_R.contiguous(), fc1_EXH, fc2_EHF, routes,
+        rows_per_expert_E.to(x_TH.device),
+    )  # fmt: skip
 
 
 def forget_quantised(weights: list[Tensor]) -> None:
@@ -47,50 +46,64 @@ def forget_quantised(weights: list[Tensor]) -> None:
 class _Fp8Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gates: Tensor, fc1: Tensor, fc2: Tensor, routes: Routes | None, ends: Tensor
+        ctx: Any, x: Tensor, gates: Tensor, fc1: Tensor, fc2: Tensor, routes: Routes | None, counts: Tensor
     ) -> Tensor:  # fmt: skip
-        from megatron_q3n.kernels.fused import fp8_rows, permutation  # late: Triton
+        from megatron_q3n.kernels.fused import (
+            fp8_rows,
+            grouped_product,
+            permutation,
+        )  # late: Triton
 
         trains = any(ctx.needs_input_grad)
         row = _each_its_own(x) if routes is None else routes.row_TK
         narrow, scale, rows = fp8_rows.scatter_quantised(x, row, copy=trains and routes is not None)
-        gate_up = _product(narrow, scale, *_quantised(fc1, trains)[:2], ends)
+        blocks = grouped_product.row_blocks(counts, narrow.shape[0])
+        gate_up = _product(narrow, scale, _quantised(fc1, trains), blocks)
         hidden, narrow, scale = fp8_rows.swiglu_quantised(gate_up, gates)
-        out = _product(narrow, scale, *_quantised(fc2, trains)[:2], ends)
-        ctx.save_for_backward(x if rows is None else rows, gates, ends, row, gate_up, hidden)
+        out = _product(narrow, scale, _quantised(fc2, trains), blocks)
+        ctx.save_for_backward(
+            x if rows is None else rows, gates, row, gate_up, hidden, *blocks.tensors
+        )
         ctx.weights, ctx.routes = (fc1, fc2), routes
         return out if routes is None else permutation.gather_rows(out, row)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        from megatron_q3n.kernels.fused import fp8_rows, permutation  # late: Triton
+        from megatron_q3n.kernels.fused import (
+            fp8_rows,
+            grouped_product,
+            permutation,
+        )  # late: Triton
 
-        x, gates, ends, row, gate_up, hidden = ctx.saved_tensors
+        x, gates, row, gate_up, hidden, *lists = ctx.saved_tensors
+        blocks = grouped_product.RowBlocks(*lists)
         fc1, fc2 = ctx.weights
         dout = dout.contiguous()
         narrow, scale, rows = fp8_rows.scatter_quantised(dout, row, copy=ctx.routes is not None)
-        dhidden = _product(narrow, scale, *_quantised(fc2, True)[2:], ends)
-        dfc2 = _weight_gradient(fc2, dout if rows is None else rows, hidden, ends)
+        dhidden = _product(narrow, scale, _quantised(fc2, True), blocks, turned=True)
+        dfc2 = _weight_gradient(fc2, dout if rows is None else rows, hidden, blocks.ends_E)
         dgate_up, narrow, scale, dgates = fp8_rows.swiglu_backward_quantised(
             gate_up, gates, dhidden
         )
-        dx = _product(narrow, scale, *_quantised(fc1, True)[2:], ends)
-        dfc1 = _weight_gradient(fc1, dgate_up, x, ends)
+        dx = _product(narrow, scale, _quantised(fc1, True), blocks, turned=True)
+        dfc1 = _weight_gradient(fc1, dgate_up, x, blocks.ends_E)
         if ctx.routes is not None:
             dx = permutation.gather_rows(dx, row)
         return dx, dgates, dfc1, dfc2, None, None
 
 
 def _product(
-    rows: Tensor, row_scale: Tensor, weight_ENK: Tensor, weight_scale: Tensor, ends: Tensor
-) -> Tensor:
-    return torch._scaled_grouped_mm(
-        rows, weight_ENK.transpose(1, 2), row_scale, weight_scale, offs=ends,
-        out_dtype=torch.bfloat16, use_fast_accum=True,
-    )  # fmt: skip
+    rows: Tensor, row_scale: Tensor, weight: tuple[Tensor, Tensor, Tensor], blocks: Any, turned: bool = False
+) -> Tensor:  # fmt: skip
+    """Multiply rows by a quantised weight, or by its transpose; both lie with their inputs last, as FP8 wants them."""
+    from megatron_q3n.kernels.fused.grouped_product import grouped_product  # late: Triton
+
+    straight, transpose, scale_E = weight
+    operand = transpose if turned else straight
+    return grouped_product(rows, operand, blocks, scales=(row_scale, scale_E))
 
 
-def _quantised(weight: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantised(weight: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise a weight, or take this step's copies; an evaluation, between steps, makes its own."""
     from megatron_q3n.kernels.fused import fp8_rows  # late: Triton
 

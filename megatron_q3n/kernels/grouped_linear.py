@@ -1,7 +1,7 @@
 """Many experts' matrix products in one call: rows sorted by expert, one weight matrix per expert.
 
-On a GPU in bf16 each product is one launch for all experts: `torch._grouped_mm` forward and for the
-input's gradient (its offsets stay on the device), and our kernel for the weight's, which adds to the
+On a GPU in bf16 each product is one launch for all experts: our kernels, or `torch._grouped_mm` where they do not
+fit (offsets stay on the device in both). The weight gradient's adds to the
 fp32 main gradient of megatron-core's DDP instead of making a bf16 copy first. The first micro-batch
 of a step writes where the others add, so that nobody has to fill gigabytes with zeros before it and
 read them back (`mark_stale`). Elsewhere it is a loop over experts, which is right for the few and
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_q3n.kernels import choices
 
-OPERATION = "grouped weight gradient"
+OPERATION = "grouped products"
 
 
 def grouped_linear(
@@ -26,15 +26,16 @@ def grouped_linear(
     """Multiply each expert's block of rows with its own matrix.
 
     Shapes: rows [T,K], the first rows_per_expert[0] of them for expert 0, and so on; weight [E,N,K].
-    `fused` forces the choice of the weight gradient that `choices` makes otherwise.
+    `fused` forces the choice of kernels that `choices` makes otherwise.
     Returns: [T,N].
     """
     if not choices.is_fused(OPERATION, rows_TK, fused):
         settle(weight_ENK)
     if rows_TK.is_cuda and rows_TK.dtype == torch.bfloat16:
-        ends_E = rows_per_expert_E.to(rows_TK.device).cumsum(0).to(torch.int32)
+        counts_E = rows_per_expert_E.to(rows_TK.device)
         if choices.is_fused(OPERATION, rows_TK, fused):
-            return _OneLaunch.apply(rows_TK, weight_ENK, ends_E)
+            return _OneLaunch.apply(rows_TK, weight_ENK, counts_E)
+        ends_E = counts_E.cumsum(0).to(torch.int32)
         return torch._grouped_mm(rows_TK, weight_ENK.transpose(1, 2), offs=ends_E)
     blocks = rows_TK.split(rows_per_expert_E.tolist())
     return torch.cat(
@@ -68,20 +69,37 @@ def settle(weight: Tensor) -> None:
 
 class _OneLaunch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_TK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_TK, ends_E)
+    def forward(ctx: Any, rows_TK: Tensor, weight_ENK: Tensor, counts_E: Tensor) -> Tensor:
+        from megatron_q3n.kernels.fused import grouped_product  # late: Triton
+
+        blocks = grouped_product.row_blocks(counts_E, rows_TK.shape[0])
+        ctx.save_for_backward(rows_TK, *blocks.tensors)
         ctx.weight = weight_ENK  # the parameter itself, which knows its main gradient
-        return torch._grouped_mm(rows_TK, weight_ENK.transpose(1, 2), offs=ends_E)
+        return _product(rows_TK.contiguous(), weight_ENK.detach(), blocks, turned=False)
 
     @staticmethod
     def backward(ctx: Any, dout_TN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows_TK, ends_E = ctx.saved_tensors
+        from megatron_q3n.kernels.fused import grouped_product  # late: Triton
+
+        rows_TK, *lists = ctx.saved_tensors
         weight, dout_TN = ctx.weight, dout_TN.contiguous()
-        drows = torch._grouped_mm(dout_TN, weight, offs=ends_E) if ctx.needs_input_grad[0] else None
-        dweight = (
-            _weight_gradient(dout_TN, rows_TK, ends_E, weight) if ctx.needs_input_grad[1] else None
-        )
+        blocks = grouped_product.RowBlocks(*lists)
+        drows = dweight = None
+        if ctx.needs_input_grad[0]:
+            drows = _product(dout_TN, weight.detach(), blocks, turned=True)
+        if ctx.needs_input_grad[1]:
+            dweight = _weight_gradient(dout_TN, rows_TK, blocks.ends_E, weight)
         return drows, dweight, None
+
+
+def _product(rows_RK: Tensor, weight: Tensor, blocks: Any, turned: bool) -> Tensor:
+    """Multiply by [E,N,K], or by [E,K,N] if `turned`."""
+    from megatron_q3n.kernels.fused import grouped_product  # late: Triton
+
+    if grouped_product.fits(rows_RK, weight):
+        return grouped_product.grouped_product(rows_RK, weight, blocks, turned=turned)
+    right = weight if turned else weight.transpose(1, 2)
+    return torch._grouped_mm(rows_RK, right, offs=blocks.ends_E)
 
 
 def _weight_gradient(dout_TN: Tensor, rows_TK: Tensor, ends_E: Tensor, weight: Tensor) -> Tensor:

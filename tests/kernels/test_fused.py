@@ -186,3 +186,39 @@ def test_grouped_weight_gradient(
     grouped_weight_gradient(dy, x, ends, out, accumulate)
     tolerance: Any = {"rtol": 1e-5, "atol": 2e-4}
     torch.testing.assert_close(out.double(), want, **tolerance)
+
+
+@pytest.mark.parametrize("counts", [[70, 0, 300, 1], [0, 0, 0, 256], [3, 2, 1, 0]])
+@pytest.mark.parametrize("outputs", [80, 272])
+@pytest.mark.parametrize("turned", [False, True])
+def test_grouped_product(
+    counts: list[int], outputs: int, turned: bool, dtype: torch.dtype, triton_device: str
+) -> None:
+    from megatron_q3n.kernels.fused import grouped_product
+
+    rows, experts = sum(counts), len(counts)
+    x = normal(1, rows, 192, device=triton_device, dtype=dtype)
+    shape = (experts, 192, outputs) if turned else (experts, outputs, 192)
+    weight = normal(2, *shape, device=triton_device, dtype=dtype) / 14
+    blocks = grouped_product.row_blocks(torch.tensor(counts, device=triton_device), rows)
+    assert blocks.ends_E.tolist() == torch.tensor(counts).cumsum(0).tolist()
+    assert grouped_product.fits(x, weight)
+    got = grouped_product.grouped_product(x, weight, blocks, turned=turned)
+    matrices = (weight if turned else weight.transpose(1, 2)).double()
+    want = torch.cat([part.double() @ w for part, w in zip(x.split(counts), matrices)])
+    assert_near(got, want, dtype)
+
+
+def test_grouped_product_scales(dtype: torch.dtype, triton_device: str) -> None:
+    """Rows and experts each with a scale; operands as they come, for the interpreter has no e4m3 products."""
+    from megatron_q3n.kernels.fused import grouped_product
+
+    counts = [5, 140, 0]
+    x = normal(1, 145, 64, device=triton_device, dtype=dtype)
+    weight = normal(2, 3, 48, 64, device=triton_device, dtype=dtype) / 8
+    scales = torch.rand(145, device=triton_device), torch.rand(3, device=triton_device)
+    blocks = grouped_product.row_blocks(torch.tensor(counts, device=triton_device), 145)
+    got = grouped_product.grouped_product(x, weight, blocks, scales=scales)
+    parts = zip(x.double().split(counts), weight.double().transpose(1, 2), scales[1].double())
+    want = torch.cat([part @ w * scale for part, w, scale in parts]) * scales[0][:, None]
+    torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2)  # the result is bf16

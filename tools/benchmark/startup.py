@@ -62,4 +62,7 @@ def _start(arguments: list[str], caches: dict[str, str], folder: Path) -> dict[s
         raise UserError(
             f"the run to be timed failed with {done.returncode}:\n{done.stdout[-3000:]}"
         )
-    return json.loads(result.read_text())
+    figures = json.loads(result.read_text())
+    phases = ", ".join(f"{name} {took:.1f}" for name, took in figures["phases_seconds"].items())
+    print(f"first step after {figures['time_to_first_step']:.1f} s: {phases}", flush=True)
+    return figures

@@ -1,10 +1,10 @@
 """FP8 operands for grouped products: each row with a scale of its own (e4m3, amax / 448), made where the row is made.
 
-Grouped FP8 products (`torch._scaled_grouped_mm`) want one scale per row of the left side and per output of the right
+Grouped FP8 products take one scale per row of the left side and one per expert's matrix of the right
 side. A pass of its own over the sorted rows would, by reckoning, cost what FP8 saves; so rows are quantised while
 they are written: when a token is copied to its experts (amax taken once per token, not once per
-copy), and when the activation or its gradient is computed. Weights are quantised once per step, in
-both orientations: an output's row forward, an input's column for the input gradient.
+copy), and when the activation or its gradient is computed. Weights are quantised once per step, as they are for the
+forward product and transposed for the input gradient's: FP8 products want the summed dimension last on both sides.
 
 T tokens, TOPK copies of each, R rows, H width, F expert width, E experts, N outputs, K inputs.
 """
@@ -160,25 +160,23 @@ def swiglu_backward_quantised(
     return dgate_up, quantised, scale, dweight
 
 
-def quantise_both_ways(weight_ENK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantise_both_ways(weight_ENK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise expert weights for the forward product and for the input gradient's.
 
-    Returns: [E,N,K] in e4m3 with a scale per output [E,N], and the transpose [E,K,N] with a scale per input [E,K]; the
-        scales of an expert are all the same, as the product wants one for each.
+    Returns: [E,N,K] in e4m3, its transpose [E,K,N], and the scales [E] of both.
     """
     experts, outputs, inputs = weight_ENK.shape
     amax_E = weight_ENK.new_zeros(experts, dtype=torch.float32)
     _amax_kernel[(triton.cdiv(outputs * inputs, _AMAX_BLOCK), experts)](
         weight_ENK, amax_E, outputs * inputs, BLOCK=_AMAX_BLOCK, num_warps=8
     )
-    scale_E1 = (amax_E.clamp_(min=_SMALLEST.value) / _LARGEST.value)[:, None]
+    scale_E = amax_E.clamp_(min=_SMALLEST.value) / _LARGEST.value
     straight = torch.empty_like(weight_ENK, dtype=E4M3)
     turned = weight_ENK.new_empty(experts, inputs, outputs, dtype=E4M3)
     _both_ways_kernel[(triton.cdiv(outputs, 64), triton.cdiv(inputs, 64), experts)](
-        weight_ENK, scale_E1, straight, turned, outputs, inputs, BLOCK_N=64, BLOCK_I=64
+        weight_ENK, scale_E, straight, turned, outputs, inputs, BLOCK_N=64, BLOCK_I=64
     )
-    by_output, by_input = (scale_E1.expand(experts, n).contiguous() for n in (outputs, inputs))
-    return straight, by_output, turned, by_input
+    return straight, turned, scale_E
 
 
 def _swiglu_blocks(rows: int, width: int) -> tuple[dict[str, int], tuple[int]]:
