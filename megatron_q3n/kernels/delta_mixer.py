@@ -76,7 +76,7 @@ def fused_delta_mixer(
         position = positions_in_documents(cu_seqlens, qkvz_TBX.shape[0]).to(torch.int32)
     return _Fused.apply(
         qkvz_TBX, beta_alpha_TBX, weights.taps_CK, weights.a_log_H, weights.dt_bias_H, weights.norm_V,
-        heads, rule, cu_seqlens, position,
+        heads, rule, cu_seqlens, position, torch.is_grad_enabled(),
     )  # fmt: skip
 
 
@@ -120,6 +120,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, qkvz: Tensor, beta_alpha: Tensor, taps: Tensor, a_log: Tensor, dt_bias: Tensor, norm: Tensor,
         heads: DeltaHeads, rule: Rule, cu_seqlens: Tensor | None, position: Tensor | None,
+        trains: bool,  # ctx.needs_input_grad is true of parameters even where no gradients are kept
     ) -> Tensor:  # fmt: skip
         from megatron_q3n.kernels.fused import delta_inputs, gated_norm  # late: Triton
 
@@ -128,7 +129,6 @@ class _Fused(torch.autograd.Function):
             *delta_inputs.delta_inputs(qkvz, taps, position, shape),
             *delta_inputs.delta_gates(beta_alpha, a_log, dt_bias, qkvz.dtype),
         ]
-        trains = any(ctx.needs_input_grad)
         with torch.set_grad_enabled(trains):
             if trains:
                 leaves = [x.requires_grad_() for x in leaves]
@@ -155,4 +155,5 @@ class _Fused(torch.autograd.Function):
         dba, da_log, ddt_bias = delta_inputs.delta_gates_backward(
             beta_alpha, a_log, dt_bias, ddecay, dbeta
         )
-        return dqkvz, dba, dtaps.to(taps.dtype), da_log, ddt_bias, dnorm, None, None, None, None
+        gradients = dqkvz, dba, dtaps.to(taps.dtype), da_log, ddt_bias, dnorm
+        return (*gradients, None, None, None, None, None)

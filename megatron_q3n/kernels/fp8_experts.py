@@ -33,7 +33,7 @@ def fp8_experts(
     assert checking or choices.lacking((OPERATION,)) == []
     return _Fp8Experts.apply(
         x_TH.contiguous(), gates_R.contiguous(), fc1_EXH, fc2_EHF, routes,
-        rows_per_expert_E.to(x_TH.device),
+        rows_per_expert_E.to(x_TH.device), torch.is_grad_enabled(),
     )  # fmt: skip
 
 
@@ -46,18 +46,15 @@ def forget_quantised(weights: list[Tensor]) -> None:
 class _Fp8Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gates: Tensor, fc1: Tensor, fc2: Tensor, routes: Routes | None, counts: Tensor
+        ctx: Any, x: Tensor, gates: Tensor, fc1: Tensor, fc2: Tensor, routes: Routes | None, counts: Tensor,
+        trains: bool,
     ) -> Tensor:  # fmt: skip
-        from megatron_q3n.kernels.fused import (
-            fp8_rows,
-            grouped_product,
-            permutation,
-        )  # late: Triton
+        from megatron_q3n.kernels.fused import fp8_rows, permutation  # late: Triton
+        from megatron_q3n.kernels.fused.grouped_product import row_blocks
 
-        trains = any(ctx.needs_input_grad)
         row = _each_its_own(x) if routes is None else routes.row_TK
         narrow, scale, rows = fp8_rows.scatter_quantised(x, row, copy=trains and routes is not None)
-        blocks = grouped_product.row_blocks(counts, narrow.shape[0])
+        blocks = row_blocks(counts, narrow.shape[0])
         gate_up = _product(narrow, scale, _quantised(fc1, trains), blocks)
         hidden, narrow, scale = fp8_rows.swiglu_quantised(gate_up, gates)
         out = _product(narrow, scale, _quantised(fc2, trains), blocks)
@@ -69,14 +66,11 @@ class _Fp8Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        from megatron_q3n.kernels.fused import (
-            fp8_rows,
-            grouped_product,
-            permutation,
-        )  # late: Triton
+        from megatron_q3n.kernels.fused import fp8_rows, permutation  # late: Triton
+        from megatron_q3n.kernels.fused.grouped_product import RowBlocks
 
         x, gates, row, gate_up, hidden, *lists = ctx.saved_tensors
-        blocks = grouped_product.RowBlocks(*lists)
+        blocks = RowBlocks(*lists)
         fc1, fc2 = ctx.weights
         dout = dout.contiguous()
         narrow, scale, rows = fp8_rows.scatter_quantised(dout, row, copy=ctx.routes is not None)
@@ -89,7 +83,7 @@ class _Fp8Experts(torch.autograd.Function):
         dfc1 = _weight_gradient(fc1, dgate_up, x, blocks.ends_E)
         if ctx.routes is not None:
             dx = permutation.gather_rows(dx, row)
-        return dx, dgates, dfc1, dfc2, None, None
+        return dx, dgates, dfc1, dfc2, None, None, None
 
 
 def _product(

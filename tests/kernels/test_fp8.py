@@ -104,3 +104,20 @@ def test_fp8_experts_are_bf16_experts_to_a_few_percent(sorted_already: bool) -> 
         strict=True,
     ):
         assert (ours - reference).float().norm() / reference.float().norm() < 0.1
+
+
+@pytest.mark.gpu
+def test_an_evaluation_sees_the_weights_of_now() -> None:
+    """A step keeps its FP8 copies until the next; an evaluation between them must not take the old ones."""
+    from megatron_q3n.kernels.fp8_experts import fp8_experts
+
+    bf16 = torch.bfloat16
+    x = normal(1, 128, 128, device="cuda", dtype=bf16)
+    fc1 = normal(2, 2, 256, 128, device="cuda", dtype=bf16).requires_grad_()
+    fc2 = normal(3, 2, 128, 128, device="cuda", dtype=bf16).requires_grad_()
+    gates, counts = torch.ones(128, device="cuda"), torch.tensor([64, 64], device="cuda")
+    trained = fp8_experts(x, gates, fc1, fc2, None, counts, checking=True).detach()
+    with torch.no_grad():
+        fc2 *= 2
+        evaluated = fp8_experts(x, gates, fc1, fc2, None, counts, checking=True)
+    assert evaluated.equal(2 * trained)

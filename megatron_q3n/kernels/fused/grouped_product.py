@@ -66,19 +66,26 @@ def _list_kernel(
 
 
 @triton.jit
+def _scales(row_scale_ptr, weight_scale_ptr, row, end, expert, ROWS: tl.constexpr):
+    r = row + tl.arange(0, ROWS)
+    scale = tl.load(row_scale_ptr + r, mask=r < end, other=0.0)
+    return (scale * tl.load(weight_scale_ptr + expert))[:, None]
+
+
+@triton.jit
 def _product_kernel(
     rows_desc, weight_desc, out_desc, out_ptr, ends_ptr, expert_ptr, row_ptr, count_ptr,
     row_scale_ptr, weight_scale_ptr, N, K,
     TURNED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr, HALVES: tl.constexpr,
+    BLOCK_K: tl.constexpr, HALVES: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(N, COLUMNS)
     element = out_ptr.dtype.element_ty
-    for tile in tl.range(
-        tl.program_id(0), tl.load(count_ptr) * across, tl.num_programs(0), flatten=True
-    ):
-        block, n = tile // across, (tile % across) * COLUMNS
-        expert, row = tl.load(expert_ptr + block), tl.load(row_ptr + block)
+    for tile in tl.range(tl.program_id(0), tl.load(count_ptr) * across, PROGRAMS, flatten=True):
+        block = tile // across
+        n = (tile % across) * COLUMNS
+        expert = tl.load(expert_ptr + block)
+        row = tl.load(row_ptr + block)
         end = tl.load(ends_ptr + expert)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, K, BLOCK_K):
@@ -88,11 +95,9 @@ def _product_kernel(
             else:
                 weight = weight_desc.load([expert * N + n, k]).T
             total = tl.dot(rows, weight, total, input_precision="ieee")
-        r = row + tl.arange(0, ROWS)
-        if SCALED:
-            scale = tl.load(row_scale_ptr + r, mask=r < end, other=0.0)
-            total = total * (scale * tl.load(weight_scale_ptr + expert))[:, None]
         if row + ROWS <= end:
+            if SCALED:
+                total = total * _scales(row_scale_ptr, weight_scale_ptr, row, end, expert, ROWS)
             if HALVES:
                 # in two stores, which need half the shared memory; the stages of the loop need the rest
                 left, right = tl.split(
@@ -103,6 +108,9 @@ def _product_kernel(
             else:
                 out_desc.store([row, n], total.to(element))
         else:
+            if SCALED:
+                total = total * _scales(row_scale_ptr, weight_scale_ptr, row, end, expert, ROWS)
+            r = row + tl.arange(0, ROWS)
             c = n + tl.arange(0, COLUMNS)
             place = out_ptr + r.to(tl.int64)[:, None] * N + c[None, :]
             tl.store(place, total.to(element), mask=(r < end)[:, None] & (c < N)[None, :])
@@ -144,15 +152,15 @@ def grouped_product(
     halves = columns > _NARROW[0]
     block_k = _BLOCK_BYTES_K // rows_RK.element_size()
     out = rows_RK.new_empty(rows, outputs, dtype=torch.bfloat16 if scales else None)
-    most = blocks.expert_B.shape[0] * triton.cdiv(outputs, columns)
     row_scale, weight_scale = scales or (None, None)
-    _product_kernel[(min(_programs(rows_RK.device), most),)](
+    programs = _programs(rows_RK.device)  # a constant of the kernel: not one for every number of rows
+    _product_kernel[(programs,)](
         _tiles(rows_RK, BLOCK_R, block_k),
         _tiles(weight.flatten(0, 1), *((block_k, columns) if turned else (columns, block_k))),
         _tiles(out, BLOCK_R, columns // 2 if halves else columns),
         out, *blocks.tensors, row_scale, weight_scale, outputs, inputs,
         TURNED=turned, SCALED=scales is not None, ROWS=BLOCK_R, COLUMNS=columns, BLOCK_K=block_k,
-        HALVES=halves, num_warps=warps, num_stages=stages,
+        HALVES=halves, PROGRAMS=programs, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
