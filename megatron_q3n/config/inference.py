@@ -30,6 +30,10 @@ class InferenceConfig(Section):
     max_sequences: int | None = Field(
         None, gt=0, description="most sequences at once, others wait; null: all"
     )
+    cuda_graph: bool | None = Field(
+        None,
+        description="launch a whole decoding step as one CUDA graph; null: on a GPU, where nothing stands against it",
+    )
     tokenizer: str | None = Field(
         None, description="a tokenizer.json or its folder; null: the one the model was trained with"
     )

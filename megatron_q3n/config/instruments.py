@@ -50,3 +50,12 @@ class AlertsConfig(Section):
         description="largest activation over the median, worst layer (massive: arXiv 2402.17762 says 1,000)",
     )
     norm_scale: float | None = Field(10.0, gt=1, description="largest scale of any norm")
+    growth_factor: float | None = Field(
+        2.0,
+        gt=1,
+        description="sinks, massive activations or norms that have grown by so much over growth_steps, long before "
+        "they reach the levels above; small ones do not count (metrics/alerts.py)",
+    )
+    growth_steps: int = Field(
+        1000, gt=0, description="how far back growth looks; in a young run, half as far is enough"
+    )

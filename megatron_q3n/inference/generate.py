@@ -28,6 +28,16 @@ class Generation:
                 yield from self._engine.step()
 
     @property
+    def without_graphs(self) -> str | None:
+        """Why rounds are not CUDA graphs; None where they are."""
+        return self._engine.graphs.obstacle
+
+    @property
+    def launches(self) -> int | None:
+        """What one CUDA graph of a round replaces; None where rounds are not graphs."""
+        return self._engine.graphs.num_launches
+
+    @property
     def completions(self) -> list[Completion]:
         """The completions so far."""
         return [sequence.completion for sequence in self._sequences]
@@ -55,6 +65,7 @@ def start(
     draft_depth: int = 0,
     prefill_tokens: int = PREFILL_TOKENS,
     max_sequences: int | None = None,
+    cuda_graph: bool | None = False,
 ) -> Generation:
     """Prepare to complete each prompt; iterate over the result for tokens as they come.
 
@@ -62,13 +73,15 @@ def start(
     seed where there is a list of them, and not on what else is in the batch or on the layout.
     `draft_depth` tokens are drafted by the MTP layer and verified together: the outcome has the same
     distribution, and is the same when greedy. `prefill_tokens` is the most that one pass reads of
-    prompts, `max_sequences` the most sequences that run at once; others wait.
+    prompts, `max_sequences` the most sequences that run at once; others wait. `cuda_graph` replays rounds
+    as CUDA graphs: True must, None does where it can; their buffers stay with the model for later calls
+    until `round_graph.forget(model)`.
 
     Every rank of a tensor-parallel group gives the same prompts. Data-parallel ranks give their own;
     if they share experts, all must iterate, those without prompts too.
 
     Raises: UserError for an empty or too long prompt, an unknown token, drafts without MTP, or a
-        layout that generation does not know.
+        layout that generation does not know, or graphs that must be and cannot.
     """
     Abilities.of(model).check(prompts, sampling, draft_depth)
     assert prefill_tokens > 0
@@ -85,5 +98,6 @@ def start(
         draft_depth=draft_depth,
         prefill_tokens=prefill_tokens,
         max_sequences=max_sequences or max(1, len(sequences)),
+        cuda_graph=cuda_graph,
     )
     return Generation(model, sequences, engine)

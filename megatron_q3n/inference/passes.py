@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_q3n.model.decode import extend, extend_mtp, logits_of
-from megatron_q3n.model.decode_state import DecodeState, Span
+from megatron_q3n.model.decode_state import DecodeState
+from megatron_q3n.model.span import Span
 
 
 class Passes:
@@ -31,6 +32,11 @@ class Passes:
     def span(self, starts: list[int], counts: list[int]) -> Span:
         """Return a span on this device."""
         return Span(starts, counts, self.device)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other rank takes part in a pass."""
+        return self._exchange_group.size() == self._tp_group.size() == 1
 
     def trunk(
         self, tokens_S: Tensor, span: Span, state: DecodeState, *, each_prefix: bool = False

@@ -55,7 +55,7 @@ def distribution(logits_NV: Tensor, sampling: Sampling) -> Tensor:
 
 def likeliest(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     """Return the likeliest tokens [...]: what greedy generation takes."""
-    return _without_padding(logits_NV, sampling).argmax(-1)
+    return logits_NV[..., : sampling.vocab_size].argmax(-1)
 
 
 def draw(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What listens to one forward pass of the trunk: attention cores, layers, routers and delta rules.
+"""What listens to one forward pass: attention cores, layers, routers and delta rules.
 
 **First-token share.** The attention core runs a second time on values that are 1 at each document's first token and 0
 elsewhere: what comes out is the attention that every query gives to it. That asks the very kernel that runs, with its
@@ -13,6 +13,9 @@ mean square, and the median magnitude of each token's channels, averaged over to
 
 **Decay.** The mean of -log decay over tokens, per head; ln 2 over it is the half-life of what a head remembers. The
 Frobenius norm of its state is taken at the ends of sequences (documents when packed).
+
+**MTP.** A validation pass leaves its layer out, or runs it as it drafts, without the attention core. Here it is run
+once more at depth 1, on the text, behind the trunk's layers as one more.
 
 Shapes: S tokens of a rank, B rows, H width, E experts, D documents, h heads of a rank, K/V their dims.
 """
@@ -33,25 +36,46 @@ from megatron_q3n.model.router import GlobalBatchRouter
 
 
 def tables(config: RunConfig) -> tuple[Shapes, Shapes]:
-    """Return the shapes of the sums and maxima that `listening` fills."""
-    layers, heads = config.model.num_layers, config.model.linear_num_value_heads
-    per_layer = ("first_token_share", "square", "median", "entropy", "state")
-    sums: dict[str, tuple[int, ...]] = dict.fromkeys(per_layer, (layers, 2))
-    return {**sums, "decay": (layers, heads, 2)}, {"activation": (layers,)}
+    """Return the shapes of the sums and maxima that `listening` fills: a row for each layer, the last one for MTP."""
+    rows, heads = config.model.num_layers + 1, config.model.linear_num_value_heads
+    of_any_layer = ("first_token_share", "square", "median", "entropy", "state")
+    sums: dict[str, tuple[int, ...]] = dict.fromkeys(of_any_layer, (rows, 2))
+    return {**sums, "decay": (rows, heads, 2)}, {"activation": (rows,)}
 
 
 @contextmanager
 def listening(models: list[nn.Module], tally: Tally) -> Iterator[None]:
     """Gather from every pass inside the block."""
     with ExitStack() as stack:
-        for sublayer in (s for model in models for s in model.decoder.layers):  # type: ignore[union-attr]
-            layer = (sublayer.layer_number - 1) // 2  # a mixer and its MoE are one layer
-            for module in sublayer.modules():
-                _attach(module, layer, tally, stack)
-            if sublayer.layer_number % 2 == 0:
-                handle = sublayer.register_forward_hook(_residual_hook(layer, tally))
-                stack.callback(handle.remove)
+        for model in models:
+            for sublayer in model.decoder.layers:  # type: ignore[union-attr]
+                # a mixer and its MoE are one layer
+                _listen(sublayer, (sublayer.layer_number - 1) // 2, tally, stack)
+            if model.mtp_process:
+                look = _draft_hook(tally)
+                stack.callback(model.mtp.register_forward_hook(look, with_kwargs=True).remove)  # type: ignore[union-attr]
         yield
+
+
+def _listen(sublayer: Any, row: int, tally: Tally, stack: ExitStack) -> None:
+    for module in sublayer.modules():
+        _attach(module, row, tally, stack)
+    if sublayer.layer_number % 2 == 0:
+        handle = sublayer.register_forward_hook(_residual_hook(row, tally))
+        stack.callback(handle.remove)
+
+
+def _draft_hook(tally: Tally) -> Callable[..., None]:
+    """Return what runs MTP's layer once, where the block has just been called."""
+
+    def run(block: Any, _: Any, inputs: dict[str, Any], __: Any) -> None:
+        layer = block.layers[0]
+        with ExitStack() as stack:
+            for sublayer in layer.mtp_model_layer.layers:
+                _listen(sublayer, -1, tally, stack)
+            layer(**inputs)
+
+    return run
 
 
 def _attach(module: nn.Module, layer: int, tally: Tally, stack: ExitStack) -> None:
@@ -147,6 +171,7 @@ class DeltaProbe:
 
         return run
 
+    @torch.no_grad()  # a fused mixer runs its rule with gradients on, whatever is around it
     def _gather(self, decay_BTh: Tensor, states_DhKV: Tensor) -> None:
         forgotten_h = -decay_BTh.flatten(0, 1).sum(0, dtype=torch.float64)
         heads = slice(self._first_head, self._first_head + len(forgotten_h))

@@ -1,7 +1,8 @@
 """Which of a run's numbers are worth telling somebody: a rule per kind, each with its level in the configuration.
 
-An alert depends on the records alone. So a resumed run goes on where it was by reading them again, and the report finds
-the very alerts the run gave. It is never a verdict: whether a bad step is taken is health's affair.
+Levels say that something is bad, growth that it is getting so. An alert depends on the records alone. So a resumed run
+goes on where it was by reading them again, and the report finds the very alerts the run gave. It is never a verdict:
+whether a bad step is taken is health's affair.
 """
 
 import math
@@ -42,19 +43,20 @@ class Alerts:
         self._recent: deque[float] = deque(maxlen=WINDOW_STEPS)
         self._sorted: list[float] = []
         self._last: dict[str, int] = {}
+        self._past: dict[str, deque[tuple[int, float]]] = {}
         self._dead_in_a_row = 0
 
     def examine(self, step: int, values: Mapping[str, float]) -> list[Alert]:
         """Take in the next record; return its alerts, without those of a kind that spoke a short while ago."""
         fresh = []
-        for kind, message in self._found(values):
+        for kind, message in self._found(step, values):
             last = self._last.get(kind)
             if last is None or step - last > self._settings.pause_steps:
                 self._last[kind] = step
                 fresh.append(Alert(step, kind, message))
         return fresh
 
-    def _found(self, values: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    def _found(self, step: int, values: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         loss = values.get("loss/train")
         if loss is not None:
             yield from self._spike(loss)
@@ -63,6 +65,27 @@ class Alerts:
             value, level = values.get(name), getattr(self._settings, setting)
             if value is not None and level is not None and value > level:
                 yield kind, f"{what} {value:.4g}, above alerts.{setting}={level:g}"
+        for kind, name, least, what in _GROWING:
+            if (value := values.get(name)) is not None and math.isfinite(value):
+                yield from self._growth(step, kind, name, value, least, what)
+
+    def _growth(
+        self, step: int, kind: str, name: str, value: float, least: float, what: str
+    ) -> Iterator[tuple[str, str]]:
+        """Compare with what was measured `growth_steps` ago, or a little less; a young run waits for half of that."""
+        factor, window = self._settings.growth_factor, self._settings.growth_steps
+        past = self._past.setdefault(name, deque())
+        while past and past[0][0] < step - window:
+            past.popleft()
+        if factor is not None and past and step - past[0][0] >= window / 2:
+            before, then = past[0]
+            if value > least and value > factor * then:
+                yield (
+                    kind,
+                    f"{what} {value:.4g}, {value / then:.1f} times the {then:.4g} of step {before:,} "
+                    f"(alerts.growth_factor={factor:g} in {window:,} steps)",
+                )
+        past.append((step, value))
 
     def _dead_experts(self, dead: float | None) -> Iterator[tuple[str, str]]:
         """Experts that miss one small batch are not dead yet."""
@@ -105,8 +128,15 @@ _LEVELS = (
     ("expert load", "experts/max_over_mean", "expert_load", "fullest expert over its layer's mean:"),
     ("attention sink", "sinks/first_token_max", "first_token_share", "share of attention on the first token:"),
     ("massive activations", "activations/max_over_median", "activation_over_median", "largest activation over median:"),
-    ("norm growth", "norms/max", "norm_scale", "largest scale of a norm:"),
+    ("norm scale", "norms/max", "norm_scale", "largest scale of a norm:"),
 )  # fmt: skip
+# (kind, metric, below which it may grow as it likes, how the message begins). Every run grows out of its init: sinks
+# from an even spread, activations from a normal distribution's 5 over its median, norms from 1.
+_GROWING = (
+    ("sink growth", "sinks/first_token_max", 0.1, "share of attention on the first token:"),
+    ("activation growth", "activations/max_over_median", 100.0, "largest activation over median:"),
+    ("norm growth", "norms/max", 2.0, "largest scale of a norm:"),
+)
 
 
 def num_experts(model: Mapping[str, Any]) -> int:

@@ -36,8 +36,14 @@ NORM_KINDS = {
 }
 
 
+TRUNK_AND_MTP = ("layer_<k>", "mtp")
+
+
 def _by_layer(metric: Metric, places: tuple[str, ...] = ("layer_<k>",)) -> list[Metric]:
-    """Return a row for each place a number is also given for; layers count from 0, a mixer and its experts one."""
+    """Return a row for each place a number is also given for; layers count from 0, a mixer and its experts one.
+
+    MTP's layer is in no number of all layers.
+    """
     return [replace(metric, name=f"{metric.name}_{place}") for place in places]
 
 
@@ -110,7 +116,9 @@ METRICS = (
         "router",
     ),
     Metric("router/entropy_min", "1", "the same, of the layer with the least", "router"),
-    *_by_layer(Metric("router/entropy", "1", "the same of one layer", "router")),
+    *_by_layer(
+        Metric("router/entropy", "1", "the same of one layer, or of MTP", "router"), TRUNK_AND_MTP
+    ),
     Metric(
         "sinks/first_token",
         "1",
@@ -119,7 +127,9 @@ METRICS = (
         "sinks",
     ),
     Metric("sinks/first_token_max", "1", "the same, of the layer with most", "sinks"),
-    *_by_layer(Metric("sinks/first_token", "1", "the same of one layer", "sinks")),
+    *_by_layer(
+        Metric("sinks/first_token", "1", "the same of one layer, or of MTP", "sinks"), TRUNK_AND_MTP
+    ),
     Metric(
         "activations/max",
         "1",
@@ -132,15 +142,22 @@ METRICS = (
         "a layer's largest magnitude over its median (over a token's channels, mean over tokens), worst layer",
         "activations",
     ),
-    *_by_layer(Metric("activations/max", "1", "as it leaves one layer", "activations")),
-    *_by_layer(Metric("activations/max_over_median", "1", "of one layer", "activations")),
+    *_by_layer(
+        Metric("activations/max", "1", "as it leaves one layer, or MTP's", "activations"),
+        TRUNK_AND_MTP,
+    ),
+    *_by_layer(
+        Metric("activations/max_over_median", "1", "of one layer, or MTP's", "activations"),
+        TRUNK_AND_MTP,
+    ),
     *_by_layer(
         Metric(
             "activations/rms",
             "1",
-            "root mean square of the residual stream as it leaves one layer",
+            "root mean square of the residual stream as it leaves one layer, or MTP's",
             "activations",
-        )
+        ),
+        TRUNK_AND_MTP,
     ),
     Metric(
         "norms/max",
@@ -271,6 +288,12 @@ METRICS = (
     Metric("mismatch/logprob_max", "nats", "the largest", "mismatch"),
     Metric(
         "mismatch/kl", "nats/token", "KL of rollout and trainer on the drawn tokens", "mismatch"
+    ),
+    Metric(
+        "mismatch/chunks",
+        "1",
+        "relative difference of the delta rule by chunks from the recurrence, worst layer",
+        "mismatch",
     ),
     Metric(
         "mismatch/routes_<k>",

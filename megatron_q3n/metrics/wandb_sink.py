@@ -5,12 +5,11 @@ new there and sends those whose step wandb does not hold yet. That is what makes
 same numbers, however often a run is killed. Three facts about wandb 0.31 shape it:
 
 - A step once logged cannot be taken back offline (and `resume_from` is a server's feature). So an offline run,
-which nobody
-  watches live, is sent only what a complete checkpoint covers; an online run is sent every step at once, and
-  the steps it repeats after a resume are skipped.
+  which nobody watches live, is sent only what a complete checkpoint covers; an online run is sent every step at
+  once, and the steps it repeats after a resume are skipped.
 - wandb's service keeps up to 15 seconds in memory and drops them when the run is killed. So a resumed run asks
-what wandb
-  really holds (the newest local transaction log offline, the server online) and sends the rest from metrics.jsonl.
+  what wandb really holds (the newest local transaction log offline, the server online) and sends the rest from
+  metrics.jsonl.
 - An offline resume writes a second directory with the same run id; `wandb sync` joins them.
 """
 
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from megatron_q3n.config import RunConfig, UserError
-from megatron_q3n.metrics import jsonl
+from megatron_q3n.metrics import jsonl, sample_tables
 from megatron_q3n.metrics.alerts import Alert
 from megatron_q3n.metrics.load_picture import load_picture
 from megatron_q3n.metrics.names import METRICS, STEP, TIME, TOKENS
@@ -34,7 +33,7 @@ Note = Callable[[str], None]
 
 RUN_ID_FILE = "run_id"
 EXPERT_LOAD_FILE = "expert_load.json"
-EXPERT_LOAD_PICTURE = "experts/load"  # the one thing wandb shows that is no number
+EXPERT_LOAD_PICTURE = "experts/load"  # no number, like the tables of samples
 EMPTY_LOG_BYTES = 7  # the header alone, all that a run killed in its first seconds leaves
 INIT_TIMEOUT_SECONDS = 30  # wandb's own 90 is long for a cluster node without a way out
 
@@ -84,7 +83,8 @@ class WandbSink:
             if record[STEP] > self._held_step:
                 self._held_step = int(record[STEP])
                 # wandb's own clock would stamp all steps of a checkpoint alike
-                values = {**record, "_timestamp": record[TIME], **self._picture(record)}
+                more = self._picture(record) | self._tables(record)
+                values = {**record, "_timestamp": record[TIME], **more}
                 self._run.log(values, step=self._held_step)
         if len(covered) == len(records):
             self._offset = offset
@@ -99,6 +99,15 @@ class WandbSink:
                 image = _quiet_wandb().Image(load_picture(load), caption=f"step {load['step']:,}")
                 return {EXPERT_LOAD_PICTURE: image}
         return {}
+
+    def _tables(self, record: jsonl.Record) -> dict[str, Any]:
+        """Return the tables of samples that belong to a record."""
+        found = sample_tables.tables_at(self._records.parent, int(record[STEP]))
+        columns = list(sample_tables.COLUMNS)
+        return {
+            name: _quiet_wandb().Table(columns=columns, data=rows, allow_mixed_types=True)
+            for name, rows in found
+        }
 
 
 def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Note) -> WandbSink | None:

@@ -8,7 +8,7 @@ by sequence through scaled_dot_product_attention, which has fused kernels for th
 
 Projections, QK-norm, gate and output projection are megatron-core's SelfAttention's own.
 
-Shapes: as in decode_state.py; H query heads, R = H / Hkv.
+Shapes: as in decode_state.py and span.py; H query heads, R = H / Hkv.
 """
 
 from dataclasses import dataclass
@@ -17,11 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import _rotate_half
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_q3n.model.attention import window_tokens
-from megatron_q3n.model.decode_state import KeyValueCache, Span
+from megatron_q3n.model.decode_state import KeyValueCache
+from megatron_q3n.model.span import Span
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,39 @@ class Rotary:
         return torch.cat([turned, rest], -1)
 
 
-def attend(mixer: Any, hidden: Tensor, cache: KeyValueCache, span: Span, rotary: Rotary) -> Tensor:
-    """Run gated attention on new tokens, and add them to the cache.
+@dataclass(frozen=True)
+class RotaryRows:
+    """The same as rows of a table of all positions: one launch to read, three to turn, no gradient.
+
+    Shape: [T,N,1,2·rotary dim], the cosine, then the sine with the sign that each half of the channels takes.
+    """
+
+    rows: Tensor
+
+    @staticmethod
+    def table(num_positions: int, embedding: Any, dtype: torch.dtype) -> Tensor:
+        """Return the rows of the first positions [L,2·rotary dim], for a rotation that is not interleaved."""
+        device = torch.cuda.current_device()
+        one = Rotary.at(torch.arange(num_positions, device=device)[:, None], embedding, dtype)
+        first, second = one.sin.chunk(2, -1)
+        return torch.cat([one.cos, -first, second], -1).flatten(1)
+
+    def turn(self, x_TNHD: Tensor) -> Tensor:
+        """Rotate the first channels of each head where they lie."""
+        cos, signed_sin = self.rows.chunk(2, -1)
+        turned = x_TNHD[..., : cos.shape[-1]]
+        swapped = turned.roll(cos.shape[-1] // 2, -1)
+        turned.mul_(cos).addcmul_(swapped, signed_sin)
+        return x_TNHD
+
+
+def attend(
+    mixer: Any, hidden: Tensor, cache: KeyValueCache, span: Span, rotary: Rotary | RotaryRows
+) -> Tensor:
+    """Run gated attention on new tokens up to its last projection, and add them to the cache.
 
     Shapes: hidden [T,N,·] or [S,1,·] as the span arranges it, the rotation likewise.
-    Returns: shaped like `hidden`.
+    Returns: [T,N,H·D] or [S,1,H·D].
     """
     gated = mixer.config.attention_output_gate
     query, key, value, *gate = mixer.get_query_key_value_tensors(hidden, output_gate=gated)
@@ -68,8 +98,16 @@ def attend(mixer: Any, hidden: Tensor, cache: KeyValueCache, span: Span, rotary:
         core = span.arrange(_attend_each(span.flatten(query), cache, span, scale, window))
     core = core.flatten(2)
     if gated:
-        core = mixer._apply_output_gate(core, gate[0])
-    return mixer.linear_proj(core)[0]
+        core = _opened(mixer, core, gate[0])
+    return core
+
+
+def _opened(mixer: Any, core: Tensor, gate: Tensor) -> Tensor:
+    """Gate what the heads have read. Shapes: core [T,N,H·D]; gate [T,N,H,D], or a variant's."""
+    if type(mixer) is not SelfAttention:
+        return mixer._apply_output_gate(core, gate)
+    # megatron-core's own is compiled anew for every number of tokens, seconds each
+    return (core * gate.flatten(2).float().sigmoid()).to(core.dtype)
 
 
 def _attend_few(

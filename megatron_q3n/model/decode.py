@@ -13,6 +13,10 @@ of earlier drafts, which are written over once the trunk has seen the true token
 
 **FP8** is left out: products of one token are too small for it, and bound by reading weights.
 
+**Launches.** A few tokens cost a GPU what it takes to launch their work, and a host the Python around
+it. So a few tokens take short ways with the same weights (`few_experts.py`, `_project`), and nothing
+in them waits for the device (`Span.at`): such a pass may be captured and replayed whole.
+
 Shapes: as in decode_state.py; V vocabulary, X hidden size.
 """
 
@@ -20,14 +24,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from megatron_q3n.kernels import choices
+from megatron_q3n.kernels import delta_steps as steps
 from megatron_q3n.kernels.delta_mixer import DeltaHeads, DeltaWeights
-from megatron_q3n.kernels.delta_steps import delta_steps
-from megatron_q3n.model.cached_attention import Rotary, attend
-from megatron_q3n.model.decode_state import DecodeState, KeyValueCache, Memory, Span, mtp_layers
+from megatron_q3n.model import few_experts
+from megatron_q3n.model.cached_attention import Rotary, RotaryRows, attend
+from megatron_q3n.model.decode_state import DecodeState, KeyValueCache, Memory, mtp_layers
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetState
+from megatron_q3n.model.span import Span
 
+# a short prompt goes through the delta rule token by token in a single launch, which leaves the state after each:
+# shorter than starting the chunked kernels, which also compile anew for lengths they have not seen
+_PROMPT_STEPS = 128
+_PROMPT_STATE_BYTES = 256 * 2**20
+_FIRST_ROTATIONS = 1024  # positions
 _SEQUENCE_PARALLEL = (
     "sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings",
 )  # fmt: skip
@@ -68,11 +81,14 @@ def extend(
     Returns: hidden [S,X] after the final norm.
     """
     hidden = _embed(model, tokens_S, span)
-    rotary = rotary_of(model, span)
+    rotary = rotary_of(model, span, state)
     for number, layer in enumerate(model.decoder.layers):
-        hidden, state.layers[number] = run_layer(
-            layer, hidden, state.layers[number], span, rotary, each_prefix
-        )
+        memory = state.layers[number]
+        hidden, after = run_layer(layer, hidden, memory, span, rotary, each_prefix)
+        if each_prefix and isinstance(after, GatedDeltaNetState):
+            state.pending[number] = after
+        else:
+            state.layers[number] = after
     state.prefixes = span.counts[0] if each_prefix else 1
     return span.flatten(model.decoder.final_norm(hidden))
 
@@ -88,7 +104,7 @@ def extend_mtp(
     """
     mtp = model.mtp.layers[0]
     hidden = mtp._concat_embeddings(span.arrange(hidden_SX), _embed(model, next_tokens_S, span))
-    rotary = rotary_of(model, span)
+    rotary = rotary_of(model, span, state)
     for number, layer in enumerate(mtp_layers(model)):
         hidden, state.mtp[number] = run_layer(layer, hidden, state.mtp[number], span, rotary, False)
     return span.flatten(mtp.final_layernorm(hidden))
@@ -105,37 +121,76 @@ def _embed(model: Any, tokens_S: Tensor, span: Span) -> Tensor:
     return model.embedding(input_ids=span.arrange(tokens_S).transpose(0, 1), position_ids=None)
 
 
-def rotary_of(model: Any, span: Span) -> Rotary:
+def rotary_of(model: Any, span: Span, state: DecodeState) -> Rotary | RotaryRows:
     """Return RoPE at the span's positions."""
-    dtype = model.decoder.final_norm.weight.dtype
-    return Rotary.at(span.arrange(span.position_S), model.rotary_pos_emb, dtype)
+    dtype, embedding = model.decoder.final_norm.weight.dtype, model.rotary_pos_emb
+    if embedding.rotary_interleaved:
+        return Rotary.at(span.arrange(span.position_S), embedding, dtype)
+    reach = max(span.ends)
+    if state.rotary_LR is None or len(state.rotary_LR) < reach:
+        room = max(reach * 3 // 2, _FIRST_ROTATIONS)  # more than asked for, so that this is rare
+        state.rotary_LR = RotaryRows.table(room, embedding, dtype)
+    rows_SR = state.rotary_LR.index_select(0, span.position_S)
+    return RotaryRows(span.arrange(rows_SR)[:, :, None])
 
 
 def run_layer(
-    layer: Any, hidden: Tensor, memory: Memory, span: Span, rotary: Rotary, each_prefix: bool
+    layer: Any,
+    hidden: Tensor,
+    memory: Memory,
+    span: Span,
+    rotary: Rotary | RotaryRows,
+    each_prefix: bool,
 ) -> tuple[Tensor, Memory]:
-    """Run one sublayer: a mixer with its memory, or experts, which have none."""
-    if memory is None:
-        return layer(hidden_states=hidden, attention_mask=None)[0], None
-    normed = layer.input_layernorm(hidden)
+    """Run one sublayer: a mixer with its memory, or experts, which have none.
+
+    Returns: hidden, which may lie where it came in; and the memory.
+    """
     residual = hidden.float() if layer.config.fp32_residual_connection else hidden
+    if memory is None:
+        if not few_experts.serves(layer.mlp, hidden.shape[0] * hidden.shape[1]):
+            return layer(hidden_states=hidden, attention_mask=None)[0], None
+        return few_experts.add_few_experts(
+            layer.mlp, layer.pre_mlp_layernorm(hidden), residual
+        ), None
+    normed, mixer = layer.input_layernorm(hidden), layer.self_attention
     if isinstance(memory, KeyValueCache):
-        mixed = attend(layer.self_attention, normed, memory, span, rotary)
-    elif each_prefix or span.is_one_each:
-        mixed, memory = _mix_few(layer.self_attention, normed, memory)
-    else:
-        mixed, memory = layer.self_attention.mix(
-            normed, memory, cu_seqlens=span.cu_seqlens, return_state=True
-        )
-    return layer.self_attn_bda(False, False)((mixed, None), residual, 0.0), memory
+        mixed = attend(mixer, normed, memory, span, rotary)
+        return _add_projected(mixer.linear_proj, mixed, residual, mixer.pg_collection.tp), memory
+    if not each_prefix and not _goes_step_by_step(normed, memory, span):
+        mixed, memory = mixer.mix(normed, memory, cu_seqlens=span.cu_seqlens, return_state=True)
+        return residual + mixed, memory
+    mixed, memory = _mix_few(mixer, normed, memory)
+    if not each_prefix:
+        memory = _last_of_each(memory, span)
+    return _add_projected(mixer.out_proj, mixed, residual, mixer.tp_group), memory
+
+
+def _goes_step_by_step(hidden_TNX: Tensor, state: GatedDeltaNetState, span: Span) -> bool:
+    """Whether new tokens go through the rule one by one: a single one, or a short prompt in one launch."""
+    if not span.is_batch or span.is_one_each:
+        return span.is_one_each
+    num_bytes = span.counts[0] * state.delta.numel() * state.delta.element_size()
+    fits = span.counts[0] <= _PROMPT_STEPS and num_bytes <= _PROMPT_STATE_BYTES
+    return fits and choices.is_fused(steps.OPERATION, hidden_TNX)
+
+
+def _last_of_each(states: GatedDeltaNetState, span: Span) -> GatedDeltaNetState:
+    """Return the state after each sequence's last token, copied out of those after every token."""
+    tokens = span.counts[0]
+    if tokens == 1:
+        return states
+    return GatedDeltaNetState(
+        *(x.unflatten(0, (-1, tokens))[:, -1].clone() for x in (states.conv, states.delta))
+    )
 
 
 def _mix_few(
     mixer: GatedDeltaNet, hidden_TNX: Tensor, state: GatedDeltaNetState
 ) -> tuple[Tensor, GatedDeltaNetState]:
-    """Mix a few tokens, keeping the state after each.
+    """Mix a few tokens up to the last projection, keeping the state after each.
 
-    Returns: the output [T,N,X], and states of N·T rows, those of a sequence together.
+    Returns: the output [T,N,Hv·V], and states of N·T rows, those of a sequence together.
     """
     weights = DeltaWeights(
         mixer.conv1d.weight.squeeze(1), mixer.A_log, mixer.dt_bias, mixer.out_norm.weight
@@ -147,6 +202,21 @@ def _mix_few(
         mixer.value_head_dim,
         mixer.config.layernorm_epsilon,
     )
-    qkvz, beta_alpha = mixer.in_proj(hidden_TNX)[0], mixer.beta_alpha_proj(hidden_TNX)[0]
-    mixed, conv, delta = delta_steps(qkvz, beta_alpha, weights, heads, state.conv, state.delta)
-    return mixer.out_proj(mixed)[0], GatedDeltaNetState(conv, delta)
+    qkvz = _project(mixer.in_proj, hidden_TNX, mixer.tp_group)
+    beta_alpha = _project(mixer.beta_alpha_proj, hidden_TNX, mixer.tp_group)
+    mixed, conv, delta = steps.delta_steps(
+        qkvz, beta_alpha, weights, heads, state.conv, state.delta
+    )
+    return mixed, GatedDeltaNetState(conv, delta)
+
+
+def _project(linear: nn.Module, x: Tensor, tp_group: Any) -> Tensor:
+    """Multiply with a linear's weight; on one rank without its wrapper, which is slower than the product."""
+    return F.linear(x, linear.weight) if tp_group.size() == 1 else linear(x)[0]
+
+
+def _add_projected(linear: nn.Module, x: Tensor, residual: Tensor, tp_group: Any) -> Tensor:
+    """Add a linear's product to the residual; on one rank in the product's own launch, where the residual lies."""
+    if tp_group.size() == 1 and residual.dtype == x.dtype:
+        return few_experts.add_product(residual, x, linear.weight)
+    return residual + _project(linear, x, tp_group)

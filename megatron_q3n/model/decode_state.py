@@ -6,12 +6,11 @@ token. Sequences are rows, they have lengths of their own, and rows may join and
 
 No arithmetic here: `decode.py` runs the layers, `cached_attention.py` reads the keys and values.
 
-Shapes: N sequences, T new tokens of each, S all new tokens, Hkv key/value heads of this rank,
-L positions, D head dim, C capacity, K convolution taps.
+Shapes: N sequences, S all new tokens, Hkv key/value heads of this rank, D head dim, C capacity,
+K convolution taps.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,78 +19,9 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetState
+from megatron_q3n.model.span import Span
 
-_SHORT = 16  # new tokens per sequence: decoding, and drafts to verify
 _CAPACITY_STEP = 64  # positions; a cache also grows by half, so that copies are rare
-
-
-@dataclass
-class Span:
-    """The new tokens of one call: `counts[n]` of them for sequence n, which has `starts[n]` before.
-
-    Tokens come flat and sequence by sequence. Where all counts are equal the layers see a batch
-    [T,N]; else one packed row [S,1].
-    """
-
-    starts: list[int]
-    counts: list[int]
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        assert len(self.starts) == len(self.counts) > 0
-        assert min(self.counts) > 0
-        self.is_batch = len(set(self.counts)) == 1
-        rows = [row for row, count in enumerate(self.counts) for _ in range(count)]
-        positions = [
-            start + i for start, count in zip(self.starts, self.counts) for i in range(count)
-        ]
-        both = torch.tensor([rows, positions]).to(self.device, non_blocking=True)
-        self.row_S, self.position_S = both[0], both[1]
-        # bounds of the sequences in a packed row [N+1]; None for a batch
-        self.cu_seqlens = None if self.is_batch else self._bounds()
-
-    @property
-    def is_short(self) -> bool:
-        """Whether each sequence has the same few tokens: decoding, or drafts to verify."""
-        return self.is_batch and self.counts[0] <= _SHORT
-
-    @property
-    def is_one_each(self) -> bool:
-        """Whether each sequence has one token."""
-        return self.is_batch and self.counts[0] == 1
-
-    @property
-    def ends(self) -> list[int]:
-        """Tokens of each sequence after the call."""
-        return [start + count for start, count in zip(self.starts, self.counts)]
-
-    @cached_property
-    def future_NTL(self) -> Tensor:
-        """Which positions come after each token of a batch, and so are hidden from it."""
-        position_NT = self.position_S.view(len(self.counts), self.counts[0])
-        return torch.arange(max(self.ends), device=self.device) > position_NT[..., None]
-
-    def outside_NTL(self, window: int) -> Tensor:
-        """Which positions come after each token of a batch, or so long before that a window ends."""
-        position_NT = self.position_S.view(len(self.counts), self.counts[0])
-        positions_L = torch.arange(max(self.ends), device=self.device)
-        return self.future_NTL | (positions_L <= position_NT[..., None] - window)
-
-    def _bounds(self) -> Tensor:
-        bounds = torch.tensor([0, *self.counts]).cumsum(0)
-        return bounds.to(torch.int32).to(self.device, non_blocking=True)
-
-    def arrange(self, flat_S: Tensor) -> Tensor:
-        """Turn what is flat, [S,…], into the layers' order, [T,N,…] or [S,1,…]."""
-        if not self.is_batch:
-            return flat_S.unsqueeze(1)
-        return flat_S.unflatten(0, (len(self.counts), self.counts[0])).transpose(0, 1)
-
-    def flatten(self, arranged: Tensor) -> Tensor:
-        """Undo `arrange`."""
-        if not self.is_batch:
-            return arranged.squeeze(1)
-        return arranged.transpose(0, 1).flatten(0, 1)
 
 
 @dataclass
@@ -113,10 +43,12 @@ class KeyValueCache:
         """Put the new tokens' keys and values at their positions."""
         self._reserve(max(span.ends))
         for stored, new in ((self.key, key_SHD), (self.value, value_SHD)):
-            if len(span.starts) == 1:  # a plain copy is one launch, scattering by index is several
-                stored[0, :, span.starts[0] : span.ends[0]] = new.transpose(0, 1)
+            if span.only_start is not None:  # a plain copy needs no index
+                stored[0, :, span.only_start : span.ends[0]] = new.transpose(0, 1)
             else:
-                stored[span.row_S, :, span.position_S] = new.to(stored.dtype)
+                slots, width = span.slots(stored.shape[1], self.capacity), stored.shape[3]
+                flat = new.reshape(-1, width).to(stored.dtype)
+                stored.view(-1, width).index_copy_(0, slots, flat)
 
     def _reserve(self, positions: int) -> None:
         if positions > self.capacity:
@@ -136,15 +68,20 @@ Memory = GatedDeltaNetState | KeyValueCache | None  # of one layer; a layer of e
 class DecodeState:
     """The memories of every layer for N sequences, and how many tokens each sequence has put in.
 
-    `layers` are the trunk's, `mtp` the multi-token prediction layer's. Where `prefixes` is more than
-    one, a Gated DeltaNet layer holds the states after each of a sequence's last `prefixes` tokens,
-    N·prefixes rows, until `settle` says how many of these tokens stay.
+    `layers` are the trunk's, `mtp` the multi-token prediction layer's. While tokens are on trial,
+    `pending` holds the states of each Gated DeltaNet layer after each of a sequence's last `prefixes`
+    tokens, N·prefixes rows, until `keep` says how many of these tokens stay.
+
+    `keep` asks the device and writes in place; `lengths` is what the host knows, and `count` tells it.
+    `rotary_LR` are rotations of positions, made by `decode.py` as far as they were needed.
     """
 
     layers: list[Memory]
     mtp: list[Memory]
     lengths: list[int]
     prefixes: int = 1
+    pending: dict[int, GatedDeltaNetState] = field(default_factory=dict)
+    rotary_LR: Tensor | None = None
 
     @classmethod
     def empty(cls, model: Any, num_sequences: int) -> "DecodeState":
@@ -155,18 +92,27 @@ class DecodeState:
 
     def settle(self, kept: list[int]) -> None:
         """Count `kept[n]` of the last call's tokens of sequence n as its own, and take back the rest."""
-        if self.prefixes > 1:
-            rows = [row * self.prefixes + keep - 1 for row, keep in enumerate(kept)]
-            index = self._index(rows)
-            self.layers = [
-                _rows(m, index) if isinstance(m, GatedDeltaNetState) else m for m in self.layers
-            ]
-            self.prefixes = 1
+        if self.pending:
+            self.keep(self._index(kept))
+        self.count(kept)
+
+    def keep(self, kept_N: Tensor) -> None:
+        """Take the states after so many of the tokens on trial."""
+        row_N = torch.arange(len(kept_N), device=kept_N.device) * self.prefixes + kept_N - 1
+        for number, states in self.pending.items():
+            memory = self.layers[number]
+            assert isinstance(memory, GatedDeltaNetState)
+            for kept, after_each in zip(_tensors(memory), _tensors(states)):
+                torch.index_select(after_each, 0, row_N, out=kept)
+        self.pending, self.prefixes = {}, 1
+
+    def count(self, kept: list[int]) -> None:
+        """Note how many of the last call's tokens stayed."""
         self.lengths = [length + keep for length, keep in zip(self.lengths, kept)]
 
     def select(self, rows: list[int]) -> "DecodeState":
         """Return the state of some of the sequences, in this order."""
-        assert self.prefixes == 1, "settle first"
+        assert not self.pending, "settle first"
         if rows == list(range(len(self.lengths))):
             return self
         index = self._index(rows)
@@ -174,6 +120,7 @@ class DecodeState:
             [_rows(memory, index) for memory in self.layers],
             [_rows(memory, index) for memory in self.mtp],
             [self.lengths[row] for row in rows],
+            rotary_LR=self.rotary_LR,
         )
 
     def _index(self, rows: list[int]) -> Tensor:
@@ -183,12 +130,46 @@ class DecodeState:
 
     def join(self, other: "DecodeState") -> "DecodeState":
         """Return the state of these sequences followed by the others."""
-        assert self.prefixes == other.prefixes == 1, "settle first"
+        assert not self.pending, "settle first"
+        assert not other.pending, "settle first"
         return DecodeState(
             [_joined(a, b) for a, b in zip(self.layers, other.layers)],
             [_joined(a, b) for a, b in zip(self.mtp, other.mtp)],
             self.lengths + other.lengths,
+            rotary_LR=self.rotary_LR if other.rotary_LR is None else other.rotary_LR,
         )
+
+    def take(self, other: "DecodeState") -> None:
+        """Copy another state, of no more sequences, into the first rows of this one; the rest becomes zero.
+
+        Zero, not left as it was: what a mask hides from attention is multiplied by 0, and must be finite.
+        """
+        longest = max(other.lengths)
+        pairs = zip([*self.layers, *self.mtp], [*other.layers, *other.mtp], strict=True)
+        for mine, theirs in pairs:
+            if mine is None or theirs is None:
+                continue
+            for kept, new in zip(_tensors(mine), _tensors(theirs)):
+                kept.zero_()
+                if isinstance(mine, KeyValueCache):
+                    new = new[:, :, :longest]  # less where the draft layer was not run
+                    kept[: len(new), :, : new.shape[2]].copy_(new)
+                else:
+                    kept[: len(new)].copy_(new)
+
+    def first(self, rows: int, lengths: list[int]) -> "DecodeState":
+        """Return a view of the first rows, which have these lengths."""
+        return DecodeState(
+            [_first(memory, rows) for memory in self.layers],
+            [_first(memory, rows) for memory in self.mtp],
+            lengths,
+            rotary_LR=self.rotary_LR,
+        )
+
+    def own(self) -> None:
+        """Move to memory of its own what may be a view."""
+        self.layers = [_cloned(memory) for memory in self.layers]
+        self.mtp = [_cloned(memory) for memory in self.mtp]
 
     def num_bytes(self) -> tuple[int, int]:
         """Return the bytes of Gated DeltaNet states, which are constant, and of keys and values, which grow."""
@@ -240,6 +221,14 @@ def _rows(memory: Memory, index: Tensor) -> Memory:
     if memory is None:
         return None
     return type(memory)(*(x.index_select(0, index) for x in _tensors(memory)))
+
+
+def _first(memory: Memory, rows: int) -> Memory:
+    return None if memory is None else type(memory)(*(x[:rows] for x in _tensors(memory)))
+
+
+def _cloned(memory: Memory) -> Memory:
+    return None if memory is None else type(memory)(*(x.clone() for x in _tensors(memory)))
 
 
 def _joined(first: Memory, second: Memory) -> Memory:

@@ -9,7 +9,7 @@ Every rank holds all samples of a rollout; the layout decides only who works on 
 
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,20 +24,33 @@ from megatron_q3n.rl.advantages import (
     token_weights,
 )
 from megatron_q3n.rl.policy_pass import SUMS, PolicyPass, taped
-from megatron_q3n.rl.policy_rows import policy_rows, share_of
+from megatron_q3n.rl.policy_rows import PolicyBatch, policy_rows, share_of
 from megatron_q3n.rl.probabilities import Mismatch, score
 from megatron_q3n.rl.prompts import Prompts
 from megatron_q3n.rl.reference import Reference
 from megatron_q3n.rl.rewards import Graders
 from megatron_q3n.rl.rollout import RolloutEngine
-from megatron_q3n.rl.samples import Sample
+from megatron_q3n.rl.samples import Prompt, Sample
 from megatron_q3n.training.state import TrainState
 from megatron_q3n.training.step import StepReport, train_step
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """One update: what the step reports, the rows it was made on (this rank's), and what to record."""
+
+    report: StepReport
+    batches: list[PolicyBatch]
+    values: dict[str, float]
+
+
 @dataclass
 class RlLoop:
-    """All that a step needs. `next_prompt` and `tokens` are what a resumed run must be told."""
+    """All that a step needs. `next_prompt`, `tokens` and `left_out` are what a resumed run must be told.
+
+    `left_out` holds ranges (first, behind the last) of prompts that are passed over; `drawn` those of the rollouts
+    since somebody last emptied it.
+    """
 
     state: TrainState
     engine: RolloutEngine
@@ -48,6 +61,8 @@ class RlLoop:
     reference: Reference | None = None
     next_prompt: int = 0
     tokens: int = 0
+    left_out: list[tuple[int, int]] = field(default_factory=list)
+    drawn: list[tuple[int, int]] = field(default_factory=list)
 
     def rollout(self) -> tuple[list[Sample], dict[str, float]]:
         """Draw one batch of samples, graded, judged and with the trainer's view of them; and what to report."""
@@ -70,12 +85,11 @@ class RlLoop:
         rl = self.settings
         kept: list[Sample] = []
         spare: list[Sample] = []
-        drawn = 0
+        first, drawn = self.next_prompt, 0
         rounds = rl.dynamic_sampling_rounds if rl.redraws_even_groups else 1
         size, wanted = rl.rollout.samples_per_prompt, rl.rollout.prompts
         for _ in range(rounds):
-            prompts = self.prompts.take(self.next_prompt, wanted - len(kept) // size)
-            self.next_prompt += len(prompts)
+            prompts = self._take(wanted - len(kept) // size)
             drawn += len(prompts)
             samples = self.engine.answer(prompts, size)
             self.grade(samples)
@@ -85,7 +99,20 @@ class RlLoop:
             spare += [sample for sample, is_even in zip(samples, even) if is_even]
             if len(kept) == wanted * size:
                 break
+        self.drawn.append((first, self.next_prompt))
         return kept + spare[: wanted * size - len(kept)], drawn
+
+    def _take(self, count: int) -> list[Prompt]:
+        """Return the next prompts, without those left out."""
+        prompts: list[Prompt] = []
+        while len(prompts) < count:
+            behind = [last for first, last in self.left_out if first <= self.next_prompt < last]
+            if behind:
+                self.next_prompt = max(behind)
+                continue
+            prompts.append(self.prompts[self.next_prompt])
+            self.next_prompt += 1
+        return prompts
 
     def grade(self, samples: list[Sample]) -> None:
         """Decode and score answers, each rank its share."""
@@ -130,8 +157,8 @@ class RlLoop:
                 sample.reference_logprobs = logprobs
         return mismatch
 
-    def learn(self, samples: list[Sample]) -> tuple[StepReport, dict[str, float]]:
-        """Take one optimizer step on samples; return its report, and what to record."""
+    def learn(self, samples: list[Sample]) -> Learnt:
+        """Take one optimizer step on samples."""
         rl, group = self.settings, self.state.parallel
         staleness = [self.state.step - sample.policy_version for sample in samples]
         assert max(staleness) <= rl.max_staleness, "the configuration bounds it"
@@ -140,24 +167,32 @@ class RlLoop:
         row, eod = self.state.config.training.sequence_length, self.tokenizer.eod
         rows = policy_rows(samples, weights, row, eod, replay=rl.routing_replay)
         mine = share_of(rows, group.data_rank, group.data_size, row, eod)
+        batches = [row.batch for row in mine]
         policy = PolicyPass(rl, self.tokenizer.vocab_size, learns=True)
         began = time.perf_counter()
         with taped(self.state.models, recording=False):
-            report = train_step(self.state, [row.batch for row in mine], policy)
+            report = train_step(self.state, batches, policy)
         self.state.device.synchronize()
         self.tokens += int(sum(len(s.prompt.tokens) for s in samples) + lengths.sum())
-        values = _policy_values(self.state, policy) | {
-            "rl/staleness_max": max(staleness),
-            "rl/mtp_gradient": mtp_gradient(self.state),
-            "rl/balance_in_loss": _balance_in_loss(self.state, report),
-            "throughput/step_seconds": time.perf_counter() - began,
-            "learning_rate": report.learning_rate,
-            "loss/policy": report.loss,
-            "tokens": self.tokens,
-        }
+        values = (
+            _policy_values(self.state, policy)
+            | _load_values(report)
+            | {
+                "rl/staleness_max": max(staleness),
+                "rl/mtp_gradient": mtp_gradient(self.state),
+                "rl/balance_in_loss": _balance_in_loss(self.state, report),
+                "throughput/step_seconds": time.perf_counter() - began,
+                "learning_rate": report.learning_rate,
+                "loss/policy": report.loss,
+                "tokens": self.tokens,
+                "memory/peak_gib": self.state.device.peak_memory_gib(),
+            }
+        )
+        if self.state.skipped_steps:
+            values["skipped_steps"] = self.state.skipped_steps
         if report.grad_norm is not None:
             values["grad_norm"] = report.grad_norm
-        return report, values
+        return Learnt(report, batches, values)
 
     def shares(self, samples: list[Sample]) -> list[list[Sample]]:
         """Split a rollout into the samples of each of its updates, whole groups each."""
@@ -217,6 +252,17 @@ def _policy_values(state: TrainState, policy: PolicyPass) -> dict[str, float]:
     return {f"rl/{name}": value / tokens for name, value in named.items()}
 
 
+def _load_values(report: StepReport) -> dict[str, float]:
+    """Say how even the experts' load is; nothing balances it here."""
+    loads = report.expert_load.values()
+    if not loads:
+        return {}
+    return {
+        "experts/max_over_mean": max(max(load) * len(load) for load in loads),
+        "experts/dead": sum(share == 0 for load in loads for share in load),
+    }
+
+
 def _rollout_values(samples: list[Sample]) -> dict[str, float]:
     scores, lengths = _scores(samples), _lengths(samples)
     return {
@@ -236,6 +282,7 @@ def _mismatch_values(mismatch: Mismatch) -> dict[str, float]:
         "mismatch/logprob_mean": mismatch.logprob_mean,
         "mismatch/logprob_max": mismatch.logprob_max,
         "mismatch/kl": mismatch.kl,
+        "mismatch/chunks": mismatch.chunks,
     }
     for layer, share in enumerate(mismatch.routes_own, 1):
         values[f"mismatch/routes_{layer}"] = share

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_q3n.model.chunk_check import checking, worst
 from megatron_q3n.model.route_tape import differing
 from megatron_q3n.rl.policy_pass import PolicyPass, taped
 from megatron_q3n.rl.policy_rows import PolicyRow, policy_rows, share_of
@@ -26,7 +27,8 @@ class Mismatch:
     logprob_mean, logprob_max: absolute difference of the log probabilities of the drawn tokens, nats;
     kl: KL(rollout, trainer) estimated from them, nats per token;
     routes_own, routes_used: share of tokens whose experts differ, per layer: the trainer's own choice, and
-        what it used (with replay: none); empty where the rollout recorded none.
+        what it used (with replay: none); empty where the rollout recorded none;
+    chunks: relative difference of the delta rule by chunks from the one by recurrence, in the worst layer.
     """
 
     logprob_mean: float
@@ -34,6 +36,7 @@ class Mismatch:
     kl: float
     routes_own: list[float]
     routes_used: list[float]
+    chunks: float
 
 
 @torch.no_grad()
@@ -50,7 +53,7 @@ def score(
     for chunk in state.chunks:
         chunk.eval()
     knows_routes = samples[0].routes is not None
-    with taped(state.models, recording=knows_routes) as tapes:
+    with taped(state.models, recording=knows_routes) as tapes, checking(state.models) as checks:
         reports = run_microbatches(
             state, [row.batch for row in mine], forward_only=True, forward=policy
         )
@@ -65,11 +68,16 @@ def score(
     everyone = {name: values for share in shares for name, values in share.items()}
     logprobs = [everyone[sample.name] for sample in samples]
     own, used = _differing_routes(state, mine, taken) if knows_routes else ([], [])
-    return logprobs, _mismatch(samples, logprobs, own, used)
+    chunks = worst(checks, state.config.model.num_layers, group.world_size)
+    return logprobs, _mismatch(samples, logprobs, own, used, chunks)
 
 
 def _mismatch(
-    samples: list[Sample], logprobs: list[np.ndarray], own: list[float], used: list[float]
+    samples: list[Sample],
+    logprobs: list[np.ndarray],
+    own: list[float],
+    used: list[float],
+    chunks: float,
 ) -> Mismatch:
     rollout = np.concatenate([np.asarray(s.logprobs, np.float64) for s in samples])
     difference = np.concatenate(logprobs).astype(np.float64) - rollout
@@ -79,6 +87,7 @@ def _mismatch(
         float((np.exp(difference) - difference - 1).mean()),
         own,
         used,
+        chunks,
     )
 
 

@@ -11,6 +11,7 @@ kill the same prompts get the same answers.
 Shapes: L layers with experts, K experts per token.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,7 +57,10 @@ class InProcessEngine:
         seed: int,
         *,
         records_routes: bool,
+        alive: Callable[[], object] = lambda: None,
     ) -> None:
+        """`alive` is called after every pass."""
+        self._alive = alive
         self._model, self._group, self._settings = model, group, settings
         self._stop_tokens, self._vocab_size, self._seed = stop_tokens, vocab_size, seed
         self._records_routes = records_routes
@@ -103,7 +107,7 @@ class InProcessEngine:
             for index, (p, member) in enumerate(asked)
         ]
         with generating(self._model), taped([self._model], recording=records_routes) as tapes:
-            engine = RecordingEngine(
+            engine = Engine(
                 self._model,
                 sequences,
                 sampling,
@@ -111,54 +115,40 @@ class InProcessEngine:
                 prefill_tokens=PREFILL_TOKENS,
                 max_sequences=self._settings.max_sequences or max(1, len(sequences)),
             )
-            engine.run(tapes if records_routes else {})
+            routes = recorded_routes(engine, tapes if records_routes else {}, self._alive)
         return [
-            _sample(prompt, member, sequence, self._version, engine.routes.get(sequence.index))
+            _sample(prompt, member, sequence, self._version, routes.get(sequence.index))
             for (prompt, member), sequence in zip(asked, sequences)
         ]
 
 
-class RecordingEngine(Engine):
-    """The generation engine, with an eye on which experts each token went to.
+def recorded_routes(
+    engine: Engine, tapes: dict[int, RouteTape], alive: Callable[[], object]
+) -> dict[int, list[np.ndarray]]:
+    """Generate to the end, and keep which experts each token went to; no tapes keep nothing.
 
-    `routes[i]` are those of sequence i: the arrays [tokens, L, K] of the passes it was in, in order.
+    Returns: for each sequence the arrays [tokens, L, K] of the passes it was in, in order.
     """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.routes: dict[int, list[np.ndarray]] = {}
-        self._read: list[tuple[int, int]] = []  # this pass: (sequence, tokens) in their order
-
-    def run(self, tapes: dict[int, RouteTape]) -> None:
-        """Generate to the end, keeping what the tapes record; no tapes keep nothing."""
-        while self.is_busy():
-            self._read = []
-            self.step()
-            if tapes:
-                self._keep(tapes)
-
-    def _next_prompts(self) -> tuple[list[Sequence], list[int]]:
-        sequences, counts = super()._next_prompts()
-        self._read = [(s.index, count) for s, count in zip(sequences, counts)]
-        return sequences, counts
-
-    def _take_on(self) -> Any:
-        self._read = [(s.index, 1) for s in self._running]
-        return super()._take_on()
-
-    def _keep(self, tapes: dict[int, RouteTape]) -> None:
+    routes: dict[int, list[np.ndarray]] = {}
+    while engine.is_busy():
+        engine.step()
         taken = [tapes[number].take()[1] for number in sorted(tapes)]
-        if not self._read:
-            return  # an idle rank's pass over a dummy token, to keep others company
-        assert all(len(passes) == 1 for passes in taken), "one pass of the trunk per step"
-        routes_SLK = torch.stack([passes[0] for passes in taken], 1).to(torch.int16).cpu().numpy()
-        counts = [count for _, count in self._read]
-        if len(set(counts)) == 1:  # the layers saw a batch [tokens, sequences]; see Span.arrange
-            by_token = routes_SLK.reshape(counts[0], len(counts), *routes_SLK.shape[1:])
-            routes_SLK = np.concatenate(list(by_token.swapaxes(0, 1)))
-        parts = np.split(routes_SLK, np.cumsum(counts)[:-1])
-        for (index, _), part in zip(self._read, parts):
-            self.routes.setdefault(index, []).append(part.astype(np.uint16))
+        if taken and engine.last_pass:  # else an idle rank's pass over a dummy token, for others
+            for (sequence, _), part in zip(engine.last_pass, _by_sequence(engine, taken)):
+                routes.setdefault(sequence.index, []).append(part)
+        alive()
+    return routes
+
+
+def _by_sequence(engine: Engine, taken: list[list[torch.Tensor]]) -> list[np.ndarray]:
+    """Cut what the layers used in one pass into its sequences' parts, uint16 [tokens, L, K]."""
+    assert all(len(passes) == 1 for passes in taken), "one pass of the trunk per step"
+    routes_SLK = torch.stack([passes[0] for passes in taken], 1).to(torch.int16).cpu().numpy()
+    counts = [count for _, count in engine.last_pass]
+    if len(set(counts)) == 1:  # the layers saw a batch [tokens, sequences]; see Span.arrange
+        by_token = routes_SLK.reshape(counts[0], len(counts), *routes_SLK.shape[1:])
+        routes_SLK = np.concatenate(list(by_token.swapaxes(0, 1)))
+    return [part.astype(np.uint16) for part in np.split(routes_SLK, np.cumsum(counts)[:-1])]
 
 
 def _sample(

@@ -53,6 +53,7 @@ def run(config: RunConfig, _run_dir: Path) -> int:
         draft_depth=wanted.draft_depth,
         prefill_tokens=wanted.prefill_tokens,
         max_sequences=wanted.max_sequences,
+        cuda_graph=wanted.cuda_graph,
     )
     live = group.is_leader and len(prompts) == 1
     if live:
@@ -67,6 +68,8 @@ def run(config: RunConfig, _run_dir: Path) -> int:
         if live:
             print(text.rest())
         _report(wanted, tokenizer, sampling, completions, seconds, shown=live)
+        if device.torch_device.type == "cuda" and generation.without_graphs:
+            print(f"steps were not CUDA graphs: {generation.without_graphs}", file=sys.stderr)
     parallel.shutdown()
     return 0
 

@@ -1,44 +1,39 @@
 """Reinforcement learning: draw, grade, judge, look back, learn (rl/loop.py), recorded and saved like any run.
 
 A run is saved between rollouts. What a resumed one must know beside the checkpoint is which prompt comes
-next: `progress.jsonl` says it for every step that was saved. The samples of the rollout that begins after
-step s are in `samples/after_step_s.jsonl`.
+next (stages/rl_files.py). A roll-back (health.*) leaves out the rollout that the bad update learnt from.
 """
 
-import json
-import platform
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_q3n import checkpoint, parallel
-from megatron_q3n.config import EXIT_REQUEUE, RunConfig, launch
+from megatron_q3n.checkpoint import folders
+from megatron_q3n.config import EXIT_REQUEUE, RunConfig, UserError
 from megatron_q3n.config.sizes import parameters
-from megatron_q3n.data.chat_template import ChatTemplate
-from megatron_q3n.data.tokenizer import TextTokenizer
 from megatron_q3n.device import choose_device
-from megatron_q3n.health.hang import HangWatch
+from megatron_q3n.health.watch import Watch
+from megatron_q3n.instruments import Instruments
 from megatron_q3n.kernels.qualification import qualify
-from megatron_q3n.metrics import jsonl
-from megatron_q3n.metrics.recorder import Recorder, Status
+from megatron_q3n.metrics import jsonl, sample_tables
+from megatron_q3n.metrics.recorder import RECORDS_FILE, Recorder, Status
 from megatron_q3n.metrics.report import write_report
 from megatron_q3n.model.build import compute_dtype
-from megatron_q3n.rl.http_engine import HttpEngine
-from megatron_q3n.rl.loop import RlLoop
+from megatron_q3n.rl.loop import Learnt, RlLoop
 from megatron_q3n.rl.prompts import Prompts
-from megatron_q3n.rl.reference import Reference
 from megatron_q3n.rl.rewards import Graders
-from megatron_q3n.rl.rollout import InProcessEngine, RolloutEngine
-from megatron_q3n.rl.samples import Sample
 from megatron_q3n.stages import chat_format, run_directory
-from megatron_q3n.stages.handover import Publisher
 from megatron_q3n.stages.pretrain import start_weights
+from megatron_q3n.stages.rl_files import RlFiles
+from megatron_q3n.stages.rl_loop import build_loop, held_out_prompts, introduction
+from megatron_q3n.training.guard import UpdateGuard
 from megatron_q3n.training.state import TrainState, build_state
-
-PROGRESS_FILE = "progress.jsonl"
-SHOWN = 12  # held-out answers in the report
+from megatron_q3n.training.watch import Verdict
 
 
 def run(config: RunConfig, run_dir: Path) -> int:
@@ -62,33 +57,50 @@ def run(config: RunConfig, run_dir: Path) -> int:
     if group.is_leader:
         run_directory.record_environment(run_dir, device, kernels)
     state = build_state(config, device, group)
-    reference = _reference(state) if config.rl.kl_coefficient else None
-    origin = start_weights(state, run_dir)
+    hooks = state.models[0].config
+    watch = Watch(config, group, run_dir, is_cuda=device.is_cuda, hooks=hooks)
+    UpdateGuard(state, watch.admit)
+    keep_load = partial(run_directory.write_expert_load, run_dir)
+    instruments = Instruments(state, keep_load if group.is_leader else lambda *_: None)
     with Graders(config.rl.reward) as graders:
-        loop = _loop(state, run_dir, graders, tokenizer, template, reference)
-        stopped = _session(loop, template, run_dir, origin, stop.reason)
+        loop = build_loop(state, run_dir, graders, tokenizer, template, watch.beat)
+        files = RlFiles(run_dir, loop)
+        held_out = held_out_prompts(config, template)
+        session = partial(_session, loop, held_out, files, run_dir, watch, instruments, stop.reason)
+        ended = session()
+        while ended.verdict == "roll_back":
+            ended = session()
+    if ended.verdict == "stop":
+        raise UserError(watch.why_stopped())
     if group.is_leader:
         print(f"\nrun directory {run_dir}\nreport        {run_dir / 'report.html'}")
     group.barrier()
     parallel.shutdown()
-    return EXIT_REQUEUE if stopped else 0
+    return EXIT_REQUEUE if ended.stopped else 0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a session ended: `stopped` is None when all steps are done, or the watch's verdict ended it."""
+
+    stopped: str | None
+    verdict: Verdict = "go_on"
 
 
 def _session(
     loop: RlLoop,
-    template: ChatTemplate,
+    held_out: Prompts | None,
+    files: RlFiles,
     run_dir: Path,
-    origin: list[str],
+    watch: Watch,
+    instruments: Instruments,
     stop_reason: Callable[[], str | None],
-) -> bool:
-    """Train from where the weights are to the end or a stop, and report.
-
-    Returns: whether it was stopped.
-    """
+) -> Ended:
+    """Train from the newest checkpoint to the end, a stop, or a bad step that ends it; record and report it."""
     state, is_leader = loop.state, loop.state.parallel.is_leader
-    held_out = _held_out(loop, template)
-    progress = jsonl.open_at(run_dir / PROGRESS_FILE, state.step) if is_leader else None
-    _recall(loop, run_dir)
+    watch.start()
+    origin = start_weights(state, run_dir)
+    files.recall()
     recorder = Recorder(
         run_dir,
         state.config,
@@ -98,32 +110,32 @@ def _session(
     )
     status: Status = "failed"
     try:
-        recorder.note("\n".join([_introduction(loop, run_dir), *origin]))
+        recorder.note("\n".join([introduction(loop, run_dir), *origin]))
         saver = checkpoint.Saver(state, run_dir, recorder.note)
-        host = launch.node_name() or platform.node()
-        watch = HangWatch(state.config.health, run_dir, state.parallel.rank, host)
-        watch.start()
-        session = _Session(loop, held_out, run_dir, recorder, saver, progress, watch)
-        try:
-            stopped = session.go(stop_reason)
-        finally:
-            watch.stop()
-        if stopped:
-            recorder.note(f"stopped at step {state.step}: {stopped}; everything is saved")
+        watch.begin(_past_steps(run_dir, state.config), recorder.note)
+        session = _Session(loop, held_out, files, recorder, saver, watch, instruments)
+        ended = session.go(stop_reason)
+        watch.stop()
+        if ended.verdict == "roll_back":
+            newest = checkpoint.newest_in(run_dir)
+            assert newest is not None
+            files.leave_out(state.config.health.leave_out_batches)
+            watch.leave_out(folders.step_of(newest))
+        elif ended.verdict == "stop":
+            recorder.note(watch.why_stopped())
+            return ended
+        elif ended.stopped:
+            recorder.note(f"stopped at step {state.step}: {ended.stopped}; everything is saved")
         elif is_leader:
-            summary = {
-                "steps": state.step,
-                "parameters": parameters(state.config.model).total_with_mtp,
-            }
-            run_directory.write_json(run_dir / "summary.json", summary)
-        status = "stopped" if stopped else "done"
+            run_directory.write_json(run_dir / "summary.json", _summary(state))
+        status = "done" if state.step == state.config.training.steps else "stopped"
     finally:
+        watch.stop()
         recorder.close(status)
-        if progress is not None:
-            progress.close()
+        files.close()
         if is_leader and (run_dir / "metrics.jsonl").exists():
             write_report(run_dir)
-    return stopped is not None
+    return ended
 
 
 @dataclass
@@ -132,27 +144,35 @@ class _Session:
 
     loop: RlLoop
     held_out: Prompts | None
-    run_dir: Path
+    files: RlFiles
     recorder: Recorder
     saver: Any
-    progress: jsonl.MetricsFile | None
-    watch: HangWatch
+    watch: Watch
+    instruments: Instruments
 
-    def go(self, stop_reason: Callable[[], str | None]) -> str | None:
-        """Run the loop; return why it stopped early, or None."""
+    def go(self, stop_reason: Callable[[], str | None]) -> Ended:
+        """Run the loop; return how it ended."""
         loop, state = self.loop, self.loop.state
         last, reason = state.config.training.steps, None
+        self._save_what_to_roll_back_to()
         if state.step == 0:
             self._examine()
         while state.step < last and reason is None:
             began = time.perf_counter()  # a step's time holds its share of the rollout
             loop.engine.new_weights(state.step)
             samples, values = loop.rollout()
-            self._write(f"after_step_{state.step:07d}", samples)
+            self.files.write(sample_tables.ROLLOUT, state.step, samples)
             for share in loop.shares(samples):
-                values |= loop.learn(share)[1]
+                self.watch.before_step()
+                self.instruments.before_step()
+                learnt = loop.learn(share)
                 self.watch.beat(time.perf_counter() - began)
                 began = time.perf_counter()
+                values |= learnt.values | self.watch.after_step(state.step, 0.0)
+                if self.watch.verdict != "go_on":
+                    self._settle(wait=True)
+                    return Ended(None, self.watch.verdict)
+                values |= self._measure(learnt)
                 if _due(state.step, loop.settings.held_out_interval_steps, last):
                     values |= self._examine()
                 self.recorder.log(state.step, values)
@@ -162,7 +182,17 @@ class _Session:
                 self._save()
             self._settle(wait=False)
         self._settle(wait=True)
-        return reason
+        return Ended(reason)
+
+    def _measure(self, learnt: Learnt) -> dict[str, float]:
+        """Look inside the model, if this step is one to be looked at, and say how long that took."""
+        started = time.perf_counter()
+        measured = self.instruments.after_step(learnt.batches, learnt.report)
+        if measured:
+            self.loop.state.device.synchronize()
+            measured["throughput/instruments_seconds"] = time.perf_counter() - started
+            self.watch.beat()
+        return measured
 
     def _examine(self) -> dict[str, float]:
         """Measure the accuracy on held-out prompts, and keep the answers."""
@@ -172,30 +202,19 @@ class _Session:
         self.loop.engine.new_weights(step)
         accuracy, answers = self.loop.examine(self.held_out)
         self.watch.beat()
-        self._write(f"held_out_{step:07d}", answers)
-        if self.recorder.enabled:
-            shown = [
-                {
-                    "prompt": str(s.prompt.grading.get("text", "")),
-                    "text": f" → {s.text} ({s.score:g})",
-                }
-                for s in answers[:SHOWN]
-            ]
-            run_directory.write_json(self.run_dir / "samples.json", shown)
+        self.files.write(sample_tables.HELD_OUT, step, answers)
         self.recorder.note(f"held-out accuracy after step {step}: {accuracy:.3f}")
         return {"reward/held_out": accuracy}
 
+    def _save_what_to_roll_back_to(self) -> None:
+        """Save the beginning of a run that may want to go back before its first checkpoint."""
+        health = self.loop.state.config.health
+        if self.loop.state.step == 0 and "roll_back" in (health.non_finite, health.loss_spike):
+            self._save()
+            self._settle(wait=True)
+
     def _save(self) -> None:
-        """Save; where the prompts stand goes first, so that no checkpoint is without it."""
-        if self.progress is not None:
-            loop = self.loop
-            place: jsonl.Record = {
-                "step": loop.state.step,
-                "next_prompt": loop.next_prompt,
-                "tokens": loop.tokens,
-            }
-            self.progress.append(place)
-            self.progress.sync()
+        self.files.remember()
         self.saver.save()
         self.watch.beat()
 
@@ -203,110 +222,15 @@ class _Session:
         for step in self.saver.settle(wait):
             self.recorder.checkpointed(step)
 
-    def _write(self, name: str, samples: list[Sample]) -> None:
-        """Leave the samples' table; a run that comes by again writes the same one."""
-        if not self.recorder.enabled:
-            return
-        folder = self.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        lines = [json.dumps(_row(sample)) + "\n" for sample in samples]
-        run_directory.write_atomically(folder / f"{name}.jsonl", "".join(lines))
+
+def _past_steps(run_dir: Path, config: RunConfig) -> list[tuple[float, float]]:
+    """Return (loss, gradient norm) of the newest recorded steps, which a new one is judged by."""
+    records = jsonl.read(run_dir / RECORDS_FILE)[-config.health.spike_window_steps :]
+    return [(r.get("loss/policy", math.nan), r.get("grad_norm", math.nan)) for r in records]
 
 
-def _loop(
-    state: TrainState,
-    run_dir: Path,
-    graders: Graders,
-    tokenizer: TextTokenizer,
-    template: ChatTemplate,
-    reference: Reference | None,
-) -> RlLoop:
-    rl = state.config.rl
-    stop_tokens = frozenset({tokenizer.eod, template.end_of_turn})
-    prompts = Prompts(
-        rl.prompts, template, longest=_longest_prompt(state.config), seed=state.config.training.seed
-    )
-    engine = _engine(state, run_dir, tokenizer, stop_tokens)
-    return RlLoop(state, engine, graders, prompts, tokenizer, stop_tokens, reference)
-
-
-def _engine(
-    state: TrainState, run_dir: Path, tokenizer: TextTokenizer, stop_tokens: frozenset[int]
-) -> RolloutEngine:
-    rl, seed = state.config.rl, state.config.training.seed
-    if rl.rollout.engine == "http":
-        seen_by_servers = Path(rl.rollout.handover) if rl.rollout.handover else None
-        publish = Publisher(state, run_dir, seen_by_servers)
-        return HttpEngine(state.parallel, rl.rollout, stop_tokens, seed, publish)
-    return InProcessEngine(
-        state.models[0],
-        state.parallel,
-        rl.rollout,
-        stop_tokens,
-        tokenizer.vocab_size,
-        seed,
-        records_routes=True,
-    )
-
-
-def _held_out(loop: RlLoop, template: ChatTemplate) -> Prompts | None:
-    config = loop.state.config
-    if not config.rl.held_out:
-        return None
-    longest = _longest_prompt(config)
-    return Prompts(config.rl.held_out, template, longest=longest, seed=0, shuffled=False)
-
-
-def _longest_prompt(config: RunConfig) -> int:
-    """Return the tokens of the longest prompt that leaves room for an answer in a row of the trainer."""
-    return config.training.sequence_length + 1 - config.rl.rollout.max_new_tokens
-
-
-def _reference(state: TrainState) -> Reference:
-    """Return the weights the run began with, whatever it goes on from."""
-    load = state.config.checkpoint.load
-    if load is not None:
-        checkpoint.load(state, checkpoint.find(load), resume=False, with_optimizer=False)
-    return Reference(state)
-
-
-def _recall(loop: RlLoop, run_dir: Path) -> None:
-    """Go on with the prompt behind those that the checkpoint's steps have used."""
-    at = [r for r in jsonl.read(run_dir / PROGRESS_FILE) if r["step"] == loop.state.step]
-    if at:
-        loop.next_prompt, loop.tokens = int(at[-1]["next_prompt"]), int(at[-1]["tokens"])
-    assert at or loop.state.step == 0, "a checkpoint without its line in progress.jsonl"
-
-
-def _introduction(loop: RlLoop, run_dir: Path) -> str:
-    config, rules, rollout = loop.state.config, loop.settings.rules, loop.settings.rollout
-    left_out = f", {loop.prompts.num_left_out} too long" if loop.prompts.num_left_out else ""
-    return (
-        f"run directory {run_dir}\n"
-        f"model {config.model.name}: {parameters(config.model).total_with_mtp / 1e6:.2f} M parameters, "
-        f"{loop.state.parallel.world_size} process(es), {config.precision.compute}\n"
-        f"prompts {len(loop.prompts)}{left_out}; {rollout.prompts} × {rollout.samples_per_prompt} samples a rollout, "
-        f"{loop.settings.updates_per_rollout} update(s) each, {rollout.engine} engine\n"
-        f"{loop.settings.algorithm}: {rules.ratio} ratio, clipped {rules.clip_low:g} below and {rules.clip_high:g} "
-        f"above 1, normalised by {rules.normalisation}; routing replay "
-        f"{'on' if loop.settings.routing_replay else 'off'}"
-    )
-
-
-def _row(sample: Sample) -> dict[str, Any]:
-    return {
-        "prompt": sample.prompt.number,
-        "member": sample.member,
-        "question": sample.prompt.grading.get("text"),
-        "text": sample.text,
-        "score": sample.score,
-        "failure": sample.failure,
-        "reward": sample.reward,
-        "advantage": sample.advantage,
-        "tokens": len(sample.tokens),
-        "finish_reason": sample.finish_reason,
-        "policy_version": sample.policy_version,
-    }
+def _summary(state: TrainState) -> dict[str, Any]:
+    return {"steps": state.step, "parameters": parameters(state.config.model).total_with_mtp}
 
 
 def _due(step: int, interval: int, last: int) -> bool:

@@ -27,6 +27,7 @@ import torch
 
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.data.batch import Batch
+from megatron_q3n.device.graph_nodes import nodes_that_touch_the_host
 from megatron_q3n.kernels import choices, delta_rule_backend, grouped_linear, permutation
 
 MUST_BE_FUSED = (delta_rule_backend.OPERATION, permutation.OPERATION, grouped_linear.OPERATION)
@@ -93,7 +94,7 @@ class StepGraph:
             return run_schedule(batches)
         if self._graph is None:
             graph = self._capture(batches, run_schedule)
-            touching = _nodes_that_touch_the_host(graph)
+            touching = nodes_that_touch_the_host(graph)
             if touching:
                 self._give_up(touching)
                 return run_schedule(batches)
@@ -151,34 +152,6 @@ class StepGraph:
 
     def _remember(self, *positional: Any, **named: Any) -> None:
         self._to_finalize = (positional, named)
-
-
-def _nodes_that_touch_the_host(graph: torch.cuda.CUDAGraph) -> list[str]:
-    """Return the kinds of a captured graph's nodes that call the host or copy from or to it."""
-    from cuda.bindings import runtime  # late: comes with torch's CUDA builds only
-
-    handle = runtime.cudaGraph_t(graph.raw_cuda_graph())
-    _, count = _checked(runtime.cudaGraphGetNodes(handle))
-    nodes, _ = _checked(runtime.cudaGraphGetNodes(handle, count))
-    kinds = runtime.cudaGraphNodeType
-    touching = []
-    for node in nodes:
-        (kind,) = _checked(runtime.cudaGraphNodeGetType(node))
-        if kind == kinds.cudaGraphNodeTypeHost:
-            touching.append("host call")
-        elif kind == kinds.cudaGraphNodeTypeMemcpy:
-            (copy,) = _checked(runtime.cudaGraphMemcpyNodeGetParams(node))
-            if copy.kind != runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice:
-                touching.append("copy " + copy.kind.name.removeprefix("cudaMemcpy"))
-    return touching
-
-
-def _checked(answer: Any) -> Any:
-    """Return what a call of the CUDA runtime answered beside its status."""
-    status, *results = answer
-    if status.value:
-        raise RuntimeError(f"looking at a captured CUDA graph: {status.name}")
-    return results
 
 
 def _own_copy(batch: Batch, device: Any) -> Batch:

@@ -22,7 +22,7 @@ def model(alone: Any) -> Any:
 def run(model: Any, pieces: list[list[int]], state: Any, **options: Any) -> list[Tensor]:
     """Extend every sequence by its piece; return the logits of each."""
     from megatron_q3n.model.decode import extend, generating, logits_of
-    from megatron_q3n.model.decode_state import Span
+    from megatron_q3n.model.span import Span
 
     counts = [len(piece) for piece in pieces]
     device = next(model.parameters()).device
@@ -144,7 +144,8 @@ def test_gated_delta_net_memory_is_constant_and_attention_memory_linear(model: A
 def test_the_draft_layer_is_the_one_that_was_trained(model: Any) -> None:
     """At depth 1, over a prefix in pieces, hidden states equal those of megatron-core's own MTP forward."""
     from megatron_q3n.model.decode import extend, extend_mtp, generating
-    from megatron_q3n.model.decode_state import DecodeState, Span
+    from megatron_q3n.model.decode_state import DecodeState
+    from megatron_q3n.model.span import Span
 
     device = next(model.parameters()).device
     tokens = torch.tensor(random_prompts([41], 64)[0], device=device)

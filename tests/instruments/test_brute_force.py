@@ -58,14 +58,13 @@ class BruteForce:
         monkeypatch.setattr(
             reference_layers, "gated_delta_rule", lambda *x: (self._delta(*x), delta(*x))[1]
         )
-        for layer in exact.model.layers:
+        for layer in (*exact.model.layers, *exact.mtp.layers):
             layer.register_forward_hook(lambda _, __, output: self.residual.append(output[0]))
         with torch.no_grad():
             probs = exact(batch.tokens_BT).router_probs
-        depths = len(exact.model.layers)
-        self.shares = self.shares[: exact.config.mixers.count("*")]  # behind them MTP's
+        # behind the trunk's layers MTP's
         self.entropies = [
-            (-(p * p.log()).sum(-1).mean() / math.log(p.shape[-1])).item() for p in probs[:depths]
+            (-(p * p.log()).sum(-1).mean() / math.log(p.shape[-1])).item() for p in probs
         ]
 
     def _attention(self, query: torch.Tensor, key: torch.Tensor) -> None:
@@ -110,21 +109,22 @@ def test_every_number(measured: Any) -> None:
     """fp32 against fp64: within 1e-4, relative."""
     _, brute, values = measured
     near = lambda wanted: pytest.approx(wanted, rel=1e-4)
-    for layer, share in zip((1, 3), brute.shares, strict=True):
-        assert values[f"sinks/first_token_layer_{layer}"] == near(share)
-    assert values["sinks/first_token"] == near(statistics.fmean(brute.shares))
-    assert values["sinks/first_token_max"] == near(max(brute.shares))
-    for layer, hidden in enumerate(brute.residual[:4]):
+    for place, share in zip(("layer_1", "layer_3", "mtp"), brute.shares, strict=True):
+        assert values[f"sinks/first_token_{place}"] == near(share)
+    assert values["sinks/first_token"] == near(statistics.fmean(brute.shares[:2])), "without MTP"
+    assert values["sinks/first_token_max"] == near(max(brute.shares[:2]))
+    places = [*(f"layer_{layer}" for layer in range(4)), "mtp"]
+    for place, hidden, entropy in zip(places, brute.residual, brute.entropies, strict=True):
         size = hidden.abs()
         median = size.median(-1).values.mean().item()
-        assert values[f"activations/max_layer_{layer}"] == near(size.max().item())
+        assert values[f"activations/max_{place}"] == near(size.max().item())
         over = size.max().item() / median
-        assert values[f"activations/max_over_median_layer_{layer}"] == near(over)
+        assert values[f"activations/max_over_median_{place}"] == near(over)
         root = size.square().mean().sqrt().item()
-        assert values[f"activations/rms_layer_{layer}"] == near(root)
-        assert values[f"router/entropy_layer_{layer}"] == near(brute.entropies[layer])
+        assert values[f"activations/rms_{place}"] == near(root)
+        assert values[f"router/entropy_{place}"] == near(entropy)
     assert values["activations/max"] == near(max(h.abs().max().item() for h in brute.residual[:4]))
-    assert values["router/entropy_min"] == near(min(brute.entropies))
+    assert values["router/entropy_min"] == near(min(brute.entropies[:4]))
     for layer, lives, norm in zip((0, 2), brute.half_lives, brute.state_norms, strict=True):
         assert values[f"delta/half_life_layer_{layer}"] == near(statistics.median(lives))
         assert values[f"delta/state_norm_layer_{layer}"] == near(norm)

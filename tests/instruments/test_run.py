@@ -1,6 +1,11 @@
-"""A run as a user starts it: its records, its expert load, its alerts and its report know what the instruments saw."""
+"""A run as a user starts it: its records, its expert load, its alerts, its report and its dashboard know what the
+instruments saw.
+"""
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +13,44 @@ from typing import Any
 RUN = [
     "--config-name", "pretrain-tiny", "run_dir=run", "training.steps=3", "schedule.warmup_steps=1",
     "training.sequence_length=32", "instruments.interval_steps=2", "alerts.norm_scale=1.0001", "validation.batches=1",
-    "validation.bigram_baseline=false", "samples.count=0", "logging.wandb.mode=disabled",
+    "validation.bigram_baseline=false", "samples.count=0", "logging.wandb.mode=offline",
 ]  # fmt: skip
+
+
+# what a pretraining run on a CPU has no number of, by how its name begins
+OF_OTHER_RUNS = (
+    "acceptance/", "policy/", "loss/policy", "reward/", "rollout/", "rl/", "mismatch/", "params_norm", "skipped_steps",
+    "roll_backs", "throughput/mfu", "throughput/slowest", "experts/max_over_mean_mtp_", "experts/dead_mtp_",
+)  # fmt: skip
+
+
+def recorded_by_wandb(run: Path) -> set[str]:
+    """Return every name in the run's offline transaction log, by wandb's own reader, which names a picture by parts."""
+    (log,) = run.glob("wandb/*run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    records = [json.loads(line) for line in out.splitlines()]
+    items = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return {name.partition(".")[0] for item in items for name in item}
+
+
+def assert_dashboard_shows(recorded: set[str]) -> None:
+    """Every recorded number has a panel in the workspace, and every panel a number or a run of another kind."""
+    from megatron_q3n.metrics.workspace import build_workspace
+
+    spec = build_workspace("team", "project", "name")._to_model().model_dump(by_alias=True)["spec"]
+    sections = spec["section"]["panelBankConfig"]["sections"]
+    shown: set[str] = set()
+    for config in (plot["config"] for section in sections for plot in section["panels"]):
+        wanted = [*(config.get("metrics") or []), *(config.get("mediaKeys") or [])]
+        expression = config.get("metricRegex")
+        found = {name for name in recorded if name in wanted}
+        found |= {name for name in recorded if expression and re.search(expression, name)}
+        told = [*wanted, expression.lstrip("^(").replace("\\", "") if expression else ""]
+        assert found or any(name.startswith(OF_OTHER_RUNS) for name in told), config
+        shown |= found
+    axes = {"step", "tokens", "time"}
+    assert {name for name in recorded if not name.startswith("_")} - axes <= shown
 
 
 def test_numbers_reach_records_files_and_report(
@@ -26,6 +67,7 @@ def test_numbers_reach_records_files_and_report(
     assert json.loads((run / "expert_load.json").read_text())["step"] == 3
     report = (run / "report.html").read_text()
     assert "Attention to the first token" in report
-    assert "norm growth" in report
+    assert "norm scale" in report
     assert done.stdout.count("alert at step") == 1, "the kind pauses"
-    assert "alert at step 1: norm growth: largest scale of a norm: 1.00" in done.stdout
+    assert_dashboard_shows(recorded_by_wandb(run))
+    assert "alert at step 1: norm scale: largest scale of a norm: 1.00" in done.stdout

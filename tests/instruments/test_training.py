@@ -3,7 +3,10 @@
 One process on a CPU. A captured CUDA graph is not tested: the pass that is looked at is a validation's.
 """
 
+import json
+import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,3 +86,21 @@ def test_gradients_by_layer(alone: Any, clip_grad: float) -> None:
     for values, report in zip(measured, reports):
         squares = sum(v**2 for name, v in values.items() if name.startswith("gradients/"))
         assert squares**0.5 == pytest.approx(report.grad_norm, rel=1e-6)
+
+
+def test_what_a_look_costs_is_found_by_turns(tmp_path: Path) -> None:
+    """The command's figures are those of its own timings; how large they are is a machine's affair."""
+    from tests import forked
+
+    settings = ["training.sequence_length=16", "model.mtp_num_layers=0", "model.num_layers=4"]
+    options = ["--config-name", "pretrain-tiny", "--looks", "2", "--every", "3"]
+    tool = Path(__file__).parents[2] / "tools" / "instruments_cost.py"
+    done = forked.run(tool, *options, "--json", tmp_path / "cost.json", *settings)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "cost.json").read_text())
+    seconds = {kind: statistics.median(times) for kind, times in found["seconds"].items()}
+    assert [len(times) for times in found["seconds"].values()] == [6, 4, 2]
+    look = seconds["looked at"] - seconds["without"]
+    assert found["more for a look, ms"] == pytest.approx(1000 * look, abs=1e-3)
+    share = float(found["share of a run's time"].removesuffix(" %"))
+    assert share == pytest.approx(100 * look / (100 * seconds["without"]), abs=0.01)

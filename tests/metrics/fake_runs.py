@@ -57,6 +57,7 @@ def write_run(
         "bits_per_token": 5.8,
     }
     _dump(run_dir / "baseline.json", baseline)
+    _dump(run_dir / "evaluation.json", evaluation(gated, inside))
     summary = {
         "parameters": 1_962_496,
         "active_parameters": 1_175_000,
@@ -78,6 +79,28 @@ def expert_load(num_layers: int, num_experts: int, rng: random.Random, step: int
         share = [weight / sum(weights) for weight in weights]
         layers.append({"name": f"layer {layer}", "share": share})
     return {"layers": layers, "step": step}
+
+
+def evaluation(gated: bool, rng: random.Random) -> dict[str, Any]:
+    """Return what the evaluate stage leaves: text by position (worse far on without the gate), recall, a task."""
+
+    def text(start: int, end: int) -> dict[str, Any]:
+        loss = 2.1 + (0.0 if gated or start < 2048 else 0.8) + rng.gauss(0, 0.01)
+        found = {"tokens": end - start, "bytes": 3 * (end - start), "loss": loss}
+        return found | {"perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / 3}
+
+    stretches = [(start, start + 1024) for start in range(0, 4096, 1024)]
+    tasks = {
+        f"repeat {length} tokens": {
+            "accuracy": min(1.0, max(0.0, 1 - length / 700 + rng.gauss(0, 0.02))),
+            "loss": 0.2 + length / 200,
+            "loss of the first copy": 6.1,
+        }
+        for length in (16, 64, 256, 512)
+    }
+    by_position = [{"from": a, "to": b, **text(a, b)} for a, b in stretches]
+    sets = {"validation": {**text(0, 4096), "by_position": by_position}}
+    return {"checkpoint": "x", "sets": sets, "tasks": {**tasks, "brackets": {"accuracy": 0.42}}}
 
 
 def _record(step: int, total_steps: int, rng: random.Random) -> dict[str, float]:

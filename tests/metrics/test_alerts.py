@@ -22,7 +22,7 @@ LEVELS = [
     ("experts/max_over_mean", 10.0, 10.5, "expert load", "alerts.expert_load=10"),
     ("sinks/first_token_max", 0.3, 0.31, "attention sink", "alerts.first_token_share=0.3"),
     ("activations/max_over_median", 1000.0, 2500.0, "massive activations", "2500, above"),
-    ("norms/max", 10.0, 12.0, "norm growth", "alerts.norm_scale=10"),
+    ("norms/max", 10.0, 12.0, "norm scale", "alerts.norm_scale=10"),
 ]
 
 
@@ -47,9 +47,41 @@ def test_null_turns_a_kind_off() -> None:
     off = dict.fromkeys(
         ("loss_spike_deviations", "dead_experts_share", "expert_load", "first_token_share")
     )
-    alerts = watching(**off, activation_over_median=None, norm_scale=None)
+    alerts = watching(**off, activation_over_median=None, norm_scale=None, growth_factor=None)
     bad = {name: 1e9 for name, *_ in LEVELS} | {"loss/train": math.nan, "experts/dead": 9}
     assert all(alerts.examine(step, bad) == [] for step in range(1, 50))
+
+
+GROWING = [
+    ("sinks/first_token_max", 0.04, 0.12, "sink growth"),
+    ("activations/max_over_median", 60.0, 150.0, "activation growth"),
+    ("norms/max", 1.2, 2.6, "norm growth"),
+]
+
+
+@pytest.mark.parametrize(("name", "before", "after", "kind"), GROWING)
+def test_growth_is_seen_long_before_the_level(
+    name: str, before: float, after: float, kind: str
+) -> None:
+    """Read every 100 steps: flat, then growing by the same factor each time."""
+    rate = (after / before) ** (1 / 8)
+    values = [before] * 10 + [before * rate**k for k in range(1, 12)]
+    records = [{"step": 100 * k, name: value} for k, value in enumerate(values, start=1)]
+    found = [a for a in alerts_in(records, config(pause_steps=10_000)) if a.kind == kind]
+    (alert,) = found
+    assert 1600 <= alert.step <= 1900, "doubled after about 7 readings"
+    assert "times the" in alert.message
+    assert "alerts.growth_factor=2 in 1,000 steps" in alert.message
+    assert alerts_in(records, config(growth_factor=None)) == []
+    small = [{**record, name: record[name] * 0.01} for record in records]
+    assert alerts_in(small, config()) == [], "small numbers may grow"
+
+
+def test_slow_growth_and_a_runs_beginning_are_none() -> None:
+    slow = [{"step": 100 * k, "norms/max": 1.5 * 1.06**k} for k in range(1, 30)]
+    assert alerts_in(slow, config()) == [], "1.06 ** 10 is less than 2"
+    quick = [{"step": k, "norms/max": 0.5 * k} for k in range(1, 19)]
+    assert alerts_in(quick, config(growth_steps=100)) == [], "no half of growth_steps has passed"
 
 
 def losses(count: int) -> list[dict[str, float]]:
@@ -76,7 +108,7 @@ def test_a_kind_pauses_and_others_do_not() -> None:
     records = [{"step": k, "norms/max": 11.0} for k in range(1, 26)]
     records[4]["experts/max_over_mean"] = 40
     found = [(a.step, a.kind) for a in alerts_in(records, config(pause_steps=10))]
-    assert found == [(1, "norm growth"), (5, "expert load"), (12, "norm growth"), (23, "norm growth")]  # fmt: skip
+    assert found == [(1, "norm scale"), (5, "expert load"), (12, "norm scale"), (23, "norm scale")]  # fmt: skip
 
 
 def test_a_resumed_run_goes_on_where_it_was() -> None:
@@ -84,9 +116,12 @@ def test_a_resumed_run_goes_on_where_it_was() -> None:
     records = losses(300)
     for step in (120, 180, 250):
         records[step]["loss/train"] = 9.0
-    whole = alerts_in(records, config(pause_steps=50))
-    assert len(whole) == 3
-    resumed = watching(pause_steps=50)
+    for step in range(100, 300, 20):
+        records[step]["norms/max"] = 1.5 if step < 200 else 4.0
+    whole = alerts_in(records, config(pause_steps=50, growth_steps=150))
+    assert [alert.kind for alert in whole].count("loss spike") == 3
+    assert [alert.kind for alert in whole].count("norm growth") >= 1
+    resumed = watching(pause_steps=50, growth_steps=150)
     for record in records[:150]:
         resumed.examine(int(record["step"]), record)
     later: list[Alert] = []

@@ -20,7 +20,7 @@ from megatron_q3n.config import UserError
 from megatron_q3n.metrics import jsonl
 from megatron_q3n.metrics.report import write_comparison, write_report
 from megatron_q3n.metrics.report.series import Series, pick, smooth, thin
-from megatron_q3n.metrics.report.variants import mean_and_spread
+from megatron_q3n.metrics.report.variants import mean_and_spread, spread_text
 from tests.metrics.fake_runs import expert_load, write_run
 
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
@@ -268,6 +268,34 @@ def test_runs_that_differ_in_the_seed_are_one_variant_with_a_spread(tmp_path: Pa
         _set(runs[-1], "schedule", "lr", 0.001 + index / 1000)
     with pytest.raises(UserError, match=r"up to 8 variants .* found 10"):
         write_comparison(runs, tmp_path / "comparison.html")
+
+
+def test_recall_has_a_card_and_is_no_task(run_dir: Path) -> None:
+    text = _checked_text(write_report(run_dir))
+    found = json.loads((run_dir / "evaluation.json").read_text())["tasks"]
+    accuracy = found["repeat 256 tokens"]["accuracy"]
+    assert "Recall" in text
+    assert f"256 {accuracy:.1%} 1.480 6.100" in " ".join(text.split())
+    assert "repeat 256 tokens" not in text
+    assert "brackets" in text, "what is no length of the probe stays a task"
+
+
+def test_evaluations_are_compared(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{s}", 20, seed=s, gated=s < 2) for s in range(4)]
+    for run in runs[2:]:
+        _set(run, "model", "attention_gate", "none")
+    page = write_comparison(runs, tmp_path / "page.html")
+    text = " ".join(_checked_text(page).split())
+    assert "Recall" in text
+    losses = [
+        [json.loads((r / "evaluation.json").read_text())["sets"]["validation"]["by_position"][3]["loss"] for r in pair]
+        for pair in (runs[:2], runs[2:])
+    ]  # fmt: skip
+    cells = [spread_text(*mean_and_spread(pair)) for pair in losses]
+    assert f"3,072 to 4,096 {cells[0]} {cells[1]}" in text
+    for run in runs:
+        (run / "evaluation.json").unlink()
+    assert "Recall" not in _checked_text(write_comparison(runs, tmp_path / "page.html"))
 
 
 def _set(run_dir: Path, section: str, name: str, value: object) -> None:

@@ -5,8 +5,6 @@ its own process, from inside the phase, the second time that phase has come afte
 folder to leave things in.
 """
 
-import gc
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_q3n.config import RunConfig
-from megatron_q3n.device import choose_device, quiet_known_warnings
+from tests.rank_processes import fork_ranks, import_once
 from tests.rl.tiny_loop import VOCAB, tiny_config, tokenizer
 
 STEPS, INTERVAL, UPDATES = 12, 4, 2
@@ -47,7 +45,7 @@ def configuration(folder: Path) -> RunConfig:
     )  # fmt: skip
 
 
-def run(config: RunConfig, run_dir: Path, deadly: tuple[str, str, int] | None) -> None:
+def run(config: RunConfig, run_dir: Path, deadly: tuple[str, str, int] | None, _rank: int) -> None:
     """Be one process of a run."""
     import importlib
 
@@ -79,25 +77,15 @@ def _dying(real: Callable[..., Any], calls: int) -> Callable[..., Any]:
 
 def main() -> int:
     """Fork the runs one after the other and return how many ended otherwise than they should."""
-    quiet_known_warnings()
     folder = Path(sys.argv[1])
     config = configuration(folder)
-    choose_device(config)  # the CPU shim, before megatron-core is imported
-    import megatron_q3n.stages.rl
-
-    assert megatron_q3n.stages.rl
-    gc.freeze()
-    fork = multiprocessing.get_context("fork")
+    import_once(config, "megatron_q3n.stages.rl")
     wrong = 0
     plans: list[tuple[str, Any, int]] = [("whole", None, 0)]
     for phase, deadly in PHASES.items():
         plans += [(phase, deadly, -signal.SIGKILL), (phase, None, 0)]
     for name, deadly, expected in plans:
-        be = partial(run, config, folder / name, deadly)
-        process = fork.Process(target=be)
-        process.start()
-        process.join()
-        wrong += process.exitcode != expected
+        wrong += fork_ranks(partial(run, config, folder / name, deadly), 1) != [expected]
     return wrong
 
 

@@ -5,9 +5,7 @@ weights and, with their advantages, its samples; every layout begins from these 
 learns from the single process's. Pipeline stages do not generate. Argument: a folder to leave things in.
 """
 
-import gc
 import json
-import multiprocessing
 import os
 import pickle
 import sys
@@ -15,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_q3n.device import choose_device, quiet_known_warnings
+from megatron_q3n.device import choose_device
+from tests.rank_processes import fork_ranks, import_once, meeting
 from tests.rl.tiny_loop import tiny_config, tiny_loop
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -23,20 +22,25 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {},
     "tp2": {"tensor_model_parallel_size": 2},
     "ep2": {"expert_model_parallel_size": 2},
+    "tp2_ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    "dp2_tp2_ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
     "pp2": {"pipeline_model_parallel_size": 2},
 }
+WORLDS = {"single": 1, "dp2_tp2_ep2": 4}
 UPDATES = 2
+
+
+def world_of(layout: str) -> int:
+    """Return how many processes a layout has here."""
+    return WORLDS.get(layout, 2)
 
 
 def work(rank: int, layout: str, folder: Path) -> None:
     """Be one rank."""
-    import torch
-
     from megatron_q3n import checkpoint, parallel
     from megatron_q3n.rl.rewards import Graders
 
-    world = 1 if layout == "single" else 2
-    rl = {}
+    world, rl = world_of(layout), {}
     if layout == "pp2":  # it answers elsewhere; here samples are given to it
         rl = {
             "rollout": {
@@ -52,8 +56,7 @@ def work(rank: int, layout: str, folder: Path) -> None:
         replaying = config.rl.model_copy(update={"routing_replay": True})
         config = config.model_copy(update={"rl": replaying})
     device = choose_device(config)
-    store = torch.distributed.FileStore(str(folder / f"{layout}-meeting"), world)
-    group = parallel.initialize(config, device, parallel.Meeting(store, rank, world))
+    group = parallel.initialize(config, device, meeting(folder, layout, rank, world))
     with Graders(config.rl.reward) as graders:
         loop = tiny_loop(config, device, group, graders)
         if layout == "single":
@@ -75,7 +78,7 @@ def work(rank: int, layout: str, folder: Path) -> None:
     found["mismatch"] = [mismatch.logprob_max, *mismatch.routes_used]
     found["learnt"] = []
     for _ in range(UPDATES):
-        _, values = loop.learn(samples)
+        values = loop.learn(samples).values
         names = ("loss/policy", "grad_norm", "rl/ratio", "rl/clipped", "rl/entropy", "rl/kl_to_old")
         found["learnt"].append([values[name] for name in names])
     (folder / f"{layout}-{rank}.json").write_text(json.dumps(found))
@@ -84,26 +87,12 @@ def work(rank: int, layout: str, folder: Path) -> None:
 
 def main() -> int:
     """Fork the ranks of one layout after the other and return how many failed."""
-    quiet_known_warnings()
     folder = Path(sys.argv[1])
-    choose_device(tiny_config(folder))  # the CPU shim, before megatron-core is imported
-    import megatron_q3n.checkpoint.writer
-    import megatron_q3n.rl.loop
-
-    assert megatron_q3n.checkpoint.writer
-    assert megatron_q3n.rl.loop
-    gc.freeze()
-    fork = multiprocessing.get_context("fork")
+    import_once(tiny_config(folder), "megatron_q3n.checkpoint.writer", "megatron_q3n.rl.loop")
     failed = 0
     for layout in LAYOUTS:
-        world = 1 if layout == "single" else 2
-        be = partial(work, layout=layout, folder=folder)
-        ranks = [fork.Process(target=be, args=(rank,)) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        failed += sum(process.exitcode != 0 for process in ranks)
+        codes = fork_ranks(partial(work, layout=layout, folder=folder), world_of(layout))
+        failed += sum(code != 0 for code in codes)
     return failed
 
 

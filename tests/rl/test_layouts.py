@@ -1,4 +1,4 @@
-"""Two processes draw the samples that one does, think the same of them, and learn the same from them."""
+"""Two processes, and four, draw the samples that one does, think the same of them, and learn the same from them."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.rl.layout_ranks import LAYOUTS
+from tests.rl.layout_ranks import LAYOUTS, world_of
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def found(folder: Path, layout: str, rank: int = 0) -> dict[str, Any]:
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
 def test_layout_does_what_one_process_does(left: Path, layout: str) -> None:
     wanted = found(left, "single")
-    for rank in (0, 1):
+    for rank in range(world_of(layout)):
         mine = found(left, layout, rank)
         assert mine.get("drawn", wanted["drawn"]) == wanted["drawn"]
         assert mine.get("routes", wanted["routes"]) == wanted["routes"]

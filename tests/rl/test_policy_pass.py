@@ -5,12 +5,13 @@ One process; other layouts are in test_layouts.py. Not covered here: bf16 and GP
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_q3n.config.rl import ALGORITHMS
 from megatron_q3n.rl.samples import Sample
 from tests.rl.tiny_loop import VOCAB, tiny_config, tiny_loop
 
@@ -45,11 +46,17 @@ def gradients(loop: Any, batches: list[Any]) -> dict[str, torch.Tensor]:
     return {n: p.main_grad.clone() for n, p in state.models[0].named_parameters()}
 
 
-def rows_of(loop: Any, samples: list[Sample], length: int = 64, each: bool = False) -> list[Any]:
+def rows_of(
+    loop: Any,
+    samples: list[Sample],
+    length: int = 64,
+    each: bool = False,
+    normalisation: Literal["sequence", "token", "constant"] = "sequence",
+) -> list[Any]:
     from megatron_q3n.rl.advantages import token_weights
     from megatron_q3n.rl.policy_rows import policy_rows
 
-    weights = token_weights(np.array([len(s.tokens) for s in samples]), "sequence", 7)
+    weights = token_weights(np.array([len(s.tokens) for s in samples]), normalisation, 7)
     eod = loop.tokenizer.eod
     if not each:
         return policy_rows(samples, weights, length, eod, replay=True)
@@ -66,6 +73,7 @@ def test_rollout_and_trainer_agree(loop: Any, samples: list[Sample]) -> None:
         np.testing.assert_allclose(logprobs, sample.logprobs, atol=1e-4)
     assert mismatch.logprob_max < 1e-4
     assert mismatch.routes_own == [0.0] * 4
+    assert 0 < mismatch.chunks < 1e-5
     assert samples[0].routes is not None
     assert len(np.unique(samples[0].routes)) > 2, "else agreeing would show little"
 
@@ -136,11 +144,63 @@ def test_gradient_is_the_plain_policy_gradient(loop: Any, samples: list[Sample])
         torch.testing.assert_close(found[name], parameter.main_grad, atol=2e-6, rtol=2e-3, msg=name)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_term_of_the_loss_is_written_out(
+    loop: Any, samples: list[Sample], algorithm: str
+) -> None:
+    """Off policy, with clips, truncated importance, entropy and KL: the gradient is the sum's, sample by sample."""
+    from megatron_q3n.rl.policy_pass import without_mtp
+
+    terms = {
+        "algorithm": algorithm, "clip_low": 0.1, "clip_high": 0.15, "importance_cap": 1.05, "kl_coefficient": 0.3,
+        "entropy_coefficient": 0.05,
+    }  # fmt: skip
+    generator = np.random.default_rng(7)
+    for sample in samples:
+        known, size = np.array(sample.logprobs, np.float32), len(sample.logprobs)
+        sample.old_logprobs = known + generator.normal(0, 0.2, size).astype(np.float32)
+        sample.reference_logprobs = known + generator.normal(0, 0.5, size).astype(np.float32)
+    config = loop.state.config
+    loop.state.config = config.model_copy(update={"rl": config.rl.model_copy(update=terms)})
+    try:
+        rules = loop.settings.rules
+        rows = rows_of(loop, samples, normalisation=rules.normalisation)
+        found = gradients(loop, [row.batch for row in rows])
+    finally:
+        loop.state.config = config
+    chunk, model = loop.state.chunks[0], loop.state.models[0]
+    chunk.zero_grad_buffer()
+    num_tokens, total = sum(len(s.tokens) for s in samples), torch.zeros(())
+    for sample in samples:
+        tokens = torch.tensor([[*sample.prompt.tokens, *sample.tokens]])
+        with without_mtp(model):
+            logits = chunk(tokens[:, :-1], torch.arange(tokens.shape[1] - 1)[None], None)
+        log_V = logits[0, len(sample.prompt.tokens) - 1 :, : loop.tokenizer.vocab_size].log_softmax(
+            -1
+        )
+        new = log_V.gather(-1, torch.tensor(sample.tokens)[:, None])[:, 0]
+        old, reference = torch.tensor(sample.old_logprobs), torch.tensor(sample.reference_logprobs)
+        ratio = (new - old).mean().exp() if algorithm == "gspo" else (new - old).exp()
+        clipped = ratio.clamp(0.9, 1.15)
+        gain = torch.minimum(ratio * sample.advantage, clipped * sample.advantage)
+        weight = (old - torch.tensor(sample.logprobs)).exp().clamp(max=1.05)
+        entropy = -(log_V.exp() * log_V).sum(-1)
+        kl = (reference - new).exp() - (reference - new) - 1
+        losses = -weight * gain + 0.3 * kl - 0.05 * entropy
+        share = {
+            "sequence": 1 / (len(samples) * len(new)), "token": 1 / num_tokens, "constant": 1 / (len(samples) * 7),
+        }[rules.normalisation]  # fmt: skip
+        total = total + share * losses.sum()
+    total.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.main_grad, atol=3e-6, rtol=3e-3, msg=name)
+
+
 def test_mtp_and_balance_sit_out(loop: Any, samples: list[Sample]) -> None:
     found = gradients(loop, [row.batch for row in rows_of(loop, samples)])
     assert all(not g.any() for n, g in found.items() if n.startswith("mtp."))
     assert any(n.startswith("mtp.") for n in found)
-    _, values = loop.learn([replace(sample) for sample in samples])
+    values = loop.learn([replace(sample) for sample in samples]).values
     assert (values["rl/mtp_gradient"], values["rl/balance_in_loss"]) == (0.0, 0.0)
     assert values["rl/ratio"] != 1.0 or values["grad_norm"] > 0
 

@@ -11,7 +11,10 @@ import pytest
 
 from tests.rl.killed_runs import INTERVAL, PHASES, STEPS, UPDATES
 
-MEASURED = {"time", "rollout/seconds", "rollout/look_back_seconds", "throughput/step_seconds"}
+MEASURED = {
+    "time", "rollout/seconds", "rollout/look_back_seconds", "throughput/step_seconds", "throughput/instruments_seconds",
+    "memory/peak_gib",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 
 from megatron_q3n.config import validate
 
-STEPS = 5
+STEPS = 60  # of decay by a twentieth each: a twentieth is left
 
 
 @pytest.fixture

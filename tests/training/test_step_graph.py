@@ -24,7 +24,7 @@ def test_says_what_keeps_a_step_from_being_a_graph() -> None:
 
 @pytest.mark.gpu
 def test_a_graph_that_copies_from_the_host_is_found() -> None:
-    from megatron_q3n.training.step_graph import _nodes_that_touch_the_host
+    from megatron_q3n.device.graph_nodes import nodes_that_touch_the_host
 
     x = torch.zeros(64, device="cuda")
     pinned = torch.ones(64).pin_memory()
@@ -33,7 +33,7 @@ def test_a_graph_that_copies_from_the_host_is_found() -> None:
         with torch.cuda.graph(graph):
             y = x + 1
             x.copy_(pinned if from_host else y, non_blocking=True)
-        found = _nodes_that_touch_the_host(graph)
+        found = nodes_that_touch_the_host(graph)
         assert found == (["copy HostToDevice"] if from_host else [])
 
 

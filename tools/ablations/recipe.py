@@ -4,10 +4,10 @@
 question: Does a gate behind attention keep it from sinking to the first token?
 claim: First-token share 46.7 % → 4.8 %, no massive activations.
 source: Gated Attention (arXiv 2505.06708), section 4.3
-base: pretrain-small                 # a recipe
+base: pretrain-mini                  # a recipe
 common: [training.steps=500]         # settings of every run
 variants:                            # the settings in which the runs differ; compared with each other
-  none: [model.attention_gate=none]
+  none: [model.attention_gate=none]    # the most telling first: several studies run together in this order
   elementwise: []
 seeds: 2
 compare:                             # heading: "METRIC HOW" (measures.py)
@@ -83,6 +83,11 @@ class Trial:
         return [*self.arguments, "stage=evaluate", f"checkpoint.load={self.run_dir}", *QUIET]
 
 
+def every_study() -> list[str]:
+    """Return the names of the studies in recipes/."""
+    return sorted(path.stem for path in train.RECIPES.glob(f"{PREFIX}*.yaml"))
+
+
 def find(name: str) -> Path:
     """Return the file of a study, by its name in recipes/ or by a path.
 
@@ -92,7 +97,7 @@ def find(name: str) -> Path:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     inside = train.RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
-    known = sorted(p.stem for p in train.RECIPES.glob(f"{PREFIX}*.yaml"))
+    known = every_study()
     if inside.stem not in known:
         raise UserError(
             f"{name}: no such study.{suggest(inside.stem, known)} There are: {', '.join(known)}; or give the path of a "

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ablations.measures import Measure
+from ablations.outcomes import FAILED
 from ablations.recipe import AblationRecipe, Trial
-from ablations.runs import FAILED
 from megatron_q3n.config.sizes import parameters
 from megatron_q3n.metrics.report.run_files import RunFiles, load
 

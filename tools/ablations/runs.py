@@ -4,6 +4,8 @@ How a run ended is a result and written down beside it (`OUTCOME`), also when it
 learning rate was too large. A run that was interrupted has no such file, and goes on from its checkpoint next time.
 Once a run is written down its checkpoints are deleted: with optimizer states they are gigabytes each, and what a study
 is about is recorded by then. Only a model whose evaluation failed is kept, and evaluated again next time.
+
+Where studies run together, a run that several of them want is made once, and the others get copies (schedule.py).
 """
 
 import json
@@ -13,40 +15,39 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ablations.measures import has_diverged
+from ablations.outcomes import DIVERGED, DONE, FAILED, NOT_EVALUATED, OUTCOME, outcome_of
 from ablations.recipe import Trial
+from ablations.schedule import Shared, hand_on
 from megatron_q3n.config import EXIT_REQUEUE, UserError
 from megatron_q3n.metrics.report.run_files import load
 from slurm.progress import is_concluded
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-OUTCOME = "trial.json"
-STUDY = "study.json"
 OUTPUT = "output.txt"
 STOPPED = 1000  # no process's exit code
-DONE, DIVERGED, FAILED, NOT_EVALUATED = "done", "diverged", "failed", "not evaluated"
 LAST_LINES = 3
 
 
 class Bench:
-    """Where a study's runs go, how many of them run at once, and the processes that run now."""
+    """How many runs go at once, and the processes that run now."""
 
-    def __init__(self, output: Path, workers: int, keep_checkpoints: bool, retry: bool) -> None:
+    def __init__(self, workers: int, keep_checkpoints: bool, retry: bool) -> None:
         """`retry`: begin runs that failed anew."""
-        self._output, self._workers, self._keep = output, workers, keep_checkpoints
+        self._workers, self._keep = workers, keep_checkpoints
         self._again = {NOT_EVALUATED, FAILED} if retry else {NOT_EVALUATED}
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._lock, self._stopping = threading.Lock(), False
 
-    def run(self, trials: list[Trial]) -> list[dict[str, Any] | None]:
-        """Run what has not been run. Returns: how each trial ended; None for one that was interrupted."""
-        self._remember(trials)
+    def run(self, queue: Sequence[Shared]) -> None:
+        """Run what has not been run, in this order; how each ended lies beside it."""
         with ThreadPoolExecutor(self._workers) as threads:
-            return list(threads.map(self._trial, trials))
+            list(threads.map(self._shared, queue))
 
     def stop(self) -> None:
         """Start nothing more, and ask what runs to save and end."""
@@ -55,26 +56,19 @@ class Bench:
             for process in self._processes:
                 process.terminate()
 
-    def _remember(self, trials: list[Trial]) -> None:
-        """Write down what each run is made of.
+    def _shared(self, shared: Shared) -> None:
+        if self._trial(shared.trial) is not None:
+            for twin in shared.twins:
+                if self._settled(twin) is None:
+                    hand_on(shared.trial, twin)
 
-        Raises: UserError if a run of that name was made of something else.
-        """
-        path = self._output / STUDY
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        for trial in trials:
-            before = known.setdefault(trial.name, list(trial.arguments))
-            if before != list(trial.arguments):
-                raise UserError(
-                    f"{self._output / trial.name} was run with {' '.join(before)}, which is not what is asked now: "
-                    f"{' '.join(trial.arguments)}. Choose another --output, or delete it and its line in {path}."
-                )
-        self._output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, indent=1) + "\n")
+    def _settled(self, trial: Trial) -> dict[str, Any] | None:
+        """Return how a run ended that is not to be made again."""
+        known = outcome_of(trial)
+        return None if known is None or known["ended"] in self._again else known
 
     def _trial(self, trial: Trial) -> dict[str, Any] | None:
-        path = trial.run_dir / OUTCOME
-        if path.is_file() and (known := json.loads(path.read_text()))["ended"] not in self._again:
+        if (known := self._settled(trial)) is not None:
             return known
         began = time.monotonic()
         code = 0
@@ -94,10 +88,11 @@ class Bench:
             "message": _last_words(trial.run_dir) if code else "",
             "seconds": round(time.monotonic() - began, 1),
         }
-        path.write_text(json.dumps(outcome, indent=1) + "\n")
+        (trial.run_dir / OUTCOME).write_text(json.dumps(outcome, indent=1) + "\n")
         if not self._keep and ended != NOT_EVALUATED:
             shutil.rmtree(trial.run_dir / "checkpoints", ignore_errors=True)
-        print(f"{trial.name:<32} {ended:<13} {outcome['seconds']:7.0f} s", flush=True)
+        where = f"{trial.run_dir.parent.name}/{trial.name}"
+        print(f"{where:<48} {ended:<13} {outcome['seconds']:7.0f} s", flush=True)
         return outcome
 
     def _process(self, arguments: list[str], run_dir: Path) -> int:

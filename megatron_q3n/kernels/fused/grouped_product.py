@@ -153,7 +153,9 @@ def grouped_product(
     block_k = _BLOCK_BYTES_K // rows_RK.element_size()
     out = rows_RK.new_empty(rows, outputs, dtype=torch.bfloat16 if scales else None)
     row_scale, weight_scale = scales or (None, None)
-    programs = _programs(rows_RK.device)  # a constant of the kernel: not one for every number of rows
+    programs = _programs(
+        rows_RK.device
+    )  # a constant of the kernel: not one for every number of rows
     _product_kernel[(programs,)](
         _tiles(rows_RK, BLOCK_R, block_k),
         _tiles(weight.flatten(0, 1), *((block_k, columns) if turned else (columns, block_k))),

@@ -79,11 +79,14 @@ def line_chart(
     line_at: float | None = None,
     line_label: str = "",
     usual_range: bool = False,
+    doubling_x: bool = False,
+    is_share: bool = False,
 ) -> str:
     """Return an SVG of the curves, with a dashed horizontal line at `line_at`.
 
     The y axis is logarithmic where the values span more than a factor of fifty. With `usual_range` it covers
-    what is usual and lets the odd first step run out of the frame.
+    what is usual and lets the odd first step run out of the frame. With `doubling_x` equal steps to the right are
+    doublings, and every place that was measured is named. `is_share`: of something, so from 0 to 1.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(
@@ -97,6 +100,10 @@ def line_chart(
         _dress(axes, x_label)
         values = np.concatenate([curve.series.finite for curve in curves] or [np.zeros(0)])
         _scale(axes, values, usual_range)
+        if is_share:
+            axes.set_ylim(-0.02, 1.02)
+        if doubling_x:
+            _double(axes, np.unique(np.concatenate([curve.series.x for curve in curves])))
         return _svg(figure, title)
 
 
@@ -202,6 +209,14 @@ def _dress(axes: Axes, x_label: str) -> None:
     axes.margins(x=0.015, y=0.1)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _double(axes: Axes, places: Array) -> None:
+    """Lay the x axis out by doublings, with a name for each place."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [_four_digits(place) for place in places])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(places[0] / 2**0.25, places[-1] * 2**0.25)
 
 
 def _scale(axes: Axes, values: Array, usual_range: bool) -> None:

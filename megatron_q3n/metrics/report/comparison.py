@@ -14,13 +14,13 @@ from megatron_q3n.metrics.alerts import alerts_in
 from megatron_q3n.metrics.progress import clock_text
 from megatron_q3n.metrics.report import page
 from megatron_q3n.metrics.report.charts import NUM_COLOURS, Curve, line_chart
+from megatron_q3n.metrics.report.evaluation import evaluation_comparison
 from megatron_q3n.metrics.report.panels import (
     SECTIONS,
     Panel,
     curves_of,
     logged_names,
     panels_for,
-    reading,
     row_name,
     short,
     unit_of,
@@ -34,6 +34,7 @@ from megatron_q3n.metrics.report.variants import (
     mean_and_spread,
     mean_curve,
     settings,
+    spread_text,
 )
 
 # heading -> where a run ended in that respect; what no run has a number of is left out
@@ -79,7 +80,8 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
     )
     title = f"{len(runs)} runs compared"
     subtitle = "curves over tokens" if len(variants) == len(runs) else _subtitle(variants)
-    body = [page.section("Runs", first), *charts]
+    evaluated = page.section("Evaluation", evaluation_comparison(variants))
+    body = [page.section("Runs", first), evaluated, *charts]
     return page.write(path, page.document(title, subtitle, body))
 
 
@@ -94,22 +96,15 @@ def _overview(variants: Sequence[Variant]) -> str:
         for heading, final in _FINAL.items()
     }
     rows: list[tuple[object, ...]] = [
-        (heading, *(_cell(*numbers) for numbers in every))
+        (heading, *(spread_text(*numbers) for numbers in every))
         for heading, every in found.items()
         if any(mean is not None for mean, _ in every)
     ]
     rows.insert(0, ("runs", *(len(v.runs) for v in variants)))
     several = any(len(v.runs) > 1 for v in variants)
     note = "Mean ± standard deviation over the runs of a variant." if several else ""
-    table = page.table(rows, ("", *(v.name for v in variants)))
+    table = page.table(rows, ("", *(v.name for v in variants)), numbers=True)
     return page.card("Where they ended", table, legend=_keys(variants), note=note, wide=True)
-
-
-def _cell(mean: float | None, spread: float | None) -> str:
-    if mean is None or spread is None:
-        return reading(mean)
-    digits = max(0, 1 - int(np.floor(np.log10(spread)))) if spread else 0
-    return f"{mean:,.{digits}f} ± {spread:,.{digits}f}"
 
 
 def _differences(variants: Sequence[Variant]) -> str:
@@ -136,9 +131,9 @@ def _run_row(variant: Variant, run: RunFiles) -> list[str]:
     return [
         run.name,
         variant.name,
-        reading(_FINAL["validation, bits/byte"](run)),
-        reading(_FINAL["training, nats/token, smoothed"](run)),
-        reading(pick(run.records, "step").last),
+        page.reading(_FINAL["validation, bits/byte"](run)),
+        page.reading(_FINAL["training, nats/token, smoothed"](run)),
+        page.reading(pick(run.records, "step").last),
         "–" if tokens is None else compact(tokens),
         "–" if seconds is None else clock_text(seconds),
         status_text(run),

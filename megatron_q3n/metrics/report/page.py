@@ -71,13 +71,26 @@ def card(
     )
 
 
+def reading(value: float | None) -> str:
+    """Return a number as the page shows it: four digits that matter, thousands marked."""
+    if value is None:
+        return "–"
+    if value == int(value) and abs(value) < 1e6:
+        return f"{int(value):,}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
 def sentence(text: str) -> str:
     """Return a remark in place of a chart."""
     return f'<p class="absent">{escape(text)}</p>'
 
 
-def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> str:
-    """Return a table; the first column is the row's name."""
+def table(
+    rows: Iterable[Sequence[Any]], header: Sequence[str] = (), *, numbers: bool = False
+) -> str:
+    """Return a table; the first column is the row's name. Numbers stay in one piece, and names break instead."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
         f"<tr><th>{escape(str(name))}</th>"
@@ -85,7 +98,8 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> str:
         + "</tr>"
         for name, *cells in rows
     )
-    return f'<div class="scroll"><table>{f"<tr>{head}</tr>" if head else ""}{body}</table></div>'
+    kind = '<table class="numbers">' if numbers else "<table>"
+    return f'<div class="scroll">{kind}{f"<tr>{head}</tr>" if head else ""}{body}</table></div>'
 
 
 def preformatted(text: str) -> str:

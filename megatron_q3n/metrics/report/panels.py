@@ -78,7 +78,7 @@ PANELS = (
         labels=("mean of layers", "least"),
         note="Of the softmax over all experts, over ln of their number: 1 is no preference.",
     ),
-    Panel(EXPERTS, "Router entropy by layer", ("router/entropy_layer_<k>",)),
+    Panel(EXPERTS, "Router entropy by layer", ("router/entropy_layer_<k>", "router/entropy_mtp")),
     Panel(
         ATTENTION,
         "Attention to the first token",
@@ -86,7 +86,11 @@ PANELS = (
         labels=("mean of layers", "most"),
         note="Share of what later tokens attend to; an even spread over T tokens is about ln(T)/T.",
     ),
-    Panel(ATTENTION, "Attention to the first token by layer", ("sinks/first_token_layer_<k>",)),
+    Panel(
+        ATTENTION,
+        "Attention to the first token by layer",
+        ("sinks/first_token_layer_<k>", "sinks/first_token_mtp"),
+    ),
     Panel(
         ATTENTION,
         "Largest activation over the median",
@@ -96,14 +100,18 @@ PANELS = (
     Panel(
         ATTENTION,
         "Largest activation over the median by layer",
-        ("activations/max_over_median_layer_<k>",),
+        ("activations/max_over_median_layer_<k>", "activations/max_over_median_mtp"),
     ),
     Panel(ATTENTION, "Largest activation", ("activations/max",)),
-    Panel(ATTENTION, "Largest activation by layer", ("activations/max_layer_<k>",)),
+    Panel(
+        ATTENTION,
+        "Largest activation by layer",
+        ("activations/max_layer_<k>", "activations/max_mtp"),
+    ),
     Panel(
         ATTENTION,
         "Residual stream by layer, root mean square",
-        ("activations/rms_layer_<k>",),
+        ("activations/rms_layer_<k>", "activations/rms_mtp"),
     ),
     Panel(
         DELTA,
@@ -217,8 +225,8 @@ def panel_card(
         panel.title,
         chart,
         unit=unit_of(present[0]),
-        value="" if several else reading(clear[0].series.last),
-        legend=[(c.label, c.colour, reading(c.series.last)) for c in clear] if several else [],
+        value="" if several else page.reading(clear[0].series.last),
+        legend=[(c.label, c.colour, page.reading(c.series.last)) for c in clear] if several else [],
         note=_lost(curves) or panel.note,
     )
 
@@ -231,7 +239,7 @@ def _map_card(panel: Panel, present: Sequence[str], records: Sequence[Record]) -
     for row, series in enumerate(every):
         table[row, np.searchsorted(steps, series.x)] = series.y
     last = [series.last for series in every if series.last is not None]
-    span = f"{reading(min(last))} … {reading(max(last))}" if last else ""
+    span = f"{page.reading(min(last))} … {page.reading(max(last))}" if last else ""
     rows = [label_of(name, panel).removeprefix("layer ") for name in present]
     chart = layer_map(table, steps, rows, title=panel.title)
     return page.card(panel.title, chart, unit=unit_of(present[0]), value=span, note=panel.note)
@@ -263,17 +271,6 @@ def short(name: str) -> str:
     if place := re.search(r"_(layer_\d+|mtp)$", name):
         return place[1].replace("layer_", "layer ").replace("mtp", "MTP")
     return re.sub(r"^mtp_(\d+)$", r"depth \1", name.rsplit("/", 1)[-1]).replace("_", " ")
-
-
-def reading(value: float | None) -> str:
-    """Return a number as the page shows it: four digits that matter, thousands marked."""
-    if value is None:
-        return "–"
-    if value == int(value) and abs(value) < 1e6:
-        return f"{int(value):,}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
 
 
 def _says_something(name: str, records: Sequence[Record]) -> bool:

@@ -16,6 +16,7 @@ from megatron_q3n.metrics.report.charts import heat_map
 from megatron_q3n.metrics.report.evaluation import evaluation_cards
 from megatron_q3n.metrics.report.panels import EXPERTS, SECTIONS, panel_card, panels_for
 from megatron_q3n.metrics.report.run_files import RunFiles, flatten, load, not_default
+from megatron_q3n.metrics.report.sample_cards import sample_cards
 from megatron_q3n.metrics.report.series import pick, smooth
 
 REPORT_FILE = "report.html"
@@ -35,7 +36,7 @@ def write_report(run_dir: Path) -> Path:
         page.section("Alerts", [alerts_card(alerts)] if alerts else []),
         *(page.section(section, _charts(run, section)) for section in SECTIONS),
         page.section("Evaluation", evaluation_cards(run.evaluation)),
-        page.section("Generated text", [_samples(run)]),
+        page.section("Generated text", sample_cards(run.path) or [_samples(run)]),
         page.section(
             "Settings and environment", [_settings(run), _environment(run), _backends(run)]
         ),
@@ -130,7 +131,7 @@ def _charts(run: RunFiles, section: str) -> list[str]:
 
 def alerts_card(alerts: Sequence[Alert]) -> str:
     """Return the newest alerts of a run as a table."""
-    rows = [(f"step {a.step:,}", a.kind, a.message) for a in alerts[-MAX_ALERTS:]]
+    rows = [(f"step {a.step:,}: {a.kind}", a.message) for a in alerts[-MAX_ALERTS:]]
     more = f"{len(alerts) - MAX_ALERTS} earlier ones are in logs/events.log. "
     note = f"{more if len(alerts) > MAX_ALERTS else ''}Levels and pauses: the settings alerts.*."
     return page.card("What was out of the ordinary", page.table(rows), note=note, wide=True)

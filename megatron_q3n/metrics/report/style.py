@@ -60,6 +60,8 @@ th, td { text-align: left; padding: 5px 14px 5px 0; vertical-align: top; border-
 tr:first-child > * { border-top: 0; }
 th { font-weight: 500; color: var(--soft); white-space: nowrap; }
 td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.numbers td { white-space: nowrap; }
+.numbers th { white-space: normal; }
 pre {
   margin: 0; padding: 12px 14px; border-radius: 8px; background: var(--paper); overflow-x: auto;
   font: 12.5px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
@@ -75,7 +77,7 @@ details[open] summary { margin-bottom: 8px; }
   .grid { grid-template-columns: minmax(0, 1fr); }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .body:has(> svg) { overflow-x: auto; }
-  .body svg { min-width: 440px; }
+  .body svg { min-width: 340px; }
   .wide .body svg { min-width: 760px; }
 }
 @media print { body { background: #fff; } .card, .tile { break-inside: avoid; } }

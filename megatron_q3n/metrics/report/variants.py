@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_q3n.metrics.report.page import reading
 from megatron_q3n.metrics.report.run_files import RunFiles, flatten
 from megatron_q3n.metrics.report.series import Series
 
@@ -52,6 +53,16 @@ def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float
     if not known:
         return None, None
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
+
+
+def spread_text(mean: float | None, spread: float | None) -> str:
+    """Return "2.315 ± 0.004": the spread with two digits, the mean with as many places."""
+    if mean is None or spread is None:
+        return reading(mean)
+    if spread == 0:
+        return f"{reading(mean)} ± 0"
+    digits = max(0, 1 - int(np.floor(np.log10(spread))))
+    return f"{mean:,.{digits}f} ± {spread:,.{digits}f}"
 
 
 def mean_curve(curves: Sequence[Series]) -> Series | None:

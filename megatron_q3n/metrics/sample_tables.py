@@ -1,0 +1,51 @@
+"""Tables of samples that reinforcement learning leaves in `samples/` as JSON lines, as wandb and the report show them.
+
+    held_out_S.jsonl      answers to the held-out prompts, by the weights after step S
+    after_step_S.jsonl    the rollout by the weights after step S, which step S + 1 learns from
+
+A file is a function of its step, so a run that comes by again shows the same tables.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FOLDER = "samples"
+HELD_OUT, ROLLOUT = "held_out", "after_step"
+COLUMNS = (
+    "prompt", "member", "question", "answer", "text", "score", "reward", "advantage", "tokens", "finish_reason",
+    "failure", "policy_version",
+)  # fmt: skip
+MAX_ROWS = 64
+ROLLOUT_INTERVAL_STEPS = 20  # between the rollouts that are shown; all are kept
+Rows = list[list[Any]]
+
+
+def file_of(run_dir: Path, kind: str, step: int) -> Path:
+    """Return where the samples of a step lie."""
+    return run_dir / FOLDER / f"{kind}_{step:07d}.jsonl"
+
+
+def tables_at(run_dir: Path, step: int) -> Iterator[tuple[str, Rows]]:
+    """Yield the name and rows of each table that belongs to a step's record."""
+    held_out = file_of(run_dir, HELD_OUT, step)
+    if step == 1 and not held_out.is_file():
+        held_out = file_of(run_dir, HELD_OUT, 0)  # before the first step, which has no record
+    if held_out.is_file():
+        yield "samples/held_out", rows(held_out)
+    rollout = file_of(run_dir, ROLLOUT, step - 1)
+    if (step - 1) % ROLLOUT_INTERVAL_STEPS == 0 and rollout.is_file():
+        yield "samples/rollout", rows(rollout)
+
+
+def newest(run_dir: Path, kind: str) -> Path | None:
+    """Return the last step's samples of a kind."""
+    return max((run_dir / FOLDER).glob(f"{kind}_*.jsonl"), default=None)
+
+
+def rows(file: Path) -> Rows:
+    """Return the first rows of a table, in the order of COLUMNS."""
+    with file.open(encoding="utf-8") as lines:
+        found = [json.loads(line) for line, _ in zip(lines, range(MAX_ROWS))]
+    return [[sample.get(column) for column in COLUMNS] for sample in found]

@@ -1,0 +1,123 @@
+"""What a run of reinforcement learning does about a bad update, and what it shows of itself; looking changes nothing.
+
+One process; the policies themselves: tests/health, the instruments: tests/instruments.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_q3n.metrics.sample_tables import COLUMNS
+from tests.rl.test_resume import MEASURED, lines, rollouts
+from tests.rl.troubled_runs import BAD_PROMPT, INTERVAL, STEPS
+
+INSTRUMENTS = (
+    "sinks/first_token",
+    "activations/max",
+    "norms/max",
+    "router/entropy",
+    "delta/half_life",
+)
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rl")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.rl.troubled_runs", str(folder)],
+        cwd=Path(__file__).parent.parent.parent,
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("WANDB")},
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_a_bad_update_is_withheld_and_the_run_goes_on(left: Path) -> None:
+    records = lines(left / "skip" / "metrics.jsonl")
+    assert [r.get("skipped_steps", 0) for r in records] == [0] * 4 + [1] + [2] * 7
+    assert records[-1]["rl/kl_to_old"] > 0, "it still learns"
+    events = (left / "skip/logs/events.log").read_text()
+    assert events.count("update withheld (health.non_finite=skip)") == 2
+
+
+@pytest.mark.slow
+def test_a_roll_back_is_the_run_without_that_rollout(left: Path) -> None:
+    """Bit for bit, although one was looked at and told to wandb and the other was not."""
+    bad, clean = left / "roll_back", left / "clean"
+    assert json.loads((bad / "skipped_prompts.json").read_text()) == [[BAD_PROMPT, BAD_PROMPT + 4]]
+    assert "going back to step 4" in (bad / "logs/events.log").read_text()
+    assert rollouts(bad) == rollouts(clean)
+    numbers = {row["prompt"] for rows in rollouts(bad).values() for row in rows}
+    assert numbers == set(range(4 * STEPS // 2 + 4)) - set(range(BAD_PROMPT, BAD_PROMPT + 4))
+    names = set(lines(clean / "metrics.jsonl")[-1]) - MEASURED - {"roll_backs"}
+    kept = [
+        [{k: r[k] for k in names & set(r)} for r in lines(d / "metrics.jsonl")]
+        for d in (bad, clean)
+    ]
+    assert kept[0] == kept[1]
+    assert lines(bad / "metrics.jsonl")[-1]["roll_backs"] == 1
+
+
+@pytest.mark.slow
+def test_stop_says_why_and_leaves_the_checkpoint(left: Path) -> None:
+    words = (left / "stop/refused.txt").read_text()
+    assert words.startswith("step 5: loss nan")
+    assert "health.non_finite=skip" in words
+    newest = (left / "stop/checkpoints/latest").resolve().name
+    assert newest == f"step_{INTERVAL:07d}"
+
+
+@pytest.mark.slow
+def test_instruments_work_at_their_interval(left: Path) -> None:
+    records = lines(left / "roll_back" / "metrics.jsonl")
+    for name in INSTRUMENTS:
+        assert [r["step"] for r in records if name in r] == [1, 4, 8, 12], name
+    assert all(r["router/entropy"] > 0 for r in records if "router/entropy" in r)
+    assert not any(
+        name in record for record in lines(left / "clean/metrics.jsonl") for name in INSTRUMENTS
+    )
+
+
+def tables_in_wandb(run_dir: Path) -> dict[tuple[int, str], Any]:
+    """Return every table of samples in the offline run, by step and name, read by wandb's own reader."""
+    found = {}
+    for log in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for record in map(json.loads, text.splitlines()):
+            item = record["history"]["item"] if record["type"] == "history" else {}
+            for name in ("samples/held_out", "samples/rollout"):
+                if path := item.get(f"{name}.path"):
+                    found[item["_step"], name] = json.loads(
+                        (log.parent / "files" / path).read_text()
+                    )
+    return found
+
+
+@pytest.mark.slow
+def test_samples_reach_wandb_and_the_report(left: Path) -> None:
+    run_dir = left / "roll_back"
+    tables = tables_in_wandb(run_dir)
+    assert set(tables) == {
+        (1, "samples/held_out"), (1, "samples/rollout"), (6, "samples/held_out"), (12, "samples/held_out"),
+    }  # fmt: skip
+    for (step, name), table in tables.items():
+        file = f"held_out_{step if step > 1 else 0:07d}" if "held" in name else "after_step_0000000"
+        rows = lines(run_dir / "samples" / f"{file}.jsonl")
+        assert table["columns"] == list(COLUMNS)
+        assert table["data"] == [[row[column] for column in COLUMNS] for row in rows]
+    page = (run_dir / "report.html").read_text()
+    last = lines(run_dir / "samples/held_out_0000012.jsonl")
+    assert "Answers to held-out prompts" in page
+    assert "The last rollout" in page
+    assert all(f"<th>{row['question']}</th>" in page for row in last)
