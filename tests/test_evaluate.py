@@ -140,7 +140,7 @@ def test_text_drafts_recall_and_tasks_of_a_run(
         "Held-out text: validation",
         "Drafts: validation",
         "choosing",
-        "repeat 64 tokens",
+        "of the first copy",
     ):
         assert words in report
 

@@ -23,6 +23,7 @@ from megatron_q3n.kernels import (
     delta_mixer,
     delta_rule_backend,
     delta_steps,
+    few_experts,
     fp8_experts,
     grouped_linear,
     permutation,
@@ -58,6 +59,7 @@ def qualify(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict
         weighted_swiglu.OPERATION: partial(_swiglu, config),
         row_gate.OPERATION: partial(_row_gate, config),
         grouped_linear.OPERATION: partial(_grouped, config),
+        few_experts.OPERATION: partial(_few_experts, config),
     }
     if config.precision.fp8:
         checks[fp8_experts.OPERATION] = partial(_fp8_experts, config)
@@ -177,6 +179,28 @@ def _steps(heads: delta_mixer.DeltaHeads, taps: int) -> tuple[Results, Results]:
         _random(sequences, heads.value_heads, heads.key_dim, heads.value_dim, dtype=fp32),
     )  # fmt: skip
     return delta_steps.delta_steps(*inputs, fused=True), delta_steps.composed_delta_steps(*inputs)
+
+
+def _few_experts(config: RunConfig) -> tuple[Results, Results]:
+    """Check decoding's experts, of which only a few are made: three tokens, two of them with an expert in common."""
+    model, tokens = config.model, 3
+    width = model.moe_ffn_hidden_size // config.parallel.expert_tensor_parallel_size
+    shared = model.moe_shared_expert_intermediate_size or 0
+    matrix = lambda *shape: shape[-1] ** -0.5 * _random(*shape)
+    fc1, fc2 = matrix(4, 2 * width, model.hidden_size), matrix(4, model.hidden_size, width)
+    weights = few_experts.ExpertWeights(fc1, fc2)
+    if shared:
+        into, out_of = matrix(2 * shared, model.hidden_size), matrix(model.hidden_size, shared)
+        weights = few_experts.ExpertWeights(fc1, fc2, into, out_of, matrix(1, model.hidden_size))
+    chosen = torch.tensor([[0, 3], [2, 1], [3, 2]], device="cuda")
+    gates = _random(tokens, 2, dtype=torch.float32).sigmoid()
+    x = _random(tokens, model.hidden_size)
+
+    def run(fused: bool) -> Tensor:
+        given = x, 0.1 * x.flip(0), chosen, gates, weights
+        return few_experts.add_few_experts(*given, fused=fused)
+
+    return [run(True)], [run(False)]
 
 
 def _permutation(config: RunConfig) -> tuple[Results, Results]:

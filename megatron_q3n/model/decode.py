@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from megatron_q3n.kernels import choices
 from megatron_q3n.kernels import delta_steps as steps
 from megatron_q3n.kernels.delta_mixer import DeltaHeads, DeltaWeights
+from megatron_q3n.kernels.few_experts import add_product
 from megatron_q3n.model import few_experts
 from megatron_q3n.model.cached_attention import Rotary, RotaryRows, attend
 from megatron_q3n.model.decode_state import DecodeState, KeyValueCache, Memory, mtp_layers
@@ -218,5 +219,5 @@ def _project(linear: nn.Module, x: Tensor, tp_group: Any) -> Tensor:
 def _add_projected(linear: nn.Module, x: Tensor, residual: Tensor, tp_group: Any) -> Tensor:
     """Add a linear's product to the residual; on one rank in the product's own launch, where the residual lies."""
     if tp_group.size() == 1 and residual.dtype == x.dtype:
-        return few_experts.add_product(residual, x, linear.weight)
+        return add_product(residual, x, linear.weight)
     return residual + _project(linear, x, tp_group)

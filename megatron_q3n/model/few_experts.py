@@ -2,9 +2,9 @@
 
 What serves thousands of tokens (dispatch.py: plan rows, copy tokens to them, one grouped product over
 all experts, copy back) costs a token of decoding mostly launches, and megatron-core's layers around it
-more Python than a GPU needs for the work. Here the chosen experts' weights are copied by index and
-multiplied as a batch of matrices, token by token the same sums. The copy is why it is for few tokens:
-it reads and writes what the product then reads again.
+more Python than a GPU needs for the work. Here two kernels read the chosen experts' weights where they lie
+(kernels/few_experts.py). As plain torch the weights are copied by index and multiplied as a batch of
+matrices. Token by token they are the same sums; weights are read once per token, which is why it is for few.
 
 Only without gradients, where one process holds all experts and dense weights whole.
 
@@ -14,12 +14,11 @@ Shapes: T tokens, K experts of each, F an expert's hidden size, X hidden size.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from torch import Tensor
 
 from megatron_q3n.kernels import choices, grouped_linear, permutation
-from megatron_q3n.kernels.weighted_swiglu import weighted_swiglu
+from megatron_q3n.kernels import few_experts as kernels
 from megatron_q3n.model.dispatch import LocalDispatcher
 from megatron_q3n.model.route_tape import RouteTape
 
@@ -67,23 +66,19 @@ def add_few_experts(moe: Any, hidden: Tensor, residual: Tensor) -> Tensor:
 
     Shapes: hidden, residual [...,X]; returns the same.
     """
-    tokens_TX = hidden.flatten(0, -2)
     gates_TK, experts_TK = _choose(moe.router, hidden)
-    routed = _routed(moe.experts, tokens_TX, gates_TK, experts_TK).view(hidden.shape)
-    if moe.shared_experts is None:
-        return residual + routed
-    inner = _inside_shared(moe.shared_experts, tokens_TX).view(*hidden.shape[:-1], -1)
-    weight = moe.shared_experts.linear_fc2.weight
-    if residual.dtype != inner.dtype:
-        return residual + routed + F.linear(inner, weight)
-    return add_product(residual, inner, weight).add_(routed)
+    tokens_TX, residual_TX = hidden.flatten(0, -2), residual.flatten(0, -2)
+    added = kernels.add_few_experts(tokens_TX, residual_TX, experts_TK, gates_TK, _weights(moe))
+    return added.view(residual.shape)
 
 
-def add_product(sum_: Tensor, x: Tensor, weight_YX: Tensor) -> Tensor:
-    """Add x Wᵀ to a sum in the product's own launch. Shapes: sum [...,Y], overwritten and returned; x [...,X]."""
-    sum_ = sum_.contiguous()
-    sum_.view(-1, sum_.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight_YX.T)
-    return sum_
+def _weights(moe: Any) -> kernels.ExpertWeights:
+    own = moe.experts.linear_fc1.weight, moe.experts.linear_fc2.weight
+    shared = moe.shared_experts
+    if shared is None:
+        return kernels.ExpertWeights(*own)
+    linears = shared.linear_fc1.weight, shared.linear_fc2.weight
+    return kernels.ExpertWeights(*own, *linears, shared.gate_weight)
 
 
 def _choose(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,25 +96,3 @@ def _choose(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         router_replay=router.router_replay,  # a bias on the choice: router.BiasedChoice
         dense_output=True,
     )
-
-
-def _routed(experts: Any, tokens_TX: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> Tensor:
-    """Run each token's experts and add them up in fp32. Returns [T,X]."""
-    chosen, (tokens, width) = experts_TK.flatten(), tokens_TX.shape
-    into = experts.linear_fc1.weight.index_select(0, chosen)  # [T·K,2F,X]
-    out_of = experts.linear_fc2.weight.index_select(0, chosen)  # [T·K,X,F]
-    gate_up = torch.bmm(into.view(tokens, -1, width), tokens_TX.unsqueeze(-1))
-    inner = weighted_swiglu(gate_up.view(len(chosen), -1), gates_TK.flatten())
-    parts = torch.bmm(out_of, inner.unsqueeze(-1)).view(tokens, -1, width)
-    wide = parts.dtype if parts.dtype == torch.float64 else torch.float32
-    return parts.sum(1, dtype=wide).to(parts.dtype)
-
-
-def _inside_shared(shared: Any, tokens_TX: Tensor) -> Tensor:
-    """Run the shared expert up to its last product, its gate on that instead of the output: the same by linearity."""
-    gate_up = F.linear(tokens_TX, shared.linear_fc1.weight)
-    if shared.gate_weight is None:
-        gate_T = gate_up.new_ones(len(tokens_TX))
-    else:
-        gate_T = F.linear(tokens_TX, shared.gate_weight).sigmoid().flatten()
-    return weighted_swiglu(gate_up, gate_T)

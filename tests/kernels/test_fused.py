@@ -222,3 +222,34 @@ def test_grouped_product_scales(dtype: torch.dtype, triton_device: str) -> None:
     parts = zip(x.double().split(counts), weight.double().transpose(1, 2), scales[1].double())
     want = torch.cat([part @ w * scale for part, w, scale in parts]) * scales[0][:, None]
     torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2)  # the result is bf16
+
+
+@pytest.mark.parametrize("shared", ["none", "plain", "gated"])
+@pytest.mark.parametrize(("tokens", "hidden", "shared_hidden"), [(1, 24, 40), (5, 40, 24)])
+def test_few_experts(
+    tokens: int,
+    hidden: int,
+    shared_hidden: int,
+    shared: str,
+    dtype: torch.dtype,
+    triton_device: str,
+) -> None:
+    from megatron_q3n.kernels.few_experts import ExpertWeights, add_few_experts
+
+    def make(seed: int, *shape: int) -> Tensor:
+        return normal(seed, *shape, device=triton_device, dtype=dtype) / shape[-1] ** 0.5
+
+    width, experts = 72, 6
+    matrices = [make(1, experts, 2 * hidden, width), make(2, experts, width, hidden)]
+    if shared != "none":
+        matrices += [make(3, 2 * shared_hidden, width), make(4, width, shared_hidden)]
+    if shared == "gated":
+        matrices.append(make(5, 1, width))
+    x, residual = make(6, tokens, width) * 8, make(7, tokens, width) * 4
+    chosen = torch.stack([torch.randperm(experts)[:3] for _ in range(tokens)]).to(triton_device)
+    gates = torch.rand(tokens, 3, device=triton_device)
+    weights = ExpertWeights(*matrices)
+    got = add_few_experts(x, residual, chosen, gates, weights, fused=True)
+    exact = ExpertWeights(*(matrix.double() for matrix in matrices))
+    given = x.double(), residual.double(), chosen, gates.double()
+    assert_near(got, add_few_experts(*given, exact, fused=False), dtype)
