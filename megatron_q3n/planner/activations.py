@@ -121,14 +121,14 @@ def gated_delta_net(config: RunConfig) -> Footprint:
     state = heads * model.linear_key_head_dim * model.linear_value_head_dim
     qkvz = t * (2 * model.key_dim + 2 * model.value_dim) * at.value
     if at.fused:
-        around = (Saved("q, k, v of the rule", t * model.conv_dim * at.value, rule),)
+        around = [Saved("q, k, v of the rule", t * model.conv_dim * at.value, rule)]
     else:
-        around = (
+        around = [
             Saved("shifted and convolved q|k|v", 2 * t * model.conv_dim * at.value, rule),
             Saved("activated q|k|v", t * model.conv_dim * at.value, rule),
             Saved("normalised q|k", t * 2 * model.key_dim * (at.value + at.widened), rule),
             Saved("norm and gate", t * model.value_dim * 2 * (_FP32 + at.widened), rule),
-        )
+        ]
     return Footprint(
         (
             *_normed_input(config, at.product_input),
