@@ -33,6 +33,11 @@ class Device:
         """Whether tensors live on a GPU."""
         return self.torch_device.type == "cuda"
 
+    @property
+    def gpu_name(self) -> str | None:
+        """What the GPU calls itself; None on a CPU."""
+        return torch.cuda.get_device_name(self.torch_device) if self.is_cuda else None
+
     def peak_memory_gib(self) -> float:
         """Return the peak memory of this process: allocated GPU memory, or resident memory on a CPU."""
         if self.is_cuda:

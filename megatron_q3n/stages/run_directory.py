@@ -102,7 +102,7 @@ def record_environment(run_dir: Path, device: Device, choices: dict[str, str]) -
         "python": platform.python_version(),
         "processes": launch.world_size(),
         "cpus": os.cpu_count(),
-        "gpu": device.choices["device"] if device.is_cuda else None,
+        "gpu": device.gpu_name,
         "backends": {**device.choices, **choices},
         "packages": {name: _version(name) for name in PACKAGES},
         "git": _git_state(),
