@@ -87,7 +87,7 @@ def composed_delta_mixer(
     """Do the same from torch operations."""
     qkvz, beta_alpha = qkvz_TBX.transpose(0, 1), beta_alpha_TBX.transpose(0, 1)
     _, z, inputs = delta_rule_inputs(qkvz, beta_alpha, weights, heads, None, cu_seqlens)
-    output, _ = rule(*inputs, cu_seqlens=cu_seqlens)
+    output, _ = rule(*inputs, cu_seqlens=cu_seqlens, output_final_state=False)
     gated = gated_rms_norm(output, z, weights.norm_V, heads.eps)
     return gated.flatten(2).transpose(0, 1).contiguous()
 
@@ -132,7 +132,7 @@ class _Fused(torch.autograd.Function):
         with torch.set_grad_enabled(trains):
             if trains:
                 leaves = [x.requires_grad_() for x in leaves]
-            output, _ = rule(*leaves, cu_seqlens=cu_seqlens)
+            output, _ = rule(*leaves, cu_seqlens=cu_seqlens, output_final_state=False)
         ctx.save_for_backward(qkvz, beta_alpha, taps, a_log, dt_bias, norm, position)
         ctx.heads, ctx.shape, ctx.leaves, ctx.output = heads, shape, leaves, output
         return gated_norm.gated_norm(output.detach(), qkvz, norm, heads.eps)

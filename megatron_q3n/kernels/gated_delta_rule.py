@@ -52,9 +52,9 @@ def chunk_gated_delta_rule(
     if cu_seqlens is not None:
         output_BTHV, final = _packed(
             query_BTHK, key_BTHK, value_BTHV, decay_BTH, beta_BTH,
-            initial_state_DHKV, cu_seqlens, chunk_size,
+            initial_state_DHKV, cu_seqlens, chunk_size, output_final_state,
         )  # fmt: skip
-        return output_BTHV, final if output_final_state else None
+        return output_BTHV, final
     tokens = query_BTHK.shape[1]
     chunk = min(chunk_size, max(1, tokens))
     pad = -tokens % chunk
@@ -104,7 +104,8 @@ def _packed(
     initial_state: Tensor | None,
     cu_seqlens: Tensor,
     chunk: int,
-) -> tuple[Tensor, Tensor]:
+    with_states: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Lay each document out from a chunk's start, run once, and gather the tokens back."""
     tokens = query.shape[1]
     bounds = cu_seqlens.tolist()
@@ -114,24 +115,101 @@ def _packed(
             f"{tokens} tokens, bounds {bounds[0]}…{bounds[-1]}"
         )
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    inputs = [query, key, value, decay, beta]
+    if initial_state is None and not with_states:
+        return _by_length(inputs, lengths, chunk).to(value.dtype), None
     chunk = min(chunk, max(1, *lengths))  # many short documents need not be padded to a whole chunk
     chunks = [-(-length // chunk) for length in lengths]
-    first_chunk = [sum(chunks[:i]) for i in range(len(chunks))]
-    place_T = torch.cat(
-        [first * chunk + torch.arange(n) for first, n in zip(first_chunk, lengths)]
-    ).to(query.device)
-    laid_out = [
-        x.new_zeros(1, sum(chunks) * chunk, *x.shape[2:]).index_copy(1, place_T, x)
-        for x in (query, key, value, decay, beta)
-    ]
-    starts = {first: i for i, (first, n) in enumerate(zip(first_chunk, chunks)) if n}
-    output, states = _chunked(*laid_out, chunk=chunk, initial_state=initial_state, starts=starts)
+    output, states = _run_documents(inputs, lengths, chunk, initial_state)
     empty = _zero_state(key, value)[:1] if initial_state is None else None
     finals = [
         states[first + n - 1] if n else (empty if empty is not None else initial_state[i : i + 1])  # type: ignore[index]
-        for i, (first, n) in enumerate(zip(first_chunk, chunks))
+        for i, (first, n) in enumerate(zip(_starts(chunks), chunks))
     ]
-    return output.index_select(1, place_T).to(value.dtype), torch.cat(finals)
+    return output.to(value.dtype), torch.cat(finals) if with_states else None
+
+
+def _by_length(inputs: list[Tensor], lengths: list[int], chunk: int) -> Tensor:
+    """Run documents of about one length together, so that none is padded to more than twice its length."""
+    groups: dict[int, list[int]] = {}
+    for document, length in enumerate(lengths):
+        size = chunk + 1 if length > chunk else min(chunk, 1 << max(length - 1, 0).bit_length())
+        groups.setdefault(size if length else 0, []).append(document)
+    groups.pop(0, None)
+    firsts, places, outputs = _starts(lengths), [], []
+    for size, documents in groups.items():
+        places.append(torch.cat([firsts[d] + torch.arange(lengths[d]) for d in documents]))
+        theirs = [x.index_select(1, places[-1].to(x.device)) for x in inputs]
+        run = _run_short if size <= chunk else _run_long
+        outputs.append(run(theirs, [lengths[d] for d in documents], min(size, chunk)))
+    back_T = torch.cat(places).argsort().to(inputs[0].device)
+    return torch.cat(outputs, 1).index_select(1, back_T)
+
+
+def _run_short(inputs: list[Tensor], lengths: list[int], chunk: int) -> Tensor:
+    laid_out, place_T = _lay_out(inputs, lengths, chunk)
+    return _within_chunks(*laid_out, chunk=chunk).index_select(1, place_T)
+
+
+def _run_long(inputs: list[Tensor], lengths: list[int], chunk: int) -> Tensor:
+    return _run_documents(inputs, lengths, chunk, None)[0]
+
+
+def _run_documents(
+    inputs: list[Tensor], lengths: list[int], chunk: int, initial_state: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the outputs, and the state after every chunk."""
+    laid_out, place_T = _lay_out(inputs, lengths, chunk)
+    chunks = [-(-length // chunk) for length in lengths]
+    starts = {first: i for i, (first, n) in enumerate(zip(_starts(chunks), chunks)) if n}
+    output, states = _chunked(*laid_out, chunk=chunk, initial_state=initial_state, starts=starts)
+    return output.index_select(1, place_T), states
+
+
+def _lay_out(inputs: list[Tensor], lengths: list[int], chunk: int) -> tuple[list[Tensor], Tensor]:
+    """Begin each document at a chunk of its own, zeros between. Returns: that, and where each token lies."""
+    chunks = [-(-length // chunk) for length in lengths]
+    firsts = [first * chunk for first in _starts(chunks)]
+    place_T = torch.cat([first + torch.arange(n) for first, n in zip(firsts, lengths)])
+    place_T, room = place_T.to(inputs[0].device), sum(chunks) * chunk
+    laid_out = [x.new_zeros(1, room, *x.shape[2:]).index_copy(1, place_T, x) for x in inputs]
+    return laid_out, place_T
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    """Return where each begins when they lie in a row."""
+    return [0, *itertools.accumulate(sizes)][: len(sizes)]
+
+
+def _within_chunks(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, *, chunk: int
+) -> Tensor:
+    """Run chunks that begin without a state and hand none on: short documents, of which a row may hold hundreds.
+
+    What a state would take part in, which is most of the work at a few tokens a document, falls away.
+    """
+    wide = _compute_dtype(value)
+    batch, _, key_heads, key_dim = key.shape
+    repeat = value.shape[2] // key_heads
+
+    def by_chunk(x: Tensor, group: int) -> Tensor:  # [B,T,H…] -> [B,N,Hk,R,C,…]
+        x = x.to(wide).reshape(batch, -1, chunk, key_heads, group, *x.shape[3:])
+        return x.permute(0, 1, 3, 4, 2, *range(5, x.dim()))
+
+    q, k, v = by_chunk(query, 1) * key_dim**-0.5, by_chunk(key, 1), by_chunk(value, repeat)
+    beta_ = by_chunk(beta, repeat)[..., None]
+    between = _decay_between(by_chunk(decay, repeat).cumsum(-1))
+    lower = ((k @ k.transpose(-1, -2)) * between * beta_).tril(-1)
+    written = torch.linalg.solve_triangular(lower, v * beta_, upper=False, unitriangular=True)
+    output = ((q @ k.transpose(-1, -2)) * between) @ written
+    return output.permute(0, 1, 4, 2, 3, 5).reshape(value.shape)
+
+
+def _decay_between(total: Tensor) -> Tensor:
+    """Return exp(G_i - G_j) where j ≤ i, else 0. Shapes: running sums [...,C]; returns [...,C,C]."""
+    chunk = total.shape[-1]
+    future = torch.ones(chunk, chunk, dtype=torch.bool, device=total.device).triu(1)
+    return (total[..., :, None] - total[..., None, :]).masked_fill(future, float("-inf")).exp()
 
 
 def _chunked(
@@ -163,8 +241,7 @@ def _chunked(
     beta_ = by_chunk(beta, key_heads, repeat)[..., None]
     total = by_chunk(decay, key_heads, repeat).cumsum(-1)
 
-    future = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu(1)
-    between = (total[..., :, None] - total[..., None, :]).masked_fill(future, float("-inf")).exp()
+    between = _decay_between(total)
     lower = ((k @ k.transpose(-1, -2)) * between * beta_).tril(-1)
     solved = torch.linalg.solve_triangular(
         lower, torch.cat([v * beta_, (k * beta_) * total.exp()[..., None]], -1),
