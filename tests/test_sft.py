@@ -39,6 +39,11 @@ def tree(stage: str, **sections: Any) -> dict[str, Any]:
         ("rl", {"rl": {"prompts": TASK, "updates_per_rollout": 2, "max_staleness": 0}}, "max_staleness"),
         (
             "rl",
+            {"rl": {"prompts": TASK, "updates_per_rollout": 2, "look_back_interval_rollouts": 5}},
+            "set one of them to 1",
+        ),
+        (
+            "rl",
             {"training": {"steps": 1600}, "rl": {"prompts": TASK, "updates_per_rollout": 16}},
             "interval_steps=200 is not",
         ),

@@ -182,6 +182,10 @@ class RlConfig(Section):
     updates_per_rollout: int = Field(
         1, gt=0, description="optimizer steps on each rollout, each on a share of its groups"
     )
+    look_back_interval_rollouts: int = Field(
+        1, gt=0, description="rollouts from one look at the trainer's probabilities, and the mismatch, to the next; "
+        "above 1 only with one update a rollout, which then begins from its own",
+    )  # fmt: skip
     max_staleness: int = Field(
         16, ge=0, description="most optimizer steps between the weights of a sample and its update"
     )
@@ -211,6 +215,12 @@ class RlConfig(Section):
             raise UserError(
                 f"rl.rollout.prompts={groups} is not divisible by rl.updates_per_rollout="
                 f"{self.updates_per_rollout}: each update takes an equal share of the groups."
+            )
+        if self.look_back_interval_rollouts > 1 and self.updates_per_rollout > 1:
+            raise UserError(
+                f"rl.look_back_interval_rollouts={self.look_back_interval_rollouts} with "
+                f"rl.updates_per_rollout={self.updates_per_rollout}: later updates of a rollout need the probabilities "
+                "that were before the first; set one of them to 1."
             )
         if self.updates_per_rollout - 1 > self.max_staleness:
             raise UserError(

@@ -71,7 +71,9 @@ class RlLoop:
         answered = time.perf_counter()
         self.judge(samples)
         mismatch = self.look_back(samples)
-        values = _rollout_values(samples) | _mismatch_values(mismatch)
+        values = _rollout_values(samples)
+        if mismatch is not None:
+            values |= _mismatch_values(mismatch)
         values["rollout/groups_drawn"] = drawn
         values["rollout/seconds"] = answered - started
         values["rollout/look_back_seconds"] = time.perf_counter() - answered
@@ -145,14 +147,20 @@ class RlLoop:
         for sample, reward, advantage in zip(samples, rewards, advantages):
             sample.reward, sample.advantage = float(reward), float(advantage)
 
-    def look_back(self, samples: list[Sample]) -> Mismatch:
-        """Ask the trainer, and the reference, what they think of the samples before anything is learnt."""
-        known, mismatch = self._score(samples)
-        for sample, logprobs in zip(samples, known):
-            sample.old_logprobs = logprobs
+    def look_back(self, samples: list[Sample]) -> Mismatch | None:
+        """Ask the trainer, and the reference, what they think of the samples before anything is learnt.
+
+        Between two looks the trainer is not asked: the one update of a rollout begins from its own probabilities.
+        """
+        rl, mismatch = self.settings, None
+        rollouts = self.state.step // rl.updates_per_rollout
+        if rollouts % rl.look_back_interval_rollouts == 0:
+            known, mismatch = self._score(samples)
+            for sample, logprobs in zip(samples, known):
+                sample.old_logprobs = logprobs
         if self.reference is not None:
             with self.reference.in_place():
-                known, _ = self._score(samples)
+                known, _ = self._score(samples, measures=False)
             for sample, logprobs in zip(samples, known):
                 sample.reference_logprobs = logprobs
         return mismatch
@@ -215,10 +223,13 @@ class RlLoop:
         """The run's seed."""
         return self.state.config.training.seed
 
-    def _score(self, samples: list[Sample]) -> tuple[list[np.ndarray], Mismatch]:
+    def _score(
+        self, samples: list[Sample], *, measures: bool = True
+    ) -> tuple[list[np.ndarray], Mismatch | None]:
         policy = PolicyPass(self.settings, self.tokenizer.vocab_size, learns=False)
         replay = self.settings.routing_replay
-        return score(self.state, samples, policy, self.tokenizer.eod, replay=replay)
+        eod = self.tokenizer.eod
+        return score(self.state, samples, policy, eod, replay=replay, measures=measures)
 
 
 def mtp_gradient(state: TrainState) -> float:

@@ -85,14 +85,15 @@ class PolicyPass:
     def _token_losses(self, batch: PolicyBatch, logprobs_T: Tensor, entropy_T: Tensor) -> Tensor:
         """Return each token's loss, and add up what telemetry wants."""
         assert batch.sample_BT is not None
-        assert batch.old_BT is not None
         assert batch.advantage_BT is not None
         assert batch.rollout_BT is not None
         assert batch.reference_BT is not None
         rl, rules = self.settings, self.settings.rules
-        old_T, sample_T = batch.old_BT[0], batch.sample_BT[0]
+        sample_T = batch.sample_BT[0]
         # prompts and padding: their probabilities may be so small that a ratio overflows
         logprobs_T = torch.where(sample_T >= 0, logprobs_T, 0.0)
+        # nobody was asked before the rollout's only update: these weights are still the old ones
+        old_T = logprobs_T.detach() if batch.old_BT is None else batch.old_BT[0]
         ratio_T = log_ratios(logprobs_T, old_T, sample_T, rules.ratio)
         losses = clipped_surrogate(ratio_T, batch.advantage_BT[0], rules.clip_low, rules.clip_high)
         importance_T = truncated_importance(old_T, batch.rollout_BT[0], rl.importance_cap)

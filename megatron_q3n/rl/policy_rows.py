@@ -24,7 +24,7 @@ class PolicyBatch(Batch):
     """A packed row of samples; `loss_mask_BT` holds the tokens' weights in the loss.
 
     Shapes: [1,T] fp32, `sample_BT` int64 with -1 where nothing was drawn; `routes_TLK` int64, -1 where there
-        are none, None without replay.
+        are none, None without replay; `old_BT` None where nobody asked the trainer.
     """
 
     advantage_BT: Tensor | None = None
@@ -104,9 +104,12 @@ def _row(
         for name, known in (("old", sample.old_logprobs), ("reference", sample.reference_logprobs)):
             if len(known):
                 columns[name][place] = known
+    tensors = {f"{name}_BT": torch.from_numpy(x)[None] for name, x in columns.items()}
+    if not any(len(sample.old_logprobs) for sample in samples):
+        del tensors["old_BT"]
     policy = PolicyBatch(
         **vars(batch),
-        **{f"{name}_BT": torch.from_numpy(x)[None] for name, x in columns.items()},
+        **tensors,
         sample_BT=torch.from_numpy(sample_T)[None],
         routes_TLK=_routes(samples, begins, length) if replay and samples else None,
     )

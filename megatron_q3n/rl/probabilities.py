@@ -5,13 +5,14 @@ or those of the reference, and on the way measures the mismatch: the same weight
 kernels of generation and once with the chunked ones of training.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_q3n.model.chunk_check import checking, worst
+from megatron_q3n.model.chunk_check import ChunkCheck, checking, worst
 from megatron_q3n.model.route_tape import differing
 from megatron_q3n.rl.policy_pass import PolicyPass, taped
 from megatron_q3n.rl.policy_rows import PolicyRow, policy_rows, share_of
@@ -41,9 +42,9 @@ class Mismatch:
 
 @torch.no_grad()
 def score(
-    state: TrainState, samples: list[Sample], policy: PolicyPass, eod: int, *, replay: bool
-) -> tuple[list[np.ndarray], Mismatch]:
-    """Return the log probability of each sample's tokens, in the order of the samples, and the mismatch.
+    state: TrainState, samples: list[Sample], policy: PolicyPass, eod: int, *, replay: bool, measures: bool
+) -> tuple[list[np.ndarray], Mismatch | None]:  # fmt: skip
+    """Return the log probability of each sample's tokens, in the order of the samples, and if asked the mismatch.
 
     A collective call; every rank gets the same.
     """
@@ -52,8 +53,11 @@ def score(
     mine = share_of(rows, group.data_rank, group.data_size, length, eod)
     for chunk in state.chunks:
         chunk.eval()
-    knows_routes = samples[0].routes is not None
-    with taped(state.models, recording=knows_routes) as tapes, checking(state.models) as checks:
+    knows_routes = measures and samples[0].routes is not None
+    check: AbstractContextManager[dict[int, ChunkCheck]] = (
+        checking(state.models) if measures else nullcontext({})
+    )
+    with taped(state.models, recording=knows_routes) as tapes, check as checks:
         reports = run_microbatches(
             state, [row.batch for row in mine], forward_only=True, forward=policy
         )
@@ -67,6 +71,8 @@ def score(
     torch.distributed.all_gather_object(shares, found)
     everyone = {name: values for share in shares for name, values in share.items()}
     logprobs = [everyone[sample.name] for sample in samples]
+    if not measures:
+        return logprobs, None
     own, used = _differing_routes(state, mine, taken) if knows_routes else ([], [])
     chunks = worst(checks, state.config.model.num_layers, group.world_size)
     return logprobs, _mismatch(samples, logprobs, own, used, chunks)

@@ -122,6 +122,26 @@ def test_packed_or_apart_or_padded_the_gradient_is_one(loop: Any, samples: list[
             torch.testing.assert_close(found[name], gradient, atol=2e-6, rtol=2e-4, msg=name)
 
 
+def test_who_was_not_asked_begins_from_itself(loop: Any, samples: list[Sample]) -> None:
+    """Without a look at the trainer the only update's old probabilities are its own: the same gradient."""
+    asked, _ = loop._score(samples)
+    known = [sample.old_logprobs for sample in samples]
+    try:
+        for sample, logprobs in zip(samples, asked):
+            sample.old_logprobs = logprobs
+        wanted = gradients(loop, [row.batch for row in rows_of(loop, samples)])
+        for sample in samples:
+            sample.old_logprobs = np.empty(0, np.float32)
+        rows = rows_of(loop, samples)
+        assert all(row.batch.old_BT is None for row in rows)
+        found = gradients(loop, [row.batch for row in rows])
+    finally:
+        for sample, logprobs in zip(samples, known):
+            sample.old_logprobs = logprobs
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=2e-6, rtol=2e-4, msg=name)
+
+
 def test_gradient_is_the_plain_policy_gradient(loop: Any, samples: list[Sample]) -> None:
     """At ratio 1 GSPO's gradient is Σ A ∇ log π(y) / (N |y|), here from the model's own cross entropy."""
     from megatron_q3n.rl.policy_pass import without_mtp
