@@ -56,7 +56,7 @@ def main() -> int:
     output = options.output.resolve()
     try:
         if options.publish:
-            publish(output)
+            evidence.publish(STUDY, output, mismatch.markdown)
             return 0
         bench = Bench(output, options.workers)
         bench.stop_in(options.minutes)
@@ -164,19 +164,6 @@ def _said(options: argparse.Namespace) -> list[tuple[str, object]]:
         said.append(("--variants", ",".join(options.variants)))
     said += [("--sft", setting) for setting in options.sft]
     return said + [("--rl", setting) for setting in options.rl]
-
-
-def publish(output: Path) -> None:
-    """Put the results into docs/evidence.md.
-
-    Raises: UserError if there are none, or the page has no place for them.
-    """
-    path, picture = output / "results.json", output / f"{STUDY}.png"
-    if not (path.is_file() and picture.is_file()):
-        raise UserError(f"{output} holds no {path.name} with {picture.name}: run the study first.")
-    text = mismatch.markdown(json.loads(path.read_text()), evidence.picture_of(STUDY))
-    evidence.fill(STUDY, text, picture)
-    print(evidence.PAGE)
 
 
 if __name__ == "__main__":

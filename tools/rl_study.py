@@ -47,7 +47,7 @@ def main() -> int:
     output = options.output.resolve()
     try:
         if options.publish:
-            publish(output)
+            evidence.publish(STUDY, output, accuracy.markdown)
             return 0
         bench = Bench(output, options.workers)
         bench.stop_in(options.minutes)
@@ -160,19 +160,6 @@ def conclude(
     accuracy.draw(output / f"{STUDY}.png", results)
     (output / "report.html").write_text(accuracy.page(found, output / f"{STUDY}.png"))
     print(f"\n{text}\nleft in {output}", flush=True)
-
-
-def publish(output: Path) -> None:
-    """Put the results into docs/evidence.md.
-
-    Raises: UserError if there are none, or the page has no place for them.
-    """
-    path, picture = output / "results.json", output / f"{STUDY}.png"
-    if not (path.is_file() and picture.is_file()):
-        raise UserError(f"{output} holds no {path.name} with {picture.name}: run the study first.")
-    text = accuracy.markdown(json.loads(path.read_text()), evidence.picture_of(STUDY))
-    evidence.fill(STUDY, text, picture)
-    print(evidence.PAGE)
 
 
 if __name__ == "__main__":

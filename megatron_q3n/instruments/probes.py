@@ -171,7 +171,7 @@ class DeltaProbe:
 
         return run
 
-    @torch.no_grad()  # a fused mixer runs its rule with gradients on, whatever is around it
+    @torch.no_grad()  # whatever mode a mixer runs its rule in
     def _gather(self, decay_BTh: Tensor, states_DhKV: Tensor) -> None:
         forgotten_h = -decay_BTh.flatten(0, 1).sum(0, dtype=torch.float64)
         heads = slice(self._first_head, self._first_head + len(forgotten_h))

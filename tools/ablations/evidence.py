@@ -1,7 +1,10 @@
 """docs/evidence.md holds a place for each study, between two comments; here a study's table and picture go there."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_q3n.config import UserError
 
@@ -36,3 +39,15 @@ def fill(study: str, text: str, picture: Path, page: Path = PAGE) -> None:
     target = page.parent / picture_of(study)
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(picture, target)
+
+
+def publish(study: str, output: Path, markdown: Callable[[Any, str], str]) -> None:
+    """Put a folder's results.json, as `markdown` words it, and its picture into the page.
+
+    Raises: UserError if there are none, or the page has no place for them.
+    """
+    path, picture = output / "results.json", output / f"{study}.png"
+    if not (path.is_file() and picture.is_file()):
+        raise UserError(f"{output} holds no {path.name} with {picture.name}: run the study first.")
+    fill(study, markdown(json.loads(path.read_text()), picture_of(study)), picture)
+    print(PAGE)
