@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How far reinforcement learning gets with a tiny model in a given time, and that it is the rewards that do it.
 
-    tools/rl_study.py [--seeds 3] [--run-minutes 11.4] [--workers 1] [--minutes 9] [setting=value …]
+    tools/rl_study.py [--seeds 3] [--run-minutes 11.8] [--workers 1] [--minutes 9] [setting=value …]
 
 For each seed: sft-tiny, then from it for the same wall time each: rl-tiny, rl-tiny with its rewards dealt out at random
 (the control), and the same fine-tuning continued. Accuracy is that of the likeliest answers to the 500 held-out
@@ -76,7 +76,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / STUDY)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--run-minutes", type=float, default=11.4, help="of each after sft-tiny")
+    parser.add_argument("--run-minutes", type=float, default=11.8, help="of each after sft-tiny")
     parser.add_argument("--workers", type=int, default=1, help="runs at once")
     parser.add_argument("--minutes", type=float, help="then save what runs, and stop")
     parser.add_argument(
