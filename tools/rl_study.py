@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """How far reinforcement learning gets with a tiny model in a given time, and that it is the rewards that do it.
 
-    tools/rl_study.py [--seeds 3] [--run-minutes 11.8] [--workers 1] [--minutes 9] [setting=value …]
+    tools/rl_study.py [--seeds 3] [--run-minutes 11.6] [--workers 1] [--minutes 9] [setting=value …]
 
-For each seed: sft-tiny, then from it for the same wall time each: rl-tiny, rl-tiny with its rewards dealt out at random
-(the control), and the same fine-tuning continued. Accuracy is that of the likeliest answers to the 500 held-out
+For each seed: sft-tiny, then from it, in no more than so many minutes each: rl-tiny, rl-tiny with its rewards dealt out
+at random (the control), and the same fine-tuning continued. Accuracy is that of the likeliest answers to the 500 held-out
 questions of rl-tiny. Each run has one core; its time counts from its process's start to its end. Settings go to
 rl-tiny. A study that was stopped goes on by the same command. Leaves in --output (runs/rl-study):
 
@@ -76,7 +76,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / STUDY)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--run-minutes", type=float, default=11.8, help="of each after sft-tiny")
+    parser.add_argument("--run-minutes", type=float, default=11.6, help="of each after sft-tiny")
     parser.add_argument("--workers", type=int, default=1, help="runs at once")
     parser.add_argument("--minutes", type=float, help="then save what runs, and stop")
     parser.add_argument(
@@ -101,11 +101,12 @@ class Study:
             start = self.bench.run("sft-tiny", f"sft-{seed}", f"training.seed={seed}")
         except Interrupted:
             return {}
-        limit = (f"checkpoint.load={start}", f"training.seed={seed}", ENDLESS)
+        common = (f"checkpoint.load={start}", f"training.seed={seed}")
+        random = "rl.shuffled_rewards=true"
         ways = {
-            "rl": partial(self.learnt, f"rl-{seed}", *limit),
-            "control": partial(self.learnt, f"control-{seed}", *limit, "rl.shuffled_rewards=true"),
-            "sft": partial(self.continued, f"sft_more-{seed}", start, *limit),
+            "rl": partial(self.learnt, f"rl-{seed}", *common),
+            "control": partial(self.learnt, f"control-{seed}", *common, random),
+            "sft": partial(self.continued, f"sft_more-{seed}", start, *common, ENDLESS),
         }
         runs: dict[str, Future[Curve]] = {
             kind: self.threads.submit(way) for kind, way in ways.items()
