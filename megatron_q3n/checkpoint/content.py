@@ -52,6 +52,19 @@ def sharded(state: TrainState, *, loading: bool, with_optimizer: bool = True) ->
     return content
 
 
+def adopt_schedule(state: TrainState, saved: dict[Any, Any]) -> None:
+    """Let a saved optimizer's groups have this run's learning rates, in place.
+
+    megatron-core finds a group by what steers it, its highest and lowest rate included (optimizer.py:139), and
+    fails with a KeyError where a run goes on with others. Here all groups have the schedule's.
+    """
+    rates = {"max_lr": state.config.schedule.lr, "min_lr": state.config.schedule.min_lr}
+    parts = [saved] if "optimizer" in saved else saved.values()  # one optimizer, or several chained
+    for part in parts:
+        for group in part["optimizer"]["param_groups"] if part else []:
+            group.update({name: rate for name, rate in rates.items() if name in group})
+
+
 def mend_loaded_optimizer(state: TrainState) -> None:
     """Make what another machine's Adam left fit this one's.
 

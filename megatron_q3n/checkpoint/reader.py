@@ -131,6 +131,7 @@ def _restore(state: TrainState, checkpoint: Path, *, resume: bool, with_optimize
     for index, model in enumerate(state.models):
         model.load_state_dict(loaded[f"model{index}"], strict=False)
     if with_optimizer:
+        content.adopt_schedule(state, loaded["optimizer"])
         state.optimizer.load_state_dict(loaded["optimizer"])
         content.mend_loaded_optimizer(state)
     else:

@@ -77,6 +77,24 @@ def test_new_run_from_weights_starts_at_step_zero(alone: Any, saved: tuple[Any, 
         assert torch.equal(a, b), name
 
 
+def test_moments_go_on_at_another_learning_rate(alone: Any, saved: tuple[Any, Path]) -> None:
+    from megatron_q3n import checkpoint
+    from megatron_q3n.training.optimizer import torch_adam_states
+
+    state, path = saved
+    other = state_of(alone, {"schedule": {"lr": 7e-3, "warmup_steps": 0, "style": "constant"}})
+    checkpoint.load(other, path, resume=False)
+    pairs = zip(*(torch_adam_states(x.optimizer) for x in (state, other)), strict=True)
+    for (wanted, a), (found, b) in pairs:
+        assert torch.equal(wanted.state[a]["exp_avg"], found.state[b]["exp_avg"])
+        assert wanted.state[a]["exp_avg"].any()
+    step(other)
+    rates = {
+        group["lr"] for adam, _ in torch_adam_states(other.optimizer) for group in adam.param_groups
+    }
+    assert rates == {7e-3}
+
+
 def test_another_architecture_is_refused_by_name(alone: Any, saved: tuple[Any, Path]) -> None:
     from megatron_q3n import checkpoint
 
