@@ -235,7 +235,7 @@ def test_a_run_that_fails_is_a_result_and_stays_one(tmp_path: Path) -> None:
     outcome = room("outcomes").outcome_of(trial)
     assert (outcome["ended"], outcome["exit_code"]) == ("failed", 2)
     assert "Did you mean 'training.steps'" in outcome["message"]
-    output = trial.run_dir / room("runs").OUTPUT
+    output = trial.run_dir / room("processes").OUTPUT
     once = output.read_text()
     run()
     assert output.read_text() == once

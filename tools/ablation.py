@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ablations import archive, evidence, plots, results
 from ablations.outcomes import check_same, outcome_of, remember
+from ablations.processes import ROOT
 from ablations.recipe import AblationRecipe, Trial, every_study, find, read, trials
-from ablations.runs import ROOT, Bench
+from ablations.runs import Bench
 from ablations.schedule import schedule
 
 from megatron_q3n import train

@@ -24,9 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ablations import evidence
+from ablations.processes import ROOT
 from rl_studies import accuracy, mismatch
 from rl_studies.runs import (
-    ROOT,
     Bench,
     Interrupted,
     cost,

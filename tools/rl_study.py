@@ -3,10 +3,10 @@
 
     tools/rl_study.py [--seeds 3] [--run-minutes 11.6] [--workers 1] [--minutes 9] [setting=value …]
 
-For each seed: sft-tiny, then from it, in no more than so many minutes each: rl-tiny, rl-tiny with its rewards dealt out
-at random (the control), and the same fine-tuning continued. Accuracy is that of the likeliest answers to the 500 held-out
-questions of rl-tiny. Each run has one core; its time counts from its process's start to its end. Settings go to
-rl-tiny. A study that was stopped goes on by the same command. Leaves in --output (runs/rl-study):
+For each seed: sft-tiny, then from it, in no more than so many minutes each: rl-tiny, rl-tiny with its rewards dealt
+out at random (the control), and the same fine-tuning continued. Accuracy is that of the likeliest answers to the 500
+held-out questions of rl-tiny. Each run has one core; its time counts from its process's start to its end. Settings go
+to rl-tiny. A study that was stopped goes on by the same command. Leaves in --output (runs/rl-study):
 
     results.json  results.md  rl-study.png  report.html  sft-1/ rl-1/ control-1/ sft_more-1/ … (run directories)
 
@@ -24,9 +24,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ablations import evidence
+from ablations.processes import ROOT
 from rl_studies import accuracy
 from rl_studies.accuracy import Curve
-from rl_studies.runs import ROOT, Bench, Interrupted, cost, has_ended, runs_in
+from rl_studies.runs import Bench, Interrupted, cost, has_ended, runs_in
 
 from megatron_q3n.config import EXIT_BAD_INPUT, EXIT_REQUEUE, UserError
 

@@ -9,11 +9,7 @@ Where studies run together, a run that several of them want is made once, and th
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,39 +18,30 @@ from typing import Any
 
 from ablations.measures import has_diverged
 from ablations.outcomes import DIVERGED, DONE, FAILED, NOT_EVALUATED, OUTCOME, outcome_of
+from ablations.processes import Processes, last_words
 from ablations.recipe import Trial
 from ablations.schedule import Shared, hand_on
 from megatron_q3n.config import EXIT_REQUEUE, UserError
 from megatron_q3n.metrics.report.run_files import load
 from slurm.progress import is_concluded
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-OUTPUT = "output.txt"
 STOPPED = 1000  # no process's exit code
-LAST_LINES = 3
 
 
 class Bench:
-    """How many runs go at once, and the processes that run now."""
+    """How many runs go at once, and which are made again."""
 
     def __init__(self, workers: int, keep_checkpoints: bool, retry: bool) -> None:
         """`retry`: begin runs that failed anew."""
         self._workers, self._keep = workers, keep_checkpoints
         self._again = {NOT_EVALUATED, FAILED} if retry else {NOT_EVALUATED}
-        self._processes: set[subprocess.Popen[bytes]] = set()
-        self._lock, self._stopping = threading.Lock(), False
+        self._processes = Processes()
+        self.stop = self._processes.stop
 
     def run(self, queue: Sequence[Shared]) -> None:
         """Run what has not been run, in this order; how each ended lies beside it."""
         with ThreadPoolExecutor(self._workers) as threads:
             list(threads.map(self._shared, queue))
-
-    def stop(self) -> None:
-        """Start nothing more, and ask what runs to save and end."""
-        with self._lock:
-            self._stopping = True
-            for process in self._processes:
-                process.terminate()
 
     def _shared(self, shared: Shared) -> None:
         if self._trial(shared.trial) is not None:
@@ -85,7 +72,7 @@ class Bench:
         outcome = {
             "ended": ended,
             "exit_code": code,
-            "message": _last_words(trial.run_dir) if code else "",
+            "message": last_words(trial.run_dir) if code else "",
             "seconds": round(time.monotonic() - began, 1),
         }
         (trial.run_dir / OUTCOME).write_text(json.dumps(outcome, indent=1) + "\n")
@@ -97,22 +84,11 @@ class Bench:
 
     def _process(self, arguments: list[str], run_dir: Path) -> int:
         """Run one process to its end. Returns: its exit code, or STOPPED where the study stops."""
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
-        with (run_dir / OUTPUT).open("ab") as output:
-            with self._lock:
-                if self._stopping:
-                    return STOPPED
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "megatron_q3n.train", *arguments],
-                    env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                )  # fmt: skip
-                self._processes.add(process)
-            code = process.wait()
-        with self._lock:
-            self._processes.discard(process)
-            return STOPPED if self._stopping and code else code
+        process = self._processes.start(arguments, run_dir)
+        if process is None:
+            return STOPPED
+        code = process.wait()
+        return STOPPED if self._processes.forget(process) and code else code
 
 
 def _ended(code: int, run_dir: Path) -> str:
@@ -124,8 +100,3 @@ def _ended(code: int, run_dir: Path) -> str:
     if diverged:
         return DIVERGED
     return FAILED if code else DONE
-
-
-def _last_words(run_dir: Path) -> str:
-    lines = (run_dir / OUTPUT).read_text(errors="replace").splitlines()
-    return "\n".join([line for line in lines if line.strip()][-LAST_LINES:])

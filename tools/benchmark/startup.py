@@ -44,6 +44,8 @@ def measure(arguments: list[str], warm_starts: int) -> dict[str, Any]:
         ("cold_phases", *(f"warm_phases_{i + 1}" for i in range(warm_starts))), starts
     ):
         figures[name] = start["phases_seconds"]
+        figures[name.replace("phases", "checks")] = start["checks_seconds"]
+    figures["cold_kernels"], figures["warm_kernels"] = (start["kernels"] for start in starts[:2])
     return figures
 
 

@@ -25,17 +25,21 @@ def measure(
         now = time.perf_counter()
         phases[name], marked = now - marked, now
 
+    # as train.py does: before torch
+    importlib.import_module("megatron_q3n.kernels.compile_ahead").start(config)
     # late imports: their time is a phase, and the device must be chosen before megatron-core loads
     device_room = importlib.import_module("megatron_q3n.device")
     device_room.quiet_known_warnings()
+    phase("torch")
     device = device_room.choose_device(config)
-    phase("torch and device")
+    phase("device")
     parallel = importlib.import_module("megatron_q3n.parallel")
+    phase("megatron-core and libraries")
     training = importlib.import_module("megatron_q3n.training.state")
     step_room = importlib.import_module("megatron_q3n.training.step")
     qualification = importlib.import_module("megatron_q3n.kernels.qualification")
     build = importlib.import_module("megatron_q3n.model.build")
-    phase("megatron-core and libraries")
+    phase("this project")
     group = parallel.initialize(config, device)
     phase("process groups")
     kernels = qualification.qualify(config, device.torch_device, build.compute_dtype(config))
@@ -71,6 +75,7 @@ def measure(
         "peak_memory_gib": device.peak_memory_gib(),
         "time_to_first_step": first,
         "phases_seconds": phases,
+        "checks_seconds": qualification.seconds(),
         "timed_steps": steps,
     }
     if profiled_steps:

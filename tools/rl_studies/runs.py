@@ -9,21 +9,19 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ablations.processes import Processes, last_words
+
 from megatron_q3n.config import EXIT_REQUEUE, UserError
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 SESSIONS = "sessions.json"
-OUTPUT = "output.txt"
 POLL_SECONDS = 0.2
 LEAST_MINUTES = 0.2  # left of a run's time: not worth another process's start
-LAST_LINES = 3
 Session = dict[str, Any]  # began, ended: Unix seconds; cpu_seconds; is_last
 
 
@@ -32,13 +30,13 @@ class Interrupted(Exception):
 
 
 class Bench:
-    """Where runs go, how many of them run at once, and the processes that run now."""
+    """Where runs go, and how many of them run at once."""
 
     def __init__(self, output: Path, workers: int) -> None:
         self.output = output
         self._places = threading.BoundedSemaphore(workers)
-        self._processes: set[subprocess.Popen[bytes]] = set()
-        self._lock, self._stopping = threading.RLock(), False
+        self._processes = Processes()
+        self.stop = self._processes.stop
 
     def run(
         self,
@@ -58,13 +56,6 @@ class Bench:
             with self._places:
                 self._session(recipe, run_dir, settings, minutes, enough)
         return run_dir
-
-    def stop(self) -> None:
-        """Start nothing more, and ask what runs to save and end."""
-        with self._lock:
-            self._stopping = True
-            for process in self._processes:
-                process.terminate()
 
     def stop_in(self, minutes: float | None) -> None:
         """Stop after so long, and when this process is told to."""
@@ -90,11 +81,9 @@ class Bench:
         began = time.time()
         process = self._start(recipe, run_dir, (*settings, *limit))
         code, cpu_seconds, had_enough = _wait(process, run_dir, began, enough)
-        with self._lock:
-            self._processes.discard(process)
-            interrupted = self._stopping and not had_enough
+        interrupted = self._processes.forget(process) and not had_enough
         if code not in (0, EXIT_REQUEUE) and not interrupted:
-            raise UserError(f"{run_dir} ended with {code}: {_last_words(run_dir)}")
+            raise UserError(f"{run_dir} ended with {code}: {last_words(run_dir)}")
         session: Session = {"began": began, "ended": time.time(), "cpu_seconds": cpu_seconds}
         spent = wall_minutes([*known, session])
         is_over = minutes is not None and minutes - spent < LEAST_MINUTES
@@ -106,22 +95,11 @@ class Bench:
     def _start(
         self, recipe: str, run_dir: Path, settings: tuple[str, ...]
     ) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "megatron_q3n.train", "--config-name", recipe]
         quiet = ("logging.progress=false", "logging.wandb.mode=disabled")
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with self._lock:
-            if self._stopping:
-                raise Interrupted
-            with (run_dir / OUTPUT).open("ab") as output:
-                process = subprocess.Popen(
-                    [*command, f"run_dir={run_dir}", *quiet, *settings],
-                    env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            self._processes.add(process)
+        arguments = ["--config-name", recipe, f"run_dir={run_dir}", *quiet, *settings]
+        process = self._processes.start(arguments, run_dir)
+        if process is None:
+            raise Interrupted
         return process
 
 
@@ -196,8 +174,3 @@ def _wait(
             if had_enough:
                 process.terminate()
         time.sleep(POLL_SECONDS)
-
-
-def _last_words(run_dir: Path) -> str:
-    lines = (run_dir / OUTPUT).read_text(errors="replace").splitlines()
-    return "\n".join([line for line in lines if line.strip()][-LAST_LINES:])
