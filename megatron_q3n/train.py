@@ -93,6 +93,8 @@ def run(config: RunConfig) -> int:
     if config.dry_run:
         planner = importlib.import_module("megatron_q3n.planner")
         return planner.show(config)
+    # before torch, whose import and megatron-core's leave the machine's other cores to it
+    importlib.import_module("megatron_q3n.kernels.compile_ahead").start(config)
     # late: torch and megatron-core are imported only for a run that will be made
     importlib.import_module("megatron_q3n.device").quiet_known_warnings()
     run_directory = importlib.import_module("megatron_q3n.stages.run_directory")

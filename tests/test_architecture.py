@@ -38,10 +38,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "instruments": {"config", "model", "training"},
     "checkpoint": {"config", "parallel", "model", "training", "hf"},
     "conversion": {"config", "hf", "checkpoint"},  # file to file: builds no model
-    "inference": {"config", "device", "data", "model"},
+    "inference": {"config", "device", "data", "kernels", "model"},
     "rl": {"config", "device", "parallel", "data", "model", "metrics", "training", "inference"},
     "stages": set(),  # composes all of the above, see below
-    "train": {"config", "planner", "device", "stages"},
+    "train": {"config", "planner", "device", "kernels", "stages"},  # compiling begins before torch
 }
 MAY_IMPORT["stages"] = set(MAY_IMPORT) - {"stages", "train"}
 ROOMS = set(MAY_IMPORT)

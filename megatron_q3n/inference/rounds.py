@@ -21,9 +21,10 @@ from megatron_q3n.inference.sampling import (
     distribution,
     draw,
     judge,
-    judge_greedily,
     likeliest,
 )
+from megatron_q3n.kernels.few_tokens import Judged, judge_likeliest
+from megatron_q3n.model.decode import raw_logits_of
 from megatron_q3n.model.decode_state import DecodeState
 from megatron_q3n.model.span import Span
 
@@ -91,7 +92,9 @@ class Rounds:
     def nobody(self, rows: int = 0) -> Running:
         """Return room for sequences, with nothing in it."""
         zeros_N = torch.zeros(rows, dtype=torch.long, device=self.passes.device)
-        return self._without_drafts(self.passes.empty_state(rows), zeros_N, zeros_N.clone())
+        state = self.passes.empty_state(rows)
+        state.stack_up()
+        return self._without_drafts(state, zeros_N, zeros_N.clone())
 
     def _without_drafts(self, state: DecodeState, length_N: Tensor, last_N: Tensor) -> Running:
         drafts_ND = last_N.new_zeros(len(last_N), self.depth)
@@ -100,10 +103,10 @@ class Rounds:
 
     def first_tokens(self, hidden_NX: Tensor, uniform_NU: Tensor) -> Tensor:
         """Draw each sequence's first token behind its prompt. Returns: packed, see `take_on`."""
-        logits_N1V = self.passes.logits(hidden_NX).unsqueeze(1)
+        logits_N1V = self._logits(hidden_NX).unsqueeze(1)
         no_drafts_N0 = torch.zeros(len(hidden_NX), 0, dtype=torch.long, device=hidden_NX.device)
         no_chances = torch.zeros(*no_drafts_N0.shape, self._num_choices, device=hidden_NX.device)
-        return self._choose(logits_N1V, no_drafts_N0, no_chances, uniform_NU)
+        return self._choose(logits_N1V, no_drafts_N0, no_chances, uniform_NU).packed
 
     def begin(
         self, state: DecodeState, last_N: Tensor, hidden_NX: Tensor, uniform_ND: Tensor
@@ -124,41 +127,49 @@ class Rounds:
         span = Span.at(running.length_N, tokens, reach)
         tokens_NT = torch.cat([running.last_N[:, None], running.drafts_ND], 1)
         hidden_SX = self.passes.trunk(tokens_NT.flatten(), span, state, each_prefix=True)
-        logits_NTV = self.passes.logits(hidden_SX).view(rows, tokens, -1)
-        packed = self._choose(
+        logits_NTV = self._logits(hidden_SX).view(rows, tokens, -1)
+        judged = self._choose(
             logits_NTV, running.drafts_ND, running.chances_NDV, uniform_NU[:, :tokens]
         )
-        kept_N, chosen_NT = packed[:, 0].long(), packed[:, 1 : 1 + tokens].long()
-        state.keep(kept_N + 1)
+        chosen_S = judged.chosen_NT.flatten()
+        state.keep(judged.row_N)
         if self.depth:  # the span's positions are those before the sequences grow
-            hidden_SX = self.passes.draft_layer(hidden_SX, chosen_NT.flatten(), span, state)
-        running.length_N.add_(kept_N + 1)
-        running.last_N.copy_(chosen_NT.gather(1, kept_N[:, None])[:, 0])
-        newest_N = torch.arange(rows, device=kept_N.device) * tokens + kept_N
-        self._draft(running, hidden_SX.index_select(0, newest_N), uniform_NU[:, tokens:], reach)
-        return packed
+            hidden_SX = self.passes.draft_layer(hidden_SX, chosen_S, span, state)
+        running.length_N.add_(judged.grown_N)
+        torch.index_select(chosen_S, 0, judged.row_N, out=running.last_N)
+        if self.depth:
+            newest_NX = hidden_SX.index_select(0, judged.row_N)
+            self._draft(running, newest_NX, uniform_NU[:, tokens:], reach)
+        return judged.packed
+
+    def _logits(self, hidden_SX: Tensor) -> Tensor:
+        """Return logits [S,V] that the sampling wants: greedily in their own format, which loses nothing."""
+        if self.sampling.is_greedy:
+            return raw_logits_of(self.passes.model, hidden_SX)
+        return self.passes.logits(hidden_SX)
 
     def _choose(
         self, logits_NTV: Tensor, drafts_ND: Tensor, chances_NDV: Tensor, uniform_NT: Tensor
-    ) -> Tensor:
-        """Judge the drafts, and draw the token after those kept. Returns: packed, see `take_on`."""
-        greedy = self.sampling.is_greedy
-        if greedy:
-            kept_N, drawn_N = judge_greedily(likeliest(logits_NTV, self.sampling), drafts_ND)
-        else:
-            target_NTV = distribution(logits_NTV, self.sampling)
-            kept_N, drawn_N = judge(target_NTV, chances_NDV, drafts_ND, uniform_NT)
+    ) -> Judged:
+        """Judge the drafts, and draw the token after those kept. Returns: among others packed, see `take_on`."""
+        if self.sampling.is_greedy:
+            judged = judge_likeliest(logits_NTV, drafts_ND, self.sampling.vocab_size)
+            if self.passes.is_alone:
+                return judged
+            return _read(self.passes.take_first_ranks(judged.packed))
+        target_NTV = distribution(logits_NTV, self.sampling)
+        kept_N, drawn_N = judge(target_NTV, chances_NDV, drafts_ND, uniform_NT)
         chosen_NT = F.pad(drafts_ND, (0, 1)).scatter(1, kept_N[:, None], drawn_N[:, None])
         own_NT = _at(logits_NTV.log_softmax(-1), chosen_NT)
-        drawn_from_NT = torch.zeros_like(own_NT) if greedy else _at(target_NTV, chosen_NT).log()
+        drawn_from_NT = _at(target_NTV, chosen_NT).log()
         # one tensor, so that a GPU is waited for once
         parts = kept_N[:, None], chosen_NT, own_NT, drawn_from_NT
-        return self.passes.take_first_ranks(torch.cat([part.double() for part in parts], 1))
+        return _read(self.passes.take_first_ranks(torch.cat([part.double() for part in parts], 1)))
 
     def _draft(self, running: Running, hidden_NX: Tensor, uniform_ND: Tensor, reach: int) -> None:
         """Draft from the MTP layer's output at each sequence's newest position, repeating the layer."""
         for depth in range(self.depth):
-            logits_NV = self.passes.logits(hidden_NX)
+            logits_NV = self._logits(hidden_NX)
             if self.sampling.is_greedy:
                 draft_N = likeliest(logits_NV, self.sampling)
             else:
@@ -170,6 +181,14 @@ class Rounds:
                 span = Span.at(running.length_N + depth, 1, reach)
                 next_N = running.drafts_ND[:, depth]
                 hidden_NX = self.passes.draft_layer(hidden_NX, next_N, span, running.state)
+
+
+def _read(packed: Tensor) -> Judged:
+    """Read what was judged off the packed numbers, which are the first rank's."""
+    rows, tokens = len(packed), packed.shape[1] // 3
+    kept_N, chosen_NT = packed[:, 0].long(), packed[:, 1 : 1 + tokens].long()
+    row_N = torch.arange(rows, device=packed.device) * tokens + kept_N
+    return Judged(packed, chosen_NT, kept_N + 1, row_N)
 
 
 def _at(values_NTV: Tensor, tokens_NT: Tensor) -> Tensor:

@@ -3,22 +3,26 @@ device, never by chance.
 
 FLA's Triton backward is silently wrong on Hopper with Triton 3.4 to 3.7.0 (flash-linear-attention
 issue 640), so no kernel is trusted by its version: `choose` compares its output and every gradient
-with the reference before the first step, and refuses it when they differ.
+with the reference before the first step, and refuses it when they differ. Which kernels there are to check is
+said in `delta_rule_problems.py`; that they are compiled by then is `compile_ahead.py`'s concern.
 """
 
+import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_q3n.kernels import choices
-from megatron_q3n.kernels.delta_mixer import DeltaHeads
+from megatron_q3n.kernels import choices, compile_ahead
+from megatron_q3n.kernels.delta_rule_problems import DeltaRuleProblem
+from megatron_q3n.kernels.fla_core import without_models
 from megatron_q3n.kernels.gated_delta_rule import chunk_gated_delta_rule
 
 OPERATION = "gated delta rule"
 Rule = Callable[..., tuple[Tensor, Tensor | None]]
 _TOLERANCE = 2e-2  # relative, bf16 operands; a wrong kernel is off by far more than 1
+_PROBLEMS = (RuntimeError, ImportError, ValueError, AssertionError, NotImplementedError)
 _backend: Rule = chunk_gated_delta_rule
 
 
@@ -27,8 +31,8 @@ def gated_delta_rule(*args: Tensor, **options: object) -> tuple[Tensor, Tensor |
     return _backend(*args, **options)  # type: ignore[arg-type]
 
 
-def choose(device: torch.device, dtype: torch.dtype, heads: DeltaHeads, packed: bool) -> str:
-    """Choose the backend for this process.
+def choose(device: torch.device, dtype: torch.dtype, problems: Sequence[DeltaRuleProblem]) -> str:
+    """Choose the backend for this process, which must get every one of the problems right.
 
     Returns: "what: why", for environment.json.
     """
@@ -43,14 +47,22 @@ def choose(device: torch.device, dtype: torch.dtype, heads: DeltaHeads, packed: 
     if importlib.util.find_spec("fla") is None:
         return "torch: flash-linear-attention is not installed (pip install -r requirements-gpu.txt); expect slow steps"
     try:
-        error = _gradient_error(fused_gated_delta_rule, device, dtype, heads, packed)
-    except (RuntimeError, ImportError, ValueError, AssertionError, NotImplementedError) as problem:
-        return f"torch: the fla kernel does not run here ({type(problem).__name__}: {problem}); expect slow steps"
-    if not error < _TOLERANCE:
-        return f"torch: the fla kernel FAILED its gradient check on this GPU (relative error {error:.1e})"
+        _fla_rule()  # its imports take seconds, which go by while the kernels are compiled
+        compile_ahead.finish()
+        errors = {
+            str(problem): gradient_error(fused_gated_delta_rule, problem, device, dtype)
+            for problem in problems
+        }
+    except _PROBLEMS as found:
+        return f"torch: the fla kernel does not run here ({type(found).__name__}: {found}); expect slow steps"
+    said = ", ".join(f"{error:.1e} for {problem}" for problem, error in errors.items())
+    if not all(error < _TOLERANCE for error in errors.values()):
+        return (
+            f"torch: the fla kernel FAILED its gradient check on this GPU (relative error {said})"
+        )
     _backend = fused_gated_delta_rule
     choices.allow(OPERATION)
-    return f"fla: gradients checked against the reference on this GPU (relative error {error:.1e})"
+    return f"fla: gradients checked against the reference on this GPU (relative error {said})"
 
 
 def fused_gated_delta_rule(
@@ -66,10 +78,8 @@ def fused_gated_delta_rule(
     output_final_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Run flash-linear-attention's kernel, which hands on to FlashQLA where that is installed."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_rule  # late: imports Triton
-
     assert chunk_size == 64, "the fused kernels have a chunk of 64"
-    output, state = fla_rule(
+    output, state = _fla_rule()(
         query_BTHK, key_BTHK, value_BTHV, g=decay_BTH, beta=beta_BTH.to(value_BTHV.dtype),
         initial_state=initial_state_DHKV, output_final_state=output_final_state,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
@@ -77,25 +87,34 @@ def fused_gated_delta_rule(
     return output, state
 
 
-def _gradient_error(
-    candidate: Rule, device: torch.device, dtype: torch.dtype, heads: DeltaHeads, packed: bool
+@functools.cache
+def _fla_rule() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    with without_models():  # late: there is no fla on a machine without a GPU
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
+    return rule
+
+
+def gradient_error(
+    candidate: Rule, problem: DeltaRuleProblem, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Return the worst relative error of output and gradients on a small random problem."""
+    """Return the worst relative error of output and gradients on random tokens."""
     generator = torch.Generator(device).manual_seed(0)
-    rows, tokens = (1 if packed else 4), 192
-    bounds = torch.tensor([0, 1, 70, tokens], dtype=torch.int32, device=device) if packed else None
+    bounds = None
+    if problem.bounds is not None:
+        bounds = torch.tensor(problem.bounds, dtype=torch.int32, device=device)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(rows, tokens, *shape, generator=generator, device=device)
+        whole = problem.rows, problem.tokens, *shape
+        return torch.randn(*whole, generator=generator, device=device)
 
     q, k = (
-        torch.nn.functional.normalize(random(heads.key_heads, heads.key_dim), dim=-1).to(dtype)
+        torch.nn.functional.normalize(random(problem.key_heads, problem.key_dim), dim=-1).to(dtype)
         for _ in "qk"
     )
-    v = random(heads.value_heads, heads.value_dim).to(dtype)
-    g = -torch.nn.functional.softplus(random(heads.value_heads))
-    inputs = [x.requires_grad_() for x in (q, k, v, g, random(heads.value_heads).sigmoid())]
-    upstream = random(heads.value_heads, heads.value_dim).to(dtype)
+    v = random(problem.value_heads, problem.value_dim).to(dtype)
+    g = -torch.nn.functional.softplus(random(problem.value_heads))
+    inputs = [x.requires_grad_() for x in (q, k, v, g, random(problem.value_heads).sigmoid())]
+    upstream = random(problem.value_heads, problem.value_dim).to(dtype)
 
     def results(rule: Rule) -> list[Tensor]:
         output, _ = rule(*inputs, cu_seqlens=bounds, output_final_state=False)

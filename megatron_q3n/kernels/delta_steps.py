@@ -21,10 +21,11 @@ OPERATION = "gated delta net, few tokens"
 def delta_steps(
     qkvz_TBX: Tensor, beta_alpha_TBX: Tensor, weights: DeltaWeights, heads: DeltaHeads,
     conv_BCK: Tensor, delta_BHKV: Tensor, fused: bool | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Mix T tokens of B sequences; `fused` forces the choice that `choices` makes otherwise.
 
-    Shapes: the state is conv [B,C,taps-1] and delta [B,Hv,K,V] fp32.
+    Shapes: the state is conv [B,C,taps-1] and delta [B,Hv,K,V] fp32. `out` is contiguous room for the states returned.
     Returns: the output [T,B,Hv·V], normed and gated; the conv and delta states after each token, of
         B·T rows, those of a sequence together.
     """
@@ -32,8 +33,15 @@ def delta_steps(
     if choices.is_fused(OPERATION, qkvz_TBX, fused) and fits:
         from megatron_q3n.kernels.fused import delta_steps as kernel  # late: Triton
 
-        return kernel.delta_steps(qkvz_TBX, beta_alpha_TBX, weights, heads, conv_BCK, delta_BHKV)
-    return composed_delta_steps(qkvz_TBX, beta_alpha_TBX, weights, heads, conv_BCK, delta_BHKV)
+        return kernel.delta_steps(
+            qkvz_TBX, beta_alpha_TBX, weights, heads, conv_BCK, delta_BHKV, out
+        )
+    mixed, *states = composed_delta_steps(
+        qkvz_TBX, beta_alpha_TBX, weights, heads, conv_BCK, delta_BHKV
+    )
+    if out is not None:
+        states = [room.copy_(state) for room, state in zip(out, states, strict=True)]
+    return mixed, states[0], states[1]
 
 
 def composed_delta_steps(

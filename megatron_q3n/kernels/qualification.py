@@ -6,12 +6,16 @@ wrong, or does not run, is not used: its torch reference is, the run says so and
 keeps it. The shapes checked are few tokens of the model's real heads and widths, so that what is
 compiled here is what training runs.
 
-The checks run side by side: their time is nearly all compilation, which happens outside Python's lock.
+The checks run side by side: on a cold machine their time is nearly all compilation, which happens outside Python's
+lock. The delta rule's kernels, by far the longest, have a helper that began before torch was imported
+(`compile_ahead.py`). Each verdict says how long its check took.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +24,28 @@ from torch import Tensor
 from megatron_q3n.config import RunConfig
 from megatron_q3n.kernels import (
     choices,
+    compile_ahead,
     delta_mixer,
     delta_rule_backend,
     delta_steps,
     few_experts,
+    few_queries,
+    few_routes,
+    few_tokens,
     fp8_experts,
     grouped_linear,
     permutation,
     row_gate,
     weighted_swiglu,
 )
+from megatron_q3n.kernels.delta_rule_problems import checked_problems, packs_documents
 
 _TOLERANCE = 2e-2  # relative, bf16 operands; a wrong kernel is off by far more
 _FP8_TOLERANCE = 0.15  # e4m3 keeps four bits
 _TOKENS = 192
 _PROBLEMS = (RuntimeError, ImportError, ValueError, AssertionError, NotImplementedError, TypeError)
 Results = Sequence[Tensor]
+_seconds: dict[str, float] = {}
 
 
 def qualify(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -44,14 +54,18 @@ def qualify(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict
     Returns: per operation "backend: why", for people and environment.json.
     """
     choices.forget()
+    _seconds.clear()
     heads = _heads_at_hand(config)
     if device.type != "cuda" or dtype != torch.bfloat16:
         why = (
             "without a GPU" if device.type != "cuda" else f"in {str(dtype).removeprefix('torch.')}"
         )
-        rule = delta_rule_backend.choose(device, dtype, heads, False)
-        return {"gated_delta_rule": rule, "other fused kernels": f"torch: there are none {why}"}
-    packed = config.data.mask_document_boundaries
+        reference = delta_rule_backend.choose(device, dtype, ())
+        return {
+            "gated_delta_rule": reference,
+            "other fused kernels": f"torch: there are none {why}",
+        }
+    packed = packs_documents(config)
     checks = {
         delta_mixer.OPERATION: partial(_mixer, heads, config.model.linear_conv_kernel_dim, packed),
         delta_steps.OPERATION: partial(_steps, heads, config.model.linear_conv_kernel_dim),
@@ -60,15 +74,27 @@ def qualify(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict
         row_gate.OPERATION: partial(_row_gate, config),
         grouped_linear.OPERATION: partial(_grouped, config),
         few_experts.OPERATION: partial(_few_experts, config),
+        few_queries.OPERATION: partial(_few_queries, config),
+        few_routes.OPERATION: partial(_few_routes, config),
+        few_tokens.OPERATION: partial(_few_tokens, config),
     }
     if config.precision.fp8:
         checks[fp8_experts.OPERATION] = partial(_fp8_experts, config)
-    choose = partial(delta_rule_backend.choose, device, dtype, heads, packed)
-    with ThreadPoolExecutor() as pool:
-        verdicts = {"gated_delta_rule": pool.submit(_on, device, choose)}
-        for name, check in checks.items():
-            verdicts[name] = pool.submit(_on, device, partial(_verdict, name, check))
-        return {name: verdict.result() for name, verdict in verdicts.items()}
+    rule = partial(delta_rule_backend.choose, device, dtype, checked_problems(config))
+    works: dict[str, Callable[[], str]] = {"gated_delta_rule": rule}
+    works |= {name: partial(_verdict, name, check) for name, check in checks.items()}
+    with ThreadPoolExecutor(len(works)) as pool:
+        begun = {name: pool.submit(_on, device, name, work) for name, work in works.items()}
+        verdicts = {name: verdict.result() for name, verdict in begun.items()}
+    torch.cuda.empty_cache()  # the delta rule's reference took some GiB
+    torch.cuda.reset_peak_memory_stats()
+    ahead = compile_ahead.finish()
+    return verdicts | ({} if ahead is None else {"compiled ahead": ahead})
+
+
+def seconds() -> dict[str, float]:
+    """Return how long each check of the last `qualify` took; they run side by side."""
+    return dict(_seconds)
 
 
 def _heads_at_hand(config: RunConfig) -> delta_mixer.DeltaHeads:
@@ -82,9 +108,12 @@ def _heads_at_hand(config: RunConfig) -> delta_mixer.DeltaHeads:
     )  # fmt: skip
 
 
-def _on(device: torch.device, work: Callable[[], str]) -> str:
+def _on(device: torch.device, name: str, work: Callable[[], str]) -> str:
     torch.cuda.set_device(device)
-    return work()
+    begun = time.perf_counter()
+    verdict = work()
+    _seconds[name] = time.perf_counter() - begun
+    return f"{verdict} in {_seconds[name]:.1f} s"
 
 
 def _verdict(operation: str, check: Callable[[], tuple[Results, Results]]) -> str:
@@ -201,6 +230,66 @@ def _few_experts(config: RunConfig) -> tuple[Results, Results]:
         return few_experts.add_few_experts(*given, fused=fused)
 
     return [run(True)], [run(False)]
+
+
+def _few_queries(config: RunConfig) -> tuple[Results, Results]:
+    """Check decoding's attention behind nothing, little and several blocks: outputs, and what is left in the cache."""
+    model, share, reach = config.model, config.parallel.tensor_model_parallel_size, 300
+    groups, dim = max(1, model.num_query_groups // share), model.kv_channels
+    queries = max(1, model.num_attention_heads // share // groups)
+    norms = few_queries.HeadNorms(0.1 * _random(dim), 0.1 * _random(dim + 1)[1:], 1e-6)
+    angles = _random(reach + 16, model.rotary_dim // 2, dtype=torch.float32)
+    halves = [angles.cos(), angles.cos(), -angles.sin(), angles.sin()]
+    rotary = torch.cat(halves, 1).bfloat16()
+    start = torch.tensor([0, 3, reach], device="cuda")
+    results: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for window, tokens in product({None, model.attention_window_tokens}, (1, 5)):
+        heads = few_queries.AttentionHeads(
+            groups, queries, dim, model.gate_lies_with_queries, dim**-0.5, window
+        )
+        each = (1 + heads.is_gated) * queries + 2
+        qkv = _random(tokens, 3, groups * each * dim)
+        cache = [_random(3, groups, reach + 8, dim), _random(3, groups, reach + 8, dim).flip(2)]
+        for fused, result in zip((True, False), results):
+            key, value = (stored.clone() for stored in cache)
+            given = qkv, heads, norms, rotary, start, reach, key, value
+            result.extend([few_queries.few_queries(*given, fused=fused), key, value])
+    return results
+
+
+def _few_routes(config: RunConfig) -> tuple[Results, Results]:
+    """Check decoding's routes: the gates of three tokens, each at its expert's place."""
+    model, given = config.model, config.model.megatron
+    experts, width = model.num_moe_experts, model.hidden_size
+    choice = few_routes.Choice(
+        model.moe_router_topk, given.get("moe_router_score_function", "softmax"),
+        given.get("moe_router_pre_softmax", False), given.get("moe_router_topk_scaling_factor"),
+        _random(experts, dtype=torch.float32) if model.moe_router_enable_expert_bias else None,
+    )  # fmt: skip
+    x, weight = _random(3, width), width**-0.5 * _random(experts, width)
+
+    def run(fused: bool) -> Tensor:
+        gates, chosen = few_routes.route_few(x, weight, choice, fused=fused)
+        return torch.zeros(3, experts, device="cuda").scatter(1, chosen, gates)
+
+    return [run(True)], [run(False)]
+
+
+def _few_tokens(config: RunConfig) -> tuple[Results, Results]:
+    """Check greedy decoding's choice: two sequences whose second draft is refused, and one whose drafts all stay."""
+    vocab = config.model.vocab_size
+    logits = _random(3, 3, vocab)
+    likeliest = torch.arange(9, device="cuda").view(3, 3, 1) * (vocab - 1) // 8
+    logits.scatter_(2, likeliest, 9.0)  # of equal ones torch may take another
+    drafts = logits.float().argmax(-1)[:, :2].contiguous()
+    drafts[:2, 1] = (drafts[:2, 1] + 1) % vocab
+    results = []
+    for fused in (True, False):
+        judged = few_tokens.judge_likeliest(logits, drafts, vocab, fused=fused)
+        # whole numbers apart: a token's number would hide what is wrong with a log probability
+        own = judged.packed[:, 4:7]
+        results.append([own, judged.chosen_NT, judged.grown_N, judged.row_N])
+    return results[0], results[1]
 
 
 def _permutation(config: RunConfig) -> tuple[Results, Results]:

@@ -3,25 +3,29 @@
 The training cores (attention.py, TransformerEngine's) see all tokens of a sequence at once. Here a
 few new tokens ask and many old ones answer. A handful of tokens per sequence, as in decoding and in
 verifying drafts, is two batched products per key/value head, its group of query heads stacked as
-rows: no key or value is repeated, and memory is read once. Longer spans, as in prefill, go sequence
-by sequence through scaled_dot_product_attention, which has fused kernels for them.
+rows: no key or value is repeated, and memory is read once. On a GPU that is two launches from one
+projection to the other (kernels/few_queries.py). Longer spans, as in prefill, go sequence by sequence
+through scaled_dot_product_attention, which has fused kernels for them.
 
-Projections, QK-norm, gate and output projection are megatron-core's SelfAttention's own.
+Projections, QK-norm, gate and output projection are megatron-core's SelfAttention's own, with its own weights.
 
 Shapes: as in decode_state.py and span.py; H query heads, R = H / Hkv.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import _rotate_half
 from megatron.core.transformer.attention import SelfAttention
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_q3n.kernels import choices, few_queries
 from megatron_q3n.model.attention import window_tokens
+from megatron_q3n.model.attention_variants import VariantAttention
 from megatron_q3n.model.decode_state import KeyValueCache
 from megatron_q3n.model.span import Span
 
@@ -55,10 +59,17 @@ class Rotary:
 class RotaryRows:
     """The same as rows of a table of all positions: one launch to read, three to turn, no gradient.
 
-    Shape: [T,N,1,2·rotary dim], the cosine, then the sine with the sign that each half of the channels takes.
+    Shape: table [L,2·rotary dim], the cosine, then the sine with the sign that each half of the channels takes.
     """
 
-    rows: Tensor
+    table_LW: Tensor
+    span: Span
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The rows of the span's positions [T,N,1,2·rotary dim]."""
+        rows_SW = self.table_LW.index_select(0, self.span.position_S)
+        return self.span.arrange(rows_SW)[:, :, None]
 
     @staticmethod
     def table(num_positions: int, embedding: Any, dtype: torch.dtype) -> Tensor:
@@ -85,15 +96,18 @@ def attend(
     Shapes: hidden [T,N,·] or [S,1,·] as the span arranges it, the rotation likewise.
     Returns: [T,N,H·D] or [S,1,H·D].
     """
+    if isinstance(rotary, RotaryRows) and _goes_at_once(mixer, hidden, span):
+        return attend_at_once(mixer, hidden, cache, span, rotary.table_LW)
     gated = mixer.config.attention_output_gate
     query, key, value, *gate = mixer.get_query_key_value_tensors(hidden, output_gate=gated)
     heads = [query.shape[2], key.shape[2]]
     query, key = rotary.turn(torch.cat([query, key], 2)).split(heads, 2)
     cache.write(span.flatten(key), span.flatten(value), span)
-    scale = mixer.config.softmax_scale or mixer.hidden_size_per_attention_head**-0.5
-    window = window_tokens(mixer.config)
+    scale, window = _scale(mixer), window_tokens(mixer.config)
     if span.is_short:
-        core = _attend_few(query, cache, span, scale, window)
+        hidden_NTL = span.future_NTL if window is None else span.outside_NTL(window)
+        key, value = (x[:, :, : max(span.ends)] for x in (cache.key, cache.value))
+        core = few_queries.read(query, key, value, hidden_NTL, scale)
     else:
         core = span.arrange(_attend_each(span.flatten(query), cache, span, scale, window))
     core = core.flatten(2)
@@ -107,33 +121,80 @@ def _opened(mixer: Any, core: Tensor, gate: Tensor) -> Tensor:
     if type(mixer) is not SelfAttention:
         return mixer._apply_output_gate(core, gate)
     # megatron-core's own is compiled anew for every number of tokens, seconds each
-    return (core * gate.flatten(2).float().sigmoid()).to(core.dtype)
+    return few_queries.opened(core, gate.flatten(2))
 
 
-def _attend_few(
-    query_TNHD: Tensor, cache: KeyValueCache, span: Span, scale: float, window: int | None
+def _scale(mixer: Any) -> float:
+    return mixer.config.softmax_scale or mixer.hidden_size_per_attention_head**-0.5
+
+
+def _goes_at_once(mixer: Any, hidden: Tensor, span: Span) -> bool:
+    """Whether the fused kernels run on these tokens, and compute what the layer would."""
+    if not span.is_short or torch.is_grad_enabled():
+        return False
+    fused = choices.is_fused(few_queries.OPERATION, hidden)
+    return fused and serves(mixer) and few_queries.fits(_heads(mixer), span.counts[0])
+
+
+def serves(mixer: Any) -> bool:
+    """Whether `attend_at_once` knows what this layer does between its projections."""
+    config = mixer.config
+    if type(mixer) is not SelfAttention:
+        sigmoid = not config.attention_output_gate or mixer.activation is torch.sigmoid
+        if not (type(mixer) is VariantAttention and mixer.linear_gate is None and sigmoid):
+            return False
+    is_plain = config.normalization == "RMSNorm" and not (
+        config.qk_l2_norm or config.add_qkv_bias or config.add_bias_linear
+    )
+    norms = (mixer.q_layernorm is None) == (mixer.k_layernorm is None)
+    # with fewer groups than ranks, a rank gathers other ranks' projections
+    return is_plain and norms and config.num_query_groups >= mixer.pg_collection.tp.size()
+
+
+def attend_at_once(
+    mixer: Any,
+    hidden_TNX: Tensor,
+    cache: KeyValueCache,
+    span: Span,
+    rotary_LW: Tensor,
+    fused: bool | None = None,
 ) -> Tensor:
-    """Let T tokens of every sequence ask at once. Returns [T,N,H,D]."""
-    tokens, rows, heads, head_dim = query_TNHD.shape
-    groups, seen = cache.key.shape[1], max(span.ends)
-    key, value = (x[:, :, :seen].flatten(0, 1) for x in (cache.key, cache.value))
-    # [T,N,H,D] -> [N·Hkv, R·T, D]
-    query = query_TNHD.unflatten(2, (groups, heads // groups)).permute(1, 2, 3, 0, 4)
-    query = query.reshape(rows * groups, -1, head_dim)
-    scores = _wide_product(query * scale, key.transpose(1, 2))
-    scores = scores.view(rows, groups, heads // groups, tokens, seen)
-    hidden_NTL = span.future_NTL if window is None else span.outside_NTL(window)
-    scores = scores.masked_fill(hidden_NTL[:, None, None], float("-inf"))
-    weights = scores.softmax(-1).to(value.dtype).view(rows * groups, -1, seen)
-    core = torch.bmm(weights, value).view(rows, groups, heads // groups, tokens, head_dim)
-    return core.permute(3, 0, 1, 2, 4).flatten(2, 3)
+    """Do what `attend` does with a few tokens of every sequence, between the projections as one operation.
+
+    Returns: [T,N,H·D].
+    """
+    cache.reserve(max(span.ends))
+    start_N = span.start_N
+    if start_N is None:
+        start_N = span.position_S.view(len(span.counts), -1)[:, 0].contiguous()
+    qkv_TNX = project(mixer.linear_qkv, hidden_TNX, mixer.pg_collection.tp)
+    given = qkv_TNX, _heads(mixer), _norms(mixer), rotary_LW, start_N, max(span.starts)
+    return few_queries.few_queries(*given, cache.key, cache.value, fused)
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply batches of matrices into fp32: scores rounded to bf16 would move the softmax."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a, b).float() if a.dtype != torch.float64 else torch.bmm(a, b)
+def _heads(mixer: Any) -> few_queries.AttentionHeads:
+    """What this rank's heads are like."""
+    groups = mixer.num_query_groups_per_partition
+    queries = mixer.num_attention_heads_per_partition // groups
+    gated, dim = mixer.config.attention_output_gate, mixer.hidden_size_per_attention_head
+    window = window_tokens(mixer.config)
+    return few_queries.AttentionHeads(groups, queries, dim, gated, _scale(mixer), window)
+
+
+def _norms(mixer: Any) -> few_queries.HeadNorms | None:
+    if mixer.q_layernorm is None:
+        return None
+    config, weights = mixer.config, (mixer.q_layernorm.weight, mixer.k_layernorm.weight)
+    offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+    return few_queries.HeadNorms(*weights, config.layernorm_epsilon, offset)
+
+
+def project(linear: nn.Module, x: Tensor, tp_group: Any) -> Tensor:
+    """Multiply with a linear's weight; on one rank without its wrapper, which is slower than the product.
+
+    No layer of this architecture has a bias.
+    """
+    return F.linear(x, linear.weight) if tp_group.size() == 1 else linear(x)[0]
 
 
 def _attend_each(

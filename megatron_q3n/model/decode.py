@@ -14,7 +14,7 @@ of earlier drafts, which are written over once the trunk has seen the true token
 **FP8** is left out: products of one token are too small for it, and bound by reading weights.
 
 **Launches.** A few tokens cost a GPU what it takes to launch their work, and a host the Python around
-it. So a few tokens take short ways with the same weights (`few_experts.py`, `_project`), and nothing
+it. So a few tokens take short ways with the same weights (`few_experts.py`, `cached_attention.project`), and nothing
 in them waits for the device (`Span.at`): such a pass may be captured and replayed whole.
 
 Shapes: as in decode_state.py; V vocabulary, X hidden size.
@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_q3n.kernels import choices
@@ -32,7 +31,7 @@ from megatron_q3n.kernels import delta_steps as steps
 from megatron_q3n.kernels.delta_mixer import DeltaHeads, DeltaWeights
 from megatron_q3n.kernels.few_experts import add_product
 from megatron_q3n.model import few_experts
-from megatron_q3n.model.cached_attention import Rotary, RotaryRows, attend
+from megatron_q3n.model.cached_attention import Rotary, RotaryRows, attend, project
 from megatron_q3n.model.decode_state import DecodeState, KeyValueCache, Memory, mtp_layers
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetState
 from megatron_q3n.model.span import Span
@@ -83,14 +82,16 @@ def extend(
     """
     hidden = _embed(model, tokens_S, span)
     rotary = rotary_of(model, span, state)
+    room = state.begin_trial(span.counts[0]) if each_prefix else {}
     for number, layer in enumerate(model.decoder.layers):
         memory = state.layers[number]
-        hidden, after = run_layer(layer, hidden, memory, span, rotary, each_prefix)
+        hidden, after = run_layer(
+            layer, hidden, memory, span, rotary, each_prefix, room.get(number)
+        )
         if each_prefix and isinstance(after, GatedDeltaNetState):
             state.pending[number] = after
         else:
             state.layers[number] = after
-    state.prefixes = span.counts[0] if each_prefix else 1
     return span.flatten(model.decoder.final_norm(hidden))
 
 
@@ -113,8 +114,13 @@ def extend_mtp(
 
 def logits_of(model: Any, hidden_SX: Tensor) -> Tensor:
     """Return fp32 logits over the whole vocabulary [S,V], gathered from tensor-parallel ranks."""
+    return raw_logits_of(model, hidden_SX).float()
+
+
+def raw_logits_of(model: Any, hidden_SX: Tensor) -> Tensor:
+    """Return the same logits in the format that they are computed in."""
     logits, _ = model.output_layer(hidden_SX.unsqueeze(1), runtime_gather_output=True)
-    return logits.squeeze(1).float()
+    return logits.squeeze(1)
 
 
 def _embed(model: Any, tokens_S: Tensor, span: Span) -> Tensor:
@@ -131,8 +137,7 @@ def rotary_of(model: Any, span: Span, state: DecodeState) -> Rotary | RotaryRows
     if state.rotary_LR is None or len(state.rotary_LR) < reach:
         room = max(reach * 3 // 2, _FIRST_ROTATIONS)  # more than asked for, so that this is rare
         state.rotary_LR = RotaryRows.table(room, embedding, dtype)
-    rows_SR = state.rotary_LR.index_select(0, span.position_S)
-    return RotaryRows(span.arrange(rows_SR)[:, :, None])
+    return RotaryRows(state.rotary_LR, span)
 
 
 def run_layer(
@@ -142,9 +147,11 @@ def run_layer(
     span: Span,
     rotary: Rotary | RotaryRows,
     each_prefix: bool,
+    room: GatedDeltaNetState | None = None,
 ) -> tuple[Tensor, Memory]:
     """Run one sublayer: a mixer with its memory, or experts, which have none.
 
+    `room` is where the states after each token may go, if all of them are kept.
     Returns: hidden, which may lie where it came in; and the memory.
     """
     residual = hidden.float() if layer.config.fp32_residual_connection else hidden
@@ -161,7 +168,7 @@ def run_layer(
     if not each_prefix and not _goes_step_by_step(normed, memory, span):
         mixed, memory = mixer.mix(normed, memory, cu_seqlens=span.cu_seqlens, return_state=True)
         return residual + mixed, memory
-    mixed, memory = _mix_few(mixer, normed, memory)
+    mixed, memory = _mix_few(mixer, normed, memory, room)
     if not each_prefix:
         memory = _last_of_each(memory, span)
     return _add_projected(mixer.out_proj, mixed, residual, mixer.tp_group), memory
@@ -187,7 +194,10 @@ def _last_of_each(states: GatedDeltaNetState, span: Span) -> GatedDeltaNetState:
 
 
 def _mix_few(
-    mixer: GatedDeltaNet, hidden_TNX: Tensor, state: GatedDeltaNetState
+    mixer: GatedDeltaNet,
+    hidden_TNX: Tensor,
+    state: GatedDeltaNetState,
+    room: GatedDeltaNetState | None = None,
 ) -> tuple[Tensor, GatedDeltaNetState]:
     """Mix a few tokens up to the last projection, keeping the state after each.
 
@@ -203,21 +213,17 @@ def _mix_few(
         mixer.value_head_dim,
         mixer.config.layernorm_epsilon,
     )
-    qkvz = _project(mixer.in_proj, hidden_TNX, mixer.tp_group)
-    beta_alpha = _project(mixer.beta_alpha_proj, hidden_TNX, mixer.tp_group)
+    qkvz = project(mixer.in_proj, hidden_TNX, mixer.tp_group)
+    beta_alpha = project(mixer.beta_alpha_proj, hidden_TNX, mixer.tp_group)
     mixed, conv, delta = steps.delta_steps(
-        qkvz, beta_alpha, weights, heads, state.conv, state.delta
-    )
+        qkvz, beta_alpha, weights, heads, state.conv, state.delta,
+        out=None if room is None else (room.conv, room.delta),
+    )  # fmt: skip
     return mixed, GatedDeltaNetState(conv, delta)
-
-
-def _project(linear: nn.Module, x: Tensor, tp_group: Any) -> Tensor:
-    """Multiply with a linear's weight; on one rank without its wrapper, which is slower than the product."""
-    return F.linear(x, linear.weight) if tp_group.size() == 1 else linear(x)[0]
 
 
 def _add_projected(linear: nn.Module, x: Tensor, residual: Tensor, tp_group: Any) -> Tensor:
     """Add a linear's product to the residual; on one rank in the product's own launch, where the residual lies."""
     if tp_group.size() == 1 and residual.dtype == x.dtype:
         return add_product(residual, x, linear.weight)
-    return residual + _project(linear, x, tp_group)
+    return residual + project(linear, x, tp_group)

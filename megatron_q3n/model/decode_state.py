@@ -41,7 +41,7 @@ class KeyValueCache:
 
     def write(self, key_SHD: Tensor, value_SHD: Tensor, span: Span) -> None:
         """Put the new tokens' keys and values at their positions."""
-        self._reserve(max(span.ends))
+        self.reserve(max(span.ends))
         for stored, new in ((self.key, key_SHD), (self.value, value_SHD)):
             if span.only_start is not None:  # a plain copy needs no index
                 stored[0, :, span.only_start : span.ends[0]] = new.transpose(0, 1)
@@ -50,7 +50,8 @@ class KeyValueCache:
                 flat = new.reshape(-1, width).to(stored.dtype)
                 stored.view(-1, width).index_copy_(0, slots, flat)
 
-    def _reserve(self, positions: int) -> None:
+    def reserve(self, positions: int) -> None:
+        """Grow until there is room for so many positions, and for some more."""
         if positions > self.capacity:
             room = max(positions, self.capacity * 3 // 2)
             self.resize(-(-room // _CAPACITY_STEP) * _CAPACITY_STEP)
@@ -65,12 +66,37 @@ Memory = GatedDeltaNetState | KeyValueCache | None  # of one layer; a layer of e
 
 
 @dataclass
+class DeltaStack:
+    """The states of all Gated DeltaNet layers in two tensors [layers,N,…], so that one launch reaches all of each.
+
+    `parts` are the layers' own, by number, views of these.
+    """
+
+    whole: GatedDeltaNetState
+    parts: dict[int, GatedDeltaNetState]
+
+    @classmethod
+    def of(cls, conv: Tensor, delta: Tensor, numbers: list[int]) -> "DeltaStack":
+        """Cut two tensors into the layers of these numbers."""
+        parts = {number: GatedDeltaNetState(conv[i], delta[i]) for i, number in enumerate(numbers)}
+        return cls(GatedDeltaNetState(conv, delta), parts)
+
+    def room(self, each: int) -> "DeltaStack":
+        """Return memory for `each` times as many rows."""
+        conv, delta = (
+            x.new_empty(len(x), each * x.shape[1], *x.shape[2:]) for x in _tensors(self.whole)
+        )
+        return DeltaStack.of(conv, delta, list(self.parts))
+
+
+@dataclass
 class DecodeState:
     """The memories of every layer for N sequences, and how many tokens each sequence has put in.
 
     `layers` are the trunk's, `mtp` the multi-token prediction layer's. While tokens are on trial,
     `pending` holds the states of each Gated DeltaNet layer after each of a sequence's last `prefixes`
-    tokens, N·prefixes rows, until `keep` says how many of these tokens stay.
+    tokens, N·prefixes rows, until `keep` says how many of these tokens stay. In `stack` all these layers'
+    states lie together, if `stack_up` was asked for it, and in `trial` the pending ones.
 
     `keep` asks the device and writes in place; `lengths` is what the host knows, and `count` tells it.
     `rotary_LR` are rotations of positions, made by `decode.py` as far as they were needed.
@@ -82,6 +108,8 @@ class DecodeState:
     prefixes: int = 1
     pending: dict[int, GatedDeltaNetState] = field(default_factory=dict)
     rotary_LR: Tensor | None = None
+    stack: DeltaStack | None = None
+    trial: DeltaStack | None = None
 
     @classmethod
     def empty(cls, model: Any, num_sequences: int) -> "DecodeState":
@@ -93,18 +121,45 @@ class DecodeState:
     def settle(self, kept: list[int]) -> None:
         """Count `kept[n]` of the last call's tokens of sequence n as its own, and take back the rest."""
         if self.pending:
-            self.keep(self._index(kept))
+            last = [row * self.prefixes + keep - 1 for row, keep in enumerate(kept)]
+            self.keep(self._index(last))
         self.count(kept)
 
-    def keep(self, kept_N: Tensor) -> None:
-        """Take the states after so many of the tokens on trial."""
-        row_N = torch.arange(len(kept_N), device=kept_N.device) * self.prefixes + kept_N - 1
-        for number, states in self.pending.items():
-            memory = self.layers[number]
-            assert isinstance(memory, GatedDeltaNetState)
-            for kept, after_each in zip(_tensors(memory), _tensors(states)):
-                torch.index_select(after_each, 0, row_N, out=kept)
-        self.pending, self.prefixes = {}, 1
+    def stack_up(self) -> None:
+        """Move the states of all Gated DeltaNet layers, which are alike, into a stack: for one that stays in place."""
+        own = {n: x for n, x in enumerate(self.layers) if isinstance(x, GatedDeltaNetState)}
+        if own:
+            conv = torch.stack([x.conv for x in own.values()])
+            delta = torch.stack([x.delta for x in own.values()])
+            self.stack = DeltaStack.of(conv, delta, list(own))
+            self.layers = [self.stack.parts.get(n, x) for n, x in enumerate(self.layers)]
+
+    def begin_trial(self, prefixes: int) -> dict[int, GatedDeltaNetState]:
+        """Return room for the states after each of so many tokens, by layer; none where they do not lie in a stack."""
+        in_place = self.stack is not None and all(
+            self.layers[number] is part for number, part in self.stack.parts.items()
+        )
+        self.prefixes = prefixes
+        self.trial = self.stack.room(prefixes) if in_place and self.stack else None
+        return self.trial.parts if self.trial else {}
+
+    def keep(self, row_N: Tensor) -> None:
+        """Take the states in these rows of those on trial, one of each sequence."""
+        for kept, after_each, dim in self._on_trial():
+            for mine, theirs in zip(_tensors(kept), _tensors(after_each)):
+                torch.index_select(theirs, dim, row_N, out=mine)
+        self.pending, self.prefixes, self.trial = {}, 1, None
+
+    def _on_trial(self) -> list[tuple[GatedDeltaNetState, GatedDeltaNetState, int]]:
+        """Return states, those that may come in their place, and the dimension that counts rows."""
+        if self.trial and self.stack:
+            return [(self.stack.whole, self.trial.whole, 1)]
+        own = {number: self.layers[number] for number in self.pending}
+        return [
+            (x, self.pending[number], 0)
+            for number, x in own.items()
+            if isinstance(x, GatedDeltaNetState)
+        ]
 
     def count(self, kept: list[int]) -> None:
         """Note how many of the last call's tokens stayed."""

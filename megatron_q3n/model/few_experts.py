@@ -17,10 +17,11 @@ import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from torch import Tensor
 
-from megatron_q3n.kernels import choices, grouped_linear, permutation
+from megatron_q3n.kernels import choices, few_routes, grouped_linear, permutation
 from megatron_q3n.kernels import few_experts as kernels
 from megatron_q3n.model.dispatch import LocalDispatcher
 from megatron_q3n.model.route_tape import RouteTape
+from megatron_q3n.model.router import BiasedChoice
 
 MOST_TOKENS = 16
 MOST_COPIED_BYTES = 64 * 2**20  # by reckoning 45 µs of copying on an H200; not measured
@@ -82,6 +83,9 @@ def _weights(moe: Any) -> kernels.ExpertWeights:
 def _choose(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Return gates and experts [T,K], as GlobalBatchRouter chooses."""
     config = router.config
+    choice = plain_choice(router)
+    if choice is not None and choices.is_fused(few_routes.OPERATION, hidden):
+        return few_routes.route_few(hidden.flatten(0, -2), router.weight, choice)
     return topk_routing_with_score_function(
         router.gating(hidden).flatten(0, -2),
         router.topk,
@@ -94,3 +98,21 @@ def _choose(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         router_replay=router.router_replay,  # a bias on the choice: router.BiasedChoice
         dense_output=True,
     )
+
+
+def plain_choice(router: Any) -> few_routes.Choice | None:
+    """Say how a router chooses, if `few_routes` knows it: no groups, in fp32, with a bias in one of its ways."""
+    config, replay = router.config, router.router_replay
+    grouped = config.moe_router_num_groups or config.moe_router_group_topk
+    by_bias = isinstance(replay, BiasedChoice) and router.score_function == "softmax"
+    unbiased = replay is None and router.expert_bias is None
+    if grouped or config.moe_router_dtype != "fp32" or not (by_bias or unbiased):
+        return None
+    choice = few_routes.Choice(
+        router.topk,
+        router.score_function,
+        config.moe_router_pre_softmax,
+        config.moe_router_topk_scaling_factor,
+        router.expert_bias if by_bias else None,
+    )
+    return choice if few_routes.fits(choice, router.weight.shape[0]) else None

@@ -75,6 +75,28 @@ def test_decoding_in_bf16_is_as_near_the_truth_as_the_whole_forward_pass(alone: 
     assert max(errors) < 2 * max(whole)
 
 
+@pytest.mark.parametrize(
+    "operation", ["attention of a few tokens", "router's choice for a few tokens"]
+)
+def test_a_fused_way_of_few_tokens_says_what_torch_says(alone: Any, operation: str) -> None:
+    """Logits in bf16 with each, of single tokens, drafts' spans and a batch; every expert chosen, so none flips."""
+    from megatron_q3n.kernels import choices
+
+    verdicts = qualified("bf16")
+    assert verdicts[operation].startswith("fused"), verdicts
+    dense = {**MODEL, "num_moe_experts": 4, "moe_router_topk": 4, "kv_channels": 128}
+    model, prompts = tiny_model(alone, compute="bf16", **dense), random_prompts(PROMPTS, 64)
+    cuts = [[n - 40, n - 39, n - 35, n - 19, *range(n - 18, n + 1)] for n in PROMPTS]
+    fused = decoded(model, prompts, cuts)
+    choices.forget()
+    for other, verdict in verdicts.items():
+        if verdict.startswith("fused") and other != operation:
+            choices.allow(other)
+    errors = relative_error(fused, decoded(model, prompts, cuts))
+    print(errors)
+    assert max(errors) < 5e-2
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 def test_greedy_drafts_change_nothing_over_100_prompts(alone: Any, depth: int) -> None:
     from megatron_q3n.inference.generate import generate

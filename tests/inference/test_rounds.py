@@ -64,6 +64,34 @@ def test_the_same_tokens_as_without(model: Any, depth: int, temperature: float) 
         assert len({len(c.tokens) for c in wanted}) > 1, "some stop early"
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_states_in_a_stack_are_kept_like_any(model: Any, tokens: int) -> None:
+    """Room for the states of all layers at once, and the row of each sequence that is kept."""
+    from megatron_q3n.model.decode import extend, generating
+    from megatron_q3n.model.decode_state import DecodeState
+    from megatron_q3n.model.span import Span
+
+    device = next(model.parameters()).device
+    states = [DecodeState.empty(model, 2) for _ in range(2)]
+    states[1].stack_up()
+    row_N = torch.tensor([0, 2 * tokens - 1], device=device)
+    ids = torch.randint(0, 8, (2 * tokens,), device=device)
+    for start in (0, 10):
+        for state in states:
+            span = Span([start] * 2, [tokens] * 2, device)
+            with generating(model), torch.no_grad():
+                extend(model, ids, span, state, each_prefix=True)
+            assert (state.trial is not None) == (state is states[1])
+            state.keep(row_N)
+    delta = [[x for x in state.layers if hasattr(x, "delta")] for state in states]
+    assert len(delta[0]) > 1
+    for ours, wanted in zip(delta[1], delta[0]):
+        torch.testing.assert_close(ours.delta, wanted.delta)
+        torch.testing.assert_close(ours.conv, wanted.conv)
+        assert ours.delta.abs().max() > 0
+    assert states[1].select([0]).stack is None
+
+
 def test_two_generations_take_turns_in_the_same_room(model: Any) -> None:
     from megatron_q3n.inference.generate import generate
     from megatron_q3n.inference.sampling import Sampling

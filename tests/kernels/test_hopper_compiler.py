@@ -1,49 +1,143 @@
-"""The grouped product compiles for Hopper, without a GPU: Triton's pass that joins its two loops is easily upset, and
-the interpreter of the other tests knows nothing of it. Registers and speed are not covered (tools/bench_kernels.py)."""
+"""Kernels compile for Hopper, without a GPU: the interpreter of the other tests knows nothing of the compiler.
+
+The grouped product must keep its two loops joined, which Triton's pass easily gives up; the kernels of a few tokens
+must fit into registers and shared memory at the sizes of every recipe. Speed is not covered
+(tools/bench_kernels.py, tools/bench_generate.py).
+"""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton ships with torch for Linux only")
 
 VARIANTS = [(turned, columns, False) for turned in (False, True) for columns in (256, 128)]
+# head dim, query heads of a group, new tokens, window: one token and drafts of the small and the released model,
+# more rows than a program has, and a sliding window
+QUERIES = [(128, 4, 1, None), (256, 8, 1, None), (256, 8, 16, None), (64, 8, 3, 100)]
+# experts, chosen, with the product: the small and the released model
+ROUTES = [(64, 4, True), (512, 10, False)]
 HERE = Path(__file__)
+HOPPERS_SHARED_BYTES = 227 * 1024
 
 
-def test_every_variant_compiles() -> None:
-    # a process of its own, since the interpreter is chosen when Triton is imported
+def run_in_a_compiling_process(function: str) -> list[str]:
+    """Return what a function of this file prints: the interpreter is chosen when Triton is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
         "-c",
-        f"import runpy; runpy.run_path({str(HERE)!r})['compile_all']()",
+        f"import runpy; runpy.run_path({str(HERE)!r})[{function!r}]()",
     ]
     done = subprocess.run(
         command, env=environment, cwd=HERE.parents[2], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["wgmma"] * (len(VARIANTS) + 1)
+    return done.stdout.split()
 
 
-def compile_all() -> None:
+def test_every_grouped_product_multiplies_on_tensor_cores() -> None:
+    found = run_in_a_compiling_process("compile_grouped_products")
+    assert found == ["wgmma"] * (len(VARIANTS) + 1)
+
+
+def test_kernels_of_a_few_tokens_fit() -> None:
+    """No spilled register and no more shared memory than there is."""
+    found = run_in_a_compiling_process("compile_few_tokens")
+    assert found == ["fits"] * (2 * len(QUERIES) + len(ROUTES) + 3)
+
+
+def compile_grouped_products() -> None:
     """Compile, and say for each whether it multiplies on the tensor cores."""
     for turned, columns, scaled in [*VARIANTS, (False, 256, True)]:
-        print("wgmma" if "wgmma.mma_async" in compiled(turned, columns, scaled) else "slow")
+        ptx = _grouped_product(turned, columns, scaled).asm["ptx"]
+        print("wgmma" if "wgmma.mma_async" in ptx else "slow")
 
 
-def compiled(turned: bool, columns: int, scaled: bool) -> str:
-    """Return the kernel's PTX for compute capability 9.0."""
+def compile_few_tokens() -> None:
+    """Compile, and say for each kernel whether it fits."""
+    _compile_few_queries()
+    _compile_few_routes()
+    _compile_few_tokens()
+
+
+def _compile_few_tokens() -> None:
+    from megatron_q3n.kernels.fused import few_tokens as module
+
+    types = dict.fromkeys(("top_ptr", "total_ptr", "best_ptr"), "*fp32")
+    types |= dict.fromkeys(("drafts_ptr", "chosen_ptr", "grown_ptr", "row_ptr"), "*i64")
+    types |= {"token_ptr": "*i32", "packed_ptr": "*fp64"}
+    options = {"num_warps": module.WARPS_OF_PIECES}
+    _say_fits(_compiled(module._pieces_kernel, {"PIECE": module.PIECE}, types, ("V",), options))
+    # no draft and the small model's vocabulary, four drafts and the released one's
+    for sizes in ({"T": 1, "TP": 1, "PP": 2}, {"T": 5, "TP": 8, "PP": 64}):
+        _say_fits(_compiled(module._judge_kernel, sizes, types, ("V",), {"num_warps": 4}))
+
+
+def _compile_few_routes() -> None:
+    from megatron_q3n.kernels.few_routes import Choice
+    from megatron_q3n.kernels.fused import few_routes as module
+
+    fp32 = dict.fromkeys(("logits_ptr", "bias_ptr", "gates_ptr"), "*fp32")
+    types = {**fp32, "experts_ptr": "*i64", "scaling": "fp32"}
+    for experts, topk, product in ROUTES:
+        constants: dict[str, Any] = {
+            **module.constants(experts, Choice(topk), product),
+            "bias_ptr": None,
+        }
+        constants |= {"logits_ptr": None} if product else {"x_ptr": None, "weight_ptr": None}
+        warps = module.WARPS_OF_PRODUCT if product else module.WARPS
+        _say_fits(_compiled(module._kernel, constants, types, ("X",), {"num_warps": warps}))
+
+
+def _compile_few_queries() -> None:
+    from megatron_q3n.kernels.few_queries import AttentionHeads
+    from megatron_q3n.kernels.fused import few_queries as module
+
+    types = {"start_ptr": "*i64", "scale": "fp32", "eps": "fp32"}
+    types |= dict.fromkeys(("core_ptr", "top_ptr", "total_ptr"), "*fp32")
+    for dim, queries, tokens, window in QUERIES:
+        heads = AttentionHeads(2, queries, dim, True, dim**-0.5, window)
+        sizes = module.block_sizes(tokens, heads)
+        shared = {"G": 2, "R": queries, "D": dim, "GATED": True, "WINDOWED": window is not None}
+        shared["BLOCK"] = sizes["BLOCK"]
+        read = {**shared, "HALF": dim // 8, "HAS_NORM": True, "OFFSET": 1.0, "ROWS": sizes["ROWS"]}
+        join = {**shared, "PIECES": module.PIECES, "CHANNELS": min(module.CHANNELS, dim)}
+        strides = ("stride_t", "stride_n", "cache_stride_n", "cache_stride_g")
+        _say_fits(_compiled(module._read_kernel, read, types, strides, module.LAUNCH))
+        _say_fits(_compiled(module._join_kernel, join, types, strides, {"num_warps": 4}))
+
+
+def _say_fits(kernel: Any) -> None:
+    usage = _resource_usage(kernel.asm["cubin"])
+    fits = usage["STACK"] == usage["LOCAL"] == 0 and kernel.metadata.shared < HOPPERS_SHARED_BYTES
+    print("fits" if fits else f"{kernel.metadata.name}:{usage}".replace(" ", ""))
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """Return what a kernel takes: REG registers of a thread, STACK and LOCAL bytes where they did not suffice, …"""
+    import tempfile
+
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", told)}
+
+
+def _grouped_product(turned: bool, columns: int, scaled: bool) -> Any:
     from megatron_q3n.kernels.fused import grouped_product as module
 
-    kernel, wide = module._product_kernel, columns == 256
+    wide = columns == 256
     element, size = ("fp8e4nv", 1) if scaled else ("bf16", 2)
     block_k = 128 // size
     tile = (block_k, columns) if turned else (columns, block_k)
@@ -57,21 +151,41 @@ def compiled(turned: bool, columns: int, scaled: bool) -> str:
         "rows_desc": f"tensordesc<{element}[{module.BLOCK_R}, {block_k}]>",
         "weight_desc": f"tensordesc<{element}[{tile[0]}, {tile[1]}]>",
         "out_desc": f"tensordesc<bf16[{module.BLOCK_R}, {columns // 2 if wide else columns}]>",
-        "out_ptr": "*bf16", "N": "i32", "K": "i32", "row_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32",
+        "out_ptr": "*bf16", "row_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32",
+        **dict.fromkeys(("ends_ptr", "expert_ptr", "row_ptr", "count_ptr"), "*i32"),
     }  # fmt: skip
+    warps, stages = (module._WIDE if wide else module._NARROW)[1:]
+    options = {"num_warps": warps, "num_stages": stages}
+    return _compiled(module._product_kernel, constants, types, ("N", "K"), options)
+
+
+def _compiled(
+    kernel: Any,
+    constants: dict[str, Any],
+    types: dict[str, str],
+    aligned: tuple[str, ...],
+    options: dict[str, int],
+) -> Any:
+    """Compile for compute capability 9.0; pointers are to bf16, the rest i32, unless `types` says otherwise."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     names = kernel.arg_names
     signature = {
-        name: "constexpr" if name in constants else types.get(name, "*i32") for name in names
+        name: "constexpr"
+        if name in constants
+        else types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        for name in names
     }
-    aligned = {
+    attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if name in ("N", "K") or signature[name].startswith("*")
+        if name in aligned or signature[name].startswith("*")
     }
     places = {(names.index(name),): value for name, value in constants.items()}
-    warps, stages = (module._WIDE if wide else module._NARROW)[1:]
     return triton.compile(
-        ASTSource(kernel, signature, places, aligned),
+        ASTSource(kernel, signature, places, attributes),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "num_stages": stages},
-    ).asm["ptx"]
+        options=options,
+    )

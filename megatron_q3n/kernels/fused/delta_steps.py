@@ -100,15 +100,22 @@ def _kernel(
 
 def delta_steps(
     qkvz_TBX: Tensor, beta_alpha_TBX: Tensor, weights: DeltaWeights, heads: DeltaHeads,
-    conv_BCK: Tensor, delta_BHKV: Tensor,
+    conv_BCK: Tensor, delta_BHKV: Tensor, states: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Mix T tokens of B sequences; shapes and returns as `kernels.delta_steps`."""
+    """Mix T tokens of B sequences; shapes and returns as `kernels.delta_steps`, whose `out` is `states`."""
     tokens, batch, _ = qkvz_TBX.shape
     dim, taps = heads.value_dim, weights.taps_CK.shape[1]
     assert qkvz_TBX.stride(2) == beta_alpha_TBX.stride(2) == 1
     out = qkvz_TBX.new_empty(tokens, batch, heads.value_heads * dim)
-    conv_out = conv_BCK.new_empty(batch * tokens, *conv_BCK.shape[1:])
-    delta_out = delta_BHKV.new_empty(batch * tokens, *delta_BHKV.shape[1:])
+    if states is None:
+        each = batch * tokens
+        states = (
+            conv_BCK.new_empty(each, *conv_BCK.shape[1:]),
+            delta_BHKV.new_empty(each, *delta_BHKV.shape[1:]),
+        )
+    conv_out, delta_out = states
+    assert conv_out.is_contiguous()
+    assert delta_out.is_contiguous()
     _kernel[(heads.value_heads, batch)](
         qkvz_TBX, beta_alpha_TBX, weights.taps_CK.contiguous(), weights.a_log_H, weights.dt_bias_H,
         weights.norm_V, conv_BCK.contiguous(), delta_BHKV.contiguous(), out, conv_out, delta_out,

@@ -1,0 +1,116 @@
+"""Which experts a few tokens go to, in one launch: a program has a token, all scores of it in registers.
+
+The highest score is taken out K times. Score and expert are one number to compare, the score's bits in an
+order that integers have too, then the expert, counted down, so that a maximum alone says which, ties included.
+
+Shapes: as in kernels/few_routes.py; EP and KP are E and K rounded up to a power of two.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_q3n.kernels.few_routes import Choice
+
+_WEIGHTS_AT_ONCE = 2**14  # of a program of eight warps: 64 of each thread
+WARPS_OF_PRODUCT, WARPS = 8, 4
+
+
+@triton.jit
+def _ranked(scores, e, EP: tl.constexpr):
+    """Make of each score and its expert an integer that is the greater, the higher the score and the lower e."""
+    bits = scores.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    return ordered * EP + (EP - 1 - e).to(tl.int64)
+
+
+@triton.jit
+def _kernel(
+    logits_ptr, x_ptr, weight_ptr, bias_ptr, gates_ptr, experts_ptr, X, scaling,
+    E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+    PRODUCT: tl.constexpr, SIGMOID: tl.constexpr, PRE_SOFTMAX: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    e, k = tl.arange(0, EP), tl.arange(0, KP)
+    exists = e < E
+    if PRODUCT:
+        sums = tl.zeros([EP, BLOCK], tl.float32)
+        for start in range(0, X, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + token * X + i, mask=i < X, other=0.0).to(tl.float32)
+            mask = exists[:, None] & (i < X)[None, :]
+            weight = tl.load(weight_ptr + e[:, None] * X + i[None, :], mask=mask, other=0.0)
+            sums += weight.to(tl.float32) * x[None, :]
+        logits = tl.sum(sums, axis=1)
+    else:
+        logits = tl.load(logits_ptr + token * E + e, mask=exists, other=0.0)
+    scores = logits
+    if SIGMOID:
+        scores = tl.sigmoid(logits)
+    if PRE_SOFTMAX:
+        highest = tl.max(tl.where(exists, logits, float("-inf")), axis=0)
+        raised = tl.where(exists, tl.exp(logits - highest), 0.0)
+        scores = raised / tl.sum(raised, axis=0)
+    ranked = scores
+    if BIASED:
+        ranked = scores + tl.load(bias_ptr + e, mask=exists, other=0.0)
+    least: tl.constexpr = -(2**62)
+    rank = tl.where(exists, _ranked(ranked, e, EP), least)
+    chosen = tl.zeros([KP], tl.int32)
+    for slot in tl.static_range(K):
+        best = tl.max(rank, axis=0)
+        expert = (EP - 1 - (best & (EP - 1))).to(tl.int32)
+        chosen = tl.where(k == slot, expert, chosen)
+        rank = tl.where(e == expert, least, rank)
+    is_chosen = chosen[:, None] == e[None, :]
+    gates = tl.sum(tl.where(is_chosen, scores[None, :], 0.0), axis=1)
+    if SIGMOID:
+        if K > 1:
+            gates = gates / (tl.sum(tl.where(k < K, gates, 0.0), axis=0) + 1e-20)
+    elif not PRE_SOFTMAX:
+        highest = tl.max(tl.where(k < K, gates, float("-inf")), axis=0)
+        raised = tl.where(k < K, tl.exp(gates - highest), 0.0)
+        gates = raised / tl.sum(raised, axis=0)
+    tl.store(gates_ptr + token * K + k, gates * scaling, mask=k < K)
+    tl.store(experts_ptr + token * K + k, chosen.to(tl.int64), mask=k < K)
+
+
+def choose_few(logits_TE: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Choose by fp32 scores; returns as `kernels.route_few`."""
+    (tokens, experts), logits_TE = logits_TE.shape, logits_TE.contiguous()
+    gates, chosen = _results(logits_TE, tokens, choice)
+    _kernel[(tokens,)](
+        logits_TE, None, None, choice.bias_E, gates, chosen, 0, choice.scaling_factor or 1.0,
+        **constants(experts, choice, product=False), num_warps=WARPS,
+    )  # fmt: skip
+    return gates, chosen
+
+
+def route_few(x_TX: Tensor, weight_EX: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Score and choose; shapes and returns as `kernels.route_few`, both tensors contiguous."""
+    tokens, width = x_TX.shape
+    gates, chosen = _results(x_TX, tokens, choice)
+    _kernel[(tokens,)](
+        None, x_TX, weight_EX, choice.bias_E, gates, chosen, width, choice.scaling_factor or 1.0,
+        **constants(len(weight_EX), choice, product=True), num_warps=WARPS_OF_PRODUCT,
+    )  # fmt: skip
+    return gates, chosen
+
+
+def _results(like: Tensor, tokens: int, choice: Choice) -> tuple[Tensor, Tensor]:
+    return (
+        like.new_empty(tokens, choice.topk, dtype=torch.float32),
+        like.new_empty(tokens, choice.topk, dtype=torch.int64),
+    )
+
+
+def constants(num_experts: int, choice: Choice, product: bool) -> dict[str, int | bool]:
+    """Return what is compiled into the kernel."""
+    padded = max(16, triton.next_power_of_2(num_experts))
+    is_sigmoid = choice.score_function == "sigmoid"
+    return {
+        "E": num_experts, "K": choice.topk, "EP": padded, "KP": triton.next_power_of_2(choice.topk),
+        "BLOCK": _WEIGHTS_AT_ONCE // padded, "PRODUCT": product, "SIGMOID": is_sigmoid,
+        "PRE_SOFTMAX": choice.use_pre_softmax and not is_sigmoid, "BIASED": choice.bias_E is not None,
+    }  # fmt: skip
