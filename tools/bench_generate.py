@@ -5,10 +5,12 @@ tools/bench_generate.py runs/latest --precision bf16 --depths 0 1 2 3 4 --json f
 
 On a GPU, steps are timed both as CUDA graphs and launched one by one; the speed-up of drafts is against
 no drafts, both as graphs. Texts are compared with those without drafts: in fp32 they are the same, in bf16
-a near tie may fall the other way, and `tie` says how near in log probability the nearest was.
+a near tie may fall the other way, and `tie` says how near in log probability the nearest was. With --profile, where
+a round's time goes on the device, by kernel.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
@@ -29,6 +31,7 @@ from megatron_q3n import train
 from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, UserError, validate
 
 STEPS, REPEATS = 10, 5
+PROFILED, WARM, SHOWN = 20, 4, 16  # rounds, rounds before them, kernels
 ROOM = (REPEATS + 1) * STEPS  # positions that timing takes
 
 
@@ -44,6 +47,7 @@ def main() -> int:
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
     parser.add_argument("--sequences", type=int, default=1, help="sequences at once")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--profile", action="store_true", help="kernels of greedy rounds")
     parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
     try:
@@ -86,6 +90,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "sequences": given.sequences,
         "contexts": contexts(model, given, device.synchronize),
         "drafts": drafts(model, given, source),
+        "profiles": profiles(model, given, source) if given.profile else {},
     }
     parallel.shutdown()
     return figures
@@ -294,6 +299,28 @@ def continued(
         "conditional_acceptance": [kept / max(1, n) for n, kept in acceptance(done)],
     }
     return done, figures
+
+
+def profiles(model: Any, given: argparse.Namespace, source: Path) -> dict[str, Any]:
+    """Look at the kernels of some greedy rounds behind one prompt, at each draft depth."""
+    import torch
+    from benchmark.kernel_groups import profiled
+
+    from megatron_q3n.inference.generate import start
+    from megatron_q3n.inference.sampling import Sampling
+
+    prompt, found = held_out(source, given)[0], {}
+    for depth in given.depths:
+        sampling = Sampling((PROFILED + WARM + 1) * (depth + 1), 0.0)
+        coming = iter(start(model, [prompt], sampling, draft_depth=depth, cuda_graph=None))
+        for _ in range(WARM):
+            next(coming)
+        seen = profiled(partial(next, coming), PROFILED, is_cuda=torch.cuda.is_available())
+        found[str(depth)] = dataclasses.asdict(seen)
+        print(f"\na round at depth {depth}: {seen.busy_ms:.3f} ms busy, {seen.kernels:.0f} kernels")
+        for name, milliseconds, count in seen.longest[:SHOWN]:
+            print(f"{1e3 * milliseconds:9.1f} µs {count:6.1f} ×   {name[:90]}", flush=True)
+    return found
 
 
 def compared(done: list[Any], plain: list[Any]) -> dict[str, Any]:

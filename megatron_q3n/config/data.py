@@ -34,6 +34,10 @@ class DataConfig(Section):
     stdlib_validation_percent: float = Field(
         5.0, gt=0, lt=50, description="share of files held out, by file"
     )
+    stdlib_packages: list[str] = Field(
+        default_factory=list,
+        description="installed packages whose source is added, e.g. [torch, transformers]; held out by folder",
+    )
     train: list[BlendPart] = Field(
         default_factory=list, description="blend used for training (source: blend)"
     )

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.config.data import BlendPart
-from megatron_q3n.data.folders import cache_root
 from megatron_q3n.data.manifest import Manifest, verify_prepared
-from megatron_q3n.data.stdlib import prepare_stdlib
+from megatron_q3n.data.stdlib import corpus_of
 from megatron_q3n.data.tokenizer import TextTokenizer, fingerprint_of
 
 
@@ -40,8 +39,7 @@ def load_blends(config: RunConfig) -> Blends:
     """
     data = config.data
     if data.source == "stdlib":
-        cache = cache_root(data.cache_dir)
-        corpus = prepare_stdlib(cache, data.stdlib_vocab_size, data.stdlib_validation_percent)
+        corpus = corpus_of(data)
         train = [BlendPart(path=str(corpus.train))]
         validation = [BlendPart(path=str(corpus.validation))]
     else:

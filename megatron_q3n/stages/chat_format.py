@@ -8,10 +8,9 @@ from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.conversion.importing import KEPT
 from megatron_q3n.data.chat_template import TEMPLATE_FILE, ChatTemplate, chat_template
 from megatron_q3n.data.conversations import texts_of
-from megatron_q3n.data.folders import cache_root
 from megatron_q3n.data.manifest import verify_prepared
 from megatron_q3n.data.sft_rows import read_all
-from megatron_q3n.data.stdlib import prepare_stdlib
+from megatron_q3n.data.stdlib import corpus_of
 from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
 from megatron_q3n.stages.run_directory import TOKENIZER_FOLDER, write_atomically
 from megatron_q3n.stages.trained_model import tokenizer_of
@@ -59,9 +58,6 @@ def _tokenizer(config: RunConfig) -> tuple[TextTokenizer, Path | None]:
         found = next((f for f in folders if (f / "tokenizer.json").is_file()), None)
         return tokenizer_of(source, None), found
     if data.source == "stdlib":
-        corpus = prepare_stdlib(
-            cache_root(data.cache_dir), data.stdlib_vocab_size, data.stdlib_validation_percent
-        )
-        return TextTokenizer.load(corpus.train), None
+        return TextTokenizer.load(corpus_of(data).train), None
     path = data.train[0].path
     return TextTokenizer.load(path, verify_prepared(path).tokenizer.eod_token), None

@@ -37,7 +37,7 @@ def run(config: RunConfig, _run_dir: Path) -> int:
     """
     wanted = config.evaluate
     source = trained_model.find(config)
-    config = trained_model.with_model_of(source, config)
+    config = trained_model.with_text_of(source, trained_model.with_model_of(source, config))
     tokenizer = trained_model.tokenizer_of(source, wanted.tokenizer)
     parts = _parts(config, tokenizer) if wanted.rows or wanted.recall_lengths else {}
     _check(config)

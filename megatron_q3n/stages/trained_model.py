@@ -9,16 +9,21 @@ from megatron_q3n import checkpoint
 from megatron_q3n.checkpoint import integrity
 from megatron_q3n.checkpoint.weights import load_weights
 from megatron_q3n.config import ModelConfig, RunConfig, UserError, validate
+from megatron_q3n.config.data import DataConfig
 from megatron_q3n.conversion.importing import KEPT
-from megatron_q3n.data.folders import cache_root
 from megatron_q3n.data.manifest import verify_prepared
-from megatron_q3n.data.stdlib import prepare_stdlib
+from megatron_q3n.data.stdlib import corpus_of
 from megatron_q3n.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from megatron_q3n.device import Device
 from megatron_q3n.kernels.qualification import qualify
 from megatron_q3n.model.build import build_model, compute_dtype
 from megatron_q3n.parallel import Parallel
 from megatron_q3n.stages.run_directory import CONFIG, TOKENIZER_FOLDER
+
+# what says which text a run reads; how it is laid out and cached is another matter
+TEXT = (
+    "source", "stdlib_vocab_size", "stdlib_validation_percent", "stdlib_packages", "train", "validation", "tokenizer",
+)  # fmt: skip
 
 
 def with_model_of(source: Path, config: RunConfig) -> RunConfig:
@@ -30,6 +35,21 @@ def with_model_of(source: Path, config: RunConfig) -> RunConfig:
     chosen = {name: value for name, value in own.items() if value != defaults[name]}
     saved = integrity.read(source)["model"]
     return validate(config.model_dump(mode="json") | {"model": saved | chosen})
+
+
+def with_text_of(source: Path, config: RunConfig) -> RunConfig:
+    """Return the configuration with the text that the checkpoint's run held out, where this one names none.
+
+    A tokenizer goes with its text, so that of the defaults would be refused for any other run.
+    """
+    run_config = source.parent.parent / CONFIG
+    ours = config.data.model_dump(mode="json")
+    defaults = DataConfig().model_dump(mode="json")
+    if not run_config.is_file() or any(ours[name] != defaults[name] for name in TEXT):
+        return config
+    run = defaults | yaml.safe_load(run_config.read_text())["data"]
+    data = ours | {name: run[name] for name in TEXT}
+    return validate(config.model_dump(mode="json") | {"data": data})
 
 
 def load_model(source: Path, config: RunConfig, device: Device, group: Parallel) -> Any:
@@ -64,12 +84,7 @@ def tokenizer_of(source: Path, setting: str | None) -> TextTokenizer:
     if data["tokenizer"] is not None:
         return TextTokenizer.load(data["tokenizer"])
     if data["source"] == "stdlib":
-        corpus = prepare_stdlib(
-            cache_root(data["cache_dir"]),
-            data["stdlib_vocab_size"],
-            data["stdlib_validation_percent"],
-        )
-        return TextTokenizer.load(corpus.train)
+        return TextTokenizer.load(corpus_of(DataConfig.model_validate(data)).train)
     folder = data["train"][0]["path"]
     return TextTokenizer.load(folder, verify_prepared(folder).tokenizer.eod_token)
 

@@ -78,6 +78,37 @@ def test_cache_is_used_and_follows_settings_and_sources(library: Path, tmp_path:
     assert len(others) == 4
 
 
+def test_packages_are_added_and_split_by_folder(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(12):
+        for name in ("one.py", "two.py", "tests/three.py"):
+            file = tmp_path / "site/shelf_of_books" / f"shelf_{number}" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"TITLE = {str(file)!r}\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    corpus = prepare_stdlib(
+        tmp_path / "cache", 280, 30.0, root=library, packages=["shelf_of_books"]
+    )
+    alone = prepare_stdlib(tmp_path / "cache", 280, 30.0, root=library)
+    both = verify_prepared(corpus.train, True), verify_prepared(corpus.validation, True)
+    shelves = [
+        {Path(s.path).parent.name for s in part.sources if "shelf_of_books" in s.path}
+        for part in both
+    ]
+    assert shelves[0]
+    assert shelves[1]
+    assert not shelves[0] & shelves[1]
+    books = [s.path for part in both for s in part.sources if "shelf_of_books" in s.path]
+    assert len(books) == 24
+    assert not [path for path in books if "tests" in path]
+    assert both[0].tokenizer == verify_prepared(alone.train).tokenizer, "the library's own"
+    assert "shelf_of_books" not in sys.modules
+    for package in ("no_such_package", "os.path", "stat"):  # missing, no package's name, no folder
+        with pytest.raises(UserError, match=rf"stdlib_packages: {package} is not installed"):
+            prepare_stdlib(tmp_path / "cache", 280, 30.0, root=library, packages=[package])
+
+
 def test_a_warm_cache_needs_no_torch(library: Path, tmp_path: Path) -> None:
     prepare_stdlib(tmp_path / "cache", 280, 20.0, root=library)
     code = (

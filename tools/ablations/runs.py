@@ -3,7 +3,8 @@
 How a run ended is a result and written down beside it (`OUTCOME`), also when it failed: a study does not end because a
 learning rate was too large. A run that was interrupted has no such file, and goes on from its checkpoint next time.
 Once a run is written down its checkpoints are deleted: with optimizer states they are gigabytes each, and what a study
-is about is recorded by then. Only a model whose evaluation failed is kept, and evaluated again next time.
+is about is recorded by then. Only a model whose evaluation failed is kept, and evaluated again next time; if it is not
+there any more (records that came from another machine), the run is made anew.
 
 Where studies run together, a run that several of them want is made once, and the others get copies (schedule.py).
 """
@@ -59,7 +60,11 @@ class Bench:
             return known
         began = time.monotonic()
         code = 0
-        if not is_concluded(trial.run_dir, trial.config.training.steps):
+        is_trained = is_concluded(trial.run_dir, trial.config.training.steps)
+        if is_trained and trial.is_evaluated and not (trial.run_dir / "checkpoints").is_dir():
+            shutil.rmtree(trial.run_dir)
+            is_trained = False
+        if not is_trained:
             code = self._process(trial.training, trial.run_dir)
             if code in (STOPPED, EXIT_REQUEUE):
                 return None
