@@ -107,7 +107,18 @@ class Stock:
         """Do nothing: DDP adds each gradient to the main gradients and drops it."""
 
     def free(self) -> None:
-        """Let go of the model."""
+        """Let go of the model, and empty what it held.
+
+        Something behind megatron-core's compiled functions keeps the model of every visit: 10 GiB more each time on
+        an H200, until nobody had room.
+        """
+        if self.chunk is None:
+            return
+        buffers = [*self.chunk.buffers, *self.chunk.expert_parallel_buffers]
+        stored = [tensor for b in buffers for tensor in (b.param_data, b.grad_data)]
+        for tensor in [*stored, *self.chunk.module.parameters()]:
+            if tensor is not None:
+                tensor.data.untyped_storage().resize_(0)
         self.chunk = None
 
 
