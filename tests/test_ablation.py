@@ -243,6 +243,18 @@ def test_a_run_that_fails_is_a_result_and_stays_one(tmp_path: Path) -> None:
     assert output.read_text() == 2 * once
 
 
+def test_a_run_whose_model_is_gone_is_made_anew(tmp_path: Path) -> None:
+    """Records alone, from another machine, of a run that was trained and not evaluated yet."""
+    trial = a_trial(tmp_path, "--config-name", "pretrain-tiny", "training.stesp=1")
+    trial = dataclasses.replace(trial, is_evaluated=True)
+    trial.run_dir.mkdir(parents=True)
+    (trial.run_dir / "summary.json").write_text(json.dumps({"steps": trial.config.training.steps}))
+    room("runs").Bench(1, False, False).run([room("schedule").Shared(trial)])
+    outcome = room("outcomes").outcome_of(trial)
+    assert outcome["ended"] == "failed", "that setting is refused: so it was trained again"
+    assert not (trial.run_dir / "summary.json").exists()
+
+
 def test_nothing_begins_once_a_study_stops(tmp_path: Path) -> None:
     bench = room("runs").Bench(1, False, False)
     bench.stop()

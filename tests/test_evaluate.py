@@ -92,6 +92,26 @@ def test_losses_and_bytes_by_position_are_those_of_the_logits(alone: Any) -> Non
     torch.testing.assert_close(sums.text, wanted, rtol=0, atol=1e-3)
 
 
+def test_the_text_is_that_of_the_run_unless_another_is_named(run_dir: Path) -> None:
+    from megatron_q3n.stages.trained_model import with_text_of
+
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    saved["data"] |= {"stdlib_vocab_size": 300, "stdlib_packages": ["yaml"], "cache_dir": "there"}
+    beside = run_dir.parent / "another"
+    source = beside / "checkpoints/step_0000001"
+    source.mkdir(parents=True)
+    assert with_text_of(source, validate({})) == validate({}), "no run directory around it"
+    (beside / "config.yaml").write_text(yaml.safe_dump(saved))
+    found = with_text_of(source, validate({"data": {"cache_dir": "here"}})).data
+    assert (found.stdlib_vocab_size, found.stdlib_packages) == (300, ["yaml"])
+    assert found.cache_dir == "here"
+    named = validate({"data": {"stdlib_vocab_size": 400}})
+    assert with_text_of(source, named) == named
+    saved["data"].pop("stdlib_packages")  # a run from before there were any
+    (beside / "config.yaml").write_text(yaml.safe_dump(saved))
+    assert with_text_of(source, validate({})).data.stdlib_packages == []
+
+
 def test_results_name_what_was_added_up() -> None:
     from megatron_q3n.inference.held_out import Sums
     from megatron_q3n.stages.evaluation_results import set_results
