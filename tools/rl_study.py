@@ -137,7 +137,9 @@ class Study:
 
     def examined(self, checkpoint: Path, name: str) -> float:
         """Return a checkpoint's held-out accuracy, by a run that examines it before its only step."""
-        once = ("training.steps=1", "rl.held_out_interval_steps=0")
+        # one step, whatever the recipe's rate does over many
+        rate = ("schedule.style=constant", "schedule.decay_steps=null", "schedule.warmup_steps=0")
+        once = ("training.steps=1", "rl.held_out_interval_steps=0", *rate)
         run_dir = self.bench.run("rl-tiny", name, f"checkpoint.load={checkpoint}", *once)
         return accuracy.before(run_dir)
 
