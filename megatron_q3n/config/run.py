@@ -167,10 +167,10 @@ class RunConfig(Section):
             raise UserError(
                 f"schedule.warmup_steps={schedule.warmup_steps} must be below training.steps={steps}."
             )
-        if schedule.style == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > steps:
+        if schedule.style == "wsd" and schedule.warmup_steps + (schedule.decay(steps) or 0) > steps:
             raise UserError(
                 f"schedule.warmup_steps={schedule.warmup_steps} + "
-                f"schedule.decay_steps={schedule.decay_steps} is more than training.steps={steps}; "
+                f"schedule.decay_steps={schedule.decay(steps)} is more than training.steps={steps}; "
                 "shorten one of them."
             )
 

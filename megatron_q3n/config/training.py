@@ -56,10 +56,11 @@ class ScheduleConfig(Section):
     lr: float = Field(2e-3, gt=0, description="the peak")
     min_lr: float = Field(2e-4, ge=0)
     warmup_steps: int = Field(20, ge=0)
-    decay_steps: int | None = Field(
+    decay_steps: int | float | None = Field(
         None,
         gt=0,
-        description="cosine: steps until min_lr (null: training.steps); wsd: length of the final decay",
+        description="cosine: steps until min_lr (null: training.steps); wsd: length of the final decay; "
+        "below 1: so much of training.steps",
     )
     wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
 
@@ -68,6 +69,10 @@ class ScheduleConfig(Section):
         if self.min_lr > self.lr:
             raise UserError(
                 f"schedule.min_lr={self.min_lr} is above schedule.lr={self.lr}; lower it."
+            )
+        if isinstance(self.decay_steps, float) and self.decay_steps >= 1:
+            raise UserError(
+                f"schedule.decay_steps={self.decay_steps} is neither a number of steps nor a share below 1."
             )
         if self.style == "wsd" and self.decay_steps is None:
             raise UserError(
@@ -78,6 +83,12 @@ class ScheduleConfig(Section):
                 "schedule.decay_steps has no effect with schedule.style=constant; set it to null."
             )
         return self
+
+
+    def decay(self, steps: int) -> int | None:
+        """Return `decay_steps` of a run of so many steps as a number of steps."""
+        length = self.decay_steps
+        return max(1, round(length * steps)) if isinstance(length, float) else length
 
 
 class TrainingConfig(Section):

@@ -153,8 +153,8 @@ def build_schedule(
 ) -> OptimizerParamScheduler:
     """Build the learning-rate schedule, positioned at `step`: it is a pure function of the step, and is not saved."""
     schedule, steps = config.schedule, config.training.steps
-    wsd = schedule.style == "wsd"
-    horizon = schedule.decay_steps if schedule.style == "cosine" and schedule.decay_steps else steps
+    wsd, decay = schedule.style == "wsd", schedule.decay(steps)
+    horizon = decay if schedule.style == "cosine" and decay else steps
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=schedule.lr / (schedule.warmup_steps + 1),  # the first step already learns
@@ -167,7 +167,7 @@ def build_schedule(
         end_wd=config.optimizer.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
-        wsd_decay_steps=schedule.decay_steps if wsd else None,
+        wsd_decay_steps=decay if wsd else None,
         lr_wsd_decay_style=schedule.wsd_decay_style if wsd else None,
     )
     scheduler.step(step)

@@ -120,8 +120,12 @@ def test_decay_table_lists_every_parameter(state: Any) -> None:
             {"style": "wsd", "decay_steps": 20, "wsd_decay_style": "linear"},
             lambda step: 1.0 if step <= 80 else 1 - 0.9 * (step - 80) / 20,
         ),
+        (
+            {"style": "wsd", "decay_steps": 0.2, "wsd_decay_style": "linear"},
+            lambda step: 1.0 if step <= 80 else 1 - 0.9 * (step - 80) / 20,
+        ),
     ],
-    ids=["constant", "cosine", "wsd"],
+    ids=["constant", "cosine", "wsd", "wsd-share"],
 )
 def test_learning_rate_follows_its_formula(
     alone: Any, schedule: dict[str, Any], expected: Any
