@@ -21,6 +21,7 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "misspelt part": (["model=smal"], "model=smal: there is no recipes/model/smal.yaml. Did you mean 'small'?"),
     "wrong type": (["training.steps=many"], "training.steps='many': input should be a valid integer"),
     "not a number": (["schedule.lr=fast"], "schedule.lr='fast'"),
+    "neither steps nor a share": (["schedule.decay_steps=1.5"], "schedule.decay_steps=1.5 is neither"),
     "negative": (["training.steps=-1"], "training.steps=-1: input should be greater than 0"),
     "no value": (["training.steps"], "training.steps"),
     "heads by tensor parallel": (
