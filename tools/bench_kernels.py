@@ -6,6 +6,10 @@
 Shapes are Qwen3-Next's: hidden 2048, 16/32 heads of 128, experts 512 wide, 10 of them per token. A row is the median
 of repeated runs; GB/s counts each input read and each output written once, TFLOP/s multiply-adds as two. Compare
 within one run only.
+
+`rows` is decoding's products of a few rows, at the small and the released model's sizes, replayed as CUDA graphs with
+weights where the last replay left them, as in a round. Where ours loses to the library for the rows that matter,
+put (K, N) into `LEFT_TO_LIBRARY` in kernels/few_rows.py, or try other `BLOCKS` in kernels/fused/few_rows.py.
 """
 
 import argparse
@@ -19,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from benchmark.few_rows import few_rows
 from triton.testing import do_bench
 
 HIDDEN, WIDTH, TOPK, KEY_HEADS, VALUE_HEADS, DIM = 2048, 512, 10, 16, 32, 128
@@ -38,11 +43,17 @@ class Bench:
         return torch.randn(*shape, generator=self.generator, device="cuda").to(dtype)
 
     def time(
-        self, group: str, what: str, run: Callable[[], Any], gb: float = 0.0, gflop: float = 0.0
+        self,
+        group: str,
+        what: str,
+        run: Callable[[], Any],
+        gb: float = 0.0,
+        gflop: float = 0.0,
+        timer: Callable[..., float] = do_bench,
     ) -> None:
         """Time `run`; a library that is absent or refuses is a row that says so."""
         try:
-            ms = do_bench(run, warmup=15, rep=40, return_mode="median")
+            ms = timer(run, warmup=15, rep=40, return_mode="median")
         except (RuntimeError, ImportError, ValueError, AssertionError, TypeError) as problem:
             print(f"{group:9} {what:44} not run: {type(problem).__name__}: {str(problem)[:90]}")
             return
@@ -50,7 +61,8 @@ class Bench:
         rates = (f"{gb / ms * 1e3:8.0f} GB/s" if gb else " " * 13) + (
             f"{gflop / ms:8.0f} TFLOP/s" if gflop else ""
         )
-        print(f"{group:9} {what:44} {ms:8.3f} ms {rates}", flush=True)
+        shown = f"{ms:8.3f} ms" if ms > 0.1 else f"{1e3 * ms:8.2f} µs"
+        print(f"{group:9} {what:44} {shown} {rates}", flush=True)
 
     def forward_backward(
         self,
@@ -296,7 +308,7 @@ def attention(bench: Bench) -> None:
     bench.forward_backward("attention", "TransformerEngine", te, by_sequence, gflop=gflop)
 
 
-GROUPS = {"dense": dense, "gdn": gdn, "moe": moe, "attention": attention}
+GROUPS = {"dense": dense, "gdn": gdn, "moe": moe, "attention": attention, "rows": few_rows}
 
 
 def main() -> int:

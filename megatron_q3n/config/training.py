@@ -84,7 +84,6 @@ class ScheduleConfig(Section):
             )
         return self
 
-
     def decay(self, steps: int) -> int | None:
         """Return `decay_steps` of a run of so many steps as a number of steps."""
         length = self.decay_steps

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_q3n.model.decode import extend, extend_mtp, logits_of
 from megatron_q3n.model.decode_state import DecodeState
+from megatron_q3n.model.few_rows import read_out
 from megatron_q3n.model.span import Span
 
 
@@ -38,19 +39,31 @@ class Passes:
         """Whether no other rank takes part in a pass."""
         return self._exchange_group.size() == self._tp_group.size() == 1
 
-    def trunk(
-        self, tokens_S: Tensor, span: Span, state: DecodeState, *, each_prefix: bool = False
-    ) -> Tensor:
-        """Run the trunk; see `decode.extend`. Once per step."""
+    def trunk(self, tokens_S: Tensor, span: Span, state: DecodeState, **options: bool) -> Tensor:
+        """Run the trunk; see `decode.extend`, also for the options. Once per step."""
         self._num_trunk += 1
-        return extend(self.model, tokens_S, span, state, each_prefix=each_prefix)
+        return extend(self.model, tokens_S, span, state, **options)
 
     def draft_layer(
-        self, hidden_SX: Tensor, next_tokens_S: Tensor, span: Span, state: DecodeState
+        self,
+        hidden_SX: Tensor,
+        next_tokens_S: Tensor,
+        span: Span,
+        state: DecodeState,
+        **options: bool,
     ) -> Tensor:
-        """Run the MTP layer; see `decode.extend_mtp`. At most `draft_depth` times per step."""
+        """Run the MTP layer; see `decode.extend_mtp`, also for the options. At most `draft_depth` times per step."""
         self._num_draft += 1
-        return extend_mtp(self.model, hidden_SX, next_tokens_S, span, state)
+        return extend_mtp(self.model, hidden_SX, next_tokens_S, span, state, **options)
+
+    def read_out(self, hidden_SX: Tensor, *, drafts: bool = False) -> tuple[Tensor, Tensor]:
+        """Finish what came un-normed from the trunk, or from the draft layer.
+
+        Returns: hidden [S,X] after the last norm, and logits [S,V] in their own format.
+        """
+        layers = self.model.mtp.layers[0] if drafts else self.model.decoder
+        norm = layers.final_layernorm if drafts else layers.final_norm
+        return read_out(self.model, norm, hidden_SX)
 
     def logits(self, hidden_SX: Tensor) -> Tensor:
         """Return fp32 logits [S,V]."""

@@ -23,7 +23,7 @@ from megatron_q3n.inference.sampling import (
     judge,
     likeliest,
 )
-from megatron_q3n.kernels.few_tokens import Judged, judge_likeliest
+from megatron_q3n.kernels.few_tokens import Judged, judge_likeliest, take_likeliest
 from megatron_q3n.model.decode import raw_logits_of
 from megatron_q3n.model.decode_state import DecodeState
 from megatron_q3n.model.span import Span
@@ -113,7 +113,9 @@ class Rounds:
     ) -> Running:
         """Let sequences begin: draft from the draft layer's output at their newest position."""
         running = self._without_drafts(state, self.passes.tokens(state.lengths), last_N)
-        self._draft(running, hidden_NX, uniform_ND, self.reach(max(state.lengths)))
+        if self.depth:
+            newest = hidden_NX, self._logits(hidden_NX)
+            self._draft(running, *newest, uniform_ND, self.reach(max(state.lengths)))
         return running
 
     def take_on(self, running: Running, uniform_NU: Tensor, reach: int) -> Tensor:
@@ -126,21 +128,29 @@ class Rounds:
         rows, tokens, state = len(running.last_N), self.tokens, running.state
         span = Span.at(running.length_N, tokens, reach)
         tokens_NT = torch.cat([running.last_N[:, None], running.drafts_ND], 1)
-        hidden_SX = self.passes.trunk(tokens_NT.flatten(), span, state, each_prefix=True)
-        logits_NTV = self._logits(hidden_SX).view(rows, tokens, -1)
+        hidden_SX = self.passes.trunk(
+            tokens_NT.flatten(), span, state, each_prefix=True, normed=False
+        )
+        hidden_SX, logits_SV = self._read_out(hidden_SX, drafts=False)
+        logits_NTV = logits_SV.view(rows, tokens, -1)
         judged = self._choose(
             logits_NTV, running.drafts_ND, running.chances_NDV, uniform_NU[:, :tokens]
         )
         chosen_S = judged.chosen_NT.flatten()
         state.keep(judged.row_N)
         if self.depth:  # the span's positions are those before the sequences grow
-            hidden_SX = self.passes.draft_layer(hidden_SX, chosen_S, span, state)
+            hidden_SX = self.passes.draft_layer(hidden_SX, chosen_S, span, state, normed=False)
         running.length_N.add_(judged.grown_N)
         torch.index_select(chosen_S, 0, judged.row_N, out=running.last_N)
         if self.depth:
-            newest_NX = hidden_SX.index_select(0, judged.row_N)
-            self._draft(running, newest_NX, uniform_NU[:, tokens:], reach)
+            newest = self._read_out(hidden_SX.index_select(0, judged.row_N), drafts=True)
+            self._draft(running, *newest, uniform_NU[:, tokens:], reach)
         return judged.packed
+
+    def _read_out(self, hidden_SX: Tensor, *, drafts: bool) -> tuple[Tensor, Tensor]:
+        """Norm what came un-normed, and return it with the logits that the sampling wants."""
+        hidden_SX, logits_SV = self.passes.read_out(hidden_SX, drafts=drafts)
+        return hidden_SX, logits_SV if self.sampling.is_greedy else logits_SV.float()
 
     def _logits(self, hidden_SX: Tensor) -> Tensor:
         """Return logits [S,V] that the sampling wants: greedily in their own format, which loses nothing."""
@@ -166,21 +176,31 @@ class Rounds:
         parts = kept_N[:, None], chosen_NT, own_NT, drawn_from_NT
         return _read(self.passes.take_first_ranks(torch.cat([part.double() for part in parts], 1)))
 
-    def _draft(self, running: Running, hidden_NX: Tensor, uniform_ND: Tensor, reach: int) -> None:
+    def _draft(
+        self, running: Running, hidden_NX: Tensor, logits_NV: Tensor, uniform_ND: Tensor, reach: int
+    ) -> None:
         """Draft from the MTP layer's output at each sequence's newest position, repeating the layer."""
         for depth in range(self.depth):
-            logits_NV = self._logits(hidden_NX)
-            if self.sampling.is_greedy:
-                draft_N = likeliest(logits_NV, self.sampling)
+            draft_N = running.drafts_ND[:, depth]
+            if self.sampling.is_greedy and self.passes.is_alone:
+                take_likeliest(logits_NV, draft_N, self.sampling.vocab_size)
             else:
-                chances_NV = distribution(logits_NV, self.sampling)
-                draft_N = draw(chances_NV, uniform_ND[:, depth])
-                running.chances_NDV[:, depth] = chances_NV
-            running.drafts_ND[:, depth] = self.passes.take_first_ranks(draft_N)
+                drawn_N = self._drawn(running, logits_NV, uniform_ND, depth)
+                draft_N.copy_(self.passes.take_first_ranks(drawn_N))
             if depth + 1 < self.depth:
                 span = Span.at(running.length_N + depth, 1, reach)
-                next_N = running.drafts_ND[:, depth]
-                hidden_NX = self.passes.draft_layer(hidden_NX, next_N, span, running.state)
+                hidden_NX = self.passes.draft_layer(
+                    hidden_NX, draft_N, span, running.state, normed=False
+                )
+                hidden_NX, logits_NV = self._read_out(hidden_NX, drafts=True)
+
+    def _drawn(self, running: Running, logits_NV: Tensor, uniform_ND: Tensor, depth: int) -> Tensor:
+        """Draw a draft of each sequence, and note the probabilities where they are asked for later."""
+        if self.sampling.is_greedy:
+            return likeliest(logits_NV, self.sampling)
+        chances_NV = distribution(logits_NV, self.sampling)
+        running.chances_NDV[:, depth] = chances_NV
+        return draw(chances_NV, uniform_ND[:, depth])
 
 
 def _read(packed: Tensor) -> Judged:

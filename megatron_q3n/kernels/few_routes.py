@@ -1,4 +1,4 @@
-"""Which experts a few tokens go to, and their gates: one launch, the router's product included where that is small.
+"""Which experts a few tokens go to, and their gates: one launch, with norm and router's product where that is small.
 
 Of equal scores the lower expert's counts as higher. torch.topk leaves open which of them it takes, and
 in which order it returns what it took; here it is descending. -0 is below 0; where NaN stands is left
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_q3n.kernels import choices
+from megatron_q3n.kernels.few_rows import RowNorm, Rows, composed_few_rows, few_rows
 from megatron_q3n.kernels.router_linear import router_linear
 
 OPERATION = "router's choice for a few tokens"
@@ -51,6 +52,28 @@ def route_few(
     if weight_EX.numel() <= _MOST_WEIGHTS:
         return kernel.route_few(x_TX.contiguous(), weight_EX, choice)
     return kernel.choose_few(router_linear(x_TX, weight_EX), choice)
+
+
+def norm_and_route_few(
+    x_TX: Tensor, norm: RowNorm, weight_EX: Tensor, choice: Choice, fused: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm tokens, score the experts and choose, with the fused kernels of both operations or without any.
+
+    Returns: the normed tokens [T,X], which the experts read; gates fp32 and experts int64 [T,K].
+    """
+    rows = Rows(x_TX, norm)
+    if not fused:
+        made = composed_few_rows(rows, weight_EX, None, None, None, keeps=True, wide=True)
+        assert made.normed_RX is not None
+        return made.normed_RX, *composed_choice(made.out_RN, choice)
+    from megatron_q3n.kernels.fused import few_routes as kernel  # late: Triton
+
+    assert fits(choice, len(weight_EX))
+    if weight_EX.numel() <= _MOST_WEIGHTS:
+        return kernel.norm_and_route_few(x_TX.contiguous(), norm, weight_EX, choice)
+    made = few_rows(rows, weight_EX, keeps=True, wide=True, fused=True)
+    assert made.normed_RX is not None
+    return made.normed_RX, *kernel.choose_few(made.out_RN, choice)
 
 
 def composed_choice(logits_TE: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from megatron_q3n.kernels import choices
 
 OPERATION = "greedy choice"
+# of a vocabulary that one program reads at once; a larger one is spread over the GPU by torch
+_MOST_AT_ONCE = 2**14
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,16 @@ def judge_likeliest(
     rows, tokens = best_NT.shape
     row_N = torch.arange(rows, device=kept_N.device) * tokens + kept_N
     return Judged(packed, chosen_NT, kept_N + 1, row_N)
+
+
+def take_likeliest(
+    logits_NV: Tensor, out_N: Tensor, vocab_size: int | None = None, fused: bool | None = None
+) -> None:
+    """Write the likeliest token of each row, below `vocab_size`, where `out` lies, at whatever stride."""
+    limit = min(vocab_size or logits_NV.shape[-1], logits_NV.shape[-1])
+    if choices.is_fused(OPERATION, logits_NV, fused) and limit <= _MOST_AT_ONCE:
+        from megatron_q3n.kernels.fused import few_tokens as kernel  # late: Triton
+
+        kernel.take_likeliest(logits_NV, out_N, limit)
+    else:
+        torch.argmax(logits_NV[..., :limit], -1, out=out_N)

@@ -31,6 +31,7 @@ from megatron_q3n.kernels import (
     few_experts,
     few_queries,
     few_routes,
+    few_rows,
     few_tokens,
     fp8_experts,
     grouped_linear,
@@ -76,6 +77,7 @@ def qualify(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict
         few_experts.OPERATION: partial(_few_experts, config),
         few_queries.OPERATION: partial(_few_queries, config),
         few_routes.OPERATION: partial(_few_routes, config),
+        few_rows.OPERATION: partial(_few_rows, config),
         few_tokens.OPERATION: partial(_few_tokens, config),
     }
     if config.precision.fp8:
@@ -258,7 +260,7 @@ def _few_queries(config: RunConfig) -> tuple[Results, Results]:
 
 
 def _few_routes(config: RunConfig) -> tuple[Results, Results]:
-    """Check decoding's routes: the gates of three tokens, each at its expert's place."""
+    """Check decoding's routes: three tokens' gates, each at its expert's place, and the tokens normed for them."""
     model, given = config.model, config.model.megatron
     experts, width = model.num_moe_experts, model.hidden_size
     choice = few_routes.Choice(
@@ -267,12 +269,41 @@ def _few_routes(config: RunConfig) -> tuple[Results, Results]:
         _random(experts, dtype=torch.float32) if model.moe_router_enable_expert_bias else None,
     )  # fmt: skip
     x, weight = _random(3, width), width**-0.5 * _random(experts, width)
+    norm = few_rows.RowNorm(0.1 * _random(width), model.layernorm_epsilon)
 
-    def run(fused: bool) -> Tensor:
-        gates, chosen = few_routes.route_few(x, weight, choice, fused=fused)
-        return torch.zeros(3, experts, device="cuda").scatter(1, chosen, gates)
+    def run(fused: bool) -> list[Tensor]:
+        normed, *routes = few_routes.norm_and_route_few(3 * x, norm, weight, choice, fused=fused)
+        found = [routes, few_routes.route_few(x, weight, choice, fused=fused)]
+        nothing = torch.zeros(3, experts, device="cuda")
+        return [normed, *(nothing.scatter(1, chosen, gates) for gates, chosen in found)]
 
-    return [run(True)], [run(False)]
+    return run(True), run(False)
+
+
+def _few_rows(config: RunConfig) -> tuple[Results, Results]:
+    """Check decoding's products of three rows: a layer's, the draft layer's and the head's, with norms and sums."""
+    model = config.model
+    width, inner, rows = model.hidden_size, model.value_dim, 3
+    matrix = lambda *shape: shape[-1] ** -0.5 * _random(*shape)
+    norms = [few_rows.RowNorm(0.1 * _random(width + i)[i:], 1e-6) for i in range(2)]
+    first, second = (few_rows.Rows(x, n) for x, n in zip(3 * _random(2, rows, width), norms))
+    into, beside = matrix(2 * model.key_dim + 2 * inner, width), matrix(72, width)
+    out_of, joining = matrix(width, inner), matrix(width, 2 * width)
+    plain, head = few_rows.Rows(_random(rows, inner)), matrix(model.vocab_size, width)
+
+    def run(fused: bool) -> list[Tensor]:
+        product = partial(few_rows.few_rows, fused=fused)
+        made = [
+            product(first, into, beside_MK=beside),
+            product(plain, out_of, sum_RN=second.x_RX),
+            product(first, joining, then=second),
+            product(first, head, keeps=True),
+            product(second, beside, keeps=True, wide=True),
+        ]
+        parts = [(each.out_RN, each.beside_RM, each.normed_RX) for each in made]
+        return [part for each in parts for part in each if part is not None]
+
+    return run(True), run(False)
 
 
 def _few_tokens(config: RunConfig) -> tuple[Results, Results]:
@@ -287,8 +318,9 @@ def _few_tokens(config: RunConfig) -> tuple[Results, Results]:
     for fused in (True, False):
         judged = few_tokens.judge_likeliest(logits, drafts, vocab, fused=fused)
         # whole numbers apart: a token's number would hide what is wrong with a log probability
-        own = judged.packed[:, 4:7]
-        results.append([own, judged.chosen_NT, judged.grown_N, judged.row_N])
+        own, drafted = judged.packed[:, 4:7], torch.zeros_like(drafts)
+        few_tokens.take_likeliest(logits[:, 1], drafted[:, 1], vocab, fused=fused)
+        results.append([own, judged.chosen_NT, judged.grown_N, judged.row_N, drafted])
     return results[0], results[1]
 
 

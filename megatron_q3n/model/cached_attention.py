@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import _rotate_half
 from megatron.core.transformer.attention import SelfAttention
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_q3n.kernels import choices, few_queries
 from megatron_q3n.model.attention import window_tokens
 from megatron_q3n.model.attention_variants import VariantAttention
 from megatron_q3n.model.decode_state import KeyValueCache
+from megatron_q3n.model.few_rows import project_normed
 from megatron_q3n.model.span import Span
 
 
@@ -89,15 +90,23 @@ class RotaryRows:
 
 
 def attend(
-    mixer: Any, hidden: Tensor, cache: KeyValueCache, span: Span, rotary: Rotary | RotaryRows
+    mixer: Any,
+    hidden: Tensor,
+    cache: KeyValueCache,
+    span: Span,
+    rotary: Rotary | RotaryRows,
+    norm: Any = None,
 ) -> Tensor:
     """Run gated attention on new tokens up to its last projection, and add them to the cache.
 
-    Shapes: hidden [T,N,·] or [S,1,·] as the span arranges it, the rotation likewise.
+    Shapes: hidden [T,N,·] or [S,1,·] as the span arranges it, the rotation likewise; `norm` is the layer's first, or
+        None where it was done.
     Returns: [T,N,H·D] or [S,1,H·D].
     """
     if isinstance(rotary, RotaryRows) and _goes_at_once(mixer, hidden, span):
-        return attend_at_once(mixer, hidden, cache, span, rotary.table_LW)
+        return attend_at_once(mixer, hidden, cache, span, rotary.table_LW, norm=norm)
+    if norm is not None:
+        hidden = norm(hidden)
     gated = mixer.config.attention_output_gate
     query, key, value, *gate = mixer.get_query_key_value_tensors(hidden, output_gate=gated)
     heads = [query.shape[2], key.shape[2]]
@@ -158,6 +167,7 @@ def attend_at_once(
     span: Span,
     rotary_LW: Tensor,
     fused: bool | None = None,
+    norm: Any = None,
 ) -> Tensor:
     """Do what `attend` does with a few tokens of every sequence, between the projections as one operation.
 
@@ -167,7 +177,8 @@ def attend_at_once(
     start_N = span.start_N
     if start_N is None:
         start_N = span.position_S.view(len(span.counts), -1)[:, 0].contiguous()
-    qkv_TNX = project(mixer.linear_qkv, hidden_TNX, mixer.pg_collection.tp)
+    linears, group = (mixer.linear_qkv,), mixer.pg_collection.tp
+    (qkv_TNX,) = project_normed(norm, linears, hidden_TNX, mixer.config, group)
     given = qkv_TNX, _heads(mixer), _norms(mixer), rotary_LW, start_N, max(span.starts)
     return few_queries.few_queries(*given, cache.key, cache.value, fused)
 
@@ -187,14 +198,6 @@ def _norms(mixer: Any) -> few_queries.HeadNorms | None:
     config, weights = mixer.config, (mixer.q_layernorm.weight, mixer.k_layernorm.weight)
     offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
     return few_queries.HeadNorms(*weights, config.layernorm_epsilon, offset)
-
-
-def project(linear: nn.Module, x: Tensor, tp_group: Any) -> Tensor:
-    """Multiply with a linear's weight; on one rank without its wrapper, which is slower than the product.
-
-    No layer of this architecture has a bias.
-    """
-    return F.linear(x, linear.weight) if tp_group.size() == 1 else linear(x)[0]
 
 
 def _attend_each(

@@ -14,8 +14,8 @@ of earlier drafts, which are written over once the trunk has seen the true token
 **FP8** is left out: products of one token are too small for it, and bound by reading weights.
 
 **Launches.** A few tokens cost a GPU what it takes to launch their work, and a host the Python around
-it. So a few tokens take short ways with the same weights (`few_experts.py`, `cached_attention.project`), and nothing
-in them waits for the device (`Span.at`): such a pass may be captured and replayed whole.
+it. So a few tokens take short ways with the same weights (`few_experts.py`, `few_rows.py`, `cached_attention.py`),
+and nothing in them waits for the device (`Span.at`): such a pass may be captured and replayed whole.
 
 Shapes: as in decode_state.py; V vocabulary, X hidden size.
 """
@@ -24,15 +24,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_q3n.kernels import choices
 from megatron_q3n.kernels import delta_steps as steps
 from megatron_q3n.kernels.delta_mixer import DeltaHeads, DeltaWeights
-from megatron_q3n.kernels.few_experts import add_product
 from megatron_q3n.model import few_experts
-from megatron_q3n.model.cached_attention import Rotary, RotaryRows, attend, project
+from megatron_q3n.model.cached_attention import Rotary, RotaryRows, attend
 from megatron_q3n.model.decode_state import DecodeState, KeyValueCache, Memory, mtp_layers
+from megatron_q3n.model.few_rows import (
+    add_projected,
+    join_embeddings,
+    project_normed,
+    raw_logits_of,
+)
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetState
 from megatron_q3n.model.span import Span
 
@@ -72,13 +77,19 @@ def generating(model: Any) -> Iterator[None]:
 
 
 def extend(
-    model: Any, tokens_S: Tensor, span: Span, state: DecodeState, *, each_prefix: bool = False
+    model: Any,
+    tokens_S: Tensor,
+    span: Span,
+    state: DecodeState,
+    *,
+    each_prefix: bool = False,
+    normed: bool = True,
 ) -> Tensor:
     """Run new tokens through the trunk, and remember them in `state`.
 
     The state counts them only when `DecodeState.settle` is called: all of them, or with `each_prefix`
     (few tokens of every sequence) any number of them, for which all their states are kept till then.
-    Returns: hidden [S,X] after the final norm.
+    Returns: hidden [S,X] after the final norm, or before it where not `normed`: for `few_rows.read_out`.
     """
     hidden = _embed(model, tokens_S, span)
     rotary = rotary_of(model, span, state)
@@ -92,35 +103,36 @@ def extend(
             state.pending[number] = after
         else:
             state.layers[number] = after
-    return span.flatten(model.decoder.final_norm(hidden))
+    return span.flatten(model.decoder.final_norm(hidden) if normed else hidden)
 
 
 def extend_mtp(
-    model: Any, hidden_SX: Tensor, next_tokens_S: Tensor, span: Span, state: DecodeState
+    model: Any,
+    hidden_SX: Tensor,
+    next_tokens_S: Tensor,
+    span: Span,
+    state: DecodeState,
+    *,
+    normed: bool = True,
 ) -> Tensor:
     """Run the MTP layer at the span's positions, and write its keys and values.
 
     Shapes: hidden [S,X], the trunk's (or the layer's own, when drafting further) at these positions;
         next tokens [S], the token after each.
-    Returns: hidden [S,X], whose logits are for the token after the next.
+    Returns: hidden [S,X], whose logits are for the token after the next; before the layer's last norm where not
+        `normed`.
     """
     mtp = model.mtp.layers[0]
-    hidden = mtp._concat_embeddings(span.arrange(hidden_SX), _embed(model, next_tokens_S, span))
+    hidden = join_embeddings(mtp, span.arrange(hidden_SX), _embed(model, next_tokens_S, span))
     rotary = rotary_of(model, span, state)
     for number, layer in enumerate(mtp_layers(model)):
         hidden, state.mtp[number] = run_layer(layer, hidden, state.mtp[number], span, rotary, False)
-    return span.flatten(mtp.final_layernorm(hidden))
+    return span.flatten(mtp.final_layernorm(hidden) if normed else hidden)
 
 
 def logits_of(model: Any, hidden_SX: Tensor) -> Tensor:
     """Return fp32 logits over the whole vocabulary [S,V], gathered from tensor-parallel ranks."""
     return raw_logits_of(model, hidden_SX).float()
-
-
-def raw_logits_of(model: Any, hidden_SX: Tensor) -> Tensor:
-    """Return the same logits in the format that they are computed in."""
-    logits, _ = model.output_layer(hidden_SX.unsqueeze(1), runtime_gather_output=True)
-    return logits.squeeze(1)
 
 
 def _embed(model: Any, tokens_S: Tensor, span: Span) -> Tensor:
@@ -158,20 +170,21 @@ def run_layer(
     if memory is None:
         if not few_experts.serves(layer.mlp, hidden.shape[0] * hidden.shape[1]):
             return layer(hidden_states=hidden, attention_mask=None)[0], None
-        return few_experts.add_few_experts(
-            layer.mlp, layer.pre_mlp_layernorm(hidden), residual
-        ), None
-    normed, mixer = layer.input_layernorm(hidden), layer.self_attention
+        added = few_experts.add_few_experts(layer.mlp, hidden, residual, layer.pre_mlp_layernorm)
+        return added, None
+    norm, mixer = layer.input_layernorm, layer.self_attention
     if isinstance(memory, KeyValueCache):
-        mixed = attend(mixer, normed, memory, span, rotary)
-        return _add_projected(mixer.linear_proj, mixed, residual, mixer.pg_collection.tp), memory
-    if not each_prefix and not _goes_step_by_step(normed, memory, span):
-        mixed, memory = mixer.mix(normed, memory, cu_seqlens=span.cu_seqlens, return_state=True)
+        mixed, group = attend(mixer, hidden, memory, span, rotary, norm), mixer.pg_collection.tp
+        return add_projected(mixer.linear_proj, mixed, residual, layer.config, group), memory
+    if not each_prefix and not _goes_step_by_step(hidden, memory, span):
+        mixed, memory = mixer.mix(
+            norm(hidden), memory, cu_seqlens=span.cu_seqlens, return_state=True
+        )
         return residual + mixed, memory
-    mixed, memory = _mix_few(mixer, normed, memory, room)
+    mixed, memory = _mix_few(mixer, norm, hidden, memory, room)
     if not each_prefix:
         memory = _last_of_each(memory, span)
-    return _add_projected(mixer.out_proj, mixed, residual, mixer.tp_group), memory
+    return add_projected(mixer.out_proj, mixed, residual, layer.config, mixer.tp_group), memory
 
 
 def _goes_step_by_step(hidden_TNX: Tensor, state: GatedDeltaNetState, span: Span) -> bool:
@@ -195,11 +208,12 @@ def _last_of_each(states: GatedDeltaNetState, span: Span) -> GatedDeltaNetState:
 
 def _mix_few(
     mixer: GatedDeltaNet,
+    norm: Any,
     hidden_TNX: Tensor,
     state: GatedDeltaNetState,
     room: GatedDeltaNetState | None = None,
 ) -> tuple[Tensor, GatedDeltaNetState]:
-    """Mix a few tokens up to the last projection, keeping the state after each.
+    """Norm and mix a few tokens up to the last projection, keeping the state after each.
 
     Returns: the output [T,N,Hv·V], and states of N·T rows, those of a sequence together.
     """
@@ -213,17 +227,11 @@ def _mix_few(
         mixer.value_head_dim,
         mixer.config.layernorm_epsilon,
     )
-    qkvz = project(mixer.in_proj, hidden_TNX, mixer.tp_group)
-    beta_alpha = project(mixer.beta_alpha_proj, hidden_TNX, mixer.tp_group)
+    qkvz, beta_alpha = project_normed(
+        norm, (mixer.in_proj, mixer.beta_alpha_proj), hidden_TNX, mixer.config, mixer.tp_group
+    )
     mixed, conv, delta = steps.delta_steps(
         qkvz, beta_alpha, weights, heads, state.conv, state.delta,
         out=None if room is None else (room.conv, room.delta),
     )  # fmt: skip
     return mixed, GatedDeltaNetState(conv, delta)
-
-
-def _add_projected(linear: nn.Module, x: Tensor, residual: Tensor, tp_group: Any) -> Tensor:
-    """Add a linear's product to the residual; on one rank in the product's own launch, where the residual lies."""
-    if tp_group.size() == 1 and residual.dtype == x.dtype:
-        return add_product(residual, x, linear.weight)
-    return residual + project(linear, x, tp_group)

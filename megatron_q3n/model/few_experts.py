@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_q3n.kernels import choices, few_routes, grouped_linear, permutation
 from megatron_q3n.kernels import few_experts as kernels
 from megatron_q3n.model.dispatch import LocalDispatcher
+from megatron_q3n.model.few_rows import is_few, row_norm
 from megatron_q3n.model.route_tape import RouteTape
 from megatron_q3n.model.router import BiasedChoice
 
@@ -60,15 +61,31 @@ def _chooses_alone(router: Any) -> bool:
     return is_idle and not (router.forces_balance or changes_scores or balances)
 
 
-def add_few_experts(moe: Any, hidden: Tensor, residual: Tensor) -> Tensor:
+def add_few_experts(
+    moe: Any, hidden: Tensor, residual: Tensor, norm: nn.Module | None = None
+) -> Tensor:
     """Add what the MoE layer returns for a few tokens to the residual, where that lies if formats agree.
 
-    Shapes: hidden, residual [...,X]; returns the same.
+    Shapes: hidden, residual [...,X]; returns the same. `norm` is the layer's, or None where it was done.
     """
-    gates_TK, experts_TK = _choose(moe.router, hidden)
+    choice = plain_choice(moe.router)
     tokens_TX, residual_TX = hidden.flatten(0, -2), residual.flatten(0, -2)
+    if norm is not None and choice is not None and _norms_with_choice(moe, hidden):
+        given = tokens_TX, row_norm(norm, moe.config), moe.router.weight, choice
+        tokens_TX, gates_TK, experts_TK = few_routes.norm_and_route_few(*given)
+    else:
+        if norm is not None:
+            hidden = norm(hidden)
+            tokens_TX = hidden.flatten(0, -2)
+        gates_TK, experts_TK = _choose(moe.router, choice, hidden)
     added = kernels.add_few_experts(tokens_TX, residual_TX, experts_TK, gates_TK, _weights(moe))
     return added.view(residual.shape)
+
+
+def _norms_with_choice(moe: Any, hidden: Tensor) -> bool:
+    """Whether the norm goes into the launch of the router's product."""
+    fused = choices.is_fused(few_routes.OPERATION, hidden)
+    return fused and is_few(hidden, moe.config, moe.tp_group, moe.router.weight)
 
 
 def _weights(moe: Any) -> kernels.ExpertWeights:
@@ -80,10 +97,9 @@ def _weights(moe: Any) -> kernels.ExpertWeights:
     return kernels.ExpertWeights(*own, *linears, shared.gate_weight)
 
 
-def _choose(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _choose(router: Any, choice: few_routes.Choice | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Return gates and experts [T,K], as GlobalBatchRouter chooses."""
     config = router.config
-    choice = plain_choice(router)
     if choice is not None and choices.is_fused(few_routes.OPERATION, hidden):
         return few_routes.route_few(hidden.flatten(0, -2), router.weight, choice)
     return topk_routing_with_score_function(

@@ -76,7 +76,12 @@ def test_decoding_in_bf16_is_as_near_the_truth_as_the_whole_forward_pass(alone: 
 
 
 @pytest.mark.parametrize(
-    "operation", ["attention of a few tokens", "router's choice for a few tokens"]
+    "operation",
+    [
+        "attention of a few tokens",
+        "router's choice for a few tokens",
+        "products of a few rows",
+    ],
 )
 def test_a_fused_way_of_few_tokens_says_what_torch_says(alone: Any, operation: str) -> None:
     """Logits in bf16 with each, of single tokens, drafts' spans and a batch; every expert chosen, so none flips."""
@@ -160,6 +165,34 @@ def test_graphs_say_what_rounds_launched_one_by_one_say(
         for a, b in zip(found[0], found[1]):
             assert (a.drafted, a.accepted) == (b.drafted, b.accepted)
             assert a.logprobs == pytest.approx(b.logprobs, abs=0.1 if compute == "bf16" else 1e-3)
+
+
+def test_a_round_with_products_of_few_rows_is_fewer_launches_and_the_same_numbers(
+    alone: Any,
+) -> None:
+    """As graphs, in bf16: launches by the layer, and log probabilities within rounding of those by the modules."""
+    from megatron_q3n.inference.generate import start
+    from megatron_q3n.inference.sampling import Sampling
+    from megatron_q3n.kernels import choices
+
+    verdicts = qualified("bf16")
+    assert verdicts["products of a few rows"].startswith("fused"), verdicts
+    dense = {**MODEL, "num_moe_experts": 4, "moe_router_topk": 4, "kv_channels": 128}
+    prompt, found = random_prompts([33], 64), {}
+    for fused in (True, False):
+        model = tiny_model(alone, compute="bf16", **dense)
+        if not fused:
+            choices.forget()
+            for operation, verdict in verdicts.items():
+                if verdict.startswith("fused") and operation != "products of a few rows":
+                    choices.allow(operation)
+        generation = start(model, prompt, Sampling(8, 0.0), draft_depth=2, cuda_graph=True)
+        assert sum(1 for _ in generation) > 0
+        found[fused] = (generation.launches, generation.completions[0].logprobs[:2])
+    print(found)
+    # 2 less a Gated DeltaNet layer, 1 less any other, the last norm; and 6 less a draft
+    assert found[False][0] - found[True][0] >= 3 * 2 + 1 + 4 + 1 + 2 * 6
+    assert found[True][1] == pytest.approx(found[False][1], abs=0.1)
 
 
 def test_a_graph_reads_weights_that_changed_where_they_lie(alone: Any) -> None:

@@ -1,21 +1,77 @@
 """A layer's short way for a few tokens, with the fused kernels, equals the way of megatron-core's modules.
 
-fp32 on one process; sizes and formats of the kernels are test_few_queries.py's matter.
+fp32 on one process; sizes and formats of the kernels are test_few_queries.py's and test_few_rows.py's matter.
 """
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.inference.tiny_model import tiny_model
+from megatron_q3n.kernels import choices, few_routes, few_rows
+from tests.inference.tiny_model import random_prompts, tiny_model
+
+# operators that launch nothing on a GPU
+FREE = {
+    "view", "_unsafe_view", "transpose", "unsqueeze", "squeeze", "expand", "slice", "select", "split",
+    "split_with_sizes", "t", "permute", "as_strided", "detach", "unbind", "alias", "_reshape_alias", "unfold",
+    "empty", "empty_like", "new_empty", "lift_fresh",
+}  # fmt: skip
+# one layer of each kind, as small as kernels have them: the interpreter takes a millisecond for a dozen operations
+SMALL = {
+    "mixer_pattern": "G*", "num_layers": 2, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "num_attention_heads": 2, "num_query_groups": 1,
+    "kv_channels": 16, "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 16,
+    "moe_shared_expert_intermediate_size": 16, "vocab_size": 16,
+}  # fmt: skip
 
 
 def on_plain_torch(alone: Any, **settings: Any) -> Any:
     """Build a model without TransformerEngine, whose fp32 products are TF32."""
     device, parallel = alone
     return tiny_model((replace(device, model_backend="torch"), parallel), **settings)
+
+
+def let_run(monkeypatch: pytest.MonkeyPatch, *operations: str) -> None:
+    """Let these fused kernels run here as on a GPU that was found to run them right."""
+    wanted = lambda operation, _, forced=None: operation in operations if forced is None else forced
+    monkeypatch.setattr(choices, "is_fused", wanted)
+
+
+@pytest.mark.parametrize(
+    ("depth", "operations"),
+    [(0, (few_rows.OPERATION,)), (2, (few_rows.OPERATION, few_routes.OPERATION))],
+)
+def test_few_rows_in_all_their_places_change_nothing(
+    alone: Any, depth: int, operations: tuple[str, ...], triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Norms far from 1, into mixers, experts, draft layer and head: the same tokens, and log probabilities."""
+    from megatron_q3n.inference.generate import generate
+    from megatron_q3n.inference.sampling import Sampling
+
+    model = on_plain_torch(alone, **SMALL)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    prompts, sampling = random_prompts([3, 5], 16), Sampling(4, 0.0)
+    wanted = generate(model, prompts, sampling, draft_depth=depth)
+    let_run(monkeypatch, *operations)
+    used, product = {"fused"}, few_rows.few_rows
+
+    def noted(*given: Any, **options: Any) -> few_rows.Products:
+        used.update(options)
+        return product(*given, **options)
+
+    monkeypatch.setattr(few_rows, "few_rows", noted)
+    ours = generate(model, prompts, sampling, draft_depth=depth)
+    assert used - {"fused"} == {"beside_MK", "sum_RN", "keeps", *(["then"] if depth else [])}
+    for got, want in zip(ours, wanted):
+        assert got.tokens == want.tokens
+        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+        assert (got.drafted, got.accepted) == (want.drafted, want.accepted)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
@@ -79,7 +135,7 @@ def test_attention_at_once_is_the_layers_own(
 def test_routes_of_few_tokens_are_the_routers_own(
     alone: Any, settings: dict[str, Any], triton_device: str
 ) -> None:
-    from megatron_q3n.kernels.few_routes import route_few
+    from megatron_q3n.kernels.few_routes import norm_and_route_few, route_few
     from megatron_q3n.model.few_experts import plain_choice
 
     model = on_plain_torch(alone, **settings).eval()
@@ -92,6 +148,10 @@ def test_routes_of_few_tokens_are_the_routers_own(
     with torch.no_grad():
         wanted, chooses = router(hidden)
         gates, experts = route_few(hidden.flatten(0, 1), router.weight, choice, fused=True)
+        norm = few_rows.RowNorm(0.2 * torch.randn(32, device=hidden.device), 1e-3)
+        given = hidden.flatten(0, 1), norm, router.weight, choice
+        for got, want in zip(norm_and_route_few(*given), norm_and_route_few(*given, fused=False)):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     ours = torch.zeros_like(wanted).scatter(1, experts, gates)
     assert torch.equal(ours > 0, chooses)
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
@@ -104,3 +164,56 @@ def test_routers_that_choose_otherwise_are_left_alone(alone: Any) -> None:
     model = on_plain_torch(alone, num_moe_experts=8, megatron=grouped)
     router = next(x.mlp.router for x in model.decoder.layers if hasattr(x.mlp, "router"))
     assert plain_choice(router) is None
+
+
+class Launches(TorchDispatchMode):
+    """Counts torch's operators, and Triton's launches as one each, whatever the interpreter does inside."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        from triton.runtime.interpreter import GridExecutor
+
+        self.counts: Counter[str] = Counter()
+        self._inside, run = False, GridExecutor.__call__
+
+        def launch(grid: Any, *given: Any, **options: Any) -> None:
+            self.counts[f"triton {grid.fn.__name__}"] += 1
+            self._inside = True
+            run(grid, *given, **options)
+            self._inside = False
+
+        monkeypatch.setattr(GridExecutor, "__call__", launch)
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = operator._schema.name.split("::")[1]
+        if not self._inside and name not in FREE:
+            self.counts[name] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for CPUs")
+def test_launches_of_a_greedy_round(
+    alone: Any, monkeypatch: pytest.MonkeyPatch, triton_device: str
+) -> None:
+    """3 a Gated DeltaNet layer, 4 an attention, 3 experts; 12 a draft. With every kernel that a GPU may have.
+
+    A round by graph has one more, which keeps padding in bounds.
+    """
+    from megatron_q3n.inference.generate import start
+    from megatron_q3n.inference.sampling import Sampling
+
+    model = on_plain_torch(alone, **SMALL)
+    everything = lambda operation, _, forced=None: forced is not False
+    found = {}
+    for depth in (0, 1, 2):
+        prompt, sampling = random_prompts([2], 16), Sampling(3 * depth + 4, 0.0)
+        coming = iter(start(model, prompt, sampling, draft_depth=depth))
+        next(coming)
+        with monkeypatch.context() as patched, Launches(patched) as launches:
+            patched.setattr(choices, "is_fused", everything)
+            next(coming)
+        found[depth] = launches.counts.total()
+    layers = 3 + 4 + 2 * 3
+    assert found == {0: layers + 9, 1: layers + 9 + 12, 2: layers + 9 + 24}, launches.counts

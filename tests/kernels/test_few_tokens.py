@@ -6,7 +6,7 @@ Without a GPU the kernels run in Triton's interpreter. What the compiler makes o
 import pytest
 import torch
 
-from megatron_q3n.kernels.few_tokens import judge_likeliest
+from megatron_q3n.kernels.few_tokens import judge_likeliest, take_likeliest
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,23 @@ def test_judge_likeliest(
         ours, theirs = getattr(got, name), getattr(wanted, name)
         assert ours.dtype == theirs.dtype == torch.int64
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(("rows", "vocab", "limit"), [(1, 8192, None), (3, 5000, 4990), (2, 97, 1)])
+def test_take_likeliest(rows: int, vocab: int, limit: int | None, triton_device: str) -> None:
+    """Into a column, as drafts are kept; of a part of the logits' rows, the padding of the vocabulary being larger."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(rows, 2, vocab, generator=generator).to(triton_device)[:, 1]
+    if limit is not None:
+        logits[:, limit:] += 9.0
+    logits[0, 0] = logits[0, :limit].max()  # and the lower of equal ones
+    for fused in (False, True):
+        out = torch.full((rows, 3), -1, device=triton_device)
+        take_likeliest(logits, out[:, 1], limit, fused)
+        assert out[:, 1].tolist() == [0, *logits[1:, :limit].argmax(-1).tolist()]
+        assert out[:, ::2].eq(-1).all()
+    take_likeliest(torch.full_like(logits, float("nan")), out[:, 1], limit, True)
+    assert ((out[:, 1] >= 0) & (out[:, 1] < (limit or vocab))).all()
 
 
 def test_of_equal_logits_the_lower_token_wins(triton_device: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton ships with torch for Linux only")
 
@@ -20,8 +21,16 @@ VARIANTS = [(turned, columns, False) for turned in (False, True) for columns in 
 # head dim, query heads of a group, new tokens, window: one token and drafts of the small and the released model,
 # more rows than a program has, and a sliding window
 QUERIES = [(128, 4, 1, None), (256, 8, 1, None), (256, 8, 16, None), (64, 8, 3, 100)]
-# experts, chosen, with the product: the small and the released model
-ROUTES = [(64, 4, True), (512, 10, False)]
+# experts, chosen, with the product, with the norm: the small and the released model
+ROUTES = [(64, 4, True, False), (64, 4, True, True), (512, 10, False, False)]
+# input rows, widths of the inputs, rows of the weight, what stands around: of the small model the projections into and
+# out of a mixer, the draft layer's and the head; of the released one those, and the router
+ROWS = [
+    (1, 512, 0, 3072, "norm beside"), (5, 512, 0, 3072, "norm beside"), (16, 512, 0, 2560, "norm"),
+    (1, 1024, 0, 512, "sum"), (8, 1024, 0, 512, "sum"), (5, 512, 512, 512, "norm"), (5, 512, 0, 8192, "norm keeps"),
+    (6, 2048, 0, 12288, "norm beside"), (6, 4096, 0, 2048, "sum"), (6, 2048, 2048, 2048, "norm"),
+    (1, 2048, 0, 151936, "norm keeps"), (6, 2048, 0, 151936, "norm keeps"), (16, 2048, 0, 512, "norm keeps wide"),
+]  # fmt: skip
 HERE = Path(__file__)
 HOPPERS_SHARED_BYTES = 227 * 1024
 
@@ -49,7 +58,13 @@ def test_every_grouped_product_multiplies_on_tensor_cores() -> None:
 def test_kernels_of_a_few_tokens_fit() -> None:
     """No spilled register and no more shared memory than there is."""
     found = run_in_a_compiling_process("compile_few_tokens")
-    assert found == ["fits"] * (2 * len(QUERIES) + len(ROUTES) + 3)
+    assert found == ["fits"] * (2 * len(QUERIES) + len(ROUTES) + 4)
+
+
+def test_products_of_a_few_rows_fit_and_read_their_weights_in_large_pieces() -> None:
+    """16 bytes a load, which a branch would hide from the compiler; a barrier before each row is stored, no more."""
+    found = run_in_a_compiling_process("compile_few_rows")
+    assert found == ["fits"] * len(ROWS)
 
 
 def compile_grouped_products() -> None:
@@ -66,6 +81,37 @@ def compile_few_tokens() -> None:
     _compile_few_tokens()
 
 
+def compile_few_rows() -> None:
+    """Compile, and say for each whether it fits; how it loads and waits is in its PTX."""
+    from megatron_q3n.kernels.fused import few_rows as module
+
+    types = {"eps": "fp32"}
+    for rows, width, more, outputs, around in ROWS:
+        constants: dict[str, Any] = {
+            "R": rows, "X": width, "Y": more, "HAS_NORM": "norm" in around, "OFFSET": 1.0, "ALIGNED": True,
+            "HAS_BESIDE": "beside" in around, "HAS_SUM": "sum" in around, "KEEPS": "keeps" in around,
+            **module.block_sizes(rows, outputs, width),
+        }  # fmt: skip
+        wanted = {
+            "norm_ptr": "norm", "beside_ptr": "beside", "beside_out_ptr": "beside", "sum_ptr": "sum",
+            "normed_ptr": "keeps",
+        }  # fmt: skip
+        constants |= {name: None for name, what in wanted.items() if what not in around}
+        if not more:
+            constants |= {"y_ptr": None, "y_norm_ptr": None}
+        made = {"out_ptr": "*fp32"} if "wide" in around else {}
+        aligned, options = (
+            ("N", "M", "x_stride", "y_stride", "sum_stride"),
+            {"num_warps": module.WARPS},
+        )
+        kernel = _compiled(module._few_rows_kernel, constants, {**types, **made}, aligned, options)
+        ptx = kernel.asm["ptx"]
+        piece = constants["BLOCK_N"] * constants["BLOCK_K"] // 256  # loads of 16 bytes by 32 lanes
+        assert ptx.count("ld.global.v4.b32") >= piece, (rows, width, outputs, around)
+        assert ptx.count("bar.sync") <= rows + 1, (rows, width, outputs, around)
+        _say_fits(kernel)
+
+
 def _compile_few_tokens() -> None:
     from megatron_q3n.kernels.fused import few_tokens as module
 
@@ -74,6 +120,8 @@ def _compile_few_tokens() -> None:
     types |= {"token_ptr": "*i32", "packed_ptr": "*fp64"}
     options = {"num_warps": module.WARPS_OF_PIECES}
     _say_fits(_compiled(module._pieces_kernel, {"PIECE": module.PIECE}, types, ("V",), options))
+    block, types = {"BLOCK": 2**14}, {**types, "out_ptr": "*i64"}
+    _say_fits(_compiled(module._likeliest_kernel, block, types, ("logits_stride",), options))
     # no draft and the small model's vocabulary, four drafts and the released one's
     for sizes in ({"T": 1, "TP": 1, "PP": 2}, {"T": 5, "TP": 8, "PP": 64}):
         _say_fits(_compiled(module._judge_kernel, sizes, types, ("V",), {"num_warps": 4}))
@@ -81,18 +129,24 @@ def _compile_few_tokens() -> None:
 
 def _compile_few_routes() -> None:
     from megatron_q3n.kernels.few_routes import Choice
+    from megatron_q3n.kernels.few_rows import RowNorm
     from megatron_q3n.kernels.fused import few_routes as module
 
     fp32 = dict.fromkeys(("logits_ptr", "bias_ptr", "gates_ptr"), "*fp32")
-    types = {**fp32, "experts_ptr": "*i64", "scaling": "fp32"}
-    for experts, topk, product in ROUTES:
+    types = {**fp32, "experts_ptr": "*i64", "scaling": "fp32", "eps": "fp32"}
+    for experts, topk, product, normed in ROUTES:
+        norm = RowNorm(torch.zeros(1), 1e-6) if normed else None
         constants: dict[str, Any] = {
-            **module.constants(experts, Choice(topk), product),
+            **module.constants(experts, Choice(topk), product, norm),
             "bias_ptr": None,
         }
         constants |= {"logits_ptr": None} if product else {"x_ptr": None, "weight_ptr": None}
+        if not normed:
+            constants |= {"norm_ptr": None, "normed_ptr": None}
         warps = module.WARPS_OF_PRODUCT if product else module.WARPS
-        _say_fits(_compiled(module._kernel, constants, types, ("X",), {"num_warps": warps}))
+        _say_fits(
+            _compiled(module._few_routes_kernel, constants, types, ("X",), {"num_warps": warps})
+        )
 
 
 def _compile_few_queries() -> None:

@@ -1,5 +1,6 @@
 """Which experts a few tokens go to, in one launch: a program has a token, all scores of it in registers.
 
+Where the norm is asked for too, a program norms its token and stores it for the experts.
 The highest score is taken out K times. Score and expert are one number to compare, the score's bits in an
 order that integers have too, then the expert, counted down, so that a maximum alone says which, ties included.
 
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_q3n.kernels.few_routes import Choice
+from megatron_q3n.kernels.few_rows import RowNorm
 
 _WEIGHTS_AT_ONCE = 2**14  # of a program of eight warps: 64 of each thread
 WARPS_OF_PRODUCT, WARPS = 8, 4
@@ -26,19 +28,33 @@ def _ranked(scores, e, EP: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
-    logits_ptr, x_ptr, weight_ptr, bias_ptr, gates_ptr, experts_ptr, X, scaling,
+def _few_routes_kernel(
+    logits_ptr, x_ptr, norm_ptr, normed_ptr, weight_ptr, bias_ptr, gates_ptr, experts_ptr, X, scaling, eps,
     E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
-    PRODUCT: tl.constexpr, SIGMOID: tl.constexpr, PRE_SOFTMAX: tl.constexpr, BIASED: tl.constexpr,
+    PRODUCT: tl.constexpr, HAS_NORM: tl.constexpr, OFFSET: tl.constexpr,
+    SIGMOID: tl.constexpr, PRE_SOFTMAX: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     e, k = tl.arange(0, EP), tl.arange(0, KP)
     exists = e < E
     if PRODUCT:
+        scale = 1.0
+        if HAS_NORM:
+            squares = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, X, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                x = tl.load(x_ptr + token * X + i, mask=i < X, other=0.0).to(tl.float32)
+                squares += x * x
+            scale = tl.rsqrt(tl.sum(squares, axis=0) / X + eps)
         sums = tl.zeros([EP, BLOCK], tl.float32)
         for start in range(0, X, BLOCK):
             i = start + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + token * X + i, mask=i < X, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                by = OFFSET + tl.load(norm_ptr + i, mask=i < X, other=0.0).to(tl.float32)
+                normed = (x * scale * by).to(x_ptr.dtype.element_ty)
+                tl.store(normed_ptr + token * X + i, normed, mask=i < X)
+                x = normed.to(tl.float32)
             mask = exists[:, None] & (i < X)[None, :]
             weight = tl.load(weight_ptr + e[:, None] * X + i[None, :], mask=mask, other=0.0)
             sums += weight.to(tl.float32) * x[None, :]
@@ -80,8 +96,8 @@ def choose_few(logits_TE: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     """Choose by fp32 scores; returns as `kernels.route_few`."""
     (tokens, experts), logits_TE = logits_TE.shape, logits_TE.contiguous()
     gates, chosen = _results(logits_TE, tokens, choice)
-    _kernel[(tokens,)](
-        logits_TE, None, None, choice.bias_E, gates, chosen, 0, choice.scaling_factor or 1.0,
+    _few_routes_kernel[(tokens,)](
+        logits_TE, None, None, None, None, choice.bias_E, gates, chosen, 0, choice.scaling_factor or 1.0, 0.0,
         **constants(experts, choice, product=False), num_warps=WARPS,
     )  # fmt: skip
     return gates, chosen
@@ -91,11 +107,26 @@ def route_few(x_TX: Tensor, weight_EX: Tensor, choice: Choice) -> tuple[Tensor, 
     """Score and choose; shapes and returns as `kernels.route_few`, both tensors contiguous."""
     tokens, width = x_TX.shape
     gates, chosen = _results(x_TX, tokens, choice)
-    _kernel[(tokens,)](
-        None, x_TX, weight_EX, choice.bias_E, gates, chosen, width, choice.scaling_factor or 1.0,
+    _few_routes_kernel[(tokens,)](
+        None, x_TX, None, None, weight_EX, choice.bias_E, gates, chosen, width, choice.scaling_factor or 1.0, 0.0,
         **constants(len(weight_EX), choice, product=True), num_warps=WARPS_OF_PRODUCT,
     )  # fmt: skip
     return gates, chosen
+
+
+def norm_and_route_few(
+    x_TX: Tensor, norm: RowNorm, weight_EX: Tensor, choice: Choice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, score and choose; shapes and returns as `kernels.norm_and_route_few`, both tensors contiguous."""
+    tokens, width = x_TX.shape
+    gates, chosen = _results(x_TX, tokens, choice)
+    normed = torch.empty_like(x_TX)
+    _few_routes_kernel[(tokens,)](
+        None, x_TX, norm.weight_X, normed, weight_EX, choice.bias_E, gates, chosen, width,
+        choice.scaling_factor or 1.0, norm.eps,
+        **constants(len(weight_EX), choice, product=True, norm=norm), num_warps=WARPS_OF_PRODUCT,
+    )  # fmt: skip
+    return normed, gates, chosen
 
 
 def _results(like: Tensor, tokens: int, choice: Choice) -> tuple[Tensor, Tensor]:
@@ -105,12 +136,15 @@ def _results(like: Tensor, tokens: int, choice: Choice) -> tuple[Tensor, Tensor]
     )
 
 
-def constants(num_experts: int, choice: Choice, product: bool) -> dict[str, int | bool]:
+def constants(
+    num_experts: int, choice: Choice, product: bool, norm: RowNorm | None = None
+) -> dict[str, int | float | bool]:
     """Return what is compiled into the kernel."""
     padded = max(16, triton.next_power_of_2(num_experts))
     is_sigmoid = choice.score_function == "sigmoid"
     return {
         "E": num_experts, "K": choice.topk, "EP": padded, "KP": triton.next_power_of_2(choice.topk),
         "BLOCK": _WEIGHTS_AT_ONCE // padded, "PRODUCT": product, "SIGMOID": is_sigmoid,
+        "HAS_NORM": norm is not None, "OFFSET": 0.0 if norm is None else norm.offset,
         "PRE_SOFTMAX": choice.use_pre_softmax and not is_sigmoid, "BIASED": choice.bias_E is not None,
     }  # fmt: skip

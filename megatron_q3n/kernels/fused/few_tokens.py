@@ -71,6 +71,27 @@ def _judge_kernel(
     tl.store(row_ptr + n, n * T + kept)
 
 
+@triton.jit
+def _likeliest_kernel(logits_ptr, out_ptr, logits_stride, out_stride, limit, BLOCK: tl.constexpr):
+    n, v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    there = v < limit
+    logits = tl.load(logits_ptr + n * logits_stride + v, mask=there, other=float("-inf"))
+    logits = logits.to(tl.float32)
+    # not a number: the last token, which is one
+    is_best = there & (logits == tl.max(logits, axis=0))
+    token = tl.min(tl.where(is_best, v, limit - 1), axis=0)
+    tl.store(out_ptr + n * out_stride, token.to(tl.int64))
+
+
+def take_likeliest(logits_NV: Tensor, out_N: Tensor, limit: int) -> None:
+    """Choose, as `kernels.take_likeliest`: a program has a whole row."""
+    assert logits_NV.stride(1) == 1
+    _likeliest_kernel[(len(logits_NV),)](
+        logits_NV, out_N, logits_NV.stride(0), out_N.stride(0), limit,
+        BLOCK=triton.next_power_of_2(limit), num_warps=WARPS_OF_PIECES,
+    )  # fmt: skip
+
+
 def judge_likeliest(
     logits_NTV: Tensor, drafts_ND: Tensor, limit: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
