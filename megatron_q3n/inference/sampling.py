@@ -92,16 +92,6 @@ def judge(
     return kept_N, draw(weights, uniform_NT[:, -1])
 
 
-def judge_greedily(best_NT: Tensor, drafts_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the drafts that are the target's own tokens: `judge` where all probability is on one token.
-
-    Shapes: best, the target's likeliest token for each draft and after the last, T = D + 1.
-    Returns: how many drafts were kept [N], and the token after them [N].
-    """
-    kept_N = (best_NT[:, :-1] == drafts_ND).int().cumprod(1).sum(1)
-    return kept_N, best_NT.gather(1, kept_N[:, None]).squeeze(1)
-
-
 def _without_padding(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     """Make ids beyond the vocabulary impossible."""
     if sampling.vocab_size is None or sampling.vocab_size >= logits_NV.shape[-1]:

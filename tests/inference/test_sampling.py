@@ -10,9 +10,9 @@ from megatron_q3n.inference.sampling import (
     distribution,
     draw,
     judge,
-    judge_greedily,
     likeliest,
 )
+from megatron_q3n.kernels.few_tokens import judge_likeliest
 from tests.inference.chi_square import z_score
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
@@ -103,8 +103,10 @@ def test_greedy_judgement_keeps_exactly_the_targets_own_tokens(
 ) -> None:
     """And so does the general rule, with all probability on one token."""
     best, proposed = torch.tensor([[1, 2, 3, 4]]), torch.tensor([drafts])
-    assert [x.tolist() for x in judge_greedily(best, proposed)] == [[kept], [drawn]]
     one_hot = torch.nn.functional.one_hot
+    judged = judge_likeliest(one_hot(best, 5).float(), proposed)
+    assert judged.packed[0, 0] == kept
+    assert judged.chosen_NT.flatten()[judged.row_N].tolist() == [drawn]
     zeros = torch.zeros(1, 4, dtype=torch.float64)
     general = judge(one_hot(best, 5).float(), one_hot(proposed, 5).float(), proposed, zeros)
     assert [x.tolist() for x in general] == [[kept], [drawn]]
