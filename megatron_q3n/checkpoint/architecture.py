@@ -9,7 +9,7 @@ from megatron_q3n.config import ModelConfig, UserError
 _FREE = {
     "name", "backend", "max_position_embeddings", "rotary_base", "moe_aux_loss_coeff", "moe_z_loss_coeff",
     "moe_router_load_balancing_type", "mtp_loss_scaling_factor", "init_method_std", "embedding_init_method_std",
-    "linear_chunk_size",
+    "linear_chunk_size", "linear_time_step_init",
     "moe_router_normalized_init", "moe_router_bias_update_rate", "attention_window_tokens", "megatron",
 }  # fmt: skip
 

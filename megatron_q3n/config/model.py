@@ -74,6 +74,12 @@ class ModelConfig(Section):
     linear_chunk_size: int = Field(
         64, gt=0, description="tokens per chunk of the chunked delta rule"
     )
+    linear_time_step_init: tuple[float, float] | None = Field(
+        None,
+        description="time steps softplus(dt_bias) of the heads at init, log-uniform between these two: [0.001,0.1] as "
+        "Mamba-2 (arXiv 2405.21060), half-lives of some 1 to 100 tokens; null: dt_bias is 1, as in the released "
+        "model's code, half-lives below one token for nearly every head",
+    )
     # mixture of experts
     num_moe_experts: int = Field(8, gt=0)
     moe_router_topk: int = Field(2, gt=0)
@@ -116,6 +122,7 @@ class ModelConfig(Section):
     def _legal(self) -> "ModelConfig":
         self._check_mixers()
         self._check_gate()
+        self._check_time_steps()
         _divides(
             "model.num_attention_heads",
             self.num_attention_heads,
@@ -172,6 +179,16 @@ class ModelConfig(Section):
             raise UserError(
                 f"model.attention_window_tokens={window} has no effect with model.mixer_pattern="
                 f"{self.mixer_pattern!r}: only its S layers have a window; set it to null, or use S."
+            )
+
+    def _check_time_steps(self) -> None:
+        if self.linear_time_step_init is None:
+            return
+        shortest, longest = self.linear_time_step_init
+        if not 0 < shortest <= longest:
+            raise UserError(
+                f"model.linear_time_step_init=[{shortest},{longest}]: two time steps above 0, the smaller one "
+                "first, e.g. [0.001,0.1]; null leaves dt_bias at 1."
             )
 
     def _check_gate(self) -> None:

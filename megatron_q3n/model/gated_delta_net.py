@@ -23,6 +23,7 @@ state_passing keeps heads and sequence where they are and passes states along (T
 B batch, T tokens, Hk key heads, Hv value heads, K/V head dims, D documents.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -90,6 +91,7 @@ class GatedDeltaNet(MegatronModule):
         layer_number: int,
         pg_collection: Any,
         chunk_size: int = 64,
+        time_step_init: tuple[float, float] | None = None,
         recompute: bool = False,
         passes_state: bool = False,
         name: str | None = None,
@@ -131,7 +133,7 @@ class GatedDeltaNet(MegatronModule):
         self.beta_alpha_proj = linear(
             submodules.beta_alpha_proj, hidden, 2 * config.linear_num_value_heads, "beta_alpha_proj", **column
         )  # fmt: skip
-        self._make_vectors(config)
+        self._make_vectors(config, time_step_init)
         # published as 1 + weight: in bf16 the difference would lose bits
         self.out_norm = ZeroCenteredRMSNorm(
             config, self.value_head_dim, config.layernorm_epsilon, dtype=torch.float32
@@ -141,7 +143,9 @@ class GatedDeltaNet(MegatronModule):
             input_is_parallel=True, skip_bias_add=True, tp_comm_buffer_name="gdn_out",
         )  # fmt: skip
 
-    def _make_vectors(self, config: TransformerConfig) -> None:
+    def _make_vectors(
+        self, config: TransformerConfig, time_step_init: tuple[float, float] | None
+    ) -> None:
         """Make and initialise the convolution, A_log and dt_bias, inside the tensor-parallel RNG."""
         device = torch.cuda.current_device()
         channels = 2 * self.key_dim + self.value_dim
@@ -160,6 +164,10 @@ class GatedDeltaNet(MegatronModule):
                 self.conv1d.weight.uniform_(-bound, bound)
                 # A ~ U(0, 16) as the released model's code; away from 0, whose log is -inf
                 self.A_log.uniform_(1e-4, 16).log_()
+                if time_step_init is not None:
+                    shortest, longest = time_step_init
+                    step_H = self.dt_bias.uniform_(math.log(shortest), math.log(longest)).exp_()
+                    step_H.add_(torch.log(-torch.expm1(-step_H)))  # softplus(dt_bias) is the step
 
     def forward(
         self,

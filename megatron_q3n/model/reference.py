@@ -249,8 +249,8 @@ class ReferenceModel(nn.Module):
         """Draw all weights from one seed, and return the model.
 
         Matrices are normal with `init_method_std`, norms start at scale 1, the convolution at
-        torch's own default. A DeltaNet head forgets at a rate A drawn from U(0.01, 16), so that
-        heads of long and of short memory exist from the start.
+        torch's own default. A DeltaNet head forgets at a rate A drawn from U(0.01, 16), times a step of
+        softplus(1), or one drawn from `linear_time_step_init`.
         """
         generator = torch.Generator().manual_seed(seed)
         std = self.config.init_method_std
@@ -266,6 +266,10 @@ class ReferenceModel(nn.Module):
             elif isinstance(module, GatedDeltaNet):
                 module.A_log.uniform_(0.01, 16, generator=generator).log_()
                 module.dt_bias.fill_(1)
+                if self.config.linear_time_step_init is not None:
+                    log_range = [math.log(step) for step in self.config.linear_time_step_init]
+                    step_H = module.dt_bias.uniform_(*log_range, generator=generator).exp_()
+                    step_H.add_(torch.log(-torch.expm1(-step_H)))  # softplus(dt_bias) is the step
         if self.config.moe_router_normalized_init:
             for module in self.modules():
                 if isinstance(module, MixtureOfExperts):

@@ -120,6 +120,7 @@ def _gated_delta_net(config: RunConfig, backend: Backend) -> ModuleSpec:
         module=GatedDeltaNet,
         params={
             "chunk_size": config.model.linear_chunk_size,
+            "time_step_init": config.model.linear_time_step_init,
             "recompute": "gated_delta_net" in config.training.recompute_modules,
             "passes_state": config.parallel.linear_context_parallel == "state_passing",
         },
