@@ -136,6 +136,21 @@ def played() -> tuple[list[Any], Any, Any]:
     return players, configurations, options
 
 
+def test_quantising_weights_is_named_beside_the_period() -> None:
+    """A figure of its own, and the sum; nothing where it happens within the steps."""
+    players, configurations, options = played()
+    for (_, periods), readings in players[0].readings.items():
+        for reading in readings:
+            reading.renewing_seconds = 0.0004 * periods
+    first, second = room("benchmark.findings").rows_of(players, configurations, options, None)
+    assert first["renewing_milliseconds"] == pytest.approx(0.4)
+    assert first["milliseconds_and_renewing"] == pytest.approx(first["milliseconds"] + 0.4)
+    assert "renewing_milliseconds" not in second
+    shown = io.StringIO()
+    room("benchmark.tables").show_comparison([first, second], Console(file=shown, width=170))
+    assert "weights ms: quantising" in shown.getvalue()
+
+
 def test_a_period_is_the_difference_of_two_models() -> None:
     players, configurations, options = played()
     findings = room("benchmark.findings")

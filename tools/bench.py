@@ -10,6 +10,7 @@ period  one period of the architecture (3 Gated DeltaNet layers and 1 attention 
         forward and backward of a model of two periods less that of one, so that embedding and head drop out.
         Contestants take turns on one machine with the same shapes, tokens and seed. No optimizer, no
         recompute, auxiliary losses and MTP off, fp32 main gradients (transformers: see --transformers-gradients).
+        In FP8, quantising our experts' weights, once a step, is a figure of its own beside the period's.
 gdn     Gated DeltaNet layers alone, likewise.
 steps   whole optimizer steps of a recipe, as training runs them.
 start   from process start to the end of the first optimizer step, with empty and with warm compile caches.

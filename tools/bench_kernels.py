@@ -9,7 +9,8 @@ within one run only.
 
 `rows` is decoding's products of a few rows, at the small and the released model's sizes, replayed as CUDA graphs with
 weights where the last replay left them, as in a round. Where ours loses to the library for the rows that matter,
-put (K, N) into `LEFT_TO_LIBRARY` in kernels/few_rows.py, or try other `BLOCKS` in kernels/fused/few_rows.py.
+put (K, N) into `MOST_ROWS_OF` in kernels/few_rows.py, or try other `BLOCKS` in kernels/fused/few_rows.py. `steps` is
+its Gated DeltaNet of a few tokens between the projections, in the same way.
 """
 
 import argparse
@@ -23,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from benchmark.delta_steps import delta_steps
 from benchmark.few_rows import few_rows
+from benchmark.layer_heads import layer_heads
 from triton.testing import do_bench
 
 HIDDEN, WIDTH, TOPK, KEY_HEADS, VALUE_HEADS, DIM = 2048, 512, 10, 16, 32, 128
@@ -208,6 +211,8 @@ def moe(bench: Bench) -> None:
     bench.time(
         "moe", "unpermute: ours", lambda: permutation.gather_rows(permuted, row), small + large
     )
+    summed = lambda: permutation.gather_rows(permuted, row, x)
+    bench.time("moe", "unpermute and sum: ours", summed, 2 * small + large)
     bench.time(
         "moe", "gate gradient: ours", lambda: permutation.gate_gradient(gates, row, expert, experts)
     )
@@ -308,7 +313,15 @@ def attention(bench: Bench) -> None:
     bench.forward_backward("attention", "TransformerEngine", te, by_sequence, gflop=gflop)
 
 
-GROUPS = {"dense": dense, "gdn": gdn, "moe": moe, "attention": attention, "rows": few_rows}
+GROUPS = {
+    "dense": dense,
+    "gdn": gdn,
+    "moe": moe,
+    "attention": attention,
+    "heads": layer_heads,
+    "rows": few_rows,
+    "steps": delta_steps,
+}
 
 
 def main() -> int:

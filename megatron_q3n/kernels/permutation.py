@@ -53,12 +53,15 @@ def scatter_rows(x_TH: Tensor, routes: Routes, fused: bool | None = None) -> Ten
     return x_TH.index_select(0, routes.token_R)
 
 
-def gather_rows(rows_RH: Tensor, routes: Routes, fused: bool | None = None) -> Tensor:
-    """Add up each token's rows in fp32. Returns: [T,H] in the rows' format."""
+def gather_rows(
+    rows_RH: Tensor, routes: Routes, add_TH: Tensor | None = None, fused: bool | None = None
+) -> Tensor:
+    """Add up each token's rows in fp32, and `add` where given. Returns: [T,H] in the rows' format."""
     if choices.is_fused(OPERATION, rows_RH, fused):
-        return _Gather.apply(rows_RH, routes.row_TK)
+        return _Gather.apply(rows_RH, routes.row_TK, add_TH)
     wide = rows_RH if rows_RH.dtype == torch.float64 else rows_RH.float()
-    return wide[routes.row_TK.long()].sum(1).to(rows_RH.dtype)
+    total = wide[routes.row_TK.long()].sum(1)
+    return (total if add_TH is None else total + add_TH).to(rows_RH.dtype)
 
 
 class _Plan(torch.autograd.Function):
@@ -100,14 +103,16 @@ class _Scatter(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RH: Tensor, row_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, rows_RH: Tensor, row_TK: Tensor, add_TH: Tensor | None) -> Tensor:
         from megatron_q3n.kernels.fused import permutation as fused  # late: Triton
 
         ctx.save_for_backward(row_TK)
-        return fused.gather_rows(rows_RH.contiguous(), row_TK)
+        added = None if add_TH is None else add_TH.contiguous()
+        return fused.gather_rows(rows_RH.contiguous(), row_TK, added)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, Tensor | None]:
         from megatron_q3n.kernels.fused import permutation as fused  # late: Triton
 
-        return fused.scatter_rows(dout.contiguous(), *ctx.saved_tensors), None
+        drows = fused.scatter_rows(dout.contiguous(), *ctx.saved_tensors)
+        return drows, None, dout if ctx.needs_input_grad[2] else None

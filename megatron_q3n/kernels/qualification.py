@@ -12,7 +12,7 @@ lock. The delta rule's kernels, by far the longest, have a helper that began bef
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.kernels import (
+    attention_inputs,
     choices,
     compile_ahead,
     delta_mixer,
@@ -35,17 +36,21 @@ from megatron_q3n.kernels import (
     few_tokens,
     fp8_experts,
     grouped_linear,
+    layer_checks,
     permutation,
+    residual_norm,
     row_gate,
     weighted_swiglu,
 )
 from megatron_q3n.kernels.delta_rule_problems import checked_problems, packs_documents
+from megatron_q3n.kernels.layer_checks import Results
+from megatron_q3n.kernels.layer_checks import random as _random
+from megatron_q3n.kernels.layer_checks import with_gradients as _with_gradients
 
 _TOLERANCE = 2e-2  # relative, bf16 operands; a wrong kernel is off by far more
 _FP8_TOLERANCE = 0.15  # e4m3 keeps four bits
 _TOKENS = 192
 _PROBLEMS = (RuntimeError, ImportError, ValueError, AssertionError, NotImplementedError, TypeError)
-Results = Sequence[Tensor]
 _seconds: dict[str, float] = {}
 
 
@@ -70,6 +75,8 @@ def qualify(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict
     checks = {
         delta_mixer.OPERATION: partial(_mixer, heads, config.model.linear_conv_kernel_dim, packed),
         delta_steps.OPERATION: partial(_steps, heads, config.model.linear_conv_kernel_dim),
+        attention_inputs.OPERATION: partial(layer_checks.attention_inputs_check, config),
+        residual_norm.OPERATION: partial(layer_checks.residual_norm_check, config),
         permutation.OPERATION: partial(_permutation, config),
         weighted_swiglu.OPERATION: partial(_swiglu, config),
         row_gate.OPERATION: partial(_row_gate, config),
@@ -133,11 +140,6 @@ def _verdict(operation: str, check: Callable[[], tuple[Results, Results]]) -> st
     return f"fused: output and gradients checked on this GPU (relative error {error:.1e})"
 
 
-def _random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(sum(shape))
-    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
-
-
 def _fp8_experts(config: RunConfig) -> tuple[Results, Results]:
     """Check FP8 experts against bf16 ones, whose own kernels the other checks look at."""
     model, tokens = config.model, 256
@@ -163,13 +165,6 @@ def _fp8_experts(config: RunConfig) -> tuple[Results, Results]:
         return permutation.gather_rows(out, routes, fused=True)
 
     return _with_gradients(partial(run, True), inputs), _with_gradients(partial(run, False), inputs)
-
-
-def _with_gradients(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    output = run(*leaves)
-    upstream = _random(*output.shape, dtype=output.dtype)
-    return [output, *torch.autograd.grad(output, leaves, upstream)]
 
 
 def _mixer(heads: delta_mixer.DeltaHeads, taps: int, packed: bool) -> tuple[Results, Results]:
@@ -330,29 +325,34 @@ def _permutation(config: RunConfig) -> tuple[Results, Results]:
     routing = torch.zeros_like(logits, dtype=torch.bool)
     routing.scatter_(1, logits.topk(model.moe_router_topk, 1).indices, True)
 
-    def run(fused: bool, x: Tensor, probs: Tensor) -> Tensor:
+    def run(fused: bool, x: Tensor, probs: Tensor, add: Tensor) -> Tensor:
         routes, gates = permutation.plan_routes(routing, probs, model.moe_router_topk, fused=fused)
         rows = permutation.scatter_rows(x, routes, fused=fused)
         weighted = (rows * gates[:, None]).to(x.dtype)
-        return permutation.gather_rows(weighted, routes, fused=fused)
+        return permutation.gather_rows(weighted, routes, add, fused=fused)
 
     inputs = [_random(_TOKENS, model.hidden_size), logits.sigmoid() * routing]
+    inputs.append(_random(_TOKENS, model.hidden_size).flip(0))
     return _with_gradients(partial(run, True), inputs), _with_gradients(partial(run, False), inputs)
 
 
 def _swiglu(config: RunConfig) -> tuple[Results, Results]:
     width = config.model.moe_ffn_hidden_size // config.parallel.expert_tensor_parallel_size
+    shared = config.model.moe_shared_expert_intermediate_size or width
+    shared //= config.parallel.tensor_model_parallel_size
     inputs = [_random(_TOKENS, 2 * width), _random(_TOKENS, dtype=torch.float32)]
-    run = weighted_swiglu.weighted_swiglu
-    return (
-        _with_gradients(partial(run, fused=True), inputs),
-        _with_gradients(partial(run, fused=False), inputs),
-    )
+    results: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for fused, result in zip((True, False), results):
+        run = partial(weighted_swiglu.weighted_swiglu, fused=fused)
+        result.extend(_with_gradients(run, inputs))
+        result.extend(_with_gradients(partial(run, weight_R=None), [_random(_TOKENS, 2 * shared)]))
+    return results
 
 
 def _row_gate(config: RunConfig) -> tuple[Results, Results]:
     width = config.model.hidden_size
     inputs = [_random(_TOKENS, width), _random(_TOKENS + 1, width)[1:], 0.1 * _random(1, width)]
+    inputs.append(_random(_TOKENS, width).flip(0))
     return (
         _with_gradients(partial(row_gate.row_gate, fused=True), inputs),
         _with_gradients(partial(row_gate.row_gate, fused=False), inputs),

@@ -1,6 +1,6 @@
 """Gated attention as ablations want it: other gates than the published one, and sliding windows.
 
-The published model needs none of this and uses megatron-core's SelfAttention as it is (spec.py). The
+The published model needs none of this and uses model/gated_attention.py (spec.py). The
 gates are those of Gated Attention for LLMs (arXiv 2505.06708), sections 2.2 and 3.1; Y is what is
 gated, X the layer's normalised input, W the gate's weight:
 

@@ -7,7 +7,7 @@ rows: no key or value is repeated, and memory is read once. On a GPU that is two
 projection to the other (kernels/few_queries.py). Longer spans, as in prefill, go sequence by sequence
 through scaled_dot_product_attention, which has fused kernels for them.
 
-Projections, QK-norm, gate and output projection are megatron-core's SelfAttention's own, with its own weights.
+Projections, QK-norm, gate and output projection are the layer's own, with its own weights.
 
 Shapes: as in decode_state.py and span.py; H query heads, R = H / Hkv.
 """
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import _rotate_half
-from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
@@ -28,6 +27,7 @@ from megatron_q3n.model.attention import window_tokens
 from megatron_q3n.model.attention_variants import VariantAttention
 from megatron_q3n.model.decode_state import KeyValueCache
 from megatron_q3n.model.few_rows import project_normed
+from megatron_q3n.model.gated_attention import GatedAttention
 from megatron_q3n.model.span import Span
 
 
@@ -127,7 +127,7 @@ def attend(
 
 def _opened(mixer: Any, core: Tensor, gate: Tensor) -> Tensor:
     """Gate what the heads have read. Shapes: core [T,N,H·D]; gate [T,N,H,D], or a variant's."""
-    if type(mixer) is not SelfAttention:
+    if type(mixer) is not GatedAttention:
         return mixer._apply_output_gate(core, gate)
     # megatron-core's own is compiled anew for every number of tokens, seconds each
     return few_queries.opened(core, gate.flatten(2))
@@ -148,7 +148,7 @@ def _goes_at_once(mixer: Any, hidden: Tensor, span: Span) -> bool:
 def serves(mixer: Any) -> bool:
     """Whether `attend_at_once` knows what this layer does between its projections."""
     config = mixer.config
-    if type(mixer) is not SelfAttention:
+    if type(mixer) is not GatedAttention:
         sigmoid = not config.attention_output_gate or mixer.activation is torch.sigmoid
         if not (type(mixer) is VariantAttention and mixer.linear_gate is None and sigmoid):
             return False

@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
+from megatron_q3n.kernels import choices, permutation, row_gate
 from megatron_q3n.kernels.permutation import Routes, gather_rows, plan_routes, scatter_rows
 
 
@@ -21,6 +22,7 @@ class LocalDispatcher(MoETokenDispatcher):
     def __init__(self, config: Any, pg_collection: Any, experts: Any) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.topk, self.experts = config.moe_router_topk, experts
+        self.addend: Tensor | None = None
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -43,8 +45,11 @@ class LocalDispatcher(MoETokenDispatcher):
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor | Routes, Tensor]:
         """Hand over rows, rows per expert and gates (the rows are sorted already); or tokens, routes and gates."""
-        where = self.routes if self.hands_over_tokens else self.routes.rows_per_expert_E
-        return hidden_states, where, probs
+        if not self.hands_over_tokens:
+            return hidden_states, self.routes.rows_per_expert_E, probs
+        if self.addend is not None:
+            self.experts.addend, self.addend = self.addend.flatten(0, -2), None
+        return hidden_states, self.routes, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Nothing to undo."""
@@ -55,14 +60,21 @@ class LocalDispatcher(MoETokenDispatcher):
         return hidden_states
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
-        """Add up each token's rows."""
+        """Add up each token's rows, and the `addend` left for this call."""
+        addend, self.addend = self.addend, None
         if not self.hands_over_tokens:
-            hidden_states = gather_rows(hidden_states, self.routes)
-        return hidden_states.view(self.hidden_shape)
+            flat = None if addend is None else addend.flatten(0, -2)
+            return gather_rows(hidden_states, self.routes, flat).view(self.hidden_shape)
+        made = hidden_states.view(self.hidden_shape)
+        return made if addend is None else made + addend
 
 
 class Qwen3NextMoELayer(MoELayer):
-    """megatron-core's MoELayer, with the dispatcher above where it serves."""
+    """megatron-core's MoELayer, with the dispatcher above where it serves.
+
+    `readers` is how many names of the tokens it wants: router, experts, and of the shared expert its input and gate;
+    one where a part is recomputed or overlapped, which is megatron-core's to do.
+    """
 
     def __init__(self, config: Any, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)
@@ -73,3 +85,40 @@ class Qwen3NextMoELayer(MoELayer):
         if alone and dropless and plain and not config.moe_router_padding_for_quantization:
             groups = options["pg_collection"]
             self.token_dispatcher = LocalDispatcher(config, groups, self.experts)
+        recomputes = self.moe_layer_recompute or self.shared_experts_recompute
+        if recomputes or self.shared_expert_overlap or config.moe_latent_size:
+            self.readers = 1
+        else:
+            self.readers = 2 + (2 if self.use_shared_expert else 0)
+
+    def adds_stream(self, hidden: Tensor) -> bool:
+        """Whether `forward` also adds the stream, in kernels that write the sum anyway."""
+        alone = isinstance(self.token_dispatcher, LocalDispatcher) and self.use_shared_expert
+        both = (permutation.OPERATION, row_gate.OPERATION)
+        return alone and all(choices.is_fused(operation, hidden) for operation in both)
+
+    def forward(
+        self,
+        hidden_states: Tensor | tuple[Tensor, ...],
+        intermediate_tensors: Any = None,
+        padding_mask: Tensor | None = None,
+        stream: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the experts.
+
+        Shapes: hidden [T,B,H], or a tuple with a name of it for each of `readers`; stream likewise, only where
+            `adds_stream`. Returns: (output [T,B,H], None): there is no bias.
+        """
+        if not isinstance(hidden_states, tuple):
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        for_router, for_experts, *for_shared = hidden_states
+        shared = self.shared_experts(*for_shared, add=stream) if for_shared else None
+        if stream is not None:
+            assert isinstance(self.token_dispatcher, LocalDispatcher)
+            self.token_dispatcher.addend, shared = shared, None
+        ignored = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
+        probs, routing_map = self.route(for_router, ignored)
+        tokens, probs = self.preprocess(for_experts, probs, routing_map)
+        rows, probs = self.dispatch(tokens, probs)
+        output, _ = self.routed_experts_compute(rows, probs)
+        return self.postprocess(self.combine(output), shared), None

@@ -44,6 +44,7 @@ class StackedExperts(MegatronModule):
         )
         selective = config.recompute_granularity == "selective"
         self.recompute_activation = selective and "moe_act" in config.recompute_modules
+        self.addend: Tensor | None = None
 
     @property
     def takes_tokens(self) -> bool:
@@ -56,15 +57,17 @@ class StackedExperts(MegatronModule):
         """Run each expert on its rows and weigh the result by the router's gate.
 
         Shapes: rows [R,H] sorted by local expert, with counts [local experts]; or, where `takes_tokens`, tokens
-            [T,H] with their routes. gates [R].
+            [T,H] with their routes, to whose results the `addend` [T,H] left for this call is added. gates [R].
         Returns: (shaped like the rows or tokens, None): there is no bias.
         """
+        addend, self.addend = self.addend, None
         if self.takes_tokens and rows_TH.shape[0] > 0:
             routes = where if isinstance(where, Routes) else None
             counts = where.rows_per_expert_E if isinstance(where, Routes) else where
-            weights = self.linear_fc1.weight, self.linear_fc2.weight
-            return fp8_experts.fp8_experts(rows_TH, gates_R, *weights, routes, counts), None
+            given = self.linear_fc1.weight, self.linear_fc2.weight, routes, counts, addend
+            return fp8_experts.fp8_experts(rows_TH, gates_R, *given), None
         assert isinstance(where, Tensor)
+        assert addend is None
         return self._run_rows(rows_TH, where, gates_R), None
 
     def _run_rows(self, rows_TH: Tensor, rows_per_expert_E: Tensor, gates_R: Tensor) -> Tensor:

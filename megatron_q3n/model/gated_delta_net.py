@@ -82,7 +82,12 @@ class GatedDeltaNetState:
 
 
 class GatedDeltaNet(MegatronModule):
-    """The mixer. `forward` is what megatron-core calls; `mix` also takes and returns state."""
+    """The mixer. `forward` is what megatron-core calls; `mix` also takes and returns state.
+
+    It has two `readers` of its input: the large projection and β's and α's.
+    """
+
+    readers = 2
 
     def __init__(
         self,
@@ -171,7 +176,7 @@ class GatedDeltaNet(MegatronModule):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         inference_context: Any = None,
         packed_seq_params: PackedSeqParams | None = None,
@@ -179,7 +184,8 @@ class GatedDeltaNet(MegatronModule):
     ) -> tuple[Tensor, None]:
         """Mix tokens from a zero state.
 
-        Shapes: hidden [T / (TP·CP) , B, H] in (sequence parallel, zigzag context parallel) order, the same out.
+        Shapes: hidden [T / (TP·CP) , B, H] in (sequence parallel, zigzag context parallel) order, or a pair of names
+            for it, one for each reader; the same out.
         Returns: (output, None): there is no bias.
         """
         assert inference_context is None, "decode goes through `mix`, which carries state"
@@ -188,7 +194,7 @@ class GatedDeltaNet(MegatronModule):
 
     def mix(
         self,
-        hidden_SBH: Tensor,
+        hidden_SBH: Tensor | tuple[Tensor, Tensor],
         state: GatedDeltaNetState | None = None,
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
@@ -197,8 +203,9 @@ class GatedDeltaNet(MegatronModule):
 
         Returns: the output, shaped like the input, and the new state if asked for.
         """
-        qkvz, _ = self.in_proj(hidden_SBH)
-        beta_alpha, _ = self.beta_alpha_proj(hidden_SBH)
+        large, small = hidden_SBH if isinstance(hidden_SBH, tuple) else (hidden_SBH, hidden_SBH)
+        qkvz, _ = self.in_proj(large)
+        beta_alpha, _ = self.beta_alpha_proj(small)
         if self.recompute and self.training:
             assert state is None
             assert not return_state

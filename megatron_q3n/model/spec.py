@@ -14,7 +14,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -25,21 +25,19 @@ from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionLayerSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import (
-    MoETransformerLayer,
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.model.attention import TorchCausalAttention
 from megatron_q3n.model.attention_variants import VariantAttention, needs_variant
 from megatron_q3n.model.dispatch import Qwen3NextMoELayer
 from megatron_q3n.model.experts import StackedExperts
+from megatron_q3n.model.gated_attention import GatedAttention
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron_q3n.model.norms import ZeroCenteredRMSNorm
 from megatron_q3n.model.router import GlobalBatchRouter
 from megatron_q3n.model.shared_expert import GatedSharedExpert
+from megatron_q3n.model.sublayers import MixerSublayer, MoESublayer
 
 
 @dataclass(frozen=True)
@@ -69,19 +67,6 @@ def backend_named(name: str) -> Backend:
     return Backend(TENorm, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention)
 
 
-class MoESublayer(MoETransformerLayer):
-    """The E slot, told whether it is inside MTP.
-
-    HybridStack 0.19.2 tells the attention slot but not this one (hybrid_block.py:182-192); its name says it.
-    """
-
-    def __init__(
-        self, *args: Any, name: str | None = None, is_mtp_layer: bool = False, **options: Any
-    ) -> None:
-        inside_mtp = is_mtp_layer or (name or "").startswith("mtp")
-        super().__init__(*args, name=name, is_mtp_layer=inside_mtp, **options)
-
-
 def stack_spec(config: RunConfig, backend: Backend) -> ModuleSpec:
     """Return the spec of the whole stack, MTP included.
 
@@ -91,12 +76,12 @@ def stack_spec(config: RunConfig, backend: Backend) -> ModuleSpec:
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
-            gdn_layer=_mixer_layer(_gated_delta_net(config, backend), backend),
-            attention_layer=_mixer_layer(_gated_attention(config, backend), backend),
+            gdn_layer=_mixer_layer(_gated_delta_net(config, backend), config, backend),
+            attention_layer=_mixer_layer(_gated_attention(config, backend), config, backend),
             moe_layer=ModuleSpec(
                 module=MoESublayer,
                 submodules=TransformerLayerSubmodules(
-                    pre_mlp_layernorm=backend.norm,
+                    pre_mlp_layernorm=_head_norm(config, backend),
                     mlp=_moe(config, backend),
                     mlp_bda=get_bias_dropout_add,
                 ),
@@ -106,13 +91,21 @@ def stack_spec(config: RunConfig, backend: Backend) -> ModuleSpec:
     )
 
 
-def _mixer_layer(mixer: ModuleSpec, backend: Backend) -> ModuleSpec:
+def _mixer_layer(mixer: ModuleSpec, config: RunConfig, backend: Backend) -> ModuleSpec:
     return ModuleSpec(
-        module=TransformerLayer,
+        module=MixerSublayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=backend.norm, self_attention=mixer, self_attn_bda=get_bias_dropout_add
+            input_layernorm=_head_norm(config, backend),
+            self_attention=mixer,
+            self_attn_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _head_norm(config: RunConfig, backend: Backend) -> Any:
+    """Return the norm that also hands on the stream; an fp32 stream is the backend's, which makes bf16 of it."""
+    is_wide = config.model.megatron.get("fp32_residual_connection", False)
+    return backend.norm if is_wide else ZeroCenteredRMSNorm
 
 
 def _gated_delta_net(config: RunConfig, backend: Backend) -> ModuleSpec:
@@ -135,7 +128,7 @@ def _gated_delta_net(config: RunConfig, backend: Backend) -> ModuleSpec:
 def _gated_attention(config: RunConfig, backend: Backend) -> ModuleSpec:
     variant = needs_variant(config.model)
     return ModuleSpec(
-        module=VariantAttention if variant else SelfAttention,
+        module=VariantAttention if variant else GatedAttention,
         params={
             "attn_mask_type": AttnMaskType.causal,
             **({"model": config.model} if variant else {}),

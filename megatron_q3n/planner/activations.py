@@ -180,14 +180,17 @@ def mixture_of_experts(config: RunConfig) -> Footprint:
     inside, shared_only = ("moe",), ("moe", "shared_experts")
     gathered = model.hidden_size * at.value + model.num_moe_experts * (_FP32 + 1)
     product = at.dispatched * 2 * ffn * at.value
+    spread = config.parallel.expert_model_parallel_size * at.expert_tensor_ranks > 1
+    # FP8 experts that are all here keep each token once, not once per expert
+    kept_tokens = at.shard_tokens if config.precision.fp8 and not spread else at.dispatched
     return Footprint(
         (
             *_normed_input(config, at.value),
             Saved("router", at.shard_tokens * model.num_moe_experts * (3 * _FP32 + 1), inside),
-            Saved("tokens", at.dispatched * model.hidden_size * at.value, inside),
+            Saved("tokens", kept_tokens * model.hidden_size * at.product_input, inside),
             Saved("gate|up", at.dispatched * 2 * ffn * at.value, inside),
             *(() if at.fused else (Saved("SiLU, product", product, (*inside, "moe_act")),)),
-            Saved("activated", at.dispatched * ffn * at.value, (*inside, "moe_act")),
+            Saved("activated", at.dispatched * ffn * at.product_input, (*inside, "moe_act")),
             Saved("shared gate|up", shared * 2 * at.value, shared_only),
             Saved("shared activated", shared * at.product_input, shared_only),
             Saved("shared output", at.hidden(model), shared_only),

@@ -1,8 +1,7 @@
 """Everything that changes while training, in one place: what a checkpoint must hold."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from torch import nn
 from megatron_q3n.config import RunConfig
 from megatron_q3n.device import Device
 from megatron_q3n.kernels import grouped_linear
-from megatron_q3n.kernels.fp8_experts import forget_quantised
 from megatron_q3n.model.build import build_model
 from megatron_q3n.model.experts import StackedExperts
+from megatron_q3n.model.gated_attention import GatedAttention
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet
 from megatron_q3n.model.mtp import freeze_trunk
 from megatron_q3n.parallel import Parallel
@@ -58,6 +57,12 @@ class TrainState:
     def tokens(self) -> int:
         """Tokens trained on so far."""
         return self.step * self.config.tokens_per_step
+
+    @cached_property
+    def expert_weights(self) -> list[torch.Tensor]:
+        """Every expert stack of this rank, frozen ones too."""
+        modules = [module for model in self.models for module in model.modules()]
+        return [p for m in modules if isinstance(m, StackedExperts) for p in m.parameters()]
 
     def gather_parameters(self) -> None:
         """Bring every parameter up to date now, as a checkpoint needs them.
@@ -122,7 +127,8 @@ def build_chunks(config: RunConfig, device: Device, parallel: Parallel) -> list[
     for chunk in chunks:
         chunk.broadcast_params()
         _accumulate_in_place(chunk)
-        _prepare_experts_for_steps(chunk, overwrites=not config.parallel.overlap_grad_reduce)
+        if not config.parallel.overlap_grad_reduce:
+            _overwrite_expert_gradients(chunk)
         if config.parallel.overlap_param_gather:
             _wait_where_parts_are_read(chunk)
     _connect_schedules(chunks, config)
@@ -133,7 +139,7 @@ def _wait_where_parts_are_read(chunk: DistributedDataParallel) -> None:
     """Let mixers and expert stacks wait for all their parameters when they are entered.
 
     With overlap_param_gather, DDP waits for a parameter when the module that owns it is called
-    (distributed_data_parallel.py:432). These two read weights of parts that they never call.
+    (distributed_data_parallel.py:432). These read weights of parts that they never call.
     """
 
     def wait(module: nn.Module, _: Any) -> None:
@@ -144,7 +150,7 @@ def _wait_where_parts_are_read(chunk: DistributedDataParallel) -> None:
             group.finish_param_sync(skip_next_bucket_dispatch=chunk.ddp_config.align_param_gather)
 
     for module in chunk.modules():
-        if isinstance(module, GatedDeltaNet | StackedExperts):
+        if isinstance(module, GatedAttention | GatedDeltaNet | StackedExperts):
             module.register_forward_pre_hook(wait)
 
 
@@ -183,8 +189,8 @@ def _accumulate_in_place(chunk: DistributedDataParallel) -> None:
             module.fuse_wgrad_accumulation = True
 
 
-def _prepare_experts_for_steps(chunk: DistributedDataParallel, *, overwrites: bool) -> None:
-    """Before each step's first pass, drop the experts' FP8 copies; and let that pass overwrite their gradients.
+def _overwrite_expert_gradients(chunk: DistributedDataParallel) -> None:
+    """Let each step's first pass overwrite the experts' main gradients, instead of clearing them before it.
 
     They are nearly all of a sparse model's. Not where gradients are reduced while the passes run: an expert stack
     that was not used would be reduced stale.
@@ -194,15 +200,7 @@ def _prepare_experts_for_steps(chunk: DistributedDataParallel, *, overwrites: bo
     }
     for buffer in chunk.expert_parallel_buffers:
         assert stacks.issuperset(map(id, buffer.params)), "a parameter that nobody would clear"
-        buffer.reset = partial(_begin_step, buffer.params, buffer.reset, overwrites)
-
-
-def _begin_step(weights: list[torch.Tensor], clear: Callable[[], None], overwrites: bool) -> None:
-    forget_quantised(weights)
-    if overwrites:
-        grouped_linear.mark_stale(weights)
-    else:
-        clear()
+        buffer.reset = partial(grouped_linear.mark_stale, buffer.params)
 
 
 def _connect_schedules(chunks: list[Any], config: RunConfig) -> None:

@@ -10,6 +10,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_q3n.data.batch import Batch
+from megatron_q3n.kernels import fp8_experts
 from megatron_q3n.model.mtp import count_predictions
 from megatron_q3n.model.router import finish_balance, routers_of
 from megatron_q3n.training.loss import forward_step, reduce_losses
@@ -77,13 +78,17 @@ def evaluate(state: TrainState, global_batches: Any) -> tuple[float, float]:
 
 
 def run_microbatches(
-    state: TrainState, batches: Any, *, forward_only: bool, forward: ForwardStep = forward_step
-) -> list[dict]:
+    state: TrainState, batches: Any, *, forward_only: bool, forward: ForwardStep = forward_step,
+    same_weights: bool = False,
+) -> list[dict]:  # fmt: skip
     """Drive megatron-core's schedule (plain, 1F1B or interleaved, as the layout needs) over the micro-batches.
 
     Training passes are replayed as one CUDA graph where the state has one (training/step_graph.py) and the forward
-    pass is the usual one.
+    pass is the usual one. They quantise the experts' weights anew, whatever has changed these since the last call:
+    an optimizer, a checkpoint, a hand. `same_weights` says that nothing has; only a benchmark may know that.
     """
+    if not (forward_only or same_weights):
+        fp8_experts.forget(state.expert_weights)
     if state.graph is not None and not forward_only and forward is forward_step:
         run = partial(_run_schedule, state, forward_only=False, forward=forward)
         return state.graph.run(batches, run)

@@ -28,7 +28,13 @@ import torch
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.data.batch import Batch
 from megatron_q3n.device.graph_nodes import nodes_that_touch_the_host
-from megatron_q3n.kernels import choices, delta_rule_backend, grouped_linear, permutation
+from megatron_q3n.kernels import (
+    choices,
+    delta_rule_backend,
+    fp8_experts,
+    grouped_linear,
+    permutation,
+)
 
 MUST_BE_FUSED = (delta_rule_backend.OPERATION, permutation.OPERATION, grouped_linear.OPERATION)
 _WARMUP_STEPS = 2  # kernels compile and libraries allocate; neither may happen during capture
@@ -73,7 +79,7 @@ class StepGraph:
         assert len(chunks) == 1
         self._required = required
         self._given_up = False
-        self._hooks = chunks[0].module.config
+        self._model, self._hooks = chunks[0], chunks[0].module.config
         self._parameters = list(chunks[0].parameters())
         self._overwritten: list[torch.Tensor] = []
         self._eager_steps = 0
@@ -92,6 +98,8 @@ class StepGraph:
         if self._given_up or self._eager_steps < _WARMUP_STEPS:
             self._eager_steps += 1
             return run_schedule(batches)
+        # outside the graph, and not only for speed: a replay reads the copies and cannot ask whether they are current
+        fp8_experts.quantise(self._parameters)
         if self._graph is None:
             graph = self._capture(batches, run_schedule)
             touching = nodes_that_touch_the_host(graph)
@@ -124,6 +132,7 @@ class StepGraph:
         # on the stream that everything was built on: autograd adds a leaf's gradient on the stream the leaf's hook
         # was made on. Other threads (a save under way) may go on using the GPU.
         stream = torch.cuda.current_stream()
+        _drop_dense_copies(self._model)
         try:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._reports = run_schedule(self._batches)
@@ -134,6 +143,7 @@ class StepGraph:
             ) from error
         finally:
             self._hooks.finalize_model_grads_func = finalize
+            _drop_dense_copies(self._model)
         self._overwritten = [p for p in stale if not grouped_linear.is_stale(p)]
         return graph
 
@@ -152,6 +162,18 @@ class StepGraph:
 
     def _remember(self, *positional: Any, **named: Any) -> None:
         self._to_finalize = (positional, named)
+
+
+def _drop_dense_copies(model: Any) -> None:
+    """Let go of TransformerEngine's FP8 copies of dense weights: a graph must have its own, in its own memory.
+
+    An evaluation drops the transposed half of those it finds (TransformerEngine 2.20, quantizer.cpp,
+    convert_and_update_tensor), and replays would write where somebody else's tensors lie by then.
+    """
+    for module in model.modules():
+        copies = getattr(module, "_fp8_workspaces", None)
+        if copies:
+            copies.clear()
 
 
 def _own_copy(batch: Batch, device: Any) -> Batch:

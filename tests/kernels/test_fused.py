@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_q3n.kernels.attention_inputs import attention_inputs
 from megatron_q3n.kernels.causal_conv import causal_conv, positions_in_documents
 from megatron_q3n.kernels.norms import gated_rms_norm, l2_norm
+from megatron_q3n.kernels.residual_norm import residual_norm
 
 HEADS = {"key_heads": 2, "value_heads": 4, "head_dim": 16}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -33,17 +35,26 @@ def assert_near(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "packed"), [(37, 2, False), (70, 1, True), (3, 1, False)]
+    ("tokens", "rows", "packed"),
+    [(37, 2, False), (3, 1, False), (52, 1, True)],
 )
 def test_delta_inputs(
-    tokens: int, rows: int, packed: bool, dtype: torch.dtype, triton_device: str
+    tokens: int,
+    rows: int,
+    packed: bool,
+    dtype: torch.dtype,
+    triton_device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from megatron_q3n.kernels.fused import delta_inputs as fused
 
+    for launch in (fused._FORWARD, fused._BACKWARD):
+        monkeypatch.setitem(launch, "WALK", 16)
     shape, device = fused.DeltaShape(**HEADS), triton_device
     x = normal(1, tokens, rows, shape.channels + 64, device=device, dtype=dtype)
     taps = normal(2, shape.channels, 4, device=device, dtype=dtype)
-    bounds = torch.tensor([0, 1, 3, 40, 70], dtype=torch.int32, device=device) if packed else None
+    ends = [0, 1, 3, 18, 31, 50, 52]  # around the ends of a program's walk
+    bounds = torch.tensor(ends, dtype=torch.int32, device=device) if packed else None
     position = None if bounds is None else positions_in_documents(bounds, tokens).to(torch.int32)
     exact_x, exact_taps = (y.double().requires_grad_() for y in (x, taps))
     mixed = causal_conv(
@@ -148,6 +159,12 @@ def test_weighted_swiglu(dtype: torch.dtype, triton_device: str) -> None:
     wanted = torch.autograd.grad(want, exact, upstream.double())
     for got, reference in zip(fused.weighted_swiglu_backward(gate_up, weight, upstream), wanted):
         assert_near(got, reference, dtype)
+    plain = F.silu(gate) * up
+    assert_near(fused.weighted_swiglu(gate_up, None), plain, dtype)
+    (wanted_plain,) = torch.autograd.grad(plain, exact[:1], upstream.double())
+    got, nothing = fused.weighted_swiglu_backward(gate_up, None, upstream)
+    assert nothing is None
+    assert_near(got, wanted_plain, dtype)
 
 
 def test_row_gate(dtype: torch.dtype, triton_device: str) -> None:
@@ -155,14 +172,61 @@ def test_row_gate(dtype: torch.dtype, triton_device: str) -> None:
 
     x, hidden = (normal(s, 37, 40, device=triton_device, dtype=dtype) for s in (1, 2))
     weight = normal(3, 1, 40, device=triton_device, dtype=dtype) / 6
+    add = normal(5, 37, 40, device=triton_device, dtype=dtype)
     exact = [y.double().requires_grad_() for y in (x, hidden, weight)]
     want = exact[0] * F.linear(exact[1], exact[2]).sigmoid()
     out, gate = fused.row_gate(x, hidden, weight)
     assert_near(out, want, dtype)
+    assert_near(fused.row_gate(x, hidden, weight, add)[0], want + add.double(), dtype)
     upstream = normal(4, *want.shape, device=triton_device, dtype=dtype)
     wanted = torch.autograd.grad(want, exact, upstream.double())
     for got, reference in zip(fused.row_gate_backward(x, hidden, weight, gate, upstream), wanted):
         assert_near(got.view_as(reference), reference, dtype)
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 4])
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_residual_norm(readers: int, goes_on: bool, dtype: torch.dtype, triton_device: str) -> None:
+    """Fused as autograd uses it; the stream may end here, and a reader may have no gradient."""
+    x = normal(1, 37, 2, 40, device=triton_device, dtype=dtype)
+    weight = normal(2, 40, device=triton_device, dtype=dtype) / 4
+    results = []
+    for fused, number in ((True, dtype), (False, torch.float64)):
+        leaves = [y.to(number).requires_grad_() for y in (x.clone(), weight.clone())]
+        stream, *normed = residual_norm(*leaves, 1e-6, readers, fused=fused)
+        used = [stream, *normed] if goes_on else normed[-1:]
+        upstream = [
+            normal(3 + i, *x.shape, device=triton_device, dtype=dtype).to(number)
+            for i in range(len(used))
+        ]
+        results.append([stream, *normed, *torch.autograd.grad(used, leaves, upstream)])
+    for got, want in zip(*results, strict=True):
+        assert_near(got, want, dtype)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("tokens", "rows"), [(23, 2), (140, 1)])
+def test_attention_inputs(
+    tokens: int, rows: int, gated: bool, dtype: torch.dtype, triton_device: str
+) -> None:
+    from megatron_q3n.kernels.fused import attention_inputs as fused
+
+    shape, device = fused.AttentionShape(2, 3, 16, gated), triton_device
+    qkv = normal(1, tokens, rows, 2 * sum(shape.parts), device=device, dtype=dtype)
+    angles = 3 * normal(2, tokens, 4, device=device, dtype=torch.float32).repeat(1, 2)
+    norms = [normal(s, 16, device=device, dtype=dtype) / 4 for s in (3, 4)]
+    exact = [y.double().requires_grad_() for y in (qkv, *norms)]
+    want = attention_inputs(exact[0], angles.double(), *exact[1:], 2, gated, 1e-6, fused=False)
+    made = [part for part in want if part is not None]
+    upstream = [normal(5 + i, *y.shape, device=device, dtype=dtype) for i, y in enumerate(made)]
+    wanted = torch.autograd.grad(made, exact, [y.double() for y in upstream])
+    given = angles.cos(), angles.sin(), *norms, shape, 1e-6
+    for got, reference in zip(fused.attention_inputs(qkv, *given), want):
+        assert_near(got, reference, dtype)
+    dquery, dkey, dvalue, *dgate = upstream
+    back = dquery, dgate[0] if gated else None, dkey, dvalue
+    for got, reference in zip(fused.attention_inputs_backward(qkv, *given, *back), wanted):
+        assert_near(got, reference, dtype)
 
 
 @pytest.mark.parametrize("counts", [[70, 0, 129, 1], [0, 0, 0, 64], [3, 2, 1, 0]])

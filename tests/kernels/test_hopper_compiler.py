@@ -21,6 +21,7 @@ VARIANTS = [(turned, columns, False) for turned in (False, True) for columns in 
 # head dim, query heads of a group, new tokens, window: one token and drafts of the small and the released model,
 # more rows than a program has, and a sliding window
 QUERIES = [(128, 4, 1, None), (256, 8, 1, None), (256, 8, 16, None), (64, 8, 3, 100)]
+STEPS = [(4, 8, 128), (16, 32, 128), (2, 4, 64)]  # key and value heads, and their size
 # experts, chosen, with the product, with the norm: the small and the released model
 ROUTES = [(64, 4, True, False), (64, 4, True, True), (512, 10, False, False)]
 # input rows, widths of the inputs, rows of the weight, what stands around: of the small model the projections into and
@@ -55,16 +56,60 @@ def test_every_grouped_product_multiplies_on_tensor_cores() -> None:
     assert found == ["wgmma"] * (len(VARIANTS) + 1)
 
 
+def test_fp8_weight_gradients_multiply_on_tensor_cores() -> None:
+    """Without a spilled register, and with loads that begin before a tile is written."""
+    found = run_in_a_compiling_process("compile_fp8_weight_gradients")
+    assert found == ["fits", "wgmma", "ahead"] * 2 + ["fits"] * 2
+
+
 def test_kernels_of_a_few_tokens_fit() -> None:
     """No spilled register and no more shared memory than there is."""
     found = run_in_a_compiling_process("compile_few_tokens")
-    assert found == ["fits"] * (2 * len(QUERIES) + len(ROUTES) + 4)
+    assert found == ["fits"] * (2 * len(QUERIES) + len(ROUTES) + len(STEPS) + 4)
 
 
 def test_products_of_a_few_rows_fit_and_read_their_weights_in_large_pieces() -> None:
     """16 bytes a load, which a branch would hide from the compiler; a barrier before each row is stored, no more."""
     found = run_in_a_compiling_process("compile_few_rows")
     assert found == ["fits"] * len(ROWS)
+
+
+def test_kernels_around_mixers_fit_and_load_ahead() -> None:
+    """The released model's convolution, norm and attention inputs; a walk's loads must run ahead of it."""
+    found = run_in_a_compiling_process("compile_around_mixers")
+    assert found == ["ahead", "fits"] * 2 + ["fits"] * 4
+
+
+def compile_around_mixers() -> None:
+    """Compile, and say for each kernel whether it fits."""
+    from megatron_q3n.kernels.fused import attention_inputs, delta_inputs, residual_norm
+
+    types = {"dweight_ptr": "*fp32", "eps": "fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    strides = ("stride_t", "stride_b", "x_stride_t", "x_stride_b", "dx_stride_t", "dx_stride_b")
+    heads = {"KEY_HEADS": 16, "VALUE_HEADS": 32, "DIM": 128, "HEADS": delta_inputs._HEADS}
+    for kernel, launch in (
+        (delta_inputs._delta_inputs_kernel, delta_inputs._FORWARD),
+        (delta_inputs._delta_inputs_backward_kernel, delta_inputs._BACKWARD),
+    ):
+        constants = {**heads, **launch, "PACKED": False, "position_ptr": None}
+        made = _compiled(kernel, constants, types, strides, {"num_warps": delta_inputs._WARPS})
+        print("ahead" if "cp.async.cg" in made.asm["ptx"] else "waits")
+        _say_fits(made)
+    row = {"WIDTH": 2048, "BLOCK_H": 2048}
+    options = {"num_warps": residual_norm._FORWARD_WARPS}
+    _say_fits(_compiled(residual_norm._residual_norm_kernel, row, types, (), options))
+    launch = dict(residual_norm._BACKWARD)
+    options = {"num_warps": launch.pop("num_warps")}
+    given = {**row, **launch, "READERS": 4, "STREAM": True}
+    backward = residual_norm._residual_norm_backward_kernel
+    _say_fits(_compiled(backward, given, types, ("tokens",), options))
+    group = {"GROUPS": 2, "QUERIES": 8, "GATED": True, "DIM": 256, "TURNED": 64}
+    for kernel, launch in (
+        (attention_inputs._attention_inputs_kernel, dict(attention_inputs._FORWARD)),
+        (attention_inputs._attention_inputs_backward_kernel, dict(attention_inputs._BACKWARD)),
+    ):
+        options = {"num_warps": launch.pop("num_warps")}
+        _say_fits(_compiled(kernel, {**group, **launch}, types, ("rows",), options))
 
 
 def compile_grouped_products() -> None:
@@ -74,11 +119,40 @@ def compile_grouped_products() -> None:
         print("wgmma" if "wgmma.mma_async" in ptx else "slow")
 
 
+def compile_fp8_weight_gradients() -> None:
+    """Compile, writing and adding; and what turns their operands, gathering and not."""
+    from megatron_q3n.kernels.fused import fp8_weight_gradient as module
+
+    outputs, inputs, warps, stages = module._TILE
+    types = {
+        "dy_desc": f"tensordesc<fp8e4nv[{outputs}, 128]>", "x_desc": f"tensordesc<fp8e4nv[{inputs}, 128]>",
+        **dict.fromkeys(("out_ptr", "dy_scale_ptr", "x_scale_ptr"), "*fp32"), "first_ptr": "*i32",
+    }  # fmt: skip
+    for accumulate in (False, True):
+        constants = {
+            "ACCUMULATE": accumulate, "BLOCK_N": outputs, "BLOCK_K": inputs, "PROGRAMS": 132, "TILES_EACH": 64,
+        }  # fmt: skip
+        options = {"num_warps": warps, "num_stages": stages}
+        kernel = _compiled(module._gradient_kernel, constants, types, ("N", "K"), options)
+        _say_fits(kernel)
+        print("wgmma" if "wgmma.mma_async" in kernel.asm["ptx"] else "slow")
+        loop = kernel.asm["ttgir"].partition("scf.for")[2]
+        print("ahead" if 0 < loop.find("async_tma_copy") < loop.find("tt.store") else "waits")
+    types = {"x_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "out_scale_ptr": "*fp32"}
+    lists = ("source_ptr", "out_ptr", "ends_ptr", "expert_ptr", "row_ptr", "count_ptr")
+    types |= dict.fromkeys(lists, "*i32")
+    sizes = {"ROWS": 128, "COLUMNS": module._TURNED_COLUMNS, "AT_ONCE": module._SCALES_AT_ONCE}
+    for gathers in ({}, {"source_ptr": None}):
+        options = {"num_warps": module._TURNED_WARPS}
+        _say_fits(_compiled(module._turn_kernel, {**sizes, **gathers}, types, ("WIDTH",), options))
+
+
 def compile_few_tokens() -> None:
     """Compile, and say for each kernel whether it fits."""
     _compile_few_queries()
     _compile_few_routes()
     _compile_few_tokens()
+    _compile_delta_steps()
 
 
 def compile_few_rows() -> None:
@@ -127,6 +201,25 @@ def _compile_few_tokens() -> None:
         _say_fits(_compiled(module._judge_kernel, sizes, types, ("V",), {"num_warps": 4}))
 
 
+def _compile_delta_steps() -> None:
+    """No vector is made again by every thread that reads it, and no warp waits for another inside the rule."""
+    from megatron_q3n.kernels.fused import delta_steps as module
+
+    fp32 = dict.fromkeys(("a_log_ptr", "dt_bias_ptr", "norm_ptr", "delta_ptr"), "*fp32")
+    types = {**fp32, "delta_out_ptr": "*fp32", "scale": "fp32", "eps": "fp32"}
+    strides, taps = ("stride_t", "stride_b", "ba_stride_t", "ba_stride_b"), 4
+    for keys, values, dim in STEPS:
+        sizes = {"KEY_HEADS": keys, "VALUE_HEADS": values, "DIM": dim, "TAPS": taps}
+        constants: dict[str, Any] = {**sizes, **module.block_sizes(dim, values)}
+        options = {"num_warps": constants["WARPS"]}
+        kernel = _compiled(module._kernel, constants, types, strides, options)
+        ptx = kernel.asm["ptx"]
+        assert ptx.count("ld.global.v4.b32") == dim * dim // 128 // constants["WARPS"]
+        assert ptx.count("ld.global") < ptx.count("ld.global.v4.b32") + 40 * dim // 32
+        assert ptx.count("bar.sync") <= 16
+        _say_fits(kernel)
+
+
 def _compile_few_routes() -> None:
     from megatron_q3n.kernels.few_routes import Choice
     from megatron_q3n.kernels.few_rows import RowNorm
@@ -137,16 +230,14 @@ def _compile_few_routes() -> None:
     for experts, topk, product, normed in ROUTES:
         norm = RowNorm(torch.zeros(1), 1e-6) if normed else None
         constants: dict[str, Any] = {
-            **module.constants(experts, Choice(topk), product, norm),
+            **module.constants(experts, Choice(topk), 512 if product else 0, norm),
             "bias_ptr": None,
         }
         constants |= {"logits_ptr": None} if product else {"x_ptr": None, "weight_ptr": None}
         if not normed:
             constants |= {"norm_ptr": None, "normed_ptr": None}
         warps = module.WARPS_OF_PRODUCT if product else module.WARPS
-        _say_fits(
-            _compiled(module._few_routes_kernel, constants, types, ("X",), {"num_warps": warps})
-        )
+        _say_fits(_compiled(module._few_routes_kernel, constants, types, (), {"num_warps": warps}))
 
 
 def _compile_few_queries() -> None:

@@ -93,7 +93,20 @@ def _period(
         "parameters": two[0].parameters - one[0].parameters,
         "parameters_by_formula": counts[1] - counts[0],
         "samples": sum(len(r.seconds) for r in two),
+        **_renewing(one, two, seconds),
         **_profile(one[-1], two[-1], seconds),
+    }
+
+
+def _renewing(one: list[Reading], two: list[Reading], seconds: float) -> Row:
+    """Say what quantising a period's weights takes, and what a period takes with it."""
+    times = [[r.renewing_seconds for r in part if r.renewing_seconds] for part in (one, two)]
+    if not all(times):
+        return {}
+    apart = statistics.median(times[1]) - statistics.median(times[0])
+    return {
+        "renewing_milliseconds": apart * 1000,
+        "milliseconds_and_renewing": (seconds + apart) * 1000,
     }
 
 

@@ -1,7 +1,9 @@
 """The contestant this project is: the code of a training run, without its optimizer.
 
 Model and DDP come from training.state, forward and backward from training.step; only zeroing the gradients and
-the tokens are done here. Import it after the device is chosen: it imports megatron-core.
+the tokens are done here. In FP8 a run quantises the experts' weights once a step, however many micro-batches it has; as
+nothing here changes the weights, that is timed apart, like the optimizer. Import it after the device is chosen: it
+imports megatron-core.
 """
 
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from megatron_q3n import parallel
 from megatron_q3n.config import RunConfig
 from megatron_q3n.data.batch import batch_of_rows
 from megatron_q3n.device import Device
+from megatron_q3n.kernels import fp8_experts
 from megatron_q3n.kernels.qualification import qualify
 from megatron_q3n.model.build import compute_dtype
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet
@@ -50,7 +53,13 @@ class Ours:
         assert self.state is not None
         for chunk in self.state.chunks:
             chunk.zero_grad_buffer()
-        run_microbatches(self.state, [self.batch], forward_only=False)
+        run_microbatches(self.state, [self.batch], forward_only=False, same_weights=True)
+
+    def renew_weights(self) -> None:
+        """Do what a run does once a step before its passes: quantise the experts' weights."""
+        assert self.state is not None
+        fp8_experts.forget(self.state.expert_weights)
+        fp8_experts.quantise(self.state.expert_weights)
 
     def parameters(self) -> int:
         """Count the model's parameters."""

@@ -5,8 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WIDE = 148  # columns that the table of a comparison needs
-PIPE_WIDTH = 150  # a log has no width of its own
+WIDE = 160  # columns that the table of a comparison needs
+PIPE_WIDTH = 162  # a log has no width of its own
 Row = dict[str, Any]
 COLUMNS = (
     ("contestant", "contestant", "{}"),
@@ -17,6 +17,7 @@ COLUMNS = (
     ("× 1st case", "rate_of_first_case", "{:.2f}"),
     ("TFLOP/s", "tflops_per_second", "{:,.4g}"),
     ("MFU", "mfu", "{:.1%}"),
+    ("weights ms", "renewing_milliseconds", "{:.2f}"),
     ("peak GiB", "peak_gib", "{:.1f}"),
     ("period GiB", "period_gib", "{:.1f}"),
     ("busy ms", "busy_ms", "{:,.1f}"),
@@ -44,6 +45,11 @@ def show_comparison(rows: list[Row], to: Console) -> None:
         (_show_wide if to.width >= WIDE else _show_narrow)(part, used, to)
     if any("groups_ms" in row for row in rows):
         _show_groups(rows, to)
+    if any(row.get("renewing_milliseconds") for row in rows):
+        to.print(
+            "weights ms: quantising a period's expert weights, done beside the optimizer once a step, however many "
+            "micro-batches it has; not in ms, tokens/s and what follows from them. Where the column is empty it is."
+        )
     for row in rows:
         if row["failure"]:
             to.print(f"{row['case']}, {row['contestant']}: {row['failure']}", markup=False)

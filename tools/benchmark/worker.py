@@ -38,6 +38,9 @@ class Reading:
 
     seconds: list[float] = field(default_factory=list)  # of each step, device clock on a GPU
     wall_seconds: float = 0.0  # per step, host clock
+    renewing_seconds: float | None = (
+        None  # quantising weights, once per optimizer step; None: not apart from the steps
+    )
     parameters: int = 0
     mixers: int = 0
     peak_allocated_gib: float = (
@@ -159,6 +162,11 @@ def _measure(runner: Any, visit: Visit, device: Any, reading: Reading) -> None:
     for _ in range(visit.warmup - 1):
         step()
     reading.seconds, reading.wall_seconds = timed(step, visit.iterations, device)
+    if visit.config.precision.fp8 and hasattr(
+        runner, "renew_weights"
+    ):  # the others do it within their steps
+        renewing, _ = timed(runner.renew_weights, visit.iterations, device)
+        reading.renewing_seconds = statistics.median(renewing)
     reading.peak_allocated_gib = device.peak_memory_gib()
     if device.is_cuda:
         reading.peak_reserved_gib = torch.cuda.max_memory_reserved() / 2**30

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_q3n.kernels.few_routes import Choice
 from megatron_q3n.kernels.few_rows import RowNorm
 
-_WEIGHTS_AT_ONCE = 2**14  # of a program of eight warps: 64 of each thread
+_WEIGHTS_AT_ONCE = 2**15  # of a program of eight warps: 128 of each thread, two in a register
 WARPS_OF_PRODUCT, WARPS = 8, 4
 
 
@@ -29,8 +29,8 @@ def _ranked(scores, e, EP: tl.constexpr):
 
 @triton.jit
 def _few_routes_kernel(
-    logits_ptr, x_ptr, norm_ptr, normed_ptr, weight_ptr, bias_ptr, gates_ptr, experts_ptr, X, scaling, eps,
-    E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, x_ptr, norm_ptr, normed_ptr, weight_ptr, bias_ptr, gates_ptr, experts_ptr, scaling, eps,
+    X: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
     PRODUCT: tl.constexpr, HAS_NORM: tl.constexpr, OFFSET: tl.constexpr,
     SIGMOID: tl.constexpr, PRE_SOFTMAX: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
@@ -38,6 +38,11 @@ def _few_routes_kernel(
     e, k = tl.arange(0, EP), tl.arange(0, KP)
     exists = e < E
     if PRODUCT:
+        if X <= BLOCK:  # all weights are under way while the norm is taken
+            i = tl.arange(0, BLOCK)
+            mask = exists[:, None] & (i < X)[None, :]
+            piece = tl.load(weight_ptr + e[:, None] * X + i[None, :], mask=mask, other=0.0)
+            tl.debug_barrier()  # or the assembler would load them behind it
         scale = 1.0
         if HAS_NORM:
             squares = tl.zeros([BLOCK], tl.float32)
@@ -46,7 +51,7 @@ def _few_routes_kernel(
                 x = tl.load(x_ptr + token * X + i, mask=i < X, other=0.0).to(tl.float32)
                 squares += x * x
             scale = tl.rsqrt(tl.sum(squares, axis=0) / X + eps)
-        sums = tl.zeros([EP, BLOCK], tl.float32)
+        logits = tl.zeros([EP], tl.float32)
         for start in range(0, X, BLOCK):
             i = start + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + token * X + i, mask=i < X, other=0.0).to(tl.float32)
@@ -55,10 +60,10 @@ def _few_routes_kernel(
                 normed = (x * scale * by).to(x_ptr.dtype.element_ty)
                 tl.store(normed_ptr + token * X + i, normed, mask=i < X)
                 x = normed.to(tl.float32)
-            mask = exists[:, None] & (i < X)[None, :]
-            weight = tl.load(weight_ptr + e[:, None] * X + i[None, :], mask=mask, other=0.0)
-            sums += weight.to(tl.float32) * x[None, :]
-        logits = tl.sum(sums, axis=1)
+            if X > BLOCK:
+                mask = exists[:, None] & (i < X)[None, :]
+                piece = tl.load(weight_ptr + e[:, None] * X + i[None, :], mask=mask, other=0.0)
+            logits += tl.sum(piece.to(tl.float32) * x[None, :], axis=1)
     else:
         logits = tl.load(logits_ptr + token * E + e, mask=exists, other=0.0)
     scores = logits
@@ -97,8 +102,8 @@ def choose_few(logits_TE: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     (tokens, experts), logits_TE = logits_TE.shape, logits_TE.contiguous()
     gates, chosen = _results(logits_TE, tokens, choice)
     _few_routes_kernel[(tokens,)](
-        logits_TE, None, None, None, None, choice.bias_E, gates, chosen, 0, choice.scaling_factor or 1.0, 0.0,
-        **constants(experts, choice, product=False), num_warps=WARPS,
+        logits_TE, None, None, None, None, choice.bias_E, gates, chosen, choice.scaling_factor or 1.0, 0.0,
+        **constants(experts, choice), num_warps=WARPS,
     )  # fmt: skip
     return gates, chosen
 
@@ -108,8 +113,8 @@ def route_few(x_TX: Tensor, weight_EX: Tensor, choice: Choice) -> tuple[Tensor, 
     tokens, width = x_TX.shape
     gates, chosen = _results(x_TX, tokens, choice)
     _few_routes_kernel[(tokens,)](
-        None, x_TX, None, None, weight_EX, choice.bias_E, gates, chosen, width, choice.scaling_factor or 1.0, 0.0,
-        **constants(len(weight_EX), choice, product=True), num_warps=WARPS_OF_PRODUCT,
+        None, x_TX, None, None, weight_EX, choice.bias_E, gates, chosen, choice.scaling_factor or 1.0, 0.0,
+        **constants(len(weight_EX), choice, width), num_warps=WARPS_OF_PRODUCT,
     )  # fmt: skip
     return gates, chosen
 
@@ -122,9 +127,9 @@ def norm_and_route_few(
     gates, chosen = _results(x_TX, tokens, choice)
     normed = torch.empty_like(x_TX)
     _few_routes_kernel[(tokens,)](
-        None, x_TX, norm.weight_X, normed, weight_EX, choice.bias_E, gates, chosen, width,
+        None, x_TX, norm.weight_X, normed, weight_EX, choice.bias_E, gates, chosen,
         choice.scaling_factor or 1.0, norm.eps,
-        **constants(len(weight_EX), choice, product=True, norm=norm), num_warps=WARPS_OF_PRODUCT,
+        **constants(len(weight_EX), choice, width, norm), num_warps=WARPS_OF_PRODUCT,
     )  # fmt: skip
     return normed, gates, chosen
 
@@ -137,14 +142,15 @@ def _results(like: Tensor, tokens: int, choice: Choice) -> tuple[Tensor, Tensor]
 
 
 def constants(
-    num_experts: int, choice: Choice, product: bool, norm: RowNorm | None = None
+    num_experts: int, choice: Choice, width: int = 0, norm: RowNorm | None = None
 ) -> dict[str, int | float | bool]:
-    """Return what is compiled into the kernel."""
+    """Return what is compiled into the kernel; a width where it has the router's product to make."""
     padded = max(16, triton.next_power_of_2(num_experts))
     is_sigmoid = choice.score_function == "sigmoid"
     return {
         "E": num_experts, "K": choice.topk, "EP": padded, "KP": triton.next_power_of_2(choice.topk),
-        "BLOCK": _WEIGHTS_AT_ONCE // padded, "PRODUCT": product, "SIGMOID": is_sigmoid,
+        "X": width, "BLOCK": min(_WEIGHTS_AT_ONCE // padded, triton.next_power_of_2(max(16, width))),
+        "PRODUCT": width > 0, "SIGMOID": is_sigmoid,
         "HAS_NORM": norm is not None, "OFFSET": 0.0 if norm is None else norm.offset,
         "PRE_SOFTMAX": choice.use_pre_softmax and not is_sigmoid, "BIASED": choice.bias_E is not None,
     }  # fmt: skip

@@ -25,7 +25,7 @@ def _rows(start, tokens, batch, HEADS: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _gated_norm_kernel(
     o_ptr, z_ptr, weight_ptr, out_ptr, tokens, batch, stride_t, stride_b, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _gated_norm_backward_kernel(
     o_ptr, z_ptr, weight_ptr, dout_ptr, do_ptr, dz_ptr, dweight_ptr,
     tokens, batch, stride_t, stride_b, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -76,7 +76,7 @@ def gated_norm(o_BTHV: Tensor, qkvz_TBX: Tensor, weight_V: Tensor, eps: float) -
     batch, tokens, heads, dim = o_BTHV.shape
     z_TBX = qkvz_TBX[..., -heads * dim :]
     out = qkvz_TBX.new_empty(tokens, batch, heads * dim)
-    _forward_kernel[(triton.cdiv(batch * tokens * heads, _BLOCK_R),)](
+    _gated_norm_kernel[(triton.cdiv(batch * tokens * heads, _BLOCK_R),)](
         o_BTHV.contiguous(), z_TBX, weight_V, out, tokens, batch, z_TBX.stride(0), z_TBX.stride(1), eps,
         HEADS=heads, DIM=dim, BLOCK_R=_BLOCK_R, num_warps=4,
     )  # fmt: skip
@@ -97,7 +97,7 @@ def gated_norm_backward(
     do = torch.empty_like(o)
     blocks = triton.cdiv(batch * tokens * heads, _BLOCK_R)
     shares = o.new_empty(blocks, dim, dtype=torch.float32)
-    _backward_kernel[(blocks,)](
+    _gated_norm_backward_kernel[(blocks,)](
         o, z_TBX, weight_V, dout.contiguous(), do, dz_TBX, shares,
         tokens, batch, z_TBX.stride(0), z_TBX.stride(1), eps,
         HEADS=heads, DIM=dim, BLOCK_R=_BLOCK_R, num_warps=4,

@@ -30,24 +30,31 @@ _INTERPRETED_PROGRAMS = 4
 class RowBlocks:
     """Blocks of at most BLOCK_R rows of one expert, in order; `count` of the lists' entries are in use.
 
-    Shapes: ends [E], the row behind each expert's last; expert and first row of each block [≥ B]; count [1]; all int32.
+    Shapes: ends [E], the row behind each expert's last; expert and first row of each block [≥ B]; count [1]; first
+        [E+1], each expert's first block and, at the end, the count; all int32.
     """
 
     ends_E: Tensor
     expert_B: Tensor
     row_B: Tensor
     count: Tensor
+    first_E: Tensor
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """All of it, for autograd to keep."""
+        return self.ends_E, self.expert_B, self.row_B, self.count, self.first_E
+
+    @property
+    def listed(self) -> tuple[Tensor, ...]:
+        """What it takes to find a block's rows."""
         return self.ends_E, self.expert_B, self.row_B, self.count
 
 
 @triton.jit
 def _list_kernel(
-    counts_ptr, ends_ptr, expert_ptr, row_ptr, count_ptr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    counts_ptr, ends_ptr, expert_ptr, row_ptr, count_ptr, first_ptr, EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
@@ -57,8 +64,10 @@ def _list_kernel(
     first = tl.sum(tl.where(e < expert, blocks, 0), axis=0)
     mine = tl.sum(tl.where(e == expert, blocks, 0), axis=0)
     tl.store(ends_ptr + expert, first_row + tl.sum(tl.where(e == expert, counts, 0), axis=0))
+    tl.store(first_ptr + expert, first)
     if expert == EXPERTS - 1:
         tl.store(count_ptr, first + mine)
+        tl.store(first_ptr + EXPERTS, first + mine)
     for start in range(0, mine, AT_ONCE):
         i = start + tl.arange(0, AT_ONCE)
         tl.store(expert_ptr + first + i, tl.zeros_like(i) + expert, mask=i < mine)
@@ -129,7 +138,7 @@ def row_blocks(rows_per_expert_E: Tensor, rows: int) -> RowBlocks:
     experts = rows_per_expert_E.shape[0]
     new = lambda size: rows_per_expert_E.new_empty(size, dtype=torch.int32)
     room = rows // BLOCK_R + experts  # each expert's last block may be partly filled
-    listed = RowBlocks(new(experts), new(room), new(room), new(1))
+    listed = RowBlocks(new(experts), new(room), new(room), new(1), new(experts + 1))
     _list_kernel[(experts,)](
         rows_per_expert_E, *listed.tensors, EXPERTS=experts,
         BLOCK_E=triton.next_power_of_2(experts), ROWS=BLOCK_R, AT_ONCE=_LISTED_AT_ONCE,
@@ -153,26 +162,27 @@ def grouped_product(
     block_k = _BLOCK_BYTES_K // rows_RK.element_size()
     out = rows_RK.new_empty(rows, outputs, dtype=torch.bfloat16 if scales else None)
     row_scale, weight_scale = scales or (None, None)
-    programs = _programs(
-        rows_RK.device
-    )  # a constant of the kernel: not one for every number of rows
-    _product_kernel[(programs,)](
-        _tiles(rows_RK, BLOCK_R, block_k),
-        _tiles(weight.flatten(0, 1), *((block_k, columns) if turned else (columns, block_k))),
-        _tiles(out, BLOCK_R, columns // 2 if halves else columns),
-        out, *blocks.tensors, row_scale, weight_scale, outputs, inputs,
+    # a constant of the kernel: not one for every number of rows
+    walking = programs(rows_RK.device)
+    _product_kernel[(walking,)](
+        tiles(rows_RK, BLOCK_R, block_k),
+        tiles(weight.flatten(0, 1), *((block_k, columns) if turned else (columns, block_k))),
+        tiles(out, BLOCK_R, columns // 2 if halves else columns),
+        out, *blocks.listed, row_scale, weight_scale, outputs, inputs,
         TURNED=turned, SCALED=scales is not None, ROWS=BLOCK_R, COLUMNS=columns, BLOCK_K=block_k,
-        HALVES=halves, PROGRAMS=programs, num_warps=warps, num_stages=stages,
+        HALVES=halves, PROGRAMS=walking, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
 
-def _programs(device: torch.device) -> int:
+def programs(device: torch.device) -> int:
+    """Return as many programs as there are multiprocessors."""
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Describe a matrix to the bulk copy engine, cut into tiles."""
     assert x.is_contiguous()
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])

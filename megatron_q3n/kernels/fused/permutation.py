@@ -17,6 +17,7 @@ from torch import Tensor
 
 _BLOCK_T = 32
 _BLOCK_H = 2048
+_SCANNED = 8  # experts whose counts one program adds up
 
 
 @triton.jit
@@ -36,9 +37,10 @@ def _scan_kernel(
 ):
     """Turn counts [blocks,E] into each block's first row, in place, and count the rows per expert.
 
-    One program: torch's cumsum along the outer dimension takes 0.09 ms for the same 0.3 MB.
+    One program for a few experts. torch's cumsum along the outer dimension takes 0.09 ms for 0.3 MB, one program
+    for all experts 0.04.
     """
-    e = tl.arange(0, BLOCK_E)
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     known = (e < EXPERTS)[None, :]
     seen = tl.zeros((BLOCK_E,), tl.int32)
     for start in range(0, blocks, CHUNK):
@@ -131,10 +133,15 @@ def plan(map_TE: Tensor, probs_TE: Tensor, topk: int) -> tuple[Tensor, ...]:
     counts_BE = torch.empty(blocks, experts, dtype=torch.int32, device=map_TE.device)
     _count_kernel[(blocks,)](map_TE, counts_BE, tokens, **options)
     rows_per_expert_E = torch.empty(experts, dtype=torch.int32, device=map_TE.device)
-    _scan_kernel[(1,)](
-        counts_BE, rows_per_expert_E, blocks, EXPERTS=experts, BLOCK_E=options["BLOCK_E"],
-        CHUNK=max(1, 8192 // options["BLOCK_E"]), num_warps=8,
-    )  # fmt: skip
+    _scan_kernel[(triton.cdiv(experts, _SCANNED),)](
+        counts_BE,
+        rows_per_expert_E,
+        blocks,
+        EXPERTS=experts,
+        BLOCK_E=_SCANNED,
+        CHUNK=512,
+        num_warps=8,
+    )
     row_TK, expert_TK = (
         torch.empty(tokens, topk, dtype=torch.int32, device=map_TE.device) for _ in "re"
     )

@@ -1,7 +1,7 @@
-"""The shared expert's gate in one pass each way: sigmoid(hidden · w) times the expert's output, row by row.
+"""The shared expert's gate in one pass each way: sigmoid(hidden · w) times the expert's output, row by row, and a sum.
 
-From library calls it is a matrix product with one column, a sigmoid and a broadcast product, and more
-kernels backward, all of them bound by memory. Not yet timed on a GPU.
+From library calls it is a matrix product with one column, a sigmoid, a broadcast product and an addition, and more
+kernels backward, all of them bound by memory.
 The weight's gradient is one partial sum per program, added in a fixed order.
 
 T tokens, H width (a program holds whole rows).
@@ -16,9 +16,9 @@ _TOKENS = 16  # per program
 
 
 @triton.jit
-def _forward_kernel(
-    x_ptr, hidden_ptr, weight_ptr, out_ptr, gate_ptr, tokens,
-    WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, TOKENS: tl.constexpr,
+def _row_gate_kernel(
+    x_ptr, hidden_ptr, weight_ptr, add_ptr, out_ptr, gate_ptr, tokens,
+    HAS_ADD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     h = tl.arange(0, BLOCK_H)
     known = h < WIDTH
@@ -29,12 +29,15 @@ def _forward_kernel(
         hidden = tl.load(hidden_ptr + t * WIDTH + h, mask=mask, other=0.0).to(tl.float32)
         gate = tl.sigmoid(tl.sum(hidden * weight, axis=0))
         x = tl.load(x_ptr + t * WIDTH + h, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + t * WIDTH + h, (x * gate).to(out_ptr.dtype.element_ty), mask=mask)
+        out = x * gate
+        if HAS_ADD:
+            out += tl.load(add_ptr + t * WIDTH + h, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + t * WIDTH + h, out.to(out_ptr.dtype.element_ty), mask=mask)
         tl.store(gate_ptr + t, gate, mask=t < tokens)
 
 
 @triton.jit
-def _backward_kernel(
+def _row_gate_backward_kernel(
     x_ptr, hidden_ptr, weight_ptr, gate_ptr, dout_ptr, dx_ptr, dhidden_ptr, dweight_ptr, tokens,
     WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -57,12 +60,22 @@ def _backward_kernel(
     tl.store(dweight_ptr + tl.program_id(0) * WIDTH + h, dweight, mask=known)
 
 
-def row_gate(x_TH: Tensor, hidden_TH: Tensor, weight_H: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x · sigmoid(hidden · w) [T,H], and the gates [T] in fp32."""
+def row_gate(
+    x_TH: Tensor, hidden_TH: Tensor, weight_H: Tensor, add_TH: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return x · sigmoid(hidden · w), plus `add` where given, [T,H], and the gates [T] in fp32."""
     tokens, width = x_TH.shape
     out, gate = torch.empty_like(x_TH), x_TH.new_empty(tokens, dtype=torch.float32)
-    _forward_kernel[(triton.cdiv(tokens, _TOKENS),)](
-        x_TH, hidden_TH, weight_H, out, gate, tokens, **_blocks(width)
+    _row_gate_kernel[(triton.cdiv(tokens, _TOKENS),)](
+        x_TH,
+        hidden_TH,
+        weight_H,
+        add_TH,
+        out,
+        gate,
+        tokens,
+        HAS_ADD=add_TH is not None,
+        **_blocks(width),
     )
     return out, gate
 
@@ -75,7 +88,7 @@ def row_gate_backward(
     programs = triton.cdiv(tokens, _TOKENS)
     dx, dhidden = torch.empty_like(x_TH), torch.empty_like(hidden_TH)
     shares = x_TH.new_empty(programs, width, dtype=torch.float32)
-    _backward_kernel[(programs,)](
+    _row_gate_backward_kernel[(programs,)](
         x_TH, hidden_TH, weight_H, gate_T, dout_TH, dx, dhidden, shares, tokens, **_blocks(width)
     )
     return dx, dhidden, shares.sum(0)

@@ -1,0 +1,35 @@
+"""Decoding's Gated DeltaNet of a few tokens: a group of tools/bench_kernels.py, where it is explained."""
+
+from typing import Any
+
+import torch
+
+from benchmark.few_rows import replayed
+from megatron_q3n.kernels import delta_steps as kernels
+from megatron_q3n.kernels.delta_mixer import DeltaHeads, DeltaWeights
+
+# model, key and value heads, sequences, tokens of each
+STEPS = (
+    ("small", 4, 8, 1, (1, 2, 3, 5)), ("small", 4, 8, 8, (1, 5)),
+    ("80b", 16, 32, 1, (1, 3, 5)), ("80b", 16, 32, 8, (1,)),
+)  # fmt: skip
+
+
+def delta_steps(bench: Any) -> None:
+    """Time a few tokens from a carried state; the states after each are most of what is written."""
+    for model, key_heads, value_heads, batch, counts in STEPS:
+        heads, f32 = DeltaHeads(key_heads, value_heads, 128, 128, 1e-6), torch.float32
+        channels = sum(heads.sections[:3])
+        weights = DeltaWeights(
+            bench.random(channels, 4), *(bench.random(size, dtype=f32) for size in (value_heads, value_heads, 128))
+        )  # fmt: skip
+        conv = bench.random(batch, channels, 3)
+        delta = bench.random(batch, value_heads, 128, 128, dtype=f32)
+        for count in counts:
+            x = bench.random(count, batch, sum(heads.sections))
+            ba = bench.random(count, batch, 2 * value_heads)
+            given = x, ba, weights, heads, conv, delta
+            gb = delta.numel() * 4 * (1 + count) / 1e9
+            what = f"{model}, {batch} × {count} tokens"
+            run = lambda given=given: kernels.delta_steps(*given, fused=True)
+            bench.time("steps", what, run, gb, timer=replayed)
