@@ -91,7 +91,9 @@ def test_every_study_answers_a_claim_and_every_claim_has_a_status() -> None:
     table = page.partition("## Claims")[2].partition("\n## ")[0]
     rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     claims = rows[1:]
-    assert len(claims) == 16, "15 of Qwen3-Next's description and the papers behind it, and a question of our own"
+    assert len(claims) == 16, (
+        "15 of Qwen3-Next's description and the papers behind it, and a question of our own"
+    )
     for claim, source, asked, status in claims:
         assert claim.strip()
         assert source.strip()
