@@ -25,7 +25,8 @@ def delta_steps(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Mix T tokens of B sequences; `fused` forces the choice that `choices` makes otherwise.
 
-    Shapes: the state is conv [B,C,taps-1] and delta [B,Hv,K,V] fp32. `out` is contiguous room for the states returned.
+    Shapes: the state is conv [B,C,taps-1] and delta [B,Hv,K,V] fp32. `out` is contiguous room for the states
+        returned, not that of those given.
     Returns: the output [T,B,Hv·V], normed and gated; the conv and delta states after each token, of
         B·T rows, those of a sequence together.
     """

@@ -21,12 +21,14 @@ from torch import Tensor
 from megatron_q3n.kernels import choices
 
 OPERATION = "products of a few rows"
-MOST_ROWS = 16
-# multiply-adds by rows, without tensor cores: from memory they hide behind the weight's bytes up to about 7 rows (4.2
-# TB/s, 132 × 128 lanes at 1.7 GHz); weights below `_LARGE` elements cost launches more than either. By reckoning
-_LARGE, _MOST_ROWS_OF_LARGE = 2**23, 6
-# (K, N) of weights whose product the library makes faster, as tools/bench_kernels.py --only rows shows on the GPU
-LEFT_TO_LIBRARY: frozenset[tuple[int, int]] = frozenset()
+# Most rows for which one launch of ours was faster than the library's norm, products and sum (H200, 2026-11-23, the
+# table of tools/bench_kernels.py --only rows). Multiply-adds by rows, without tensor cores, come to about 4.6 T/s, so
+# from some rows on they outweigh the launches. Of the library's time ours took with up to 1,024 columns 0.47-0.85 at 5
+# rows (1.02 for 4 M elements), 0.80-1.34 at 8; with more, whose rows are several pieces, 0.65-0.71 at 3, 1.04-1.28 at 5
+_MOST_ROWS, _MOST_ROWS_OF_WIDE, _WIDE = 5, 3, 1024
+# (K, N) of the released model's weights that are slower before that: into the residual stream 1.09 at one row; q|k|v
+# of attention 0.77 at one, 1.16 at 3; the head 0.94 and 1.33
+MOST_ROWS_OF = {(4096, 2048): 0, (2048, 9216): 1, (2048, 151936): 1}
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ class Products:
 
 
 def fits(rows: int, weight_NK: Tensor) -> bool:
-    """Whether the fused kernel is made for so many rows and a weight of this size."""
+    """Whether the fused kernel is the faster way for so many rows and a weight of this size."""
     num_rows, columns = weight_NK.shape
-    most = MOST_ROWS if weight_NK.numel() < _LARGE else _MOST_ROWS_OF_LARGE
-    return rows <= most and (columns, num_rows) not in LEFT_TO_LIBRARY
+    most = _MOST_ROWS if columns <= _WIDE else _MOST_ROWS_OF_WIDE
+    return rows <= MOST_ROWS_OF.get((columns, num_rows), most)
 
 
 def serves(x: Tensor, *weights: Tensor | None) -> bool:

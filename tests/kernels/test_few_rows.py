@@ -119,8 +119,8 @@ def test_zeros_stay_finite(triton_device: str) -> None:
 
 
 def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not gradients, not many rows, and no size that was left to the library."""
-    x, weight = torch.zeros(4, 4, 96), torch.nn.Parameter(torch.zeros(40, 96))
+    """Not gradients, not many rows, not another format."""
+    x, weight = torch.zeros(5, 1, 96), torch.nn.Parameter(torch.zeros(40, 96))
     with torch.no_grad():
         assert not kernels.serves(x, weight), "nothing is qualified"
         monkeypatch.setattr(
@@ -128,10 +128,19 @@ def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         assert kernels.serves(x, weight)
         assert not kernels.serves(x, weight, None)
-        assert not kernels.serves(torch.zeros(17, 96), weight)
+        assert not kernels.serves(torch.zeros(6, 96), weight), "tensor cores' work"
         assert not kernels.serves(x.double(), weight)
-        assert not kernels.fits(8, torch.zeros(2**15, 256)), "tensor cores' work"
-        monkeypatch.setattr(kernels, "LEFT_TO_LIBRARY", frozenset({(96, 40)}))
-        assert not kernels.serves(x, weight)
-    monkeypatch.setattr(kernels, "LEFT_TO_LIBRARY", frozenset())
     assert not kernels.serves(x, weight), "with gradients"
+
+
+@pytest.mark.parametrize(
+    ("width", "outputs", "most"),
+    [
+        (512, 3072, 5), (1024, 512, 5), (512, 8192, 5), (2048, 12288, 3), (2048, 512, 3),
+        (4096, 2048, 0), (2048, 9216, 1), (2048, 151936, 1),
+    ],
+)  # fmt: skip
+def test_rows_up_to_which_it_was_measured_to_be_faster(width: int, outputs: int, most: int) -> None:
+    """The small model's projections and head, the released one's in_proj and router; then what is slower."""
+    weight = torch.zeros(1, 1).expand(outputs, width)
+    assert [rows for rows in range(20) if kernels.fits(rows, weight)] == list(range(most + 1))

@@ -1,5 +1,6 @@
 """Decoding's Gated DeltaNet of a few tokens: a group of tools/bench_kernels.py, where it is explained."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,7 @@ def delta_steps(bench: Any) -> None:
         for count in counts:
             x = bench.random(count, batch, sum(heads.sections))
             ba = bench.random(count, batch, 2 * value_heads)
-            given = x, ba, weights, heads, conv, delta
+            run = partial(kernels.delta_steps, x, ba, weights, heads, conv, delta, fused=True)
             gb = delta.numel() * 4 * (1 + count) / 1e9
             what = f"{model}, {batch} × {count} tokens"
-            run = lambda given=given: kernels.delta_steps(*given, fused=True)
             bench.time("steps", what, run, gb, timer=replayed)

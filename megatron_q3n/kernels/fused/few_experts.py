@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_q3n.kernels.few_experts import ExpertWeights
 
 # weight rows of a program: small, since few tokens must fill a whole GPU
-_BLOCK_F, _BLOCK_X = 16, 16
+_BLOCK_F, _BLOCK_X = 8, 4
 _INPUTS_AT_ONCE = 512
 
 

@@ -40,6 +40,7 @@ def _few_routes_kernel(
     if PRODUCT:
         if X <= BLOCK:  # all weights are under way while the norm is taken
             i = tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + token * X + i, mask=i < X, other=0.0).to(tl.float32)
             mask = exists[:, None] & (i < X)[None, :]
             piece = tl.load(weight_ptr + e[:, None] * X + i[None, :], mask=mask, other=0.0)
             tl.debug_barrier()  # or the assembler would load them behind it
@@ -48,13 +49,15 @@ def _few_routes_kernel(
             squares = tl.zeros([BLOCK], tl.float32)
             for start in range(0, X, BLOCK):
                 i = start + tl.arange(0, BLOCK)
-                x = tl.load(x_ptr + token * X + i, mask=i < X, other=0.0).to(tl.float32)
+                if X > BLOCK:
+                    x = tl.load(x_ptr + token * X + i, mask=i < X, other=0.0).to(tl.float32)
                 squares += x * x
             scale = tl.rsqrt(tl.sum(squares, axis=0) / X + eps)
         logits = tl.zeros([EP], tl.float32)
         for start in range(0, X, BLOCK):
             i = start + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + token * X + i, mask=i < X, other=0.0).to(tl.float32)
+            if X > BLOCK:
+                x = tl.load(x_ptr + token * X + i, mask=i < X, other=0.0).to(tl.float32)
             if HAS_NORM:
                 by = OFFSET + tl.load(norm_ptr + i, mask=i < X, other=0.0).to(tl.float32)
                 normed = (x * scale * by).to(x_ptr.dtype.element_ty)

@@ -7,7 +7,7 @@ all of a piece, and the inputs, in flight at once, and no barrier before the res
 of warps fill the GPU where a tile of a matrix product would leave it to a few dozen multiprocessors.
 
 Tensor cores would multiply 16 rows at the price of one, but want operands in shared memory, which is a
-copy and two barriers: with up to about six rows the multiply-adds cost less than those.
+copy and two barriers: with three to five rows the multiply-adds cost less than those (kernels/few_rows.py).
 
 Shapes: as in kernels/few_rows.py; a program of the first weight's blocks, then one of the second's, then the one that
 stores the normed rows.
@@ -21,8 +21,8 @@ from torch import Tensor
 from megatron_q3n.kernels.few_rows import Products, RowNorm, Rows
 
 WARPS = 1
-# most rows of a weight -> rows and columns of a piece; by reckoning, to be measured: a piece is held in fp32, 128
-# registers of a lane at most, and some hundreds of programs are wanted
+# most rows of a weight -> rows and columns of a piece: a piece is held in fp32, 128 registers of a lane at most, and
+# some hundreds of programs are wanted; what is gained with these is in kernels/few_rows.py, others were not tried
 WIDEST_PIECE = 1024
 BLOCKS = ((1024, 4, WIDEST_PIECE), (2**15, 8, 512), (2**31, 16, 256))
 
