@@ -2,8 +2,9 @@
 
 Every product runs in e4m3 with one scale per row and per expert; activations and gradients are quantised in the
 kernels that make them. Weight gradients sum over rows, which lie first: for them the quantised rows are turned, block
-by block, and brought to one scale per expert (`fused/fp8_weight_gradient.py`); they add up in fp32. What was tried, and
-what the whole gains, is in tools/benchmark/LOG.md.
+by block, and brought to one scale per expert (`fused/fp8_weight_gradient.py`). All products add up in the tensor cores'
+own accumulator, which is fp32 by name and keeps some 14 bits: over at most 2,048 terms, for weight gradients too, whose
+longer sums go on in fp32. What was tried, and what the whole gains, is in tools/benchmark/LOG.md.
 
 Weights are quantised once per step, into copies that stay where they are, so that a captured step reads them. A copy
 knows what it was made of: `forget` says that weights may have changed, and a change in place that torch counts shows by
@@ -134,17 +135,19 @@ class _Fp8Experts(torch.autograd.Function):
             dout.contiguous(), row, keep=ctx.routes is not None
         )
         dhidden = _product(narrow, scale, _quantised(fc2, True), blocks, turned=True)
-        dfc2 = _weight_gradient(
-            fc2,
-            turned(kept, scale, token, blocks),
-            turned(hidden, hidden_scale, None, blocks),
-            blocks,
-        )
+        needs_fc1, needs_fc2 = ctx.needs_input_grad[2:4]
+        dfc1 = dfc2 = None
+        if needs_fc2:
+            operands = (
+                turned(kept, scale, token, blocks),
+                turned(hidden, hidden_scale, None, blocks),
+            )
+            dfc2 = _weight_gradient(fc2, *operands, blocks)
         narrow, scale, dgates = fp8_rows.swiglu_backward_quantised(gate_up, gates, dhidden)
         dx = _product(narrow, scale, _quantised(fc1, True), blocks, turned=True)
-        dfc1 = _weight_gradient(
-            fc1, turned(narrow, scale, None, blocks), turned(x, x_scale, token, blocks), blocks
-        )
+        if needs_fc1:
+            operands = turned(narrow, scale, None, blocks), turned(x, x_scale, token, blocks)
+            dfc1 = _weight_gradient(fc1, *operands, blocks)
         if ctx.routes is not None:
             dx = permutation.gather_rows(dx, row)
         return dx, dgates, dfc1, dfc2, None, None, dout if ctx.needs_input_grad[6] else None, None

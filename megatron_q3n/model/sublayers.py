@@ -2,12 +2,14 @@
 
 What they add: the norm at a sublayer's head gives each reader a name of its own for the normed tokens, and the
 stream one, so that backward their gradients are added in one pass (kernels/residual_norm.py). Where something
-stands against it (recomputation of a part, an fp32 stream, inference) a sublayer is megatron-core's.
+stands against it (recomputation of a part, an fp32 stream, dropout, inference) a sublayer is megatron-core's.
+
+Whether gradients are wanted does not matter: the two ways round differently, and a full recomputation, a validation or
+a score in reinforcement learning must see the tokens, and choose the experts, that training does.
 """
 
 from typing import Any
 
-import torch
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
@@ -23,8 +25,8 @@ class MixerSublayer(TransformerLayer):
     def _forward_attention(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
         """Return hidden states and no context, as megatron-core's does."""
         norm = self.input_layernorm
-        trains = torch.is_grad_enabled() and named.get("inference_context") is None
-        if args or self.recompute_input_layernorm or not trains or not _is_plain(self, norm):
+        decodes = named.get("inference_context") is not None
+        if args or self.recompute_input_layernorm or decodes or not _is_plain(self, norm):
             return super()._forward_attention(hidden_states, *args, **named)
         named = {name: given for name, given in named.items() if name not in _NOT_FOR_MIXERS}
         readers = getattr(self.self_attention, "readers", 1)
@@ -51,9 +53,9 @@ class MoESublayer(MoETransformerLayer):
         """Return hidden states."""
         norm, experts = self.pre_mlp_layernorm, self.mlp
         readers = getattr(experts, "readers", 1)
-        trains = torch.is_grad_enabled() and (not args or args[0] is None)
+        decodes = bool(args) and args[0] is not None
         whole = not self.recompute_pre_mlp_layernorm and not self.recompute_mlp
-        if readers == 1 or not trains or not whole or not _is_plain(self, norm):
+        if readers == 1 or decodes or not whole or not _is_plain(self, norm):
             return super()._forward_mlp(hidden_states, *args, **named)
         stream, *normed = norm(hidden_states, readers=readers)
         mask = named.get("padding_mask")
@@ -68,5 +70,5 @@ def _is_plain(layer: TransformerLayer, norm: Any) -> bool:
     """Whether nothing of megatron-core's that a sublayer here leaves out is asked for."""
     config = layer.config
     asked = config.fp32_residual_connection or config.fine_grained_activation_offloading
-    chunks = config.mlp_chunks_for_training > 1 or config.cuda_graph_impl != "none"
-    return isinstance(norm, ZeroCenteredRMSNorm) and not asked and not chunks
+    asked = asked or config.mlp_chunks_for_training > 1 or config.cuda_graph_impl != "none"
+    return isinstance(norm, ZeroCenteredRMSNorm) and not asked and config.hidden_dropout == 0

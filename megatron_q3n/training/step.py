@@ -46,6 +46,7 @@ def train_step(state: TrainState, batches: Any, forward: ForwardStep = forward_s
     total, tokens = reduce_losses(reports, state.parallel)
     state.loss = total / max(tokens, 1)
     updated, grad_norm, _ = state.optimizer.step()
+    fp8_experts.forget(state.expert_weights)
     state.schedule.step(1)
     state.step += 1
     state.skipped_steps += not updated

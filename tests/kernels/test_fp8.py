@@ -110,14 +110,18 @@ def test_turned_rows_lose_nothing(counts: list[int], gathers: bool, triton_devic
 
 
 @pytest.mark.parametrize("counts", [[70, 0, 300, 1], [0, 0, 0, 256], [3, 2, 1, 0]])
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(
+    ("accumulate", "at_once"), [(False, 16), (True, 16), (False, 1), (True, 2)]
+)
 def test_fp8_weight_gradient_walks_all_tiles(
-    counts: list[int], accumulate: bool, triton_device: str
-) -> None:
-    """Operands in fp32 where there is no GPU: the interpreter has no e4m3 products."""
+    counts: list[int], accumulate: bool, at_once: int, triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Sums in one piece and in several. Operands in fp32 without a GPU: the interpreter has no e4m3 products."""
+    from megatron_q3n.kernels.fused import fp8_weight_gradient as module
     from megatron_q3n.kernels.fused.fp8_weight_gradient import Turned, fp8_weight_gradient
     from megatron_q3n.kernels.fused.grouped_product import BLOCK_R, row_blocks
 
+    monkeypatch.setattr(module, "_BLOCKS_AT_ONCE", at_once)
     element = torch.float8_e4m3fn if triton_device == "cuda" else torch.float32
     rows = sum(counts)
     blocks = row_blocks(torch.tensor(counts, device=triton_device), rows)
@@ -140,6 +144,24 @@ def test_fp8_weight_gradient_walks_all_tiles(
     # Hopper adds e4m3 products up in about 14 bits
     tolerance = 1e-2 if triton_device == "cuda" else 1e-4
     assert (out - wanted).norm() < tolerance * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1280, 8192, 32768])
+def test_long_sums_of_one_sign_keep_their_size(rows: int) -> None:
+    """Of all rows in one expert: what the tensor cores drop below their 14 bits must not grow with the rows."""
+    from megatron_q3n.kernels.fused.fp8_weight_gradient import fp8_weight_gradient, turned
+    from megatron_q3n.kernels.fused.grouped_product import row_blocks
+
+    blocks = row_blocks(torch.tensor([rows], device="cuda"), rows)
+    dy, x = (normal(s, rows, 256, device="cuda").abs().to(torch.float8_e4m3fn) for s in (1, 2))
+    ones, out = torch.ones(rows, device="cuda"), torch.empty(1, 256, 256, device="cuda")
+    operands = (turned(given, ones, None, blocks) for given in (dy, x))
+    fp8_weight_gradient(*operands, blocks, out, False)
+    wanted = dy.double().T @ x.double()
+    shrunk = 1 - (out[0].double() / wanted).mean().item()
+    print(f"{rows} rows of one sign: {shrunk:.2%} smaller than their sum")
+    assert abs(shrunk) < 0.04
 
 
 def test_weights_are_quantised_both_ways(triton_device: str) -> None:

@@ -131,6 +131,7 @@ def compile_fp8_weight_gradients() -> None:
     for accumulate in (False, True):
         constants = {
             "ACCUMULATE": accumulate, "BLOCK_N": outputs, "BLOCK_K": inputs, "PROGRAMS": 132, "TILES_EACH": 64,
+            "AT_ONCE": module._BLOCKS_AT_ONCE,
         }  # fmt: skip
         options = {"num_warps": warps, "num_stages": stages}
         kernel = _compiled(module._gradient_kernel, constants, types, ("N", "K"), options)

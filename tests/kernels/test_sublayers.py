@@ -86,6 +86,28 @@ def test_fused_sublayers_are_megatrons(
         assert (got[name] - exact).norm() <= 1e-3 * exact.norm(), name
 
 
+def test_passes_without_gradients_round_alike(
+    alone: Any, triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16, to the last bit: a full recomputation must choose the experts that its first pass chose, and a score
+    in reinforcement learning must be the trainer's."""
+    from megatron_q3n.model.build import build_model
+
+    if triton_device != "cpu":
+        pytest.skip(
+            "libraries choose their kernels by what they must keep; here only the sublayers differ"
+        )
+    config = validate({"model": MODEL, "precision": {"compute": "bf16"}})
+    model = build_model(config, "torch", alone[1].groups)[0].train()
+    move(model)
+    monkeypatch.setattr(choices, "is_fused", lambda operation, *_: operation in FUSED)
+    tokens = torch.randint(0, MODEL["vocab_size"], (2, TOKENS), generator=torch.Generator())
+    given = tokens, torch.arange(TOKENS).expand(2, -1), None
+    with torch.no_grad():
+        without = model(*given)
+    assert torch.equal(without, model(*given))
+
+
 @pytest.mark.gpu
 def test_fused_sublayers_are_transformer_engines(alone: Any) -> None:
     """Every expert takes every token, so that no rounding sends one elsewhere."""
