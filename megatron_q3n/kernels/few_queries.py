@@ -154,6 +154,6 @@ def _normed(x_TNHD: Tensor, weight_D: Tensor, norms: HeadNorms) -> Tensor:
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """Multiply batches of matrices into fp32: scores rounded to bf16 would move the softmax."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a, b).float() if a.dtype != torch.float64 else torch.bmm(a, b)

@@ -138,8 +138,8 @@ def test_sampling_in_bf16_with_drafts_runs_to_the_end(alone: Any) -> None:
 def test_graphs_say_what_rounds_launched_one_by_one_say(
     alone: Any, compute: str, depth: int, temperature: float
 ) -> None:
-    """The same kernels on the same numbers; but a batch is padded to a power of two and more keys are masked, so in
-    bf16 a near tie may fall the other way."""
+    """In fp32 the same. A batch is padded to a power of two and more keys are masked, so in bf16 kernels may round
+    otherwise: a greedy text may part where two tokens are as likely, a drawn one where a number lies between two."""
     from megatron_q3n.inference.generate import start
     from megatron_q3n.inference.sampling import Sampling
 
@@ -159,12 +159,15 @@ def test_graphs_say_what_rounds_launched_one_by_one_say(
     print(generation.launches)
     launched, captured, again = ([c.tokens for c in done] for done in found)
     assert captured == again
-    same = sum(a == b for a, b in zip(launched, captured))
-    assert same == 5 or (compute == "bf16" and same >= 3), (launched, captured)
-    if same == 5:
-        for a, b in zip(found[0], found[1]):
-            assert (a.drafted, a.accepted) == (b.drafted, b.accepted)
-            assert a.logprobs == pytest.approx(b.logprobs, abs=0.1 if compute == "bf16" else 1e-3)
+    if fp32:
+        assert launched == captured
+    for a, b in zip(found[0], found[1]):
+        if a.tokens == b.tokens:
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3 if fp32 else 0.1)
+            assert not fp32 or (a.drafted, a.accepted) == (b.drafted, b.accepted)
+        elif temperature == 0:
+            parted = next(i for i, (x, y) in enumerate(zip(a.tokens, b.tokens)) if x != y)
+            assert a.logprobs[parted] == pytest.approx(b.logprobs[parted], abs=0.1), parted
 
 
 def test_a_round_with_products_of_few_rows_is_fewer_launches_and_the_same_numbers(

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_q3n.kernels import few_rows as kernels
 from megatron_q3n.kernels.few_rows import Products, RowNorm, Rows, composed_few_rows, few_rows
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # of single numbers too, from rounded rows
 # rows, width, rows of the weight: pieces that do not come out even, widths of several pieces, one of everything
 SIZES = [(1, 512, 40), (2, 40, 1), (3, 1030, 67), (5, 16, 300), (8, 96, 20), (16, 70, 9)]
 each_dtype = pytest.mark.parametrize(
