@@ -181,8 +181,9 @@ def delta_steps(
             delta_BHKV.new_empty(each, *delta_BHKV.shape[1:]),
         )
     conv_out, delta_out = states
-    apart = delta_out.data_ptr() != delta_BHKV.data_ptr() or not len(delta_BHKV)
-    assert apart, "several programs read what one of them would write"
+    for given, written in ((conv_BCK, conv_out), (delta_BHKV, delta_out)):
+        apart = written.data_ptr() != given.data_ptr() or not len(given)
+        assert apart, "several programs read what one of them would write"
     assert conv_out.is_contiguous()
     assert delta_out.is_contiguous()
     sizes = block_sizes(dim, heads.value_heads * batch)
