@@ -159,8 +159,8 @@ def test_graphs_say_what_rounds_launched_one_by_one_say(
     print(generation.launches)
     launched, captured, again = ([c.tokens for c in done] for done in found)
     assert captured == again
-    if fp32:
-        assert launched == captured
+    same = sum(a == b for a, b in zip(launched, captured))
+    assert same == 5 or (not fp32 and same >= 3), (launched, captured)
     for a, b in zip(found[0], found[1]):
         if a.tokens == b.tokens:
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3 if fp32 else 0.1)
