@@ -40,7 +40,8 @@ def case(
     for row, start in enumerate(starts):
         for stored in cache:
             stored[row, :, start:] = float("nan")
-    start_N = torch.tensor(starts, device=device)
+    # as decoding cuts them out of positions: one alone keeps the stride of its tokens
+    start_N = torch.tensor(starts, device=device)[:, None].repeat(1, tokens)[:, 0].contiguous()
     return [qkv, heads, norms, rotary, start_N, room, *cache]
 
 

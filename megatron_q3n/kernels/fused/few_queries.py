@@ -187,7 +187,8 @@ def few_queries(
 ) -> Tensor:  # fmt: skip
     """Attend, and write the cache; shapes and returns as `kernels.few_queries`."""
     (tokens, sequences, _), dim = qkv_TNX.shape, heads.dim
-    assert qkv_TNX.stride(2) == rotary_LW.stride(1) == start_N.stride(0) == 1
+    assert qkv_TNX.stride(2) == rotary_LW.stride(1) == 1
+    assert start_N.is_contiguous()  # of one sequence, with any stride
     assert key_NGCD.stride() == value_NGCD.stride()
     assert key_NGCD.stride()[2:] == (dim, 1)
     assert rotary_LW.stride(0) == rotary_LW.shape[1]
