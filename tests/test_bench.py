@@ -171,6 +171,32 @@ def test_a_period_is_the_difference_of_two_models() -> None:
     assert "a period of transformers:fp32 has" in findings.disagreements(rows)[0]
 
 
+@pytest.mark.parametrize(
+    ("one_ms", "two_ms", "flops", "is_doubtful"),
+    [
+        (64.4, 127.8, 1e15, False),
+        (176.9, 219.2, 1e15, True),  # as seen of a contestant that waits for its host
+        (122.2, 269.5, 1e15, True),  # a period longer than a model of one
+        (64.4, 60.0, 1e15, True),
+        (64.4, 127.8, 1.0, True),  # faster than the device
+    ],
+)
+def test_a_difference_that_cannot_be_a_period_is_said_to_be_doubtful(
+    one_ms: float, two_ms: float, flops: float, is_doubtful: bool
+) -> None:
+    players, configurations, options = played()
+    for (_, periods), readings in players[0].readings.items():
+        for reading in readings:
+            reading.seconds = [(one_ms if periods == 1 else two_ms) / 1000] * 3
+    row = room("benchmark.findings").rows_of(players, configurations, options, flops)[0]
+    assert bool(row["doubt"]) == is_doubtful, row["doubt"]
+    shown = io.StringIO()
+    room("benchmark.tables").show_comparison([row], Console(file=shown, width=90))
+    assert ("DOUBTFUL" in shown.getvalue()) == is_doubtful
+    if is_doubtful:
+        assert f"{two_ms / 2:,.1f} ms at most" in " ".join(shown.getvalue().split())
+
+
 def test_one_gated_delta_net_layer_is_a_third_of_a_period_s() -> None:
     model = config_of().model
     whole, attention = (

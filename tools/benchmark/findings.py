@@ -78,11 +78,14 @@ def _period(
     medians = [_median(one), _median(two)]
     seconds = medians[1] - medians[0]
     each = [(b.median - a.median) * 1000 for a, b in zip(one, two)]
-    work = [flops_per_token(config.model, case.sequence_length).total for config in configs]
+    work = [
+        flops_per_token(config.model, case.sequence_length).total * case.tokens
+        for config in configs
+    ]
     counts = [parameters(config.model).total for config in configs]
     peaks = [max(r.peak_allocated_gib for r in part) for part in (one, two)]
     return {
-        **_rates(seconds, case, (work[1] - work[0]) * case.tokens, flops),
+        **_rates(seconds, case, work[1] - work[0], flops),
         "milliseconds_by_round": [min(each), max(each)],
         "one_period_model_ms": medians[0] * 1000,
         "two_period_model_ms": medians[1] * 1000,
@@ -93,9 +96,29 @@ def _period(
         "parameters": two[0].parameters - one[0].parameters,
         "parameters_by_formula": counts[1] - counts[0],
         "samples": sum(len(r.seconds) for r in two),
+        "doubt": _doubt(medians, seconds, work, flops),
         **_renewing(one, two, seconds),
         **_profile(one[-1], two[-1], seconds),
     }
+
+
+def _doubt(medians: list[float], seconds: float, work: list[float], flops: float | None) -> str:
+    """Say why a difference cannot be a period's time, where steps wait for a host that others disturb.
+
+    A model of one period takes that period and what surrounds it: no less, and beyond it what embedding and head
+    may take, with three times their share of its FLOPs as a generous limit.
+    """
+    surroundings = (medians[0] - seconds) / medians[0]
+    share = (2 * work[0] - work[1]) / work[0]
+    fits = -0.1 <= surroundings <= 0.25 + 3 * share
+    possible = flops is None or (work[1] - work[0]) / seconds <= flops
+    if fits and possible and seconds > 0:
+        return ""
+    return (
+        f"the model of one period takes {medians[0] * 1000:,.1f} ms and a second period {seconds * 1000:,.1f} ms more, "
+        "which do not fit: something disturbed the steps, or they wait for the host. Give it more --rounds; by the "
+        f"model of two, a period takes {medians[1] * 500:,.1f} ms at most, with its part of embedding and head."
+    )
 
 
 def _renewing(one: list[Reading], two: list[Reading], seconds: float) -> Row:

@@ -51,6 +51,9 @@ def show_comparison(rows: list[Row], to: Console) -> None:
             "micro-batches it has; not in ms, tokens/s and what follows from them. Where the column is empty it is."
         )
     for row in rows:
+        if row.get("doubt"):
+            text = f"DOUBTFUL: {row['case']}, {row['contestant']}: {row['doubt']}"
+            to.print(text, style="bold red", markup=False)
         if row["failure"]:
             to.print(f"{row['case']}, {row['contestant']}: {row['failure']}", markup=False)
 
