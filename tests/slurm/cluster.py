@@ -57,6 +57,7 @@ SlurmdTimeout=60
 InactiveLimit=0
 KillWait=5
 MinJobAge=3600
+FirstJobId={first_job}
 SlurmdParameters=config_overrides
 TreeWidth=65533
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} Boards=1 \
@@ -79,6 +80,7 @@ class Cluster:
     root: Path
     nodes: int = 2
     cpus: int = 2
+    first_job: int = 1  # ports of a job's processes follow from its number
     environment: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -162,7 +164,7 @@ class Cluster:
         port = _free_ports(self.nodes + 1)
         return CONF.format(
             host=socket.gethostname().split(".")[0], port=port, first=port + 1, last=port + self.nodes,
-            user=getpass.getuser(), root=self.root, nodes=self.nodes, cpus=self.cpus,
+            user=getpass.getuser(), root=self.root, nodes=self.nodes, cpus=self.cpus, first_job=self.first_job,
         )  # fmt: skip
 
     def _start_munge(self) -> None:

@@ -1,4 +1,4 @@
-"""One Slurm for all tests here, where Slurm's programs are installed."""
+"""One Slurm for all tests of a process, where Slurm's programs are installed; beside it may stand another's."""
 
 import json
 import os
@@ -41,7 +41,8 @@ def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
-    started = Cluster(tmp_path_factory.mktemp("slurm"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    started = Cluster(tmp_path_factory.mktemp("slurm"), first_job=1 + 1000 * worker)
     try:
         started.start()
         yield started

@@ -117,29 +117,30 @@ def test_told_to_end_with_everything_it_requeues_but_cancelled_it_does_not(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_time_limit(
-    cluster: Cluster,
-    site: Callable[..., str],
-    tmp_path: Path,
-    uninterrupted: Path,
-    launcher: str,
+    cluster: Cluster, site: Callable[..., str], tmp_path: Path, uninterrupted: Path
 ) -> None:
-    """Slurm counts limits in minutes and may send its warning a minute early, so the limit here is three; the run
-    waits for it in its sixth step."""
-    run_dir = tmp_path / "run"
-    held = with_fault("hold@6:0", tmp_path / "once")
-    slices = site(time="3:00", save_margin_seconds=60, launcher=launcher, environment=held)
-    (job,) = submitted(
-        cluster, "--config-name", "pretrain-tiny", "--site", slices, "--nodes", "2",
-        "--run-dir", str(run_dir), *SMALL,
-    )  # fmt: skip
-    assert cluster.wait(job, *ENDED, seconds=420) == "COMPLETED", story(run_dir)
-    assert decisions(run_dir) == ["again", "done"], story(run_dir)
-    assert "the time limit is near" in story(run_dir)
-    assert "SIGTERM received; everything is saved" in story(run_dir)
-    assert "resumed from step_0000006" in story(run_dir)
-    assert_same_losses(run_dir, uninterrupted)
+    """Slurm counts limits in minutes and may send its warning a minute early, so the limit here is three; the runs, one
+    of each launcher on the same nodes, wait for it in their sixth step."""
+    runs = {}
+    for launcher in ("srun", "torchrun"):
+        run_dir = tmp_path / launcher
+        held = with_fault("hold@6:0", tmp_path / f"once-{launcher}")
+        slices = site(
+            time="3:00", save_margin_seconds=60, launcher=launcher, environment=held, cpus_per_process=1
+        )  # fmt: skip
+        (job,) = submitted(
+            cluster, "--config-name", "pretrain-tiny", "--site", slices, "--nodes", "2",
+            "--run-dir", str(run_dir), *SMALL,
+        )  # fmt: skip
+        runs[run_dir] = job
+    for run_dir, job in runs.items():
+        assert cluster.wait(job, *ENDED, seconds=420) == "COMPLETED", story(run_dir)
+        assert decisions(run_dir) == ["again", "done"], story(run_dir)
+        assert "the time limit is near" in story(run_dir)
+        assert "SIGTERM received; everything is saved" in story(run_dir)
+        assert "resumed from step_0000006" in story(run_dir)
+        assert_same_losses(run_dir, uninterrupted)
 
 
 @pytest.mark.slow
