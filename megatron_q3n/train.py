@@ -1,4 +1,4 @@
-"""The one door: recipe and overrides in, a RunConfig out, and the stage it names.
+"""Training command: reads the command line, and dispatches the composed configuration to its stage.
 
     python -m megatron_q3n.train --config-name pretrain-tiny [setting=value …]
     python -m megatron_q3n.train --resume runs/latest [setting=value …]
@@ -7,32 +7,13 @@ Alone, under torchrun, or under srun. A wrong setting is refused before torch is
 --multirun, --info, --help, --shell-completion) work too.
 """
 
-import argparse
 import importlib
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
-import hydra
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, UserError, launch
+from megatron_q3n.recipe import configure, has_hydra_flag, register_defaults, run_by_hydra
 
-from megatron_q3n.config import (
-    EXIT_BAD_INPUT,
-    RunConfig,
-    UserError,
-    default_tree,
-    known_settings,
-    launch,
-    suggest,
-    validate,
-)
-
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 STAGES = {
     "pretrain": "megatron_q3n.stages.pretrain",
     "longcontext": "megatron_q3n.stages.pretrain",
@@ -43,22 +24,8 @@ STAGES = {
     "mtp": "megatron_q3n.stages.mtp",
     "evaluate": "megatron_q3n.stages.evaluate",
 }
-PIPELINE = "pipeline-"  # names of files in recipes/ that chain recipes, for slurm/submit.py
-ABLATION = "ablation-"  # and of those that compare runs of a recipe, for tools/ablation.py
 # a launcher ends everybody when the first process leaves: the others wait, so that the one that speaks has spoken
 LEADER_SPEAKS_SECONDS = 20.0
-HYDRA_FLAGS = (
-    "--cfg",
-    "-c",
-    "--multirun",
-    "-m",
-    "--info",
-    "-i",
-    "--hydra-help",
-    "--shell-completion",
-    "-sc",
-    "--resolve",
-)
 
 
 def main() -> int:
@@ -67,8 +34,8 @@ def main() -> int:
     Returns: the exit code, 0 done, 2 bad configuration or input, 75 stopped early with everything saved.
     """
     register_defaults()
-    if any(flag.split("=")[0] in HYDRA_FLAGS for flag in sys.argv[1:]):
-        hydra.main(version_base="1.3", config_path=str(RECIPES))(_run_composed)()
+    if has_hydra_flag(sys.argv[1:]):
+        run_by_hydra(run)
         return 0
     try:
         return run(configure(sys.argv[1:]))
@@ -80,11 +47,6 @@ def main() -> int:
         return EXIT_BAD_INPUT
 
 
-def register_defaults() -> None:
-    """Give Hydra the plain tree of every default, under the name recipes begin with."""
-    ConfigStore.instance().store("base", default_tree())
-
-
 def run(config: RunConfig) -> int:
     """Run the stage that a configuration names, or show its plan.
 
@@ -94,10 +56,10 @@ def run(config: RunConfig) -> int:
         planner = importlib.import_module("megatron_q3n.planner")
         return planner.show(config)
     # before torch, whose import and megatron-core's leave the machine's other cores to it
-    importlib.import_module("megatron_q3n.kernels.compile_ahead").start(config)
+    importlib.import_module("megatron_q3n.kernels.startup.compile_ahead").start(config)
     # late: torch and megatron-core are imported only for a run that will be made
     importlib.import_module("megatron_q3n.device").quiet_known_warnings()
-    run_directory = importlib.import_module("megatron_q3n.stages.run_directory")
+    run_directory = importlib.import_module("megatron_q3n.run_directory")
     stage = importlib.import_module(STAGES[config.stage])
     run_dir = run_directory.choose(config)
     try:
@@ -107,124 +69,6 @@ def run(config: RunConfig) -> int:
         raise
     run_directory.record_outcome(run_dir, code)
     return code
-
-
-def _run_composed(tree: DictConfig) -> None:
-    """Run one job of a Hydra sweep, whose exit code Hydra cannot carry: a failure must be an exception."""
-    code = run(validate(_plain(tree)))
-    if code:
-        raise SystemExit(code)
-
-
-def configure(arguments: list[str]) -> RunConfig:
-    """Turn command-line arguments into a checked configuration.
-
-    Raises: UserError for a wrong recipe, setting or value.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_q3n.train",
-        description="Train a Qwen3-Next-like model from a recipe.",
-        epilog="recipes: " + ", ".join(_recipes()),
-        allow_abbrev=False,
-    )
-    start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument(
-        "--config-name", "-cn", metavar="RECIPE", help="a file of recipes/, without .yaml"
-    )
-    start.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this directory")
-    parser.add_argument(
-        "--config-dir", "-cd", metavar="DIR", help="a folder of recipes of your own"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="setting=value", help="e.g. training.steps=2000"
-    )
-    given = parser.parse_args(arguments)
-    if given.resume:
-        return _resumed(Path(given.resume), given.overrides)
-    return validate(_composed(given.config_name, given.config_dir, given.overrides))
-
-
-def _composed(recipe: str, own_recipes: str | None, overrides: list[str]) -> dict[str, Any]:
-    recipe = recipe.removesuffix(".yaml")
-    if recipe.startswith(PIPELINE):
-        raise UserError(
-            f"--config-name {recipe}: a pipeline chains recipes; run it with python -m slurm.submit "
-            f"--config-name {recipe} (--local: on this machine)."
-        )
-    if recipe.startswith(ABLATION):
-        raise UserError(
-            f"--config-name {recipe}: an ablation compares runs of a recipe; run it with tools/ablation.py {recipe}."
-        )
-    folders = [RECIPES] + ([Path(own_recipes).resolve()] if own_recipes else [])
-    if not any((folder / f"{recipe}.yaml").is_file() for folder in folders):
-        raise UserError(
-            f"--config-name {recipe}: no such recipe.{suggest(recipe, _recipes())} There are: {', '.join(_recipes())}."
-        )
-    home = next(folder for folder in reversed(folders) if (folder / f"{recipe}.yaml").is_file())
-    search = [f"hydra.searchpath=[file://{folder}]" for folder in folders if folder != home]
-    # a new key below model.megatron is the point of the pass-through, so Hydra must not ask for a "+"
-    prepared = [f"++{o}" if o.startswith("model.megatron.") else o for o in overrides]
-    try:
-        with initialize_config_dir(str(home), version_base="1.3"):
-            return _plain(compose(recipe, [*prepared, *search]))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, overrides)) from None
-
-
-def _resumed(run_dir: Path, overrides: list[str]) -> RunConfig:
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UserError(
-            f"--resume {run_dir}: not a run directory (it has no config.yaml). Try --resume runs/latest."
-        )
-    try:
-        tree = OmegaConf.load(path)
-        assert isinstance(tree, DictConfig)
-        OmegaConf.set_struct(tree, True)
-        OmegaConf.set_struct(tree.model.megatron, False)
-        for override in overrides:
-            name, _, value = override.partition("=")
-            OmegaConf.update(
-                tree, name.lstrip("+"), OmegaConf.from_dotlist([f"x={value}"]).x, merge=False
-            )
-    except (OmegaConfBaseException, AttributeError) as error:
-        raise UserError(_explain(error, overrides)) from None
-    return validate(_plain(tree) | {"run_dir": str(run_dir.resolve())})
-
-
-def _plain(tree: DictConfig) -> dict[str, Any]:
-    plain = OmegaConf.to_container(tree, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def _explain(error: Exception, overrides: list[str]) -> str:
-    """Turn Hydra's paragraph into one line, with the setting that was probably meant."""
-    known = known_settings()
-    for override in overrides:
-        name = override.partition("=")[0].lstrip("+~")
-        is_part = (RECIPES / name).is_dir()
-        if (
-            "=" in override
-            and name not in known
-            and not is_part
-            and not name.startswith(("hydra.", "model.megatron."))
-        ):
-            return f"{name}: no such setting.{suggest(name, known)} config.yaml of any run lists them all."
-        if is_part and isinstance(error, MissingConfigException):
-            parts = sorted(path.stem for path in (RECIPES / name).glob("*.yaml"))
-            chosen = override.partition("=")[2]
-            return (
-                f"{override}: there is no recipes/{name}/{chosen}.yaml.{suggest(chosen, parts)} "
-                f"There are: {', '.join(parts)}."
-            )
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines) or type(error).__name__
-
-
-def _recipes() -> list[str]:
-    stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    return [stem for stem in stems if not stem.startswith((PIPELINE, ABLATION))]
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import yaml
 
-from megatron_q3n import train
 from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, UserError
+from megatron_q3n.recipe import RECIPES, configure, register_defaults
 from slurm import jobs, pipeline, progress, script
 from slurm.checks import check_run
 from slurm.pipeline import PREFIX, Stage
@@ -31,7 +31,7 @@ from slurm.snapshot import take_snapshot
 def main() -> int:
     """Run the command line; 0 when submitted (with --local: done), 2 when refused."""
     given = parse(sys.argv[1:])
-    train.register_defaults()
+    register_defaults()
     try:
         site = load_site(given.site)
         if given.local:
@@ -96,12 +96,10 @@ def _new(given: argparse.Namespace, site: Site) -> tuple[Path, list[Stage]]:
 
 
 def _pipeline_stages(given: argparse.Namespace, site: Site, name: str, folder: Path) -> list[Stage]:
-    home = Path(given.config_dir) if given.config_dir else train.RECIPES
-    path = next(
-        (p for p in (home / f"{name}.yaml", train.RECIPES / f"{name}.yaml") if p.is_file()), None
-    )
+    home = Path(given.config_dir) if given.config_dir else RECIPES
+    path = next((p for p in (home / f"{name}.yaml", RECIPES / f"{name}.yaml") if p.is_file()), None)
     if path is None:
-        known = ", ".join(sorted(p.stem for p in train.RECIPES.glob(f"{PREFIX}*.yaml")))
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob(f"{PREFIX}*.yaml")))
         raise UserError(f"--config-name {name}: no such pipeline. There are: {known}.")
     recipe = pipeline.read_recipe(path)
     extra = pipeline.overrides_by_stage(given.overrides, list(recipe.stages))
@@ -145,7 +143,7 @@ def _recipe_stage(
     arguments += ["--config-name", recipe, *overrides, f"run_dir={run_dir}"]
     if nodes:
         arguments.append(f"parallel.world_size={nodes * site.ranks_per_node}")
-    config = train.configure(arguments)
+    config = configure(arguments)
     return _checked(Stage(recipe, run_dir, run_dir / "code", config), site, nodes, before)
 
 
@@ -180,7 +178,7 @@ def _resumed(given: argparse.Namespace, site: Site) -> tuple[Path, list[Stage]]:
             settings = list(extra[stage.name])
             if given.nodes:
                 settings.append(f"parallel.world_size={given.nodes * site.ranks_per_node}")
-            config = train.configure(["--resume", str(run_dir), *settings])
+            config = configure(["--resume", str(run_dir), *settings])
             stage = replace(stage, config=config)
             if not stage.is_done:
                 before = next((s for s in stages if s.name == entry["from"]), None)

@@ -92,7 +92,7 @@ def train(state: Any, steps: int) -> list[float]:
 
 def qualify_kernels(torch_device: Any, config: RunConfig) -> dict[str, str]:
     """Choose kernels as a run does, and return which and why."""
-    from megatron_q3n.kernels.qualification import qualify  # late, as above
+    from megatron_q3n.kernels.startup.qualification import qualify  # late, as above
     from megatron_q3n.model.build import compute_dtype
 
     return qualify(config, torch_device, compute_dtype(config))

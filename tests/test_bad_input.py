@@ -67,7 +67,7 @@ def refusals() -> dict[str, Any]:
     script = (
         "import json, sys, time\n"
         "from megatron_q3n.config import UserError\n"
-        "from megatron_q3n.train import configure, register_defaults\n"
+        "from megatron_q3n.recipe import configure, register_defaults\n"
         "register_defaults()\n"
         "answers = {}\n"
         "for name, settings in json.load(sys.stdin).items():\n"

@@ -21,7 +21,7 @@ from megatron_q3n.config.sizes import parameters
 from megatron_q3n.planner import plan
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# chains and comparisons of recipes, no recipes: tests/slurm/test_pipeline.py, tests/test_ablation.py
+# chains and comparisons of recipes, no recipes: tests/slurm/test_pipeline.py, tests/tools/test_ablation.py
 OTHERS = ("pipeline-", "ablation-")
 PRIMARY = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith(OTHERS))
 PARTS = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))

@@ -8,10 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # runs from a clone, installed or not
-
 from rich.console import Console
 from rich.progress import (
     BarColumn,

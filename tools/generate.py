@@ -7,14 +7,10 @@ tools/generate.py runs/latest "import " "class " --temperature 0 --output texts.
 
 import argparse
 import sys
-from pathlib import Path
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # works without an installed package
 
 from megatron_q3n import train
 from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, UserError, validate
+from megatron_q3n.recipe import configure, register_defaults
 
 SETTINGS = {
     "tokens": "inference.max_new_tokens",
@@ -58,8 +54,8 @@ def configured(given: argparse.Namespace) -> RunConfig:
     """Return the generate recipe with what was asked for; texts go round Hydra's grammar, whatever they hold."""
     chosen = {SETTINGS[name]: value for name, value in vars(given).items() if name in SETTINGS}
     overrides = [f"{name}={value}" for name, value in chosen.items() if value is not None]
-    train.register_defaults()
-    tree = train.configure(
+    register_defaults()
+    tree = configure(
         ["--config-name", "generate", "checkpoint.load=?", *overrides, *given.set]
     ).model_dump(mode="json")
     tree["checkpoint"]["load"] = given.source

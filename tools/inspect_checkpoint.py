@@ -13,10 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # works without an installed package
-
 from rich.console import Console
 from rich.table import Table
 

@@ -9,10 +9,6 @@ import sys
 import warnings
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # runs from a clone, installed or not
-
 from megatron_q3n.config import EXIT_BAD_INPUT, UserError
 from megatron_q3n.data.manifest import Manifest, verify_prepared
 from megatron_q3n.data.prepare import Preparation, prepare

@@ -10,10 +10,6 @@ import sys
 import webbrowser
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # works without an installed package
-
 from megatron_q3n.config import EXIT_BAD_INPUT, UserError
 from megatron_q3n.metrics.report import write_comparison, write_report
 

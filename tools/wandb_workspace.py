@@ -11,11 +11,6 @@ import argparse
 import importlib.util
 import json
 import sys
-from pathlib import Path
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # works without an installed package
 
 from megatron_q3n.config import EXIT_BAD_INPUT
 from megatron_q3n.metrics.workspace import build_workspace

@@ -37,7 +37,7 @@ class EvaluateConfig(Section):
     recall_lengths: list[int] = Field(
         default_factory=list,
         description="zero-shot recall: so many random tokens of each set, then the same again, e.g. [16,64,256,1024]; "
-        "loss and accuracy on the second copy (inference/recall.py)",
+        "loss and accuracy on the second copy (evaluation/recall.py)",
     )
     recall_rows: int = Field(64, gt=0, description="rows for each of recall_lengths")
     tasks: list[str] = Field(

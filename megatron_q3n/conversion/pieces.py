@@ -76,7 +76,7 @@ def pieces(config: ModelConfig, family: Family) -> Iterator[Piece]:
 
 def fresh_state(config: ModelConfig, family: Family) -> Iterator[tuple[Box, Tensor]]:
     """Yield what a checkpoint holds beside weights, as it is before the first step: each router's
-    share of tokens per expert, which starts even (`model/router.py`)."""
+    share of tokens per expert, which starts even (`model/moe/router.py`)."""
     shape = (config.num_moe_experts,)
     for rule in rules(config, family):
         if rule.megatron.endswith(".mlp.router.weight"):

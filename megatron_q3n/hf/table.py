@@ -20,7 +20,7 @@ What differs between the two sides, and why it is so here:
   is coarser around 0.3 - 1 than around 0.3, and storing the one for the other would lose bits. In
   fp32 itself it may cost the last bit below 1 (6e-8); nothing else is ever rounded.
 - `mtp.fc` takes [embedding | hidden] and so does `eh_proj`. A swap of the halves would survive any
-  round trip; tests/test_hf.py pins where the values land.
+  round trip; tests/hf/test_table.py pins where the values land.
 
 Names here are Qwen3-Next's; `Family` says where another family differs.
 

@@ -5,8 +5,8 @@ A step is one pass of the trunk. Either it reads prompts, packed one behind the 
 takes every running sequence on: its last token and its drafts go in, the drafts are judged, and the
 token after those that were kept is drawn. Without drafts that is plain decoding, by the same code.
 
-The host keeps the books, of prompts, random numbers and what is finished; rounds.py is the device's
-part. Where nothing stands against it, a round is replayed as a CUDA graph (round_graph.py).
+The host keeps the books, of prompts, random numbers and what is finished; decode_step.py is the device's
+part. Where nothing stands against it, a round is replayed as a CUDA graph (decode_graph.py).
 
 Shapes: N sequences, T tokens of each, S all tokens, X hidden size.
 """
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_q3n.inference.decode_graph import RoundGraphs
+from megatron_q3n.inference.decode_step import Rounds
 from megatron_q3n.inference.passes import Passes
-from megatron_q3n.inference.round_graph import RoundGraphs
-from megatron_q3n.inference.rounds import Rounds
 from megatron_q3n.inference.sampling import Sampling
 from megatron_q3n.inference.sequence import Piece, Sequence
-from megatron_q3n.model.decode_state import DecodeState
+from megatron_q3n.model.decode.state import DecodeState
 
 
 class Engine:

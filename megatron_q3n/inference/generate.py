@@ -7,7 +7,7 @@ from megatron_q3n.inference.engine import Engine
 from megatron_q3n.inference.request import Abilities
 from megatron_q3n.inference.sampling import Sampling
 from megatron_q3n.inference.sequence import Completion, Piece, Sequence
-from megatron_q3n.model.decode import generating
+from megatron_q3n.model.decode.forward import generating
 
 PREFILL_TOKENS = 4096
 Seed = int | list[int] | list[str]

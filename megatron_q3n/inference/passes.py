@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_q3n.model.decode import extend, extend_mtp, logits_of
-from megatron_q3n.model.decode_state import DecodeState
-from megatron_q3n.model.few_rows import read_out
-from megatron_q3n.model.span import Span
+from megatron_q3n.model.decode.forward import extend, extend_mtp, logits_of
+from megatron_q3n.model.decode.fused_linear import read_out
+from megatron_q3n.model.decode.span import Span
+from megatron_q3n.model.decode.state import DecodeState
 
 
 class Passes:

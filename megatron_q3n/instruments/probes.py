@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from megatron_q3n.config import RunConfig
 from megatron_q3n.instruments.tally import Shapes, Tally
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet
-from megatron_q3n.model.route_tape import RouteTape
-from megatron_q3n.model.router import GlobalBatchRouter
+from megatron_q3n.model.moe.router import GlobalBatchRouter
+from megatron_q3n.model.moe.routing_replay import RouteTape
 
 
 def tables(config: RunConfig) -> tuple[Shapes, Shapes]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_q3n.kernels import choices
+from megatron_q3n.kernels import registry
 from megatron_q3n.kernels.norms import rms_norm
 
 OPERATION = "norm and residual"
@@ -23,7 +23,7 @@ def residual_norm(
     Shapes: x [...,H], weight [H]. `fused` forces the choice that `choices` makes otherwise.
     Returns: the stream as it goes on, and the normed tokens once for each reader.
     """
-    if not choices.is_fused(OPERATION, x, fused):
+    if not registry.is_fused(OPERATION, x, fused):
         return x, *[rms_norm(x, weight_H, eps)] * readers
     if torch.is_grad_enabled() and x.requires_grad:
         return _Fused.apply(x, weight_H, eps, readers)
@@ -35,7 +35,7 @@ def residual_norm(
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float, readers: int) -> Any:
-        from megatron_q3n.kernels.fused import residual_norm as fused  # late: Triton
+        from megatron_q3n.kernels import residual_norm_triton as fused  # late: Triton
 
         x = x.contiguous()
         ctx.save_for_backward(x, weight_H)
@@ -46,7 +46,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dstream: Tensor | None, *dnormed: Tensor | None) -> Any:
-        from megatron_q3n.kernels.fused import residual_norm as fused  # late: Triton
+        from megatron_q3n.kernels import residual_norm_triton as fused  # late: Triton
 
         x, weight_H = ctx.saved_tensors
         flat = lambda gradient: gradient.contiguous().view(-1, x.shape[-1])

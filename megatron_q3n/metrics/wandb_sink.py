@@ -26,7 +26,7 @@ from typing import Any, Literal, cast
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.metrics import jsonl, sample_tables
 from megatron_q3n.metrics.alerts import Alert
-from megatron_q3n.metrics.load_picture import load_picture
+from megatron_q3n.metrics.expert_load_image import load_picture
 from megatron_q3n.metrics.names import METRICS, STEP, TIME, TOKENS
 
 Note = Callable[[str], None]

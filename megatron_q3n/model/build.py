@@ -16,7 +16,7 @@ from megatron.core.utils import init_method_normal
 from megatron_q3n.config import GATED_ATTENTION, SLIDING_ATTENTION, RunConfig
 from megatron_q3n.config.model import MOE
 from megatron_q3n.config.sizes import pipeline_segments
-from megatron_q3n.model.mtp import MTPLosses
+from megatron_q3n.model.mtp.loss import MTPLosses
 from megatron_q3n.model.sharding import drop_extra_state
 from megatron_q3n.model.spec import backend_named, stack_spec
 
@@ -180,7 +180,7 @@ def _fusions(backend_name: str) -> dict[str, Any]:
         "cross_entropy_loss_fusion": True,  # works on the bf16 logits in place: no copy of them in fp32
         "cross_entropy_fusion_impl": "te",
         "moe_router_fusion": True,
-        "moe_permute_fusion": True,  # where experts are spread; model/dispatch.py serves the rest
+        "moe_permute_fusion": True,  # where experts are spread; model/moe/token_dispatcher.py serves the rest
         "apply_rope_fusion": True,
     }
 

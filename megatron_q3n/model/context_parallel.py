@@ -16,7 +16,7 @@ from megatron.core.ssm.gated_delta_net.common import tensor_a2a_cp2hp, tensor_a2
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_q3n.kernels.causal_conv import next_conv_state
+from megatron_q3n.kernels.gated_delta.causal_conv import next_conv_state
 
 
 def zigzag_indices(cu_seqlens: Tensor | None, tokens: int, size: int) -> Tensor:

@@ -41,9 +41,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
-from megatron_q3n.kernels import delta_rule_backend
-from megatron_q3n.kernels.causal_conv import next_conv_state
-from megatron_q3n.kernels.delta_mixer import (
+from megatron_q3n.kernels.gated_delta import backend as delta_rule_backend
+from megatron_q3n.kernels.gated_delta.causal_conv import next_conv_state
+from megatron_q3n.kernels.gated_delta.mixer import (
     DeltaHeads,
     DeltaWeights,
     delta_mixer,

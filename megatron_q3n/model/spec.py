@@ -28,15 +28,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_q3n.config import RunConfig
-from megatron_q3n.model.attention import TorchCausalAttention
-from megatron_q3n.model.attention_variants import VariantAttention, needs_variant
-from megatron_q3n.model.dispatch import Qwen3NextMoELayer
-from megatron_q3n.model.experts import StackedExperts
-from megatron_q3n.model.gated_attention import GatedAttention
+from megatron_q3n.model.attention.core import TorchCausalAttention
+from megatron_q3n.model.attention.gated_attention import GatedAttention
+from megatron_q3n.model.attention.variants import VariantAttention, needs_variant
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron_q3n.model.moe.experts import StackedExperts
+from megatron_q3n.model.moe.router import GlobalBatchRouter
+from megatron_q3n.model.moe.shared_expert import GatedSharedExpert
+from megatron_q3n.model.moe.token_dispatcher import Qwen3NextMoELayer
 from megatron_q3n.model.norms import ZeroCenteredRMSNorm
-from megatron_q3n.model.router import GlobalBatchRouter
-from megatron_q3n.model.shared_expert import GatedSharedExpert
 from megatron_q3n.model.sublayers import MixerSublayer, MoESublayer
 
 

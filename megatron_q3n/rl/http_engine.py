@@ -1,4 +1,4 @@
-"""Rollouts by OpenAI-compatible servers: vLLM, SGLang, or our own (`answer_server.py`).
+"""Rollouts by OpenAI-compatible servers: vLLM, SGLang, or our own (`completion_server.py`).
 
 Prompts and answers travel as token ids, so that no tokenizer stands between rollout and trainer; with each
 token comes the log probability it was drawn with. Only the leader talks to servers. A request that fails is

@@ -23,13 +23,13 @@ from megatron_q3n.rl.advantages import (
     overlong_penalties,
     token_weights,
 )
+from megatron_q3n.rl.mismatch import Mismatch, score
+from megatron_q3n.rl.policy_batch import PolicyBatch, policy_rows, share_of
 from megatron_q3n.rl.policy_pass import SUMS, PolicyPass, taped
-from megatron_q3n.rl.policy_rows import PolicyBatch, policy_rows, share_of
-from megatron_q3n.rl.probabilities import Mismatch, score
 from megatron_q3n.rl.prompts import Prompts
-from megatron_q3n.rl.reference import Reference
+from megatron_q3n.rl.reference_policy import Reference
 from megatron_q3n.rl.rewards import Graders
-from megatron_q3n.rl.rollout import RolloutEngine
+from megatron_q3n.rl.rollout_engine import RolloutEngine
 from megatron_q3n.rl.samples import Prompt, Sample
 from megatron_q3n.training.state import TrainState
 from megatron_q3n.training.step import StepReport, train_step

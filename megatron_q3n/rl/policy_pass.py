@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from megatron_q3n.config.rl import RlConfig
-from megatron_q3n.model.route_tape import RouteTape
-from megatron_q3n.model.router import GlobalBatchRouter
+from megatron_q3n.model.moe.router import GlobalBatchRouter
+from megatron_q3n.model.moe.routing_replay import RouteTape
+from megatron_q3n.rl.policy_batch import PolicyBatch
 from megatron_q3n.rl.policy_loss import (
     clipped_surrogate,
     kl_to_reference,
     log_ratios,
     truncated_importance,
 )
-from megatron_q3n.rl.policy_rows import PolicyBatch
-from megatron_q3n.rl.token_probabilities import log_probabilities
+from megatron_q3n.rl.vocab_parallel_logprobs import log_probabilities
 from megatron_q3n.training.loss import packed_params
 
 SUMS = (

@@ -12,7 +12,7 @@ from megatron_q3n.data.manifest import verify_prepared
 from megatron_q3n.data.sft_rows import read_all
 from megatron_q3n.data.stdlib import corpus_of
 from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
-from megatron_q3n.stages.run_directory import TOKENIZER_FOLDER, write_atomically
+from megatron_q3n.run_directory import TOKENIZER_FOLDER, write_atomically
 from megatron_q3n.stages.trained_model import tokenizer_of
 
 

@@ -17,14 +17,14 @@ from megatron_q3n.data.folders import cache_root
 from megatron_q3n.data.rows import Rows, RowSource
 from megatron_q3n.data.tokenizer import TextTokenizer
 from megatron_q3n.device import choose_device
-from megatron_q3n.inference.held_out import Measure, Sums, measure_rows
-from megatron_q3n.inference.recall import measure_recall, repeated_rows
+from megatron_q3n.evaluation.harness_tasks import run_tasks
+from megatron_q3n.evaluation.held_out import Measure, Sums, measure_rows
+from megatron_q3n.evaluation.recall import measure_recall, repeated_rows
+from megatron_q3n.evaluation.results import leave, recall_results, set_results
 from megatron_q3n.inference.request import Abilities
 from megatron_q3n.inference.sampling import Sampling
 from megatron_q3n.parallel import Parallel
 from megatron_q3n.stages import trained_model
-from megatron_q3n.stages.evaluation_results import leave, recall_results, set_results
-from megatron_q3n.stages.harness_tasks import run_tasks
 
 TEXT_ROWS_OF_RECALL = 64  # recall's tokens are drawn from so many rows where no text is measured
 Batch = tuple[torch.Tensor, torch.Tensor]

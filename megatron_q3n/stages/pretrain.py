@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_q3n import checkpoint, parallel
+from megatron_q3n import checkpoint, parallel, run_directory
 from megatron_q3n.checkpoint import folders
 from megatron_q3n.config import EXIT_REQUEUE, RunConfig, UserError
 from megatron_q3n.config.sizes import parameters
@@ -17,13 +17,12 @@ from megatron_q3n.data.pretrain import PretrainData, build_pretrain_data
 from megatron_q3n.device import choose_device, measured_matmul_flops
 from megatron_q3n.health.watch import Watch
 from megatron_q3n.instruments import Instruments
-from megatron_q3n.kernels.qualification import qualify
+from megatron_q3n.kernels.startup.qualification import qualify
 from megatron_q3n.metrics import jsonl
 from megatron_q3n.metrics.meters import throughput
 from megatron_q3n.metrics.recorder import RECORDS_FILE, Recorder, Status
 from megatron_q3n.metrics.report import write_report
 from megatron_q3n.model.build import compute_dtype
-from megatron_q3n.stages import run_directory
 from megatron_q3n.stages.samples import sample_texts, share_of_python_lines
 from megatron_q3n.training import step_graph
 from megatron_q3n.training.fit import FitResult, Pace, fit

@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_q3n import checkpoint, parallel
+from megatron_q3n import checkpoint, parallel, run_directory
 from megatron_q3n.checkpoint import folders
 from megatron_q3n.config import EXIT_REQUEUE, RunConfig, UserError
 from megatron_q3n.config.sizes import parameters
 from megatron_q3n.device import choose_device
 from megatron_q3n.health.watch import Watch
 from megatron_q3n.instruments import Instruments
-from megatron_q3n.kernels.qualification import qualify
+from megatron_q3n.kernels.startup.qualification import qualify
 from megatron_q3n.metrics import jsonl, sample_tables
 from megatron_q3n.metrics.recorder import RECORDS_FILE, Recorder, Status
 from megatron_q3n.metrics.report import write_report
@@ -27,10 +27,10 @@ from megatron_q3n.model.build import compute_dtype
 from megatron_q3n.rl.loop import Learnt, RlLoop
 from megatron_q3n.rl.prompts import Prompts
 from megatron_q3n.rl.rewards import Graders
-from megatron_q3n.stages import chat_format, run_directory
+from megatron_q3n.stages import chat_format
 from megatron_q3n.stages.pretrain import start_weights
 from megatron_q3n.stages.rl_files import RlFiles
-from megatron_q3n.stages.rl_loop import build_loop, held_out_prompts, introduction
+from megatron_q3n.stages.rl_setup import build_loop, held_out_prompts, introduction
 from megatron_q3n.training.guard import UpdateGuard
 from megatron_q3n.training.state import TrainState, build_state
 from megatron_q3n.training.watch import Verdict

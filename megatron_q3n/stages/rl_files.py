@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_q3n import run_directory
 from megatron_q3n.metrics import jsonl, sample_tables
 from megatron_q3n.rl.loop import RlLoop
 from megatron_q3n.rl.samples import Sample
-from megatron_q3n.stages import run_directory
 
 PROGRESS = "progress.jsonl"
 LEFT_OUT = "skipped_prompts.json"

@@ -15,7 +15,7 @@ from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.conversion.importing import import_weights
 from megatron_q3n.device import choose_device
 from megatron_q3n.parallel import Parallel
-from megatron_q3n.rl.answer_server import AnswerServer
+from megatron_q3n.rl.completion_server import AnswerServer
 from megatron_q3n.stages import chat_format, trained_model
 
 

@@ -15,10 +15,10 @@ from megatron_q3n.data.manifest import verify_prepared
 from megatron_q3n.data.stdlib import corpus_of
 from megatron_q3n.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from megatron_q3n.device import Device
-from megatron_q3n.kernels.qualification import qualify
+from megatron_q3n.kernels.startup.qualification import qualify
 from megatron_q3n.model.build import build_model, compute_dtype
 from megatron_q3n.parallel import Parallel
-from megatron_q3n.stages.run_directory import CONFIG, TOKENIZER_FOLDER
+from megatron_q3n.run_directory import CONFIG, TOKENIZER_FOLDER
 
 # what says which text a run reads; how it is laid out and cached is another matter
 TEXT = (

@@ -16,12 +16,12 @@ from torch import nn
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.device import Device
-from megatron_q3n.kernels import grouped_linear
+from megatron_q3n.kernels.moe import grouped_linear
+from megatron_q3n.model.attention.gated_attention import GatedAttention
 from megatron_q3n.model.build import build_model
-from megatron_q3n.model.experts import StackedExperts
-from megatron_q3n.model.gated_attention import GatedAttention
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet
-from megatron_q3n.model.mtp import freeze_trunk
+from megatron_q3n.model.moe.experts import StackedExperts
+from megatron_q3n.model.mtp.loss import freeze_trunk
 from megatron_q3n.parallel import Parallel
 from megatron_q3n.training.optimizer import (
     build_optimizer,

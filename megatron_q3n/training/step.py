@@ -10,9 +10,9 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_q3n.data.batch import Batch
-from megatron_q3n.kernels import fp8_experts
-from megatron_q3n.model.mtp import count_predictions
-from megatron_q3n.model.router import finish_balance, routers_of
+from megatron_q3n.kernels.moe import fp8_experts
+from megatron_q3n.model.moe.router import finish_balance, routers_of
+from megatron_q3n.model.mtp.loss import count_predictions
 from megatron_q3n.training.loss import forward_step, reduce_losses
 from megatron_q3n.training.optimizer import learning_rate
 from megatron_q3n.training.state import TrainState

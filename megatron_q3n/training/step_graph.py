@@ -5,7 +5,7 @@ slowly than a Hopper GPU finishes them. Captured once and replayed, they are one
 period there).
 
 What makes it possible: nothing between the batch and the gradients waits for the GPU or has a shape
-that depends on data. Experts are reached without host counts (model/dispatch.py), rows that go to
+that depends on data. Experts are reached without host counts (model/moe/token_dispatcher.py), rows that go to
 them are always tokens × top-k, and every number that changes per step (batch, loss scale, expert
 loads) lies where it lay when the graph was captured. Collectives are not captured: a layout that
 needs some inside its passes does without a graph, and gradients are reduced after the replay.
@@ -28,13 +28,9 @@ import torch
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.data.batch import Batch
 from megatron_q3n.device.graph_nodes import nodes_that_touch_the_host
-from megatron_q3n.kernels import (
-    choices,
-    delta_rule_backend,
-    fp8_experts,
-    grouped_linear,
-    permutation,
-)
+from megatron_q3n.kernels import registry
+from megatron_q3n.kernels.gated_delta import backend as delta_rule_backend
+from megatron_q3n.kernels.moe import fp8_experts, grouped_linear, permutation
 
 MUST_BE_FUSED = (delta_rule_backend.OPERATION, permutation.OPERATION, grouped_linear.OPERATION)
 _WARMUP_STEPS = 2  # kernels compile and libraries allocate; neither may happen during capture
@@ -65,7 +61,7 @@ def verdict(config: RunConfig) -> str:
 
 
 def _obstacle(config: RunConfig) -> str | None:
-    lacking = choices.lacking(MUST_BE_FUSED)
+    lacking = registry.lacking(MUST_BE_FUSED)
     if lacking:
         return f"{lacking[0]} runs as its torch reference here, which waits for the GPU (environment.json says why)"
     return config.graph_obstacle()
@@ -152,7 +148,7 @@ class StepGraph:
         if self._required:
             raise UserError(
                 f"training.cuda_graph=true: {what}, so its replays would compute with garbage. Set "
-                "training.cuda_graph=null; tools/benchmark/LOG.md tells of the one known case."
+                "training.cuda_graph=null; tools/benchmarks/LOG.md tells of the one known case."
             )
         warnings.warn(f"steps run without a CUDA graph: {what}", stacklevel=2)
         self._given_up = True

@@ -1,6 +1,6 @@
 """A save behind the training holds the state it was asked to save, and counts only once it stands.
 
-Whole runs with it, and SIGTERM during one: tests/test_resume.py (asynchronous is the default). A GPU is not covered.
+Whole runs with it, and SIGTERM during one: tests/stages/test_resume.py (asynchronous is the default). A GPU is not covered.
 """
 
 import threading

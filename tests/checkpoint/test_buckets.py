@@ -1,7 +1,7 @@
 """Master weights and moments are saved whole when gradients are reduced in several buckets.
 
 Between buckets lies padding, which megatron-core drops from one coordinate system and not from the other. Pipeline
-stages with a copy of the embedding have two buckets too: tools/check_layout.py covers those.
+stages with a copy of the embedding have two buckets too: tools/checks/check_layout.py covers those.
 """
 
 from functools import partial

@@ -1,7 +1,7 @@
 """Checkpoints in this process: what is saved comes back, what is damaged or foreign is refused, what is good survives.
 
 One process and one layout; resharding is not covered here. Damage of every kind: test_corruption.py; kills in the
-middle of a save: test_kill.py; resumption of whole runs: tests/test_resume.py.
+middle of a save: test_kill.py; resumption of whole runs: tests/stages/test_resume.py.
 """
 
 import json

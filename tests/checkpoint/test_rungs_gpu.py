@@ -162,7 +162,7 @@ def test_another_backend_goes_on(
     assert train(without_moments, STEPS_AFTER) != pytest.approx(wanted, rel=LATER_IN_OTHER_FORMAT)
 
 
-# on a CPU every pair of layouts is checked by tools/check_layout.py --reshard
+# on a CPU every pair of layouts is checked by tools/checks/check_layout.py --reshard
 between_devices = pytest.mark.parametrize(
     "backend", on_every_backend(pytest.mark.slow, pytest.mark.multiprocess), indirect=True
 )

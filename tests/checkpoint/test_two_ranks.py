@@ -1,6 +1,6 @@
 """Processes that share a checkpoint save, verify, fall back and fail as one.
 
-One layout, two pipeline stages; from any layout to any other: tools/check_layout.py --reshard.
+One layout, two pipeline stages; from any layout to any other: tools/checks/check_layout.py --reshard.
 """
 
 from pathlib import Path

@@ -19,7 +19,7 @@ from megatron_q3n.data.manifest import token_dtype, verify_prepared
 from megatron_q3n.data.prepare import Preparation, prepare
 from megatron_q3n.data.tokenizer import TextTokenizer
 
-TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
+TOOL = Path(__file__).parents[2] / "tools/prepare_data.py"
 TEXTS = [f"text {i}: " + "spam and eggs, " * (i % 7) + "\n" for i in range(500)]
 
 

@@ -1,7 +1,7 @@
 """Small published models for the tests: transformers saves them, multi-token prediction is added by hand.
 
 transformers has no multi-token prediction, so those tensors are random and of the shapes that the
-table says; where they land is tested in tests/test_hf.py.
+table says; where they land is tested in tests/hf/test_table.py.
 """
 
 import json
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_q3n.hf import rules
 from megatron_q3n.hf.model_config import from_published
 from megatron_q3n.hf.weights import CONFIG, INDEX, SINGLE
-from tests.model.test_reference import move_from_init, qwen3_next
+from tests.model.reference.test_model import move_from_init, qwen3_next
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

@@ -1,6 +1,6 @@
 """config.json and our model section: released models land on our recipes, what we cannot represent is named.
 
-That the numbers then mean the same is shown by tests/hf/test_conversion.py.
+That the numbers then mean the same is shown by tests/conversion/test_round_trip.py.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatron_q3n.config import ModelConfig, UserError
 from megatron_q3n.hf import QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_NEXT, Family
 from megatron_q3n.hf.model_config import family_of, from_published, to_published
-from tests.model.test_reference import qwen3_next
+from tests.model.reference.test_model import qwen3_next
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes" / "model"
 # as released: what is left out there has transformers' default

@@ -3,7 +3,7 @@
 Through the files: transformers saves, megatron_q3n imports, a backend loads. In bf16 no fixed number tells
 rounding from a small fault: transformers' own bf16 is the measure, and every expert takes every token,
 since rounding would send some elsewhere. Multi-token prediction, which transformers lacks, is carried but
-switched off. Export: tests/hf/test_conversion.py.
+switched off. Export: tests/conversion/test_round_trip.py.
 """
 
 import json
@@ -18,8 +18,8 @@ from megatron_q3n import hf
 from megatron_q3n.conversion.importing import import_weights
 from tests.backends import MODEL, Backend
 from tests.hf.published import SIZES, publish, quiet
+from tests.model.reference.test_model import move_from_init, qwen3_next
 from tests.model.test_packing import GATES, gradients_of
-from tests.model.test_reference import move_from_init, qwen3_next
 
 ROWS, TOKENS = 2, 150  # not a multiple of the chunk
 EXACT = 1e-4  # in parts of a tensor's norm; fp32, 3e-6 on a CPU

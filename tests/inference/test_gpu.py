@@ -1,7 +1,7 @@
 """Generation on a GPU: both number formats against the whole forward pass, drafts against none, CUDA graphs against
 rounds launched one by one.
 
-Speed is not covered here (tools/bench_generate.py). In bf16 two ways of computing the same logits may
+Speed is not covered here (tools/benchmarks/bench_generate.py). In bf16 two ways of computing the same logits may
 round a near tie apart, so there only the logits are compared.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_q3n.config import validate
-from tests.inference.test_decode import decoded
 from tests.inference.tiny_model import TINY, full_logits, random_prompts, tiny_model
+from tests.model.decode.test_forward import decoded
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +27,7 @@ MODEL = {
 
 def qualified(compute: str) -> dict[str, str]:
     """Let this process use every kernel that is right on this GPU."""
-    from megatron_q3n.kernels.qualification import qualify
+    from megatron_q3n.kernels.startup.qualification import qualify
     from megatron_q3n.model.build import compute_dtype
 
     data = {"source": "blend", "train": [{"path": "unused"}]}
@@ -85,7 +85,7 @@ def test_decoding_in_bf16_is_as_near_the_truth_as_the_whole_forward_pass(alone: 
 )
 def test_a_fused_way_of_few_tokens_says_what_torch_says(alone: Any, operation: str) -> None:
     """Logits in bf16 with each, of single tokens, drafts' spans and a batch; every expert chosen, so none flips."""
-    from megatron_q3n.kernels import choices
+    from megatron_q3n.kernels import registry
 
     verdicts = qualified("bf16")
     assert verdicts[operation].startswith("fused"), verdicts
@@ -93,10 +93,10 @@ def test_a_fused_way_of_few_tokens_says_what_torch_says(alone: Any, operation: s
     model, prompts = tiny_model(alone, compute="bf16", **dense), random_prompts(PROMPTS, 64)
     cuts = [[n - 40, n - 39, n - 35, n - 19, *range(n - 18, n + 1)] for n in PROMPTS]
     fused = decoded(model, prompts, cuts)
-    choices.forget()
+    registry.forget()
     for other, verdict in verdicts.items():
         if verdict.startswith("fused") and other != operation:
-            choices.allow(other)
+            registry.allow(other)
     errors = relative_error(fused, decoded(model, prompts, cuts))
     print(errors)
     assert max(errors) < 5e-2
@@ -176,7 +176,7 @@ def test_a_round_with_products_of_few_rows_is_fewer_launches_and_the_same_number
     """As graphs, in bf16: launches by the layer, and log probabilities within rounding of those by the modules."""
     from megatron_q3n.inference.generate import start
     from megatron_q3n.inference.sampling import Sampling
-    from megatron_q3n.kernels import choices
+    from megatron_q3n.kernels import registry
 
     verdicts = qualified("bf16")
     assert verdicts["products of a few rows"].startswith("fused"), verdicts
@@ -185,10 +185,10 @@ def test_a_round_with_products_of_few_rows_is_fewer_launches_and_the_same_number
     for fused in (True, False):
         model = tiny_model(alone, compute="bf16", **dense)
         if not fused:
-            choices.forget()
+            registry.forget()
             for operation, verdict in verdicts.items():
                 if verdict.startswith("fused") and operation != "products of a few rows":
-                    choices.allow(operation)
+                    registry.allow(operation)
         generation = start(model, prompt, Sampling(8, 0.0), draft_depth=2, cuda_graph=True)
         assert sum(1 for _ in generation) > 0
         found[fused] = (generation.launches, generation.completions[0].logprobs[:2])

@@ -12,7 +12,7 @@ from megatron_q3n.inference.sampling import (
     judge,
     likeliest,
 )
-from megatron_q3n.kernels.few_tokens import judge_likeliest
+from megatron_q3n.kernels.decode.argmax import judge_likeliest
 from tests.inference.chi_square import z_score
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])

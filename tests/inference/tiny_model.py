@@ -36,7 +36,7 @@ def move_from_init(model: Any, seed: int = 0) -> Any:
 @torch.no_grad()
 def full_logits(model: Any, tokens: list[int]) -> torch.Tensor:
     """Return the logits [T,V] of the trained model's own forward pass over a whole sequence."""
-    from megatron_q3n.model.decode import generating
+    from megatron_q3n.model.decode.forward import generating
 
     ids = torch.tensor([tokens], device=next(model.parameters()).device)
     positions = torch.arange(len(tokens), device=ids.device)[None]

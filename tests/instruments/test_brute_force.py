@@ -1,6 +1,6 @@
 """Every number the instruments give against a brute-force computation in the reference model, in fp64.
 
-The reference (model/reference.py) shares no code with the model that is measured; here its attention and delta rule
+The reference (model/reference/model.py) shares no code with the model that is measured; here its attention and delta rule
 are listened to, and everything is computed from whole softmax matrices, states token by token, and plain means. One
 process; layouts are test_layouts.py's matter. GPUs are not covered.
 """
@@ -15,8 +15,8 @@ import torch
 from megatron_q3n import hf
 from megatron_q3n.config import validate
 from megatron_q3n.metrics import names
-from megatron_q3n.model import reference_layers
-from tests.model.test_reference import move_from_init, reference
+from megatron_q3n.model.reference import layers as reference_layers
+from tests.model.reference.test_model import move_from_init, reference
 
 ROWS, TOKENS = 3, 70  # not a multiple of the chunk
 SETTINGS: dict[str, Any] = {

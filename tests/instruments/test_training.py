@@ -94,7 +94,7 @@ def test_what_a_look_costs_is_found_by_turns(tmp_path: Path) -> None:
 
     settings = ["training.sequence_length=16", "model.mtp_num_layers=0", "model.num_layers=4"]
     options = ["--config-name", "pretrain-tiny", "--looks", "2", "--every", "3"]
-    tool = Path(__file__).parents[2] / "tools" / "instruments_cost.py"
+    tool = Path(__file__).parents[2] / "tools/benchmarks/instruments_cost.py"
     done = forked.run(tool, *options, "--json", tmp_path / "cost.json", *settings)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "cost.json").read_text())

@@ -1,7 +1,7 @@
 """Each fused kernel against its torch reference in fp64, forward and backward, with odd sizes and packed documents.
 
 Without a GPU the kernels run in Triton's interpreter: their arithmetic and indices are tested, not
-what the compiler makes of them. Speed is not covered here (tools/bench_kernels.py).
+what the compiler makes of them. Speed is not covered here (tools/benchmarks/bench_kernels.py).
 """
 
 from typing import Any
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_q3n.kernels.attention_inputs import attention_inputs
-from megatron_q3n.kernels.causal_conv import causal_conv, positions_in_documents
+from megatron_q3n.kernels.attention.qkv_norm_rope import attention_inputs
+from megatron_q3n.kernels.gated_delta.causal_conv import causal_conv, positions_in_documents
 from megatron_q3n.kernels.norms import gated_rms_norm, l2_norm
 from megatron_q3n.kernels.residual_norm import residual_norm
 
@@ -46,7 +46,7 @@ def test_delta_inputs(
     triton_device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from megatron_q3n.kernels.fused import delta_inputs as fused
+    from megatron_q3n.kernels.gated_delta import mixer_inputs_triton as fused
 
     for launch in (fused._FORWARD, fused._BACKWARD):
         monkeypatch.setitem(launch, "WALK", 16)
@@ -75,7 +75,7 @@ def test_delta_inputs(
 
 
 def test_delta_gates(dtype: torch.dtype, triton_device: str) -> None:
-    from megatron_q3n.kernels.fused import delta_inputs as fused
+    from megatron_q3n.kernels.gated_delta import mixer_inputs_triton as fused
 
     ba = 8 * normal(1, 75, 2, 12, device=triton_device, dtype=dtype)  # softplus's both branches
     a_log, dt = (normal(s, 6, device=triton_device, dtype=torch.float32) for s in (2, 3))
@@ -93,7 +93,7 @@ def test_delta_gates(dtype: torch.dtype, triton_device: str) -> None:
 
 
 def test_gated_norm(dtype: torch.dtype, triton_device: str) -> None:
-    from megatron_q3n.kernels.fused import gated_norm as fused
+    from megatron_q3n.kernels.gated_delta import gated_norm_triton as fused
 
     device = triton_device
     o = normal(1, 2, 37, 4, 16, device=device, dtype=dtype)
@@ -117,7 +117,7 @@ def test_gated_norm(dtype: torch.dtype, triton_device: str) -> None:
 def test_permutation(
     tokens: int, experts: int, topk: int, dtype: torch.dtype, triton_device: str
 ) -> None:
-    from megatron_q3n.kernels.fused import permutation as fused
+    from megatron_q3n.kernels.moe import permutation_triton as fused
 
     logits = normal(1, tokens, experts, device=triton_device, dtype=torch.float32)
     routing = torch.zeros_like(logits, dtype=torch.bool)
@@ -147,7 +147,7 @@ def test_permutation(
 
 
 def test_weighted_swiglu(dtype: torch.dtype, triton_device: str) -> None:
-    from megatron_q3n.kernels.fused import weighted_swiglu as fused
+    from megatron_q3n.kernels.moe import swiglu_triton as fused
 
     gate_up = normal(1, 75, 48, device=triton_device, dtype=dtype)
     weight = normal(2, 75, device=triton_device, dtype=torch.float32)
@@ -168,7 +168,7 @@ def test_weighted_swiglu(dtype: torch.dtype, triton_device: str) -> None:
 
 
 def test_row_gate(dtype: torch.dtype, triton_device: str) -> None:
-    from megatron_q3n.kernels.fused import row_gate as fused
+    from megatron_q3n.kernels.moe import shared_expert_gate_triton as fused
 
     x, hidden = (normal(s, 37, 40, device=triton_device, dtype=dtype) for s in (1, 2))
     weight = normal(3, 1, 40, device=triton_device, dtype=dtype) / 6
@@ -209,7 +209,7 @@ def test_residual_norm(readers: int, goes_on: bool, dtype: torch.dtype, triton_d
 def test_attention_inputs(
     tokens: int, rows: int, gated: bool, dtype: torch.dtype, triton_device: str
 ) -> None:
-    from megatron_q3n.kernels.fused import attention_inputs as fused
+    from megatron_q3n.kernels.attention import qkv_norm_rope_triton as fused
 
     shape, device = fused.AttentionShape(2, 3, 16, gated), triton_device
     qkv = normal(1, tokens, rows, 2 * sum(shape.parts), device=device, dtype=dtype)
@@ -234,7 +234,7 @@ def test_attention_inputs(
 def test_grouped_weight_gradient(
     counts: list[int], accumulate: bool, dtype: torch.dtype, triton_device: str
 ) -> None:
-    from megatron_q3n.kernels.fused.grouped_weight_gradient import grouped_weight_gradient
+    from megatron_q3n.kernels.moe.grouped_wgrad_triton import grouped_weight_gradient
 
     rows = sum(counts)
     # rows behind the last expert's are no one's: a kernel that reads on would show it
@@ -258,16 +258,16 @@ def test_grouped_weight_gradient(
 def test_grouped_product(
     counts: list[int], outputs: int, turned: bool, dtype: torch.dtype, triton_device: str
 ) -> None:
-    from megatron_q3n.kernels.fused import grouped_product
+    from megatron_q3n.kernels.moe import grouped_gemm_triton
 
     rows, experts = sum(counts), len(counts)
     x = normal(1, rows, 192, device=triton_device, dtype=dtype)
     shape = (experts, 192, outputs) if turned else (experts, outputs, 192)
     weight = normal(2, *shape, device=triton_device, dtype=dtype) / 14
-    blocks = grouped_product.row_blocks(torch.tensor(counts, device=triton_device), rows)
+    blocks = grouped_gemm_triton.row_blocks(torch.tensor(counts, device=triton_device), rows)
     assert blocks.ends_E.tolist() == torch.tensor(counts).cumsum(0).tolist()
-    assert grouped_product.fits(x, weight)
-    got = grouped_product.grouped_product(x, weight, blocks, turned=turned)
+    assert grouped_gemm_triton.fits(x, weight)
+    got = grouped_gemm_triton.grouped_product(x, weight, blocks, turned=turned)
     matrices = (weight if turned else weight.transpose(1, 2)).double()
     want = torch.cat([part.double() @ w for part, w in zip(x.split(counts), matrices)])
     assert_near(got, want, dtype)
@@ -275,14 +275,14 @@ def test_grouped_product(
 
 def test_grouped_product_scales(dtype: torch.dtype, triton_device: str) -> None:
     """Rows and experts each with a scale; operands as they come, for the interpreter has no e4m3 products."""
-    from megatron_q3n.kernels.fused import grouped_product
+    from megatron_q3n.kernels.moe import grouped_gemm_triton
 
     counts = [5, 140, 0]
     x = normal(1, 145, 64, device=triton_device, dtype=dtype)
     weight = normal(2, 3, 48, 64, device=triton_device, dtype=dtype) / 8
     scales = torch.rand(145, device=triton_device), torch.rand(3, device=triton_device)
-    blocks = grouped_product.row_blocks(torch.tensor(counts, device=triton_device), 145)
-    got = grouped_product.grouped_product(x, weight, blocks, scales=scales)
+    blocks = grouped_gemm_triton.row_blocks(torch.tensor(counts, device=triton_device), 145)
+    got = grouped_gemm_triton.grouped_product(x, weight, blocks, scales=scales)
     parts = zip(x.double().split(counts), weight.double().transpose(1, 2), scales[1].double())
     want = torch.cat([part @ w * scale for part, w, scale in parts]) * scales[0][:, None]
     torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2)  # the result is bf16
@@ -298,7 +298,7 @@ def test_few_experts(
     dtype: torch.dtype,
     triton_device: str,
 ) -> None:
-    from megatron_q3n.kernels.few_experts import ExpertWeights, add_few_experts
+    from megatron_q3n.kernels.decode.experts import ExpertWeights, add_few_experts
 
     def make(seed: int, *shape: int) -> Tensor:
         return normal(seed, *shape, device=triton_device, dtype=dtype) / shape[-1] ** 0.5

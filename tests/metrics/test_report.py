@@ -23,7 +23,7 @@ from megatron_q3n.metrics.report.series import Series, pick, smooth, thin
 from megatron_q3n.metrics.report.variants import mean_and_spread, spread_text
 from tests.metrics.fake_runs import expert_load, write_run
 
-TOOL = Path(__file__).parents[2] / "tools" / "report.py"
+TOOL = Path(__file__).parents[2] / "tools/report.py"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 

@@ -18,7 +18,7 @@ from megatron_q3n.metrics import names
 from megatron_q3n.metrics.report.panels import PANELS, SECTIONS
 from megatron_q3n.metrics.workspace import OTHERS, build_workspace, pattern
 
-TOOL = Path(__file__).parents[2] / "tools" / "wandb_workspace.py"
+TOOL = Path(__file__).parents[2] / "tools/wandb_workspace.py"
 
 
 def test_what_would_be_saved() -> None:

@@ -1,6 +1,6 @@
 """What stays in fp32 in a bf16 model: seen where it is computed, on a CPU.
 
-Attention's softmax is inside fused kernels and is not looked at; the reference in bf16 is test_reference.py's.
+Attention's softmax is inside fused kernels and is not looked at; the reference in bf16 is tests/model/reference/test_model.py's.
 """
 
 from typing import Any
@@ -14,9 +14,9 @@ from megatron_q3n.config import validate
 def test_gates_router_norms_and_loss_are_fp32_in_a_bf16_model(
     alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_q3n.kernels import delta_rule_backend
+    from megatron_q3n.kernels.gated_delta import backend as delta_rule_backend
     from megatron_q3n.model.build import build_model
-    from megatron_q3n.model.router import GlobalBatchRouter
+    from megatron_q3n.model.moe.router import GlobalBatchRouter
 
     seen: dict[str, set[torch.dtype]] = {"decay": set(), "beta": set(), "logits": set()}
     rule, route = delta_rule_backend.gated_delta_rule, GlobalBatchRouter.routing

@@ -21,7 +21,7 @@ def steps_of(model: torch.nn.Module) -> torch.Tensor:
 def test_time_steps_are_spread_over_the_range(alone: Any) -> None:
     """Log-uniform: inside the range, on both sides of its geometric mean. The default is the released code's."""
     from megatron_q3n.model.build import build_model
-    from megatron_q3n.model.reference import ReferenceModel
+    from megatron_q3n.model.reference.model import ReferenceModel
 
     for given in (None, RANGE):
         config = validate({"model": {"num_layers": 8, "linear_time_step_init": given}})

@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def errors_of(backend: Backend, settings: dict[str, Any] | None = None) -> tuple[float, float]:
     """Return the relative errors of the loss and of the worst gradient, with the reference's weights."""
     from megatron_q3n.model.build import build_model
-    from tests.model.test_reference import reference
+    from tests.model.reference.test_model import reference
 
     rounds = (
         backend.compute == "bf16"

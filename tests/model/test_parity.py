@@ -1,4 +1,4 @@
-"""The model that trains is the model that is described: megatron-core against `model/reference.py` and transformers.
+"""The model that trains is the model that is described: megatron-core against `model/reference/model.py` and transformers.
 
 fp32, one process. Layouts are not covered here.
 """
@@ -10,7 +10,7 @@ import torch
 
 from megatron_q3n import hf
 from megatron_q3n.config import validate
-from tests.model.test_reference import move_from_init, published_config, qwen3_next, reference
+from tests.model.reference.test_model import move_from_init, published_config, qwen3_next, reference
 
 TOKENS = 150  # not a multiple of the chunk
 
@@ -80,7 +80,7 @@ def test_matches_the_reference(variant: str, alone: Any) -> None:
     wanted = exact(inputs, labels, mask.double())
     wanted.loss.backward()
 
-    from megatron_q3n.model.router import finish_balance, routers_of
+    from megatron_q3n.model.moe.router import finish_balance, routers_of
 
     routers = list(routers_of([model]).values())
     for router, load in zip(routers, wanted.router_loads):

@@ -59,7 +59,7 @@ def server(run_dir: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 def engine(loop: Any, run_dir: Path, urls: list[str], **options: Any) -> Any:
     from megatron_q3n.rl.http_engine import HttpEngine
-    from megatron_q3n.stages.handover import Publisher
+    from megatron_q3n.stages.weight_sync import Publisher
 
     settings = RolloutConfig(
         engine="http", urls=urls, prompts=4, samples_per_prompt=3, max_new_tokens=7, **options

@@ -54,7 +54,7 @@ def rows_of(
     normalisation: Literal["sequence", "token", "constant"] = "sequence",
 ) -> list[Any]:
     from megatron_q3n.rl.advantages import token_weights
-    from megatron_q3n.rl.policy_rows import policy_rows
+    from megatron_q3n.rl.policy_batch import policy_rows
 
     weights = token_weights(np.array([len(s.tokens) for s in samples]), normalisation, 7)
     eod = loop.tokenizer.eod
@@ -110,7 +110,7 @@ def test_replay_takes_the_recorded_experts(loop: Any, samples: list[Sample]) -> 
 
 
 def test_packed_or_apart_or_padded_the_gradient_is_one(loop: Any, samples: list[Sample]) -> None:
-    from megatron_q3n.rl.policy_rows import share_of
+    from megatron_q3n.rl.policy_batch import share_of
 
     packed = rows_of(loop, samples)
     apart = rows_of(loop, samples, each=True)
@@ -226,7 +226,7 @@ def test_mtp_and_balance_sit_out(loop: Any, samples: list[Sample]) -> None:
 
 
 def test_log_probabilities_are_softmaxs(loop: Any) -> None:
-    from megatron_q3n.rl.token_probabilities import log_probabilities
+    from megatron_q3n.rl.vocab_parallel_logprobs import log_probabilities
 
     generator = torch.Generator().manual_seed(1)
     logits = (20 * torch.randn(2, 5, 11, generator=generator)).requires_grad_()

@@ -52,7 +52,7 @@ def tiny_loop(config: RunConfig, device: Any, group: Any, graders: Any = None) -
     """Build the loop; megatron-core is imported late."""
     from megatron_q3n.rl.loop import RlLoop
     from megatron_q3n.rl.prompts import Prompts
-    from megatron_q3n.rl.rollout import InProcessEngine
+    from megatron_q3n.rl.rollout_engine import InProcessEngine
     from megatron_q3n.training.state import build_state
 
     state = build_state(config, device, group)

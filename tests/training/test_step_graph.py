@@ -24,7 +24,7 @@ def test_says_what_keeps_a_step_from_being_a_graph() -> None:
 
 def test_training_passes_trust_no_earlier_copy_of_weights(alone: Any) -> None:
     """Whatever changed the weights in between; only who says that nothing did keeps them."""
-    from megatron_q3n.kernels.fp8_experts import WeightCopy
+    from megatron_q3n.kernels.moe.fp8_experts import WeightCopy
     from megatron_q3n.training.state import build_state
     from megatron_q3n.training.step import run_microbatches
 
@@ -118,8 +118,7 @@ def test_trains_as_without_a_graph(fp8: str | None, alone: Any) -> None:
 @pytest.mark.parametrize("graph", [False, True])
 def test_every_step_multiplies_by_the_weights_it_began_with(graph: bool, alone: Any) -> None:
     """Whoever changed them: the optimizer, or a hand that torch's versions do not see, as a loaded checkpoint's."""
-    from megatron_q3n.kernels import fp8_experts
-    from megatron_q3n.kernels.fused import fp8_rows
+    from megatron_q3n.kernels.moe import fp8_experts, fp8_quantize_triton
     from megatron_q3n.training.step import evaluate, train_step
 
     state = built(alone, "hybrid", graph)
@@ -139,8 +138,8 @@ def test_every_step_multiplies_by_the_weights_it_began_with(graph: bool, alone: 
         for weight, was, copy in zip(state.expert_weights, before, copies, strict=True):
             assert copy is not None
             assert not weight.equal(was), "the step changed nothing: a stale copy would not show"
-            fresh = fp8_rows.room_for_both_ways(was)
-            fp8_rows.quantise_both_ways(was, fresh)
+            fresh = fp8_quantize_triton.room_for_both_ways(was)
+            fp8_quantize_triton.quantise_both_ways(was, fresh)
             for kept, wanted in zip(copy.both_ways, fresh):
                 assert kept.view(torch.uint8).equal(wanted.view(torch.uint8)), step
         places.add(tuple(t.data_ptr() for copy in copies if copy for t in copy.both_ways))

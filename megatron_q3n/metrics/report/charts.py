@@ -25,7 +25,7 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
-from megatron_q3n.metrics.load_picture import LOAD_COLOURS, over_even_share
+from megatron_q3n.metrics.expert_load_image import LOAD_COLOURS, over_even_share
 from megatron_q3n.metrics.report.series import Array, Series, thin
 
 NUM_COLOURS = 8

@@ -1,4 +1,4 @@
-"""What a model recalled (inference/recall.py), by how many tokens it had to: one run, or variants side by side."""
+"""What a model recalled (evaluation/recall.py), by how many tokens it had to: one run, or variants side by side."""
 
 import re
 from collections.abc import Iterator, Sequence

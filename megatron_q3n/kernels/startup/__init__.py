@@ -1,0 +1,1 @@
+"""Start-up of fused kernels: compilation ahead of time and qualification against the torch references."""

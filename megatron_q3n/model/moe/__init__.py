@@ -1,0 +1,1 @@
+"""Mixture of experts: router, token dispatcher, routed and shared experts, routing replay."""

@@ -1,0 +1,1 @@
+"""Multi-token prediction (MTP): losses, drafts unrolled over depths, acceptance statistics."""

@@ -1,0 +1,1 @@
+"""Reference implementation of the whole architecture in plain torch."""

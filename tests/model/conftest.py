@@ -1,0 +1,5 @@
+"""Fixtures shared with the kernels' tests: the device on which fused kernels run."""
+
+from tests.kernels.conftest import triton_device
+
+__all__ = ["triton_device"]

@@ -1,0 +1,59 @@
+"""Not a test: plant faults in the training code, one at a time, and print the harness's verdict on each as JSON.
+
+A process of its own, since the harness forks; one for all faults, since importing megatron-core is
+slow. Each fault is a reduction or wait left out, which one process never needs.
+"""
+
+import importlib
+import json
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from tools.checks import check_layout
+
+STEPS = ["--steps", "4", "--masked", "0.3"]
+ALONE: Any = SimpleNamespace(size=lambda: 1)
+
+
+def main() -> None:
+    """Check one layout per fault."""
+    gradients = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    router = importlib.import_module("megatron_q3n.model.moe.router")
+    state = importlib.import_module("megatron_q3n.training.state")
+    tally = importlib.import_module("megatron_q3n.instruments.tally")
+    step = importlib.import_module("megatron_q3n.training.step")
+    balance = router.finish_balance
+    faults: dict[str, tuple[list[str], Any, str, Any]] = {
+        "none": (["dp2"], step, "finish_balance", balance),
+        "expert counts stay on their rank": (
+            ["dp2"], step, "finish_balance", lambda routers, group: balance(routers, ALONE),
+        ),
+        "norms' gradients are not summed over tensor-parallel ranks": (
+            ["tp2"], gradients, "_allreduce_non_tensor_model_parallel_grads", lambda *_, **__: None,
+        ),
+        "experts do not wait for their weights": (
+            ["dp2-overlap"], state, "_wait_where_parts_are_read", lambda _: None,
+        ),
+        "gradients of MTP's embedding stay on their stage": (
+            ["pp2"], gradients, "_allreduce_word_embedding_grads", lambda *_, **__: None,
+        ),
+        "what instruments see stays on its rank": (
+            ["cp2", "instruments.interval_steps=2"], tally.Tally, "share", lambda *_: None,
+        ),
+        "a checkpoint takes weights that are not gathered yet": (
+            ["--reshard", "dp2-overlap:single"], state.TrainState, "gather_parameters", lambda _: None,
+        ),
+    }  # fmt: skip
+    verdicts = {}
+    for fault, (words, module, name, wrong) in faults.items():
+        with patch.object(module, name, wrong):
+            options, layouts = check_layout._parser().parse_known_args([*STEPS, *words])
+            verdicts[fault] = check_layout.check(options, layouts)[1][-1]
+    print(json.dumps(verdicts))
+
+
+if __name__ == "__main__":
+    check_layout.register_defaults()
+    check_layout.import_everything(check_layout.configure(["--config-name", "pretrain-tiny"]))
+    main()
