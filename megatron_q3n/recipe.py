@@ -15,14 +15,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_q3n.config import (
-    RunConfig,
-    UserError,
-    default_tree,
-    known_settings,
-    suggest,
-    validate,
-)
+from megatron_q3n.config import RunConfig, UserError, default_tree, known_settings, suggest, validate
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PIPELINE = "pipeline-"  # names of files in recipes/ that chain recipes, for slurm/submit.py
@@ -78,16 +71,10 @@ def configure(arguments: list[str]) -> RunConfig:
         allow_abbrev=False,
     )
     start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument(
-        "--config-name", "-cn", metavar="RECIPE", help="a file of recipes/, without .yaml"
-    )
+    start.add_argument("--config-name", "-cn", metavar="RECIPE", help="a file of recipes/, without .yaml")
     start.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this directory")
-    parser.add_argument(
-        "--config-dir", "-cd", metavar="DIR", help="a folder of recipes of your own"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="setting=value", help="e.g. training.steps=2000"
-    )
+    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder of recipes of your own")
+    parser.add_argument("overrides", nargs="*", metavar="setting=value", help="e.g. training.steps=2000")
     given = parser.parse_args(arguments)
     if given.resume:
         return _resumed(Path(given.resume), given.overrides)
@@ -124,9 +111,7 @@ def _composed(recipe: str, own_recipes: str | None, overrides: list[str]) -> dic
 def _resumed(run_dir: Path, overrides: list[str]) -> RunConfig:
     path = run_dir / "config.yaml"
     if not path.is_file():
-        raise UserError(
-            f"--resume {run_dir}: not a run directory (it has no config.yaml). Try --resume runs/latest."
-        )
+        raise UserError(f"--resume {run_dir}: not a run directory (it has no config.yaml). Try --resume runs/latest.")
     try:
         tree = OmegaConf.load(path)
         assert isinstance(tree, DictConfig)
@@ -134,9 +119,7 @@ def _resumed(run_dir: Path, overrides: list[str]) -> RunConfig:
         OmegaConf.set_struct(tree.model.megatron, False)
         for override in overrides:
             name, _, value = override.partition("=")
-            OmegaConf.update(
-                tree, name.lstrip("+"), OmegaConf.from_dotlist([f"x={value}"]).x, merge=False
-            )
+            OmegaConf.update(tree, name.lstrip("+"), OmegaConf.from_dotlist([f"x={value}"]).x, merge=False)
     except (OmegaConfBaseException, AttributeError) as error:
         raise UserError(_explain(error, overrides)) from None
     return validate(plain_tree(tree) | {"run_dir": str(run_dir.resolve())})
@@ -155,12 +138,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     for override in overrides:
         name = override.partition("=")[0].lstrip("+~")
         is_part = (RECIPES / name).is_dir()
-        if (
-            "=" in override
-            and name not in known
-            and not is_part
-            and not name.startswith(("hydra.", "model.megatron."))
-        ):
+        if "=" in override and name not in known and not is_part and not name.startswith(("hydra.", "model.megatron.")):
             return f"{name}: no such setting.{suggest(name, known)} config.yaml of any run lists them all."
         if is_part and isinstance(error, MissingConfigException):
             parts = sorted(path.stem for path in (RECIPES / name).glob("*.yaml"))

@@ -24,9 +24,19 @@ from megatron_q3n.device import Device
 CONFIG, ENVIRONMENT, LATEST = "config.yaml", "environment.json", "latest"
 TOKENIZER_FOLDER = "tokenizer"  # of fine-tuned models, with the chat template
 PACKAGES = (
-    "torch", "megatron-core", "transformer-engine", "flash-linear-attention", "flash-qla", "triton", "transformers",
-    "tokenizers", "hydra-core", "pydantic", "wandb", "numpy",
-)  # fmt: skip
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "flash-linear-attention",
+    "flash-qla",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "hydra-core",
+    "pydantic",
+    "wandb",
+    "numpy",
+)
 
 
 def choose(config: RunConfig) -> Path:
@@ -87,13 +97,9 @@ def record_environment(run_dir: Path, device: Device, choices: dict[str, str]) -
     path = run_dir / ENVIRONMENT
     sessions: list[Any] = []
     if path.is_file():
-        with contextlib.suppress(
-            ValueError
-        ):  # a torn file from a kill: its history is not worth failing for
+        with contextlib.suppress(ValueError):  # a torn file from a kill: its history is not worth failing for
             sessions = json.loads(path.read_text()).get("earlier_sessions", [])
-            sessions.append(
-                {k: v for k, v in json.loads(path.read_text()).items() if k != "earlier_sessions"}
-            )
+            sessions.append({k: v for k, v in json.loads(path.read_text()).items() if k != "earlier_sessions"})
     environment = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -187,8 +193,12 @@ def _git_state() -> str | None:
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return described.stdout.strip() or None

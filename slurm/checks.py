@@ -23,12 +23,7 @@ MASTER_AND_MOMENTS_BYTES = 12  # fp32, per parameter
 
 
 def check_run(
-    config: RunConfig,
-    site: Site,
-    num_nodes: int,
-    before: RunConfig | None = None,
-    *,
-    loads_later: bool = False,
+    config: RunConfig, site: Site, num_nodes: int, before: RunConfig | None = None, *, loads_later: bool = False
 ) -> None:
     """Refuse a validated recipe that cannot run on this site.
 
@@ -62,9 +57,7 @@ def _check_ranks(config: RunConfig, site: Site, num_nodes: int) -> None:
 
 def _check_data(config: RunConfig) -> None:
     """Look for the data where it can be told without reading it: folders with a manifest, files of conversations."""
-    if config.stage in ("pretrain", "longcontext") or (
-        config.stage == "mtp" and not config.sft.train
-    ):
+    if config.stage in ("pretrain", "longcontext") or (config.stage == "mtp" and not config.sft.train):
         load_blends(config)
     named: dict[str, Sequence[ConversationSource | PromptSource]] = {
         "sft.train": config.sft.train,

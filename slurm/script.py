@@ -48,9 +48,7 @@ def sbatch_script(stage: Stage, site: Site) -> str:
     """Return the job script."""
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(stage, site))]
     lines += ["", "# of this site", *site.setup]
-    lines += [
-        f"export {name}={shlex.quote(value)}" for name, value in _environment(stage, site).items()
-    ]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in _environment(stage, site).items()]
     lines += [
         "",
         "# the code as it was at submission; what the supervisor does is in slurm/supervise.py",

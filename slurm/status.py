@@ -52,21 +52,15 @@ def rows(stages: list[dict[str, Any]]) -> list[tuple[str, ...]]:
             state, word = "not started", f"{before} {states[before]}"
         states[stage["name"]] = state
         begun = sum(line["event"] == "begin" for line in lines)
-        result.append(
-            (stage["name"], state, ids[-1] if ids else "", _step(run_dir), str(begun), word)
-        )
+        result.append((stage["name"], state, ids[-1] if ids else "", _step(run_dir), str(begun), word))
     return result
 
 
-def _state(
-    run_dir: Path, lines: list[dict[str, Any]], queued: tuple[str, str] | None
-) -> tuple[str, str]:
+def _state(run_dir: Path, lines: list[dict[str, Any]], queued: tuple[str, str] | None) -> tuple[str, str]:
     """Return the state of a stage in a word, and why."""
     if progress.is_concluded(run_dir, _job(run_dir).get("steps")):
         return "done", ""
-    last = next(
-        (line for line in reversed(lines) if line["event"] in ("begin", "end", "resubmitted")), None
-    )
+    last = next((line for line in reversed(lines) if line["event"] in ("begin", "end", "resubmitted")), None)
     if queued is not None and jobs.is_waiting_or_running(queued[0]):
         is_pending = queued[0] == "PENDING"
         word = last["reason"] if last and last["event"] == "end" else ""
@@ -75,11 +69,7 @@ def _state(
     if last is None or last["event"] == "resubmitted":
         return "waiting", "" if queued is None else f"{queued[0].lower()}: {queued[1]}"
     if last["event"] == "begin":
-        return (
-            ("running", "")
-            if queued is None
-            else ("failed", f"ended by Slurm: {queued[0].lower()}")
-        )
+        return ("running", "") if queued is None else ("failed", f"ended by Slurm: {queued[0].lower()}")
     return (last["decision"] if last["decision"] != "again" else "running", last["reason"])
 
 

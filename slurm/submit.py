@@ -72,9 +72,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--time", help="time limit of a recipe's job; the run may take many")
     parser.add_argument("--dry-run", action="store_true", help="only print the scripts")
     parser.add_argument("--local", action="store_true", help="run here, without Slurm")
-    parser.add_argument(
-        "--update-code", action="store_true", help="with --resume: copy the code anew"
-    )
+    parser.add_argument("--update-code", action="store_true", help="with --resume: copy the code anew")
     parser.add_argument("overrides", nargs="*", metavar="setting=value")
     return parser.parse_intermixed_args(arguments)
 
@@ -113,17 +111,9 @@ def _pipeline_stages(given: argparse.Namespace, site: Site, name: str, folder: P
             overrides = [*wish.overrides, *extra[stage_name]]
             overrides += [f"checkpoint.load={source}"] if source else []
             before = next((s for s in stages if s.name == wish.begins_with), None)
-            stage = _recipe_stage(
-                given, site, wish.recipe or "", run_dir, overrides, nodes=wish.nodes, before=before
-            )
+            stage = _recipe_stage(given, site, wish.recipe or "", run_dir, overrides, nodes=wish.nodes, before=before)
         stages.append(
-            replace(
-                stage,
-                name=stage_name,
-                code=folder / "code",
-                begins_with=wish.begins_with,
-                time=wish.time,
-            )
+            replace(stage, name=stage_name, code=folder / "code", begins_with=wish.begins_with, time=wish.time)
         )
     return stages
 
@@ -162,18 +152,19 @@ def _resumed(given: argparse.Namespace, site: Site) -> tuple[Path, list[Stage]]:
     lineage = pipeline.read_lineage(folder)
     single = not (folder / pipeline.FILE).is_file()
     names = [entry["name"] for entry in lineage]
-    extra = (
-        {names[0]: given.overrides}
-        if single
-        else pipeline.overrides_by_stage(given.overrides, names)
-    )
+    extra = {names[0]: given.overrides} if single else pipeline.overrides_by_stage(given.overrides, names)
     stages: list[Stage] = []
     for entry in lineage:
         run_dir = Path(entry["run_dir"])
         stage = Stage(
-            entry["name"], run_dir, folder / "code", tool=entry.get("tool") or [],
-            begins_with=entry["from"], num_nodes=entry.get("nodes", 1), time=given.time or entry.get("time"),
-        )  # fmt: skip
+            entry["name"],
+            run_dir,
+            folder / "code",
+            tool=entry.get("tool") or [],
+            begins_with=entry["from"],
+            num_nodes=entry.get("nodes", 1),
+            time=given.time or entry.get("time"),
+        )
         if not stage.tool:
             settings = list(extra[stage.name])
             if given.nodes:
@@ -192,9 +183,7 @@ def _refuse_if_queued(stage: Stage) -> None:
     ids = [str(line["job"]) for line in progress.attempts(stage.run_dir) if line.get("job")]
     for job_id, (state, _) in jobs.states(ids[-1:]).items():
         if jobs.is_waiting_or_running(state):
-            raise UserError(
-                f"{stage.name} is job {job_id}, {state}: scancel {job_id} first, or let it be."
-            )
+            raise UserError(f"{stage.name} is job {job_id}, {state}: scancel {job_id} first, or let it be.")
 
 
 def _show(stages: list[Stage], site: Site) -> int:
@@ -208,12 +197,7 @@ def _show(stages: list[Stage], site: Site) -> int:
 
 
 def _write(
-    folder: Path,
-    recipe: str | None,
-    stages: list[Stage],
-    waiting: list[Stage],
-    site: Site,
-    given: argparse.Namespace,
+    folder: Path, recipe: str | None, stages: list[Stage], waiting: list[Stage], site: Site, given: argparse.Namespace
 ) -> None:
     """Write code, lineage, and of each stage to come the configuration, job.json and script."""
     try:
@@ -233,9 +217,7 @@ def _write(
             if given.resume:
                 progress.begin_anew(stage.run_dir)
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written: {error}. Choose another with --run-dir."
-        ) from None
+        raise UserError(f"{folder} cannot be written: {error}. Choose another with --run-dir.") from None
 
 
 def _config_text(config: RunConfig) -> str:
@@ -248,9 +230,7 @@ def _submit(folder: Path, stages: list[Stage]) -> int:
     for stage in stages:
         job_of[stage.name] = jobs.submit(stage.script_file, job_of.get(stage.begins_with or ""))
         progress.add_attempt_line(stage.run_dir, event="submitted", job=job_of[stage.name])
-        print(
-            f"job {job_of[stage.name]}  {stage.name}  {stage.run_dir}/logs/slurm-{job_of[stage.name]}.out"
-        )
+        print(f"job {job_of[stage.name]}  {stage.name}  {stage.run_dir}/logs/slurm-{job_of[stage.name]}.out")
     print(f"\ndirectory {folder}\nstatus    python -m slurm.status {folder}")
     return 0
 
@@ -263,9 +243,10 @@ def _run_here(folder: Path, stages: list[Stage]) -> int:
         if code:
             left = ", ".join(later.name for later in stages[place + 1 :])
             print(
-                f"{stage.name} ended with code {code}" + (f"; not started: {left}" if left else "")
+                f"{stage.name} ended with code {code}"
+                + (f"; not started: {left}" if left else "")
                 + f"\ngo on with: python -m slurm.submit --local --resume {folder}"
-            )  # fmt: skip
+            )
             return code
     print(f"\ndirectory {folder}\nstatus    python -m slurm.status {folder}")
     return 0

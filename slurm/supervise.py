@@ -66,14 +66,13 @@ class Supervisor:
         step = progress.newest_step(self.run_dir)
         if fruitless >= self.job["attempts_without_progress"]:
             return self._end(
-                "gave up", EXIT_NO_PROGRESS,
+                "gave up",
+                EXIT_NO_PROGRESS,
                 f"{fruitless} attempts in a row began at step {step} and none got further "
                 "(attempts_without_progress); look at the first error in logs/, then submit --resume",
-            )  # fmt: skip
+            )
         nodes = os.environ.get("SLURM_JOB_NODELIST", os.uname().nodename)
-        progress.add_attempt_line(
-            self.run_dir, event="begin", attempt=number, step=step, nodes=nodes, job=self.job_id
-        )
+        progress.add_attempt_line(self.run_dir, event="begin", attempt=number, step=step, nodes=nodes, job=self.job_id)
         progress.tell(self.run_dir, f"attempt {number} begins at step {step} on {nodes}")
         progress.forget_outcome(self.run_dir)
         unfit, interrupted = self._preflight(number)
@@ -108,9 +107,7 @@ class Supervisor:
             return self._end("stopped", EXIT_REQUEUE, f"{reason}, as asked (USR2)")
         if self.asked == signal.SIGUSR1:
             reason += ", the time limit is near"
-        self._end(
-            "again", code, f"{reason}; to go on from step {progress.newest_step(self.run_dir)}"
-        )
+        self._end("again", code, f"{reason}; to go on from step {progress.newest_step(self.run_dir)}")
         return AGAIN
 
     def _state(self) -> str:
@@ -120,9 +117,7 @@ class Supervisor:
 
     def _end(self, decision: str, code: int, reason: str) -> int:
         step = progress.newest_step(self.run_dir)
-        progress.add_attempt_line(
-            self.run_dir, event="end", decision=decision, code=code, reason=reason, step=step
-        )
+        progress.add_attempt_line(self.run_dir, event="end", decision=decision, code=code, reason=reason, step=step)
         progress.tell(self.run_dir, f"{decision}: {reason}")
         return code
 
@@ -140,9 +135,7 @@ class Supervisor:
             ]
         for command in commands:
             if subprocess.run(command).returncode:
-                progress.tell(
-                    self.run_dir, f"{shlex.join(command)} failed: the job is not requeued"
-                )
+                progress.tell(self.run_dir, f"{shlex.join(command)} failed: the job is not requeued")
                 return EXIT_REQUEUE
         time.sleep(600)  # Slurm ends this process
         return EXIT_REQUEUE
@@ -173,9 +166,7 @@ class Supervisor:
         known = path.read_text().split() if path.exists() else []
         excluded = sorted({*known, *unfit})
         if len(excluded) > self.job["max_excluded_nodes"]:
-            return self._end(
-                "failed", 1, f"pre-flight: {', '.join(excluded)} are not fit (max_excluded_nodes)"
-            )
+            return self._end("failed", 1, f"pre-flight: {', '.join(excluded)} are not fit (max_excluded_nodes)")
         path.write_text("\n".join(excluded) + "\n")
         self._end("again", 1, f"pre-flight failed on {', '.join(unfit)}: requeued without them")
         return self.requeue(excluded)
@@ -215,9 +206,7 @@ class Supervisor:
         return ["srun", *self._shape(nodes, per_node), *fixed, *self.job["srun_arguments"]]
 
     def _shape(self, nodes: int, per_node: int) -> list[str]:
-        tasks = (
-            nodes * per_node
-        )  # said outright: srun would take the job's number from its environment
+        tasks = nodes * per_node  # said outright: srun would take the job's number from its environment
         return [f"--nodes={nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={per_node}"]
 
     def _run(self, command: list[str], seconds: float | None = None) -> int:

@@ -69,10 +69,7 @@ def launcher_settings(site: Site, time: str | None) -> list[str]:
         "nodes": 1,
         "tasks_per_node": 1,
     }
-    overrides = [
-        f"hydra.launcher.{name}={'null' if value is None else value}"
-        for name, value in settings.items()
-    ]
+    overrides = [f"hydra.launcher.{name}={'null' if value is None else value}" for name, value in settings.items()]
     exports = [f"export {name}={value}" for name, value in site.environment.items()]
     if lines := [*site.setup, *exports]:
         quoted = ", ".join(f"'{line}'" for line in lines)

@@ -27,12 +27,7 @@ MODEL: dict[str, Any] = {
 TINY: dict[str, Any] = {
     "model": MODEL,
     "data": {"source": "blend", "train": [{"path": "unused"}]},
-    "training": {
-        "sequence_length": 32,
-        "steps": 100,
-        "micro_batch_size": 4,
-        "global_batch_size": 4,
-    },
+    "training": {"sequence_length": 32, "steps": 100, "micro_batch_size": 4, "global_batch_size": 4},
     # fast enough that a lost moment moves the next losses by 10 %, slow enough that bf16 moves them by 0.1 %
     "schedule": {"lr": 5e-3, "min_lr": 5e-3, "warmup_steps": 0},
 }
@@ -84,9 +79,7 @@ def train(state: Any, steps: int) -> list[float]:
         jumps[:, 0] = torch.randint(0, MODEL["vocab_size"], (rows,), generator=random)
         walks = jumps.cumsum(1) % MODEL["vocab_size"]
         inputs, labels = walks[:, :-1].contiguous(), walks[:, 1:].contiguous()
-        losses.append(
-            train_step(state, [batch_of_rows(inputs, labels, torch.ones(rows, tokens))]).loss
-        )
+        losses.append(train_step(state, [batch_of_rows(inputs, labels, torch.ones(rows, tokens))]).loss)
     return losses
 
 

@@ -94,9 +94,7 @@ def run_module(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         environment: Mapping[str, str] | None = None,
         timeout_seconds: float = 240,
     ) -> subprocess.CompletedProcess[str]:
-        return forked.run(
-            module, *arguments, cwd=tmp_path, seconds=timeout_seconds, **(environment or {})
-        )
+        return forked.run(module, *arguments, cwd=tmp_path, seconds=timeout_seconds, **(environment or {}))
 
     return run
 

@@ -40,9 +40,7 @@ class Launch:
 class Program:
     """A program that was started; like subprocess.Popen, as far as tests need it."""
 
-    def __init__(
-        self, launch: Launch, folder: tempfile.TemporaryDirectory[str], whole: bool
-    ) -> None:
+    def __init__(self, launch: Launch, folder: tempfile.TemporaryDirectory[str], whole: bool) -> None:
         """Start it, in a whole process or forked; `folder` holds its output as long as this lives."""
         self._launch, self._folder = launch, folder
         self._process: Any = _whole(launch) if whole else _forked(launch)
@@ -84,11 +82,7 @@ def start(program: str | Path, *arguments: object, cwd: Path = ROOT, **environme
 
 
 def run(
-    program: str | Path,
-    *arguments: object,
-    cwd: Path = ROOT,
-    seconds: float = 240,
-    **environment: str,
+    program: str | Path, *arguments: object, cwd: Path = ROOT, seconds: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a module by name, or a file by path, to its end. The exit code is the caller's to check."""
     return start(program, *arguments, cwd=cwd, **environment).wait(seconds)
@@ -99,8 +93,12 @@ def _whole(launch: Launch) -> "subprocess.Popen[bytes]":
     with launch.stdout.open("wb") as stdout, launch.stderr.open("wb") as stderr:
         return subprocess.Popen(
             [sys.executable, *by_name, str(launch.program), *launch.arguments],
-            cwd=launch.cwd, env=launch.environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
-        )  # fmt: skip
+            cwd=launch.cwd,
+            env=launch.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+        )
 
 
 def _forked(launch: Launch) -> Any:

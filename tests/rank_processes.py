@@ -15,9 +15,7 @@ from megatron_q3n.config import RunConfig
 from megatron_q3n.device import choose_device, quiet_known_warnings
 
 if TYPE_CHECKING:
-    from megatron_q3n.parallel import (
-        Meeting,
-    )  # it imports megatron-core, which `import_once` is for
+    from megatron_q3n.parallel import Meeting  # it imports megatron-core, which `import_once` is for
 
 
 def import_once(config: RunConfig, *modules: str) -> None:

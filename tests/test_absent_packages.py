@@ -15,10 +15,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ABSENT = ("wandb", "datasets", "pyarrow")
 SMALL = [
-    "--config-name", "pretrain-tiny", "data=blend", "training.steps=3", "training.sequence_length=32",
-    "validation.interval_steps=2", "validation.batches=1", "validation.bigram_baseline=false",
-    "schedule.warmup_steps=1", "samples.count=1", "samples.tokens=8",
-]  # fmt: skip
+    "--config-name",
+    "pretrain-tiny",
+    "data=blend",
+    "training.steps=3",
+    "training.sequence_length=32",
+    "validation.interval_steps=2",
+    "validation.batches=1",
+    "validation.bigram_baseline=false",
+    "schedule.warmup_steps=1",
+    "samples.count=1",
+    "samples.tokens=8",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +34,7 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return an environment whose Pythons have none of ABSENT."""
     folder = tmp_path_factory.mktemp("without")
     # None in sys.modules: `import` raises ModuleNotFoundError, find_spec finds nothing
-    (folder / "sitecustomize.py").write_text(
-        f"import sys\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n"
-    )
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n")
     path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
     environment = {**os.environ, "PYTHONPATH": path}
     environment.pop("WANDB_MODE")  # which would say that wandb is wanted
@@ -37,12 +43,7 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False, timeout=240
     )
 
 
@@ -73,9 +74,7 @@ def test_a_run_from_text_to_report(without: dict[str, str], tmp_path: Path) -> N
     assert not (run_dir / "wandb").exists()
 
 
-def test_parquet_without_pyarrow_is_refused_by_name(
-    without: dict[str, str], tmp_path: Path
-) -> None:
+def test_parquet_without_pyarrow_is_refused_by_name(without: dict[str, str], tmp_path: Path) -> None:
     table = tmp_path / "part.parquet"
     table.write_bytes(b"PAR1")
     options = ["--output", str(tmp_path / "out"), "--train-tokenizer", "300"]

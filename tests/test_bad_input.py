@@ -58,7 +58,7 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
         "training.cuda_graph=true: data.mask_document_boundaries=true",
     ),
     "fp8 without bf16": (["precision.fp8=hybrid"], "precision.fp8=hybrid needs precision.compute=bf16"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +83,7 @@ def refusals() -> dict[str, Any]:
     )
     asked = {name: settings for name, (settings, _) in SETTINGS.items()}
     done = subprocess.run(
-        [sys.executable, "-c", script],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", script], input=json.dumps(asked), capture_output=True, text=True, check=True
     )
     return json.loads(done.stdout)
 
@@ -104,9 +100,7 @@ def test_no_heavy_import_happens_before_a_refusal(refusals: dict[str, Any]) -> N
     assert refusals["heavy"] == []
 
 
-def test_the_command_line_answers_in_one_line_and_exit_code_2(
-    run_module: Callable[..., Any],
-) -> None:
+def test_the_command_line_answers_in_one_line_and_exit_code_2(run_module: Callable[..., Any]) -> None:
     began = time.monotonic()
     done = run_module("--config-name", "pretrain-tiny", "training.stesp=3")
     assert done.returncode == 2
@@ -114,9 +108,7 @@ def test_the_command_line_answers_in_one_line_and_exit_code_2(
     assert done.stderr.splitlines() == [
         f"error: {SETTINGS['misspelt setting'][1]} config.yaml of any run lists them all."
     ]
-    assert (
-        time.monotonic() - began < 20
-    )  # two seconds on a quiet machine; this only guards against a heavy import
+    assert time.monotonic() - began < 20  # two seconds on a quiet machine; this only guards against a heavy import
 
 
 @pytest.mark.parametrize(
@@ -127,9 +119,7 @@ def test_the_command_line_answers_in_one_line_and_exit_code_2(
         (["--config-name", "longcontext-tiny"], "checkpoint.load=RUN_DIR"),
     ],
 )
-def test_bad_starts_are_refused(
-    run_module: Callable[..., Any], arguments: list[str], message: str
-) -> None:
+def test_bad_starts_are_refused(run_module: Callable[..., Any], arguments: list[str], message: str) -> None:
     done = run_module(*arguments)
     assert done.returncode == 2
     assert message in done.stderr

@@ -27,13 +27,7 @@ PRIMARY = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.s
 PARTS = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
 GROUPS = ("model", "data", "precision", "parallel", "stage")
 OF_ANY_MODEL = {"generate", "serve", "evaluate"}  # the checkpoint brings it, so the name has none
-STARTED = (
-    "longcontext",
-    "generate",
-    "serve",
-    "mtp",
-    "evaluate",
-)  # stages that begin from a checkpoint
+STARTED = ("longcontext", "generate", "serve", "mtp", "evaluate")  # stages that begin from a checkpoint
 REQUIRED = {"pretrain-tiny", "pretrain-small", "pretrain-80b_a3b", "longcontext-tiny"}
 GLOBAL_PACKAGE = "# @package _global_"
 DEFAULTS = RunConfig().model_dump(mode="json")
@@ -105,26 +99,14 @@ def test_recipe_name_follows_the_grammar(recipe: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "tiny",
-        "pretrain",
-        "pretrain-huge",
-        "dream-tiny",
-        "pretrain-tiny-",
-        "pretrain-tiny-Fast",
-        "pretrain-tiny-a-b-c",
-    ],
+    ["tiny", "pretrain", "pretrain-huge", "dream-tiny", "pretrain-tiny-", "pretrain-tiny-Fast", "pretrain-tiny-a-b-c"],
 )
 def test_grammar_refuses(name: str) -> None:
     assert grammar_complaint(name)
 
 
 def test_grammar_accepts_layout_and_modifier() -> None:
-    for name in (
-        "pretrain-80b_a3b-h100x32",
-        "pretrain-80b_a3b-fp8",
-        "pretrain-80b_a3b-h100x32-fp8",
-    ):
+    for name in ("pretrain-80b_a3b-h100x32", "pretrain-80b_a3b-fp8", "pretrain-80b_a3b-h100x32-fp8"):
         assert grammar_complaint(name) is None
 
 
@@ -198,10 +180,7 @@ def _plain(tree: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("part", "published"),
-    [
-        ("80b_a3b", Qwen3NextConfig(max_position_embeddings=262144)),
-        ("qwen3_5_35b_a3b", Qwen3_5MoeTextConfig()),
-    ],
+    [("80b_a3b", Qwen3NextConfig(max_position_embeddings=262144)), ("qwen3_5_35b_a3b", Qwen3_5MoeTextConfig())],
 )
 def test_published_models_have_their_published_dimensions(part: str, published: Any) -> None:
     """RoPE's base is not covered: transformers' classes default to 1e4, the released checkpoints say 1e7."""
@@ -258,15 +237,13 @@ def test_80b_recipe_fits_32_h100() -> None:
     result = plan(run_config("pretrain-80b_a3b"))
     assert result.config.world_size == 32
     assert result.fits
-    assert not plan(run_config("pretrain-80b_a3b", "training.recompute_granularity=null",
-                               "training.recompute_modules=[]")).fits  # fmt: skip
+    assert not plan(
+        run_config("pretrain-80b_a3b", "training.recompute_granularity=null", "training.recompute_modules=[]")
+    ).fits
 
 
 def test_long_context_recipe_is_longer_gentler_and_with_another_rope_base() -> None:
-    short, long = (
-        run_config("pretrain-tiny"),
-        run_config("longcontext-tiny", "checkpoint.load=runs/latest"),
-    )
+    short, long = (run_config("pretrain-tiny"), run_config("longcontext-tiny", "checkpoint.load=runs/latest"))
     assert long.training.sequence_length == 4 * short.training.sequence_length
     assert long.schedule.lr <= short.schedule.min_lr
     assert long.model.rotary_base > short.model.rotary_base

@@ -9,14 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_q3n.config import EXIT_BAD_INPUT, UserError
 from megatron_q3n.conversion.memory import return_freed_memory
@@ -36,10 +29,7 @@ UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gi
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="convert_hf.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="convert_hf.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     ways = parser.add_subparsers(dest="way", required=True)
     into = ways.add_parser("import", help="Hugging Face folder -> checkpoint, for checkpoint.load")
@@ -47,21 +37,32 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     out = ways.add_parser("export", help="checkpoint or run directory -> Hugging Face folder")
     out.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
     out.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="(%(default)s)")
-    out.add_argument("--max-shard-size", type=size, default="4GB", metavar="SIZE",
-                     help="data per safetensors file, e.g. 4GB or 512MiB (%(default)s)")  # fmt: skip
+    out.add_argument(
+        "--max-shard-size",
+        type=size,
+        default="4GB",
+        metavar="SIZE",
+        help="data per safetensors file, e.g. 4GB or 512MiB (%(default)s)",
+    )
     out.add_argument(
         "--model-type",
         help="qwen3_next, qwen3_5_moe_text, or qwen3_5_moe with the vision tower of --like\n"
         "(what --like is, or qwen3_next)",
     )
-    out.add_argument("--like", type=Path, metavar="MODEL_FOLDER",
-                     help="take tokenizer files and what the model does not decide from here, e.g. the model\n"
-                     "that was imported, or huggingface/ in its checkpoint")  # fmt: skip
     out.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="take tokenizer files from here"
+        "--like",
+        type=Path,
+        metavar="MODEL_FOLDER",
+        help="take tokenizer files and what the model does not decide from here, e.g. the model\n"
+        "that was imported, or huggingface/ in its checkpoint",
     )
-    out.add_argument("--verify", choices=["full", "sizes"], default="full",
-                     help="how to check the checkpoint's files first (%(default)s)")  # fmt: skip
+    out.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="take tokenizer files from here")
+    out.add_argument(
+        "--verify",
+        choices=["full", "sizes"],
+        default="full",
+        help="how to check the checkpoint's files first (%(default)s)",
+    )
     for way in (into, out):
         way.add_argument("--output", type=Path, required=True, help="folder to write")
     return parser.parse_args(arguments)
@@ -128,9 +129,7 @@ def progress(console: Console) -> Iterator[tuple]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("converting", total=None)
         yield (
             lambda text: console.print(text, soft_wrap=True),

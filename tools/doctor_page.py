@@ -31,9 +31,7 @@ MOST_COLUMNS = 120
 def main() -> int:
     """Examine and print."""
     parser = argparse.ArgumentParser(
-        prog="tools/doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="tools/doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
@@ -68,12 +66,8 @@ def entry(finding: Finding, width: int) -> list[str]:
     wide = width >= WIDE_COLUMNS
     indent = " " * (NAME_COLUMNS if wide else 5)
     first = f"{name:<{NAME_COLUMNS - 1}} " if wide else f"{name}: "
-    lines = textwrap.wrap(
-        finding.found, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
-    )
-    cost = textwrap.wrap(
-        finding.cost, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-    )
+    lines = textwrap.wrap(finding.found, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
+    cost = textwrap.wrap(finding.cost, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     return (lines or [name]) + cost
 
 

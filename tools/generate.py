@@ -55,14 +55,10 @@ def configured(given: argparse.Namespace) -> RunConfig:
     chosen = {SETTINGS[name]: value for name, value in vars(given).items() if name in SETTINGS}
     overrides = [f"{name}={value}" for name, value in chosen.items() if value is not None]
     register_defaults()
-    tree = configure(
-        ["--config-name", "generate", "checkpoint.load=?", *overrides, *given.set]
-    ).model_dump(mode="json")
+    tree = configure(["--config-name", "generate", "checkpoint.load=?", *overrides, *given.set]).model_dump(mode="json")
     tree["checkpoint"]["load"] = given.source
     tree["inference"] |= {"prompts": given.prompts, "stop": given.stop}
-    tree["inference"] |= {
-        n: getattr(given, n) for n in ("output", "tokenizer") if getattr(given, n)
-    }
+    tree["inference"] |= {n: getattr(given, n) for n in ("output", "tokenizer") if getattr(given, n)}
     return validate(tree)
 
 

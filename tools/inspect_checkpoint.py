@@ -105,11 +105,7 @@ def show_tensors(console: Console, tensors: Tensors) -> None:
 
 
 def compare(
-    console: Console,
-    description: dict[str, Any],
-    tensors: Tensors,
-    other_description: dict[str, Any],
-    other: Tensors,
+    console: Console, description: dict[str, Any], tensors: Tensors, other_description: dict[str, Any], other: Tensors
 ) -> None:
     """Print what differs: settings, names, shapes, and values by the relative norm of their difference."""
     console.print(f"\nagainst step {other_description['step']:,}, {_layout(other_description)}")
@@ -123,9 +119,7 @@ def compare(
         equal += not verdict
         if verdict:
             console.print(f"\n{name}\n  {verdict}", soft_wrap=True)
-    console.print(
-        f"\n{equal} of {len(tensors.entries.keys() | other.entries.keys())} tensors are equal bit for bit"
-    )
+    console.print(f"\n{equal} of {len(tensors.entries.keys() | other.entries.keys())} tensors are equal bit for bit")
 
 
 def _difference(name: str, tensors: Tensors, other: Tensors) -> str:
@@ -151,13 +145,9 @@ def _kind(entry: Entry) -> str:
 def _layout(description: dict[str, Any]) -> str:
     """Return the parallel layout a checkpoint was written by; any other can read it."""
     sizes = description.get("layout", {})
-    parts = [
-        f"{short} {sizes[name]}" for name, short in PARALLEL.items() if (sizes.get(name) or 1) > 1
-    ]
+    parts = [f"{short} {sizes[name]}" for name, short in PARALLEL.items() if (sizes.get(name) or 1) > 1]
     precision = description.get("precision", {}).get("compute")
-    return ", ".join(
-        [f"{description['world_size']} process(es)", *parts, *([precision] if precision else [])]
-    )
+    return ", ".join([f"{description['world_size']} process(es)", *parts, *([precision] if precision else [])])
 
 
 def _amount(entries: list[Entry]) -> str:
@@ -172,15 +162,9 @@ def _size(number: int) -> str:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("path", type=Path, help="a checkpoint, or a run directory for its newest")
-    parser.add_argument(
-        "--tensors", action="store_true", help="every tensor: shape, extremes, norm"
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="read every byte, compare the digests"
-    )
-    parser.add_argument(
-        "--diff", type=Path, metavar="OTHER", help="what differs from this checkpoint"
-    )
+    parser.add_argument("--tensors", action="store_true", help="every tensor: shape, extremes, norm")
+    parser.add_argument("--verify", action="store_true", help="read every byte, compare the digests")
+    parser.add_argument("--diff", type=Path, metavar="OTHER", help="what differs from this checkpoint")
     return parser.parse_args()
 
 

@@ -22,9 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.12", "3.13")  # the pinned megatron-core has wheels for these
 NO_LINUX = "megatron-core has wheels for Linux only: use WSL 2 or a container"
-NO_PYTHON = (
-    f"the pinned megatron-core has wheels for Python {' and '.join(PYTHONS)} only: install one"
-)
+NO_PYTHON = f"the pinned megatron-core has wheels for Python {' and '.join(PYTHONS)} only: install one"
 HOPPER = [9, 0]
 LITTLE_DISK_GIB = 5
 LITTLE_DISK = f"under {LITTLE_DISK_GIB} GiB: .venv alone takes that, and checkpoints need more"
@@ -103,16 +101,20 @@ def machine() -> list[Finding]:
     return [
         Finding("machine", "system", platform.platform(), *([] if linux else ["broken", NO_LINUX])),
         Finding(
-            "machine", "Python", f"{platform.python_version()}, {sys.executable}",
+            "machine",
+            "Python",
+            f"{platform.python_version()}, {sys.executable}",
             *([] if python in PYTHONS else ["broken", NO_PYTHON]),
         ),
         Finding("machine", "cores", str(len(os.sched_getaffinity(0)) if linux else os.cpu_count())),
         Finding("machine", "memory", f"{memory:.0f} GiB" if memory else "unknown"),
         Finding(
-            "machine", "disk", f"{free:.0f} GiB free of {disk.total / 2**30:.0f} at {ROOT}",
+            "machine",
+            "disk",
+            f"{free:.0f} GiB free of {disk.total / 2**30:.0f} at {ROOT}",
             *([] if free > LITTLE_DISK_GIB else ["absent", LITTLE_DISK]),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def memory_gib() -> float | None:
@@ -154,9 +156,7 @@ def required_packages(torch: dict | str | None) -> list[Finding]:
         if version is None:
             optional = package in OPTIONAL
             cost = OPTIONAL.get(package, "nothing runs: tools/quickstart installs it into .venv")
-            findings.append(
-                Finding("packages", package, "absent", "absent" if optional else "broken", cost)
-            )
+            findings.append(Finding("packages", package, "absent", "absent" if optional else "broken", cost))
         elif package == "torch" and isinstance(torch, str):
             findings.append(Finding("packages", package, version, "broken", torch))
         elif version.split("+")[0] != pin:
@@ -251,12 +251,8 @@ def on_a_gpu(cost: str, has_gpu: bool) -> str:
 
 def programs(has_gpu: bool) -> list[Finding]:
     """Compilers."""
-    build = (
-        "Triton cannot build its launchers, and transformer-engine's part for torch cannot be built"
-    )
-    kernels = (
-        "TileLang cannot compile FlashQLA, and transformer-engine's part for torch cannot be built"
-    )
+    build = "Triton cannot build its launchers, and transformer-engine's part for torch cannot be built"
+    kernels = "TileLang cannot compile FlashQLA, and transformer-engine's part for torch cannot be built"
     nvcc = output_of("nvcc", "--version") or ""
     release = re.search(r"release [\d.]+", nvcc)
     compiler = next(filter(shutil.which, [os.environ.get("CC", "gcc"), "gcc", "clang"]), None)

@@ -42,16 +42,15 @@ def prepare_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="folder to write; appears when complete")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", type=Path, help="tokenizer.json, or a folder that holds one")
-    which.add_argument(
-        "--train-tokenizer", type=int, metavar="N", help="train a BPE of N tokens on the input"
-    )
-    add("--tokenizer-sample-mib", type=positive, default=256, metavar="MIB",
-        help="with --train-tokenizer: text from the start of the input to train on (%(default)s)")  # fmt: skip
+    which.add_argument("--train-tokenizer", type=int, metavar="N", help="train a BPE of N tokens on the input")
     add(
-        "--eod-token",
-        metavar="NAME",
-        help="the token that ends a document, if its name does not tell",
+        "--tokenizer-sample-mib",
+        type=positive,
+        default=256,
+        metavar="MIB",
+        help="with --train-tokenizer: text from the start of the input to train on (%(default)s)",
     )
+    add("--eod-token", metavar="NAME", help="the token that ends a document, if its name does not tell")
     add("--column", default="text", help="field of JSONL, parquet and datasets (%(default)s)")
     add("--format", choices=FORMATS, help="how to read files whose name does not tell")
     add("--workers", type=positive, default=0, help="worker processes (one per core)")
@@ -66,9 +65,7 @@ def verify_parser() -> argparse.ArgumentParser:
         prog="prepare_data.py verify", description="Check a prepared folder against its manifest."
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--full", action="store_true", help="hash every byte, not only sizes and counts"
-    )
+    parser.add_argument("--full", action="store_true", help="hash every byte, not only sizes and counts")
     return parser
 
 
@@ -103,9 +100,7 @@ def run(arguments: list[str]) -> str:
 
 def main() -> int:
     """Run; 0 when done, 2 with one message on stderr for bad input."""
-    warnings.filterwarnings(
-        "ignore", category=UserWarning, module=r"megatron\."
-    )  # no GPU extras here
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")  # no GPU extras here
     try:
         print(run(sys.argv[1:]))
     except UserError as error:

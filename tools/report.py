@@ -35,9 +35,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--compare", action="store_true", help="one page over several runs")
-    parser.add_argument(
-        "--output", type=Path, default=Path("comparison.html"), help="where --compare writes"
-    )
+    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="where --compare writes")
     parser.add_argument("--open", action="store_true", help="show the page in the browser")
     arguments = parser.parse_args()
     if len(arguments.run_dirs) > 1 and not arguments.compare:

@@ -49,9 +49,7 @@ def _outline(workspace: object) -> dict[str, list[dict[str, object]]]:
         section.name: [
             {
                 "title": panel.title,
-                "metrics": getattr(panel, "metric_regex", None)
-                or getattr(panel, "y", None)
-                or panel.media_keys,
+                "metrics": getattr(panel, "metric_regex", None) or getattr(panel, "y", None) or panel.media_keys,
             }
             for panel in section.panels
         ]

@@ -7,11 +7,23 @@ from megatron_q3n.config import ModelConfig, UserError
 
 # what may differ between two models that share weights
 _FREE = {
-    "name", "backend", "max_position_embeddings", "rotary_base", "moe_aux_loss_coeff", "moe_z_loss_coeff",
-    "moe_router_load_balancing_type", "mtp_loss_scaling_factor", "init_method_std", "embedding_init_method_std",
-    "linear_chunk_size", "linear_time_step_init",
-    "moe_router_normalized_init", "moe_router_bias_update_rate", "attention_window_tokens", "megatron",
-}  # fmt: skip
+    "name",
+    "backend",
+    "max_position_embeddings",
+    "rotary_base",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_load_balancing_type",
+    "mtp_loss_scaling_factor",
+    "init_method_std",
+    "embedding_init_method_std",
+    "linear_chunk_size",
+    "linear_time_step_init",
+    "moe_router_normalized_init",
+    "moe_router_bias_update_rate",
+    "attention_window_tokens",
+    "megatron",
+}
 
 
 def check_architecture(description: dict[str, Any], model: ModelConfig, checkpoint: Path) -> None:
@@ -26,9 +38,7 @@ def check_architecture(description: dict[str, Any], model: ModelConfig, checkpoi
         if name not in _FREE and saved.get(name) != value
     ]
     if differ:
-        raise UserError(
-            f"{checkpoint} holds a model of another architecture: " + "; ".join(differ) + "."
-        )
+        raise UserError(f"{checkpoint} holds a model of another architecture: " + "; ".join(differ) + ".")
 
 
 def _with_layers_of_its_own(model: dict[str, Any]) -> dict[str, Any]:

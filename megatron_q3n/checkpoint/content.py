@@ -40,14 +40,9 @@ def sharded(state: TrainState, *, loading: bool, with_optimizer: bool = True) ->
         _tell_idle_adams_the_step(state)
         if not loading:
             _count_padding(state)
-        content["optimizer"] = state.optimizer.sharded_state_dict(
-            models, is_loading=loading, metadata=metadata
-        )
+        content["optimizer"] = state.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     content["rng"] = ShardedObject(
-        "rng",
-        None if loading else _generators(),
-        (state.parallel.world_size,),
-        (state.parallel.rank,),
+        "rng", None if loading else _generators(), (state.parallel.world_size,), (state.parallel.rank,)
     )
     return content
 

@@ -114,11 +114,7 @@ def set_aside(checkpoint: Path) -> Path:
 
 def superfluous(newest_first: list[Path], keep: int, keep_every_steps: int) -> list[Path]:
     """Return the checkpoints beyond the first `keep` that are no milestones."""
-    return [
-        old
-        for old in newest_first[keep:]
-        if not (keep_every_steps and step_of(old) % keep_every_steps == 0)
-    ]
+    return [old for old in newest_first[keep:] if not (keep_every_steps and step_of(old) % keep_every_steps == 0)]
 
 
 def discard(checkpoints: Iterable[Path]) -> None:

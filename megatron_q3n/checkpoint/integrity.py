@@ -51,11 +51,7 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: settle_on_disk(folder / name), names)))
 
 
-def seal(
-    folder: Path,
-    description: Mapping[str, Any] | None = None,
-    known: Mapping[str, str] | None = None,
-) -> None:
+def seal(folder: Path, description: Mapping[str, Any] | None = None, known: Mapping[str, str] | None = None) -> None:
     """Write checkpoint.json over a finished folder: the description, each file's size and digest, and the seal.
 
     Without `description`, the folder's present checkpoint.json is sealed. `known` holds digests that
@@ -132,10 +128,7 @@ def damage(checkpoint: Path, verify: Verify, rank: int = 0, world_size: int = 1)
     full = verify == "full"
     with ThreadPoolExecutor(_threads()) as pool:
         found = pool.map(
-            lambda name: file_problem(
-                checkpoint / name, sizes[name], wanted.get(name) if full else None
-            ),
-            share,
+            lambda name: file_problem(checkpoint / name, sizes[name], wanted.get(name) if full else None), share
         )
         return problems + [problem for problem in found if problem]
 

@@ -40,9 +40,7 @@ def resume(state: TrainState, run_dir: Path) -> Resumed:
             _restore(state, checkpoint, resume=True, with_optimizer=True)
             return Resumed(checkpoint, notes)
         passed_over.append((checkpoint, problems))
-    kept_aside = state.parallel.from_leader(
-        ", ".join(path.name for path in folders.damaged_in(run_dir))
-    )
+    kept_aside = state.parallel.from_leader(", ".join(path.name for path in folders.damaged_in(run_dir)))
     if passed_over or kept_aside:
         causes = [problem for _, problems in passed_over for problem in problems]
         raise UserError(
@@ -60,9 +58,7 @@ def load(state: TrainState, checkpoint: Path, *, resume: bool, with_optimizer: b
     """
     problems = agreed_damage(state, checkpoint)
     if problems:
-        raise UserError(
-            f"{checkpoint} is damaged: " + "; ".join(problems) + ". Use another checkpoint."
-        )
+        raise UserError(f"{checkpoint} is damaged: " + "; ".join(problems) + ". Use another checkpoint.")
     _restore(state, checkpoint, resume=resume, with_optimizer=with_optimizer)
 
 
@@ -116,18 +112,13 @@ def _restore(state: TrainState, checkpoint: Path, *, resume: bool, with_optimize
     """Load a verified checkpoint."""
     description = integrity.read(checkpoint)
     if not integrity.is_sealed(description) and state.parallel.is_leader:
-        print(
-            f"warning: {checkpoint} has no digests; only its files' sizes were verified",
-            file=sys.stderr,
-        )
+        print(f"warning: {checkpoint} has no digests; only its files' sizes were verified", file=sys.stderr)
     check_architecture(description, state.config.model, checkpoint)
     wanted = content.sharded(state, loading=True, with_optimizer=with_optimizer)
     same_world = description["world_size"] == state.parallel.world_size
     if not (resume and same_world):
         wanted.pop("rng")
-    loaded = dist_checkpointing.load(
-        wanted, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED
-    )
+    loaded = dist_checkpointing.load(wanted, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED)
     for index, model in enumerate(state.models):
         model.load_state_dict(loaded[f"model{index}"], strict=False)
     if with_optimizer:

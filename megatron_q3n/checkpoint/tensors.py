@@ -90,9 +90,7 @@ class Tensors:
                     file.seek(place.offset)
                     piece = torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
             except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-                raise UserError(
-                    f"{path} cannot be read at {name} ({error}); run again with --verify."
-                ) from None
+                raise UserError(f"{path} cannot be read at {name} ({error}); run again with --verify.") from None
             yield tuple(offset or (0,) * piece.dim()), piece
 
     def whole(self, name: str) -> torch.Tensor:

@@ -20,17 +20,10 @@ def load_weights(models: list[Any], config: RunConfig, group: Parallel, checkpoi
     own = integrity.damage(checkpoint, config.checkpoint.verify, group.rank, group.world_size)
     problems = dict.fromkeys(problem for found in gathered(group, own) for problem in found)
     if problems:
-        raise UserError(
-            f"{checkpoint} is damaged: " + "; ".join(problems) + ". Use another checkpoint."
-        )
+        raise UserError(f"{checkpoint} is damaged: " + "; ".join(problems) + ". Use another checkpoint.")
     check_architecture(integrity.read(checkpoint), config.model, checkpoint)
     metadata = {"dp_cp_group": group.groups.dp_cp}
-    wanted = {
-        f"model{index}": model.sharded_state_dict(metadata=metadata)
-        for index, model in enumerate(models)
-    }
-    loaded = dist_checkpointing.load(
-        wanted, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED
-    )
+    wanted = {f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(models)}
+    loaded = dist_checkpointing.load(wanted, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED)
     for index, model in enumerate(models):
         model.load_state_dict(loaded[f"model{index}"], strict=False)

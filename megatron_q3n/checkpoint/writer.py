@@ -52,9 +52,7 @@ class _Written:
 class _Planned(TorchDistSaveShardedStrategy):
     """megatron-core's planning, stopped where the writing would begin."""
 
-    def _get_save_and_finalize_callbacks(
-        self, writer: Any, planned: Any, async_strategy: str
-    ) -> Any:
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, async_strategy: str) -> Any:
         self.writer = writer
         _, self.metadata, _ = planned
         return super()._get_save_and_finalize_callbacks(writer, planned, async_strategy)
@@ -79,9 +77,7 @@ class Saver:
     Every process calls every method, in the same order.
     """
 
-    def __init__(
-        self, state: TrainState, run_dir: Path, note: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, state: TrainState, run_dir: Path, note: Callable[[str], None] = print) -> None:
         """Save `state` into `run_dir`; `note` is told of what the user should know."""
         self._state, self._run_dir, self._note = state, run_dir, note
         self._active: _Save | None = None
@@ -97,15 +93,9 @@ class Saver:
         self._active = save = _begin(self._state, self._run_dir)
         if self._state.config.checkpoint.asynchronous:
             buckets = _snapshot(self._state, save.plan.writer.write_buckets, copy=True)
-            threading.Thread(
-                target=_write, args=(self._state, save, buckets), name="checkpoint"
-            ).start()
+            threading.Thread(target=_write, args=(self._state, save, buckets), name="checkpoint").start()
         else:
-            _write(
-                self._state,
-                save,
-                _snapshot(self._state, save.plan.writer.write_buckets, copy=False),
-            )
+            _write(self._state, save, _snapshot(self._state, save.plan.writer.write_buckets, copy=False))
             self._finish_active(wait=True)
         return save.final
 
@@ -159,11 +149,7 @@ def _begin(state: TrainState, run_dir: Path) -> _Save:
     filesystem_async._results_queue = queue.Queue()
     plan = _Planned()
     dist_checkpointing.save(
-        content.sharded(state, loading=False),
-        str(partial),
-        plan,
-        async_sharded_save=True,
-        async_strategy="mcore",
+        content.sharded(state, loading=False), str(partial), plan, async_sharded_save=True, async_strategy="mcore"
     )
     counted, superfluous = _retention(state, run_dir, final)
     return _Save(final, partial, _description(state), plan, counted, superfluous)
@@ -246,10 +232,7 @@ def _finish(state: TrainState, run_dir: Path, save: _Save, own: _Written) -> lis
 def _publish(save: _Save, everyone: list[_Written]) -> None:
     """Write what describes the files, then give the folder its name."""
     save.plan.writer.finish(save.plan.metadata, [part.results for part in everyone])
-    save_config(
-        CheckpointingConfig(save.plan.backend, save.plan.version),
-        str(save.partial),
-    )
+    save_config(CheckpointingConfig(save.plan.backend, save.plan.version), str(save.partial))
     known = {name: value for part in everyone for name, value in part.digests.items()}
     integrity.seal(save.partial, save.description, known)
     folders.publish(save.partial, save.final)

@@ -3,19 +3,8 @@
 No torch, no OmegaConf, no megatron-core import: a wrong setting is refused in well under two seconds.
 """
 
-from megatron_q3n.config.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_HANG,
-    EXIT_REQUEUE,
-    UserError,
-    suggest,
-)
-from megatron_q3n.config.model import (
-    GATED_ATTENTION,
-    GATED_DELTA_NET,
-    SLIDING_ATTENTION,
-    ModelConfig,
-)
+from megatron_q3n.config.errors import EXIT_BAD_INPUT, EXIT_HANG, EXIT_REQUEUE, UserError, suggest
+from megatron_q3n.config.model import GATED_ATTENTION, GATED_DELTA_NET, SLIDING_ATTENTION, ModelConfig
 from megatron_q3n.config.run import RunConfig, default_tree, known_settings, validate
 
 __all__ = [

@@ -11,9 +11,7 @@ from megatron_q3n.config.section import Section
 class BlendPart(Section):
     """One prepared data set of a weighted blend."""
 
-    path: str = Field(
-        description="a folder written by tools/prepare_data.py (it holds manifest.json)"
-    )
+    path: str = Field(description="a folder written by tools/prepare_data.py (it holds manifest.json)")
     weight: float = Field(1.0, gt=0, description="relative share of the tokens drawn")
 
 
@@ -21,44 +19,27 @@ class DataConfig(Section):
     """The corpus, its tokenizer, and how documents are laid into sequences."""
 
     source: Literal["stdlib", "blend"] = Field(
-        "stdlib",
-        description="stdlib: the Python standard library's own source, no download; blend: prepared folders",
+        "stdlib", description="stdlib: the Python standard library's own source, no download; blend: prepared folders"
     )
     cache_dir: str | None = Field(
-        None,
-        description="prepared corpora and indices; null: $Q3N_CACHE, else ~/.cache/megatron_q3n",
+        None, description="prepared corpora and indices; null: $Q3N_CACHE, else ~/.cache/megatron_q3n"
     )
-    stdlib_vocab_size: int = Field(
-        512, gt=256, description="BPE entries trained on the standard library's train split"
-    )
-    stdlib_validation_percent: float = Field(
-        5.0, gt=0, lt=50, description="share of files held out, by file"
-    )
+    stdlib_vocab_size: int = Field(512, gt=256, description="BPE entries trained on the standard library's train split")
+    stdlib_validation_percent: float = Field(5.0, gt=0, lt=50, description="share of files held out, by file")
     stdlib_packages: list[str] = Field(
         default_factory=list,
         description="installed packages whose source is added, e.g. [torch, transformers]; held out by folder",
     )
-    train: list[BlendPart] = Field(
-        default_factory=list, description="blend used for training (source: blend)"
-    )
-    validation: list[BlendPart] = Field(
-        default_factory=list, description="blend used for validation"
-    )
-    tokenizer: str | None = Field(
-        None, description="a tokenizer.json or its folder; null: the one in the manifest"
-    )
+    train: list[BlendPart] = Field(default_factory=list, description="blend used for training (source: blend)")
+    validation: list[BlendPart] = Field(default_factory=list, description="blend used for validation")
+    tokenizer: str | None = Field(None, description="a tokenizer.json or its folder; null: the one in the manifest")
     mask_document_boundaries: bool = Field(
-        False,
-        description="attention and recurrent state start anew at each document (packed sequences)",
+        False, description="attention and recurrent state start anew at each document (packed sequences)"
     )
     document_alignment: int = Field(
-        1,
-        gt=0,
-        description="pad packed documents to a multiple; context parallelism needs 2 × its size",
+        1, gt=0, description="pad packed documents to a multiple; context parallelism needs 2 × its size"
     )
-    num_workers: int = Field(
-        0, ge=0, description="loader processes per rank; 0 loads in the training process"
-    )
+    num_workers: int = Field(0, ge=0, description="loader processes per rank; 0 loads in the training process")
 
     @model_validator(mode="after")
     def _legal(self) -> "DataConfig":
@@ -68,9 +49,7 @@ class DataConfig(Section):
                 "make the folders with tools/prepare_data.py."
             )
         if self.source == "stdlib" and (self.train or self.validation):
-            raise UserError(
-                "data.train and data.validation have no effect with data.source=stdlib; set source: blend."
-            )
+            raise UserError("data.train and data.validation have no effect with data.source=stdlib; set source: blend.")
         if self.document_alignment > 1 and not self.mask_document_boundaries:
             raise UserError(
                 f"data.document_alignment={self.document_alignment} has no effect without "

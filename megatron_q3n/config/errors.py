@@ -24,7 +24,5 @@ def suggest(unknown: str, known: Iterable[str]) -> str:
     names = list(known)
     leaf = unknown.rsplit(".", 1)[-1]
     same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == leaf]
-    close = difflib.get_close_matches(
-        unknown, same_leaf or names, n=1, cutoff=0.0 if same_leaf else 0.6
-    )
+    close = difflib.get_close_matches(unknown, same_leaf or names, n=1, cutoff=0.0 if same_leaf else 0.6)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -15,23 +15,17 @@ class TextSet(Section):
     """Held-out text with a name: a prepared folder."""
 
     name: str = Field(min_length=1, description="what the results call it")
-    path: str = Field(
-        description="a folder written by tools/prepare_data.py with the model's tokenizer"
-    )
+    path: str = Field(description="a folder written by tools/prepare_data.py with the model's tokenizer")
 
 
 class EvaluateConfig(Section):
     """Data sets, how much of each, recall, and tasks."""
 
-    sets: list[TextSet] = Field(
-        default_factory=list, description="empty: the validation text of `data`"
-    )
+    sets: list[TextSet] = Field(default_factory=list, description="empty: the validation text of `data`")
     rows: int = Field(64, ge=0, description="rows of each set; 0 measures no text")
     context_tokens: int = Field(512, gt=1, description="tokens of a row")
     batch_rows: int = Field(8, gt=0, description="rows in one pass, on each replica")
-    position_buckets: int = Field(
-        8, gt=0, description="equal stretches of a row that are reported apart"
-    )
+    position_buckets: int = Field(8, gt=0, description="equal stretches of a row that are reported apart")
     draft_depth: int = Field(0, ge=0, description="drafts to judge at each place; 0 judges none")
     draft_stride: int = Field(32, gt=0, description="tokens between places where drafts are judged")
     recall_lengths: list[int] = Field(
@@ -41,16 +35,11 @@ class EvaluateConfig(Section):
     )
     recall_rows: int = Field(64, gt=0, description="rows for each of recall_lengths")
     tasks: list[str] = Field(
-        default_factory=list,
-        description="tasks of lm-evaluation-harness, by the names in tasks_dir's files",
+        default_factory=list, description="tasks of lm-evaluation-harness, by the names in tasks_dir's files"
     )
-    tasks_dir: str | None = Field(
-        None, description="folder of task files (.yaml), whose data are local files too"
-    )
+    tasks_dir: str | None = Field(None, description="folder of task files (.yaml), whose data are local files too")
     task_limit: int | None = Field(None, gt=0, description="documents of each task; null: all")
-    num_fewshot: int | None = Field(
-        None, ge=0, description="examples before each; null: the task's own"
-    )
+    num_fewshot: int | None = Field(None, ge=0, description="examples before each; null: the task's own")
     seed: int = Field(1, ge=0, description="of drawn drafts and of recall's tokens")
     tokenizer: str | None = Field(
         None, description="a tokenizer.json or its folder; null: the one the model was trained with"
@@ -80,9 +69,7 @@ def check_evaluate(config: "RunConfig") -> None:
                 "only; set it to 1 (a checkpoint loads in any layout)."
             )
     if not (wanted.rows or wanted.tasks or wanted.recall_lengths):
-        raise UserError(
-            "evaluate.rows=0, no evaluate.tasks and no evaluate.recall_lengths leave nothing to measure."
-        )
+        raise UserError("evaluate.rows=0, no evaluate.tasks and no evaluate.recall_lengths leave nothing to measure.")
     if any(length < 2 for length in wanted.recall_lengths):
         raise UserError(
             f"evaluate.recall_lengths={wanted.recall_lengths}: the first token of a copy cannot be recalled and is not "

@@ -21,27 +21,17 @@ class HealthConfig(Section):
         "ignore", description="a loss or gradient norm far above those of the steps before"
     )
     spike_deviations: float = Field(
-        10.0,
-        gt=0,
-        description="how far: standard deviations above the median, both from the window's quartiles",
+        10.0, gt=0, description="how far: standard deviations above the median, both from the window's quartiles"
     )
-    spike_window_steps: int = Field(
-        100, gt=4, description="sound steps that a new one is compared with"
-    )
-    spike_minimum_steps: int = Field(
-        20, gt=4, description="no spike is seen before so many sound steps"
-    )
+    spike_window_steps: int = Field(100, gt=4, description="sound steps that a new one is compared with")
+    spike_minimum_steps: int = Field(20, gt=4, description="no spike is seen before so many sound steps")
     leave_out_batches: int = Field(
-        1,
-        gt=0,
-        description="roll_back: batches to leave out, the bad one and those before it (since the checkpoint)",
+        1, gt=0, description="roll_back: batches to leave out, the bad one and those before it (since the checkpoint)"
     )
     max_troubles_in_a_row: int = Field(
         5, gt=0, description="bad steps in a row before the run stops whatever the policy"
     )
-    max_roll_backs: int = Field(
-        10, gt=0, description="over the whole run; the next one stops instead"
-    )
+    max_roll_backs: int = Field(10, gt=0, description="over the whole run; the next one stops instead")
     hang_factor: float = Field(
         20.0, ge=0, description="no sign of life for this many median steps is a hang; 0: no watch"
     )

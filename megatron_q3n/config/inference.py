@@ -13,9 +13,7 @@ class InferenceConfig(Section):
     max_new_tokens: int = Field(256, gt=0)
     temperature: float = Field(0.7, ge=0, description="0 is greedy")
     top_k: int | None = Field(None, gt=0, description="draw from so many likeliest tokens only")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="draw from the smallest set of tokens with this much mass"
-    )
+    top_p: float = Field(1.0, gt=0, le=1, description="draw from the smallest set of tokens with this much mass")
     stop: list[str | int] = Field(
         default_factory=list,
         description="tokens that end a text, by id or by the text they stand for, beside the end of a document",
@@ -24,12 +22,8 @@ class InferenceConfig(Section):
     draft_depth: int = Field(
         0, ge=0, description="tokens drafted by the MTP layer and verified together; 0 drafts none"
     )
-    prefill_tokens: int = Field(
-        4096, gt=0, description="most tokens of prompts that one pass reads; bounds its memory"
-    )
-    max_sequences: int | None = Field(
-        None, gt=0, description="most sequences at once, others wait; null: all"
-    )
+    prefill_tokens: int = Field(4096, gt=0, description="most tokens of prompts that one pass reads; bounds its memory")
+    max_sequences: int | None = Field(None, gt=0, description="most sequences at once, others wait; null: all")
     cuda_graph: bool | None = Field(
         None,
         description="launch a whole decoding step as one CUDA graph; null: on a GPU, where nothing stands against it",
@@ -44,7 +38,5 @@ class InferenceConfig(Section):
     def _not_empty(cls, prompts: list[str]) -> list[str]:
         for number, prompt in enumerate(prompts, 1):
             if not prompt:
-                raise UserError(
-                    f"inference.prompts: prompt {number} is empty; give it some text to continue."
-                )
+                raise UserError(f"inference.prompts: prompt {number} is empty; give it some text to continue.")
         return prompts

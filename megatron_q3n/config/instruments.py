@@ -23,9 +23,7 @@ class InstrumentsConfig(Section):
 class AlertsConfig(Section):
     """When a number is worth telling somebody: in the log, in the report and through wandb. null: never."""
 
-    pause_steps: int = Field(
-        500, ge=0, description="an alert of one kind is not repeated within so many steps"
-    )
+    pause_steps: int = Field(500, ge=0, description="an alert of one kind is not repeated within so many steps")
     loss_spike_deviations: float | None = Field(
         8.0,
         gt=0,
@@ -33,14 +31,9 @@ class AlertsConfig(Section):
         "quartiles)",
     )
     dead_experts_share: float | None = Field(
-        0.05,
-        ge=0,
-        lt=1,
-        description="share of all experts without a token in the global batch, 20 steps in a row",
+        0.05, ge=0, lt=1, description="share of all experts without a token in the global batch, 20 steps in a row"
     )
-    expert_load: float | None = Field(
-        10.0, gt=1, description="fullest expert's tokens over its layer's mean"
-    )
+    expert_load: float | None = Field(10.0, gt=1, description="fullest expert's tokens over its layer's mean")
     first_token_share: float | None = Field(
         0.3, gt=0, lt=1, description="attention that goes to the first token, worst layer"
     )

@@ -85,9 +85,7 @@ def megatron_root() -> Path:
     for location in (spec.submodule_search_locations or []) if spec else []:
         if (Path(location) / "core").is_dir():
             return Path(location)
-    raise UserError(
-        "megatron-core is not installed. Run tools/quickstart, or: pip install -r requirements.txt"
-    )
+    raise UserError("megatron-core is not installed. Run tools/quickstart, or: pip install -r requirements.txt")
 
 
 @cache
@@ -120,33 +118,19 @@ def check_pass_through(options: dict[str, object]) -> None:
                 f"The fields are those of {megatron_root()}/{_SOURCES[1][0]}."
             )
         if name in OWNED_FIELDS:
-            raise UserError(
-                f"{where}: set {OWNED_FIELDS[name]} instead; the pass-through is for options without one."
-            )
+            raise UserError(f"{where}: set {OWNED_FIELDS[name]} instead; the pass-through is for options without one.")
         annotation = known[name]
         if "Callable" in annotation:
-            raise UserError(
-                f"{where} takes a Python function ({annotation}) and cannot be set from a configuration."
-            )
+            raise UserError(f"{where} takes a Python function ({annotation}) and cannot be set from a configuration.")
         if not _fits(value, annotation):
-            raise UserError(
-                f"{where}={value!r}: megatron-core declares this field as {annotation}."
-            )
+            raise UserError(f"{where}={value!r}: megatron-core declares this field as {annotation}.")
 
 
 def _fits(value: object, annotation: str) -> bool:
     """Say whether a plain value can be of the annotated type; unknown annotations pass (megatron-core checks them)."""
     if value is None:
         return "Optional" in annotation or "None" in annotation
-    checks = {
-        "bool": bool,
-        "int": int,
-        "float": (int, float),
-        "str": str,
-        "List": list,
-        "list": list,
-        "Literal": str,
-    }
+    checks = {"bool": bool, "int": int, "float": (int, float), "str": str, "List": list, "list": list, "Literal": str}
     words = {w for w in checks if w in annotation}
     if not words or "Enum" in annotation or "Any" in annotation or "Dict" in annotation:
         return True

@@ -37,11 +37,7 @@ class ModelConfig(Section):
     )
     max_position_embeddings: int = Field(32768, gt=0)
     init_method_std: float = Field(0.02, gt=0)
-    embedding_init_method_std: float | None = Field(
-        None,
-        gt=0,
-        description="null: init_method_std",
-    )
+    embedding_init_method_std: float | None = Field(None, gt=0, description="null: init_method_std")
     layernorm_epsilon: float = Field(1e-6, gt=0)
     # gated attention
     num_attention_heads: int = Field(4, gt=0)
@@ -50,20 +46,15 @@ class ModelConfig(Section):
     rotary_percent: float = Field(0.25, gt=0, le=1)
     rotary_base: float = Field(1e7, gt=0)
     attention_gate: Literal["elementwise", "headwise", "none"] = Field(
-        "elementwise",
-        description="gate of gated attention (arXiv 2505.06708): one number per channel, or one per head",
+        "elementwise", description="gate of gated attention (arXiv 2505.06708): one number per channel, or one per head"
     )
     attention_gate_position: Literal["output", "value"] = Field(
         "output", description="what is gated: what each head has read, or the values it reads"
     )
     attention_gate_activation: Literal["sigmoid", "silu"] = "sigmoid"
-    attention_gate_shared: bool = Field(
-        False, description="one gate for all heads, instead of one for each"
-    )
+    attention_gate_shared: bool = Field(False, description="one gate for all heads, instead of one for each")
     attention_window_tokens: int | None = Field(
-        None,
-        gt=0,
-        description="how many tokens the S layers of model.mixer_pattern see, the present one included",
+        None, gt=0, description="how many tokens the S layers of model.mixer_pattern see, the present one included"
     )
     # Gated DeltaNet
     linear_num_key_heads: int = Field(4, gt=0)
@@ -71,9 +62,7 @@ class ModelConfig(Section):
     linear_key_head_dim: int = Field(16, gt=0)
     linear_value_head_dim: int = Field(16, gt=0)
     linear_conv_kernel_dim: int = Field(4, gt=1)
-    linear_chunk_size: int = Field(
-        64, gt=0, description="tokens per chunk of the chunked delta rule"
-    )
+    linear_chunk_size: int = Field(64, gt=0, description="tokens per chunk of the chunked delta rule")
     linear_time_step_init: tuple[float, float] | None = Field(
         None,
         description="time steps softplus(dt_bias) of the heads at init, log-uniform between these two: [0.001,0.1] as "
@@ -85,17 +74,13 @@ class ModelConfig(Section):
     moe_router_topk: int = Field(2, gt=0)
     moe_ffn_hidden_size: int = Field(64, gt=0)
     moe_shared_expert_intermediate_size: int = Field(64, gt=0)
-    moe_router_load_balancing_type: Literal[
-        "global_aux_loss", "aux_loss", "seq_aux_loss", "none"
-    ] = Field(
-        "global_aux_loss",
-        description="global_aux_loss balances over the global batch (arXiv 2501.11873)",
+    moe_router_load_balancing_type: Literal["global_aux_loss", "aux_loss", "seq_aux_loss", "none"] = Field(
+        "global_aux_loss", description="global_aux_loss balances over the global batch (arXiv 2501.11873)"
     )
     moe_aux_loss_coeff: float = Field(1e-3, ge=0)
     moe_z_loss_coeff: float = Field(0.0, ge=0)
     moe_router_normalized_init: bool = Field(
-        True,
-        description="give every router row the same norm at init, so that no expert starts favoured",
+        True, description="give every router row the same norm at init, so that no expert starts favoured"
     )
     moe_router_enable_expert_bias: bool = Field(
         False,
@@ -103,19 +88,14 @@ class ModelConfig(Section):
         "batch gives the expert too few tokens (arXiv 2408.15664)",
     )
     moe_router_bias_update_rate: float = Field(
-        1e-3,
-        ge=0,
-        description="how far each bias moves per step, in units of the router's logits; 0 keeps them",
+        1e-3, ge=0, description="how far each bias moves per step, in units of the router's logits; 0 keeps them"
     )
     # multi-token prediction
-    mtp_num_layers: int = Field(
-        1, ge=0, description="prediction depths beyond the next token; 0 builds no MTP layer"
-    )
+    mtp_num_layers: int = Field(1, ge=0, description="prediction depths beyond the next token; 0 builds no MTP layer")
     mtp_loss_scaling_factor: float = Field(0.1, ge=0)
     mtp_use_repeated_layer: bool = Field(False, description="one shared layer for all depths")
     megatron: dict[str, Any] = Field(
-        default_factory=dict,
-        description="any other megatron-core TransformerConfig field, checked by name",
+        default_factory=dict, description="any other megatron-core TransformerConfig field, checked by name"
     )
 
     @model_validator(mode="after")
@@ -123,22 +103,14 @@ class ModelConfig(Section):
         self._check_mixers()
         self._check_gate()
         self._check_time_steps()
+        _divides("model.num_attention_heads", self.num_attention_heads, "model.num_query_groups", self.num_query_groups)
         _divides(
-            "model.num_attention_heads",
-            self.num_attention_heads,
-            "model.num_query_groups",
-            self.num_query_groups,
+            "model.linear_num_value_heads",
+            self.linear_num_value_heads,
+            "model.linear_num_key_heads",
+            self.linear_num_key_heads,
         )
-        _divides(
-            "model.linear_num_value_heads", self.linear_num_value_heads,
-            "model.linear_num_key_heads", self.linear_num_key_heads,
-        )  # fmt: skip
-        _divides(
-            "model.num_layers",
-            self.num_layers,
-            "the length of model.mixer_pattern",
-            len(self.mixer_pattern),
-        )
+        _divides("model.num_layers", self.num_layers, "the length of model.mixer_pattern", len(self.mixer_pattern))
         if self.rotary_dim % 2 or self.rotary_dim == 0:
             raise UserError(
                 f"model.rotary_percent={self.rotary_percent} of model.kv_channels={self.kv_channels} gives a rotary "
@@ -150,9 +122,7 @@ class ModelConfig(Section):
                 f"model.num_moe_experts={self.num_moe_experts}; choose at most that many."
             )
         if self.mtp_use_repeated_layer and self.mtp_num_layers == 0:
-            raise UserError(
-                "model.mtp_use_repeated_layer=true has no effect with model.mtp_num_layers=0."
-            )
+            raise UserError("model.mtp_use_repeated_layer=true has no effect with model.mtp_num_layers=0.")
         if self.moe_router_load_balancing_type == "none" and self.moe_aux_loss_coeff > 0:
             raise UserError(
                 f"model.moe_aux_loss_coeff={self.moe_aux_loss_coeff} has no effect with "
@@ -236,11 +206,7 @@ class ModelConfig(Section):
     def gate_lies_with_queries(self) -> bool:
         """Whether a head's gate is a second half of its query projection, as published; else it is one of its own."""
         elementwise = self.attention_gate == "elementwise"
-        return (
-            elementwise
-            and self.attention_gate_position == "output"
-            and not self.attention_gate_shared
-        )
+        return elementwise and self.attention_gate_position == "output" and not self.attention_gate_shared
 
     @property
     def gate_heads(self) -> int:

@@ -26,10 +26,7 @@ class MtpConfig(Section):
         "layer learns (stage mtp)",
     )
     own_drafts_start: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of anchors fed the model's own drafts, at the first step",
+        0.0, ge=0, le=1, description="share of anchors fed the model's own drafts, at the first step"
     )
     own_drafts_end: float = Field(1.0, ge=0, le=1, description="the same at the last step")
     after_wrong_draft: Literal["text", "skip"] = Field(
@@ -39,13 +36,10 @@ class MtpConfig(Section):
     )
     label_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy with the text")
     distillation_weight: float = Field(
-        0.0,
-        ge=0,
-        description="weight of the divergence from the model's own next-token distribution",
+        0.0, ge=0, description="weight of the divergence from the model's own next-token distribution"
     )
     depth_weights: list[float] = Field(
-        default_factory=list,
-        description="relative weight of each depth's loss; empty: all the same",
+        default_factory=list, description="relative weight of each depth's loss; empty: all the same"
     )
     acceptance_depth: int = Field(
         0,
@@ -55,9 +49,7 @@ class MtpConfig(Section):
 
     @model_validator(mode="after")
     def _legal(self) -> "MtpConfig":
-        if any(weight < 0 for weight in self.depth_weights) or (
-            self.depth_weights and not sum(self.depth_weights)
-        ):
+        if any(weight < 0 for weight in self.depth_weights) or (self.depth_weights and not sum(self.depth_weights)):
             raise UserError(
                 f"mtp.depth_weights={self.depth_weights}: weights must be 0 or more, and one of them above."
             )
@@ -71,9 +63,12 @@ class MtpConfig(Section):
 
     def _check_stock(self) -> None:
         defaults = {
-            "own_drafts_start": 0.0, "own_drafts_end": 1.0, "after_wrong_draft": "skip",
-            "label_weight": 1.0, "distillation_weight": 0.0,
-        }  # fmt: skip
+            "own_drafts_start": 0.0,
+            "own_drafts_end": 1.0,
+            "after_wrong_draft": "skip",
+            "label_weight": 1.0,
+            "distillation_weight": 0.0,
+        }
         for name, value in defaults.items():
             if getattr(self, name) != value:
                 raise UserError(

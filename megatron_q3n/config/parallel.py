@@ -12,17 +12,11 @@ from megatron_q3n.config.section import Section
 class ParallelConfig(Section):
     """Sizes of the parallel groups. Data parallelism is what is left of the world."""
 
-    world_size: int | None = Field(
-        None, gt=0, description="planned processes, for the dry run; else WORLD_SIZE or 1"
-    )
+    world_size: int | None = Field(None, gt=0, description="planned processes, for the dry run; else WORLD_SIZE or 1")
     tensor_model_parallel_size: int = Field(1, gt=0)
-    sequence_parallel: bool | None = Field(
-        None, description="null: on with tensor parallelism (MoE training needs it)"
-    )
+    sequence_parallel: bool | None = Field(None, description="null: on with tensor parallelism (MoE training needs it)")
     pipeline_model_parallel_size: int = Field(1, gt=0)
-    virtual_pipeline_model_parallel_size: int | None = Field(
-        None, gt=1, description="model chunks per pipeline rank"
-    )
+    virtual_pipeline_model_parallel_size: int | None = Field(None, gt=1, description="model chunks per pipeline rank")
     context_parallel_size: int = Field(1, gt=0)
     linear_context_parallel: Literal["all_to_all", "state_passing"] = Field(
         "all_to_all",
@@ -44,9 +38,7 @@ class ParallelConfig(Section):
                 "parallel.pipeline_model_parallel_size of 2 or more."
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise UserError(
-                "parallel.sequence_parallel=true has no effect with parallel.tensor_model_parallel_size=1."
-            )
+            raise UserError("parallel.sequence_parallel=true has no effect with parallel.tensor_model_parallel_size=1.")
         if self.sequence_parallel is False and self.tensor_model_parallel_size > 1:
             raise UserError(
                 "parallel.sequence_parallel=false with parallel.tensor_model_parallel_size="
@@ -54,19 +46,13 @@ class ParallelConfig(Section):
                 "sequence parallelism; leave it null."
             )
         if self.overlap_param_gather and not self.overlap_grad_reduce:
-            raise UserError(
-                "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true."
-            )
+            raise UserError("parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true.")
         return self
 
     @property
     def model_parallel_size(self) -> int:
         """Processes that hold one copy of the dense weights and one sequence."""
-        return (
-            self.tensor_model_parallel_size
-            * self.pipeline_model_parallel_size
-            * self.context_parallel_size
-        )
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
     def num_stages(self) -> int:
@@ -87,11 +73,7 @@ class ParallelConfig(Section):
 
         Raises: UserError naming the number and the divisor at fault.
         """
-        tp, cp, ep = (
-            self.tensor_model_parallel_size,
-            self.context_parallel_size,
-            self.expert_model_parallel_size,
-        )
+        tp, cp, ep = (self.tensor_model_parallel_size, self.context_parallel_size, self.expert_model_parallel_size)
         etp, pp = self.expert_tensor_parallel_size, self.pipeline_model_parallel_size
         tensor, context, expert = (
             f"parallel.tensor_model_parallel_size={tp}",
@@ -115,26 +97,11 @@ class ParallelConfig(Section):
             )
         _cut("model.vocab_size", model.vocab_size, tensor, tp)
         _cut("model.hidden_size", model.hidden_size, tensor, tp)
-        _cut(
-            "model.moe_shared_expert_intermediate_size",
-            model.moe_shared_expert_intermediate_size,
-            tensor,
-            tp,
-        )
+        _cut("model.moe_shared_expert_intermediate_size", model.moe_shared_expert_intermediate_size, tensor, tp)
         _cut("model.num_moe_experts", model.num_moe_experts, expert, ep)
-        _cut(
-            "model.moe_ffn_hidden_size",
-            model.moe_ffn_hidden_size,
-            f"parallel.expert_tensor_parallel_size={etp}",
-            etp,
-        )
+        _cut("model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, f"parallel.expert_tensor_parallel_size={etp}", etp)
         if cp > 1:
-            _cut(
-                "training.sequence_length",
-                sequence_length,
-                f"2 × {context} (zigzag halves)",
-                2 * cp,
-            )
+            _cut("training.sequence_length", sequence_length, f"2 × {context} (zigzag halves)", 2 * cp)
         if self.uses_sequence_parallel:
             _cut("training.sequence_length", sequence_length, f"{context} × {tensor}", cp * tp)
         # cuts may fall on any sublayer, but each stage must hold experts: megatron-core trains them with an optimizer
@@ -146,18 +113,19 @@ class ParallelConfig(Section):
                 "experts, and its optimizer state would not load in another layout; use at most one stage per layer."
             )
         _cut(
-            "the world size", world_size,
-            f"{tensor} × parallel.pipeline_model_parallel_size={pp} × {context}", self.model_parallel_size,
-        )  # fmt: skip
+            "the world size",
+            world_size,
+            f"{tensor} × parallel.pipeline_model_parallel_size={pp} × {context}",
+            self.model_parallel_size,
+        )
         _cut(
-            "the world size", world_size,
+            "the world size",
+            world_size,
             f"parallel.expert_tensor_parallel_size={etp} × {expert} × parallel.pipeline_model_parallel_size={pp}",
             etp * ep * pp,
-        )  # fmt: skip
+        )
 
 
 def _cut(what: str, number: int, by: str, divisor: int) -> None:
     if number % divisor:
-        raise UserError(
-            f"{what}={number} is not divisible by {by} (= {divisor}); change one of them."
-        )
+        raise UserError(f"{what}={number} is not divisible by {by} (= {divisor}); change one of them.")

@@ -70,11 +70,7 @@ def check_rl(config: "RunConfig") -> None:
             "parallel.overlap_grad_reduce=true waits for a gradient of every parameter, and MTP layers get none "
             "from the policy loss; set it to false."
         )
-    if (
-        rl.routing_replay
-        and layout.pipeline_model_parallel_size > 1
-        and _recomputes_experts(config)
-    ):
+    if rl.routing_replay and layout.pipeline_model_parallel_size > 1 and _recomputes_experts(config):
         raise UserError(
             "rl.routing_replay=true with pipeline stages that recompute experts: by then another micro-batch's "
             "routes are in place; do not recompute moe, or set rl.routing_replay=false."

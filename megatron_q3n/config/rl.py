@@ -53,26 +53,18 @@ class RolloutConfig(Section):
     """Who answers the prompts, and how."""
 
     engine: Literal["in_process", "http"] = Field(
-        "in_process",
-        description="in_process: the weights being trained, no copy; http: OpenAI-compatible servers",
+        "in_process", description="in_process: the weights being trained, no copy; http: OpenAI-compatible servers"
     )
-    urls: list[str] = Field(
-        default_factory=list, description="http: each server's address, up to and with /v1"
-    )
+    urls: list[str] = Field(default_factory=list, description="http: each server's address, up to and with /v1")
     prompts: int = Field(16, gt=0, description="prompts of a rollout over all ranks")
     samples_per_prompt: int = Field(8, gt=1, description="answers to each prompt: its group")
     max_new_tokens: int = Field(64, gt=0)
     temperature: float = Field(1.0, gt=0)
-    max_sequences: int | None = Field(
-        None, gt=0, description="in_process: most sequences at once on a rank; null: all"
-    )
-    timeout_seconds: float = Field(
-        300, gt=0, description="http: a request that takes longer is sent again"
-    )
+    max_sequences: int | None = Field(None, gt=0, description="in_process: most sequences at once on a rank; null: all")
+    timeout_seconds: float = Field(300, gt=0, description="http: a request that takes longer is sent again")
     attempts: int = Field(4, gt=0, description="http: how often a request is sent before giving up")
     handover: str | None = Field(
-        None,
-        description="http: a folder that servers see too, for new weights; null: in the run directory",
+        None, description="http: a folder that servers see too, for new weights; null: in the run directory"
     )
 
     @model_validator(mode="after")
@@ -96,18 +88,13 @@ class RewardConfig(Section):
     kind: Literal["task", "math_verify", "function"] = Field(
         "task", description="task: reasoning-gym's own score; function: one of yours"
     )
-    function: str | None = Field(
-        None, description="module:name of a function (answer: str, prompt: dict) -> float"
-    )
+    function: str | None = Field(None, description="module:name of a function (answer: str, prompt: dict) -> float")
     answer_pattern: str | None = Field(
-        None,
-        description="a regular expression whose last match's first group is the answer; null: the whole text",
+        None, description="a regular expression whose last match's first group is the answer; null: the whole text"
     )
     time_limit_seconds: float = Field(10, gt=0)
     workers: int = Field(2, gt=0, description="grading processes of each rank")
-    failed: float = Field(
-        0.0, description="the score where grading hung, crashed, or found no answer"
-    )
+    failed: float = Field(0.0, description="the score where grading hung, crashed, or found no answer")
 
     @field_validator("answer_pattern")
     @classmethod
@@ -117,9 +104,7 @@ class RewardConfig(Section):
         except re.error as error:
             raise UserError(f"rl.reward.answer_pattern={pattern!r}: {error}.") from None
         if groups < 1:
-            raise UserError(
-                f"rl.reward.answer_pattern={pattern!r} has no group (…) for the answer."
-            )
+            raise UserError(f"rl.reward.answer_pattern={pattern!r} has no group (…) for the answer.")
         return pattern
 
     @model_validator(mode="after")
@@ -140,18 +125,13 @@ class RlConfig(Section):
 
     prompts: list[PromptSource] = Field(default_factory=list)
     held_out: list[PromptSource] = Field(
-        default_factory=list,
-        description="prompts for the accuracy that is reported, never trained on",
+        default_factory=list, description="prompts for the accuracy that is reported, never trained on"
     )
-    held_out_interval_steps: int = Field(
-        0, ge=0, description="0: only before the first and after the last"
-    )
+    held_out_interval_steps: int = Field(0, ge=0, description="0: only before the first and after the last")
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: Literal["gspo", "grpo", "dr_grpo", "dapo"] = "gspo"
-    ratio: Literal["token", "sequence"] | None = Field(
-        None, description="these five: null takes the algorithm's"
-    )
+    ratio: Literal["token", "sequence"] | None = Field(None, description="these five: null takes the algorithm's")
     clip_low: float | None = Field(None, gt=0, lt=1)
     clip_high: float | None = Field(None, gt=0)
     advantage_scale: Literal["std", "none"] | None = None
@@ -161,16 +141,11 @@ class RlConfig(Section):
     )
     entropy_coefficient: float = Field(0.0, ge=0)
     importance_cap: float | None = Field(
-        2.0,
-        gt=0,
-        description="truncated importance sampling from rollout to trainer probabilities; null: off",
+        2.0, gt=0, description="truncated importance sampling from rollout to trainer probabilities; null: off"
     )
-    routing_replay: bool = Field(
-        True, description="experts chosen in the rollout are used in training too"
-    )
+    routing_replay: bool = Field(True, description="experts chosen in the rollout are used in training too")
     dynamic_sampling: bool | None = Field(
-        None,
-        description="groups whose answers all score the same are drawn anew; null: with dapo",
+        None, description="groups whose answers all score the same are drawn anew; null: with dapo"
     )
     dynamic_sampling_rounds: int = Field(
         8, gt=0, description="most rollouts drawn for one batch before going on with what there is"
@@ -183,9 +158,11 @@ class RlConfig(Section):
         1, gt=0, description="optimizer steps on each rollout, each on a share of its groups"
     )
     look_back_interval_rollouts: int = Field(
-        1, gt=0, description="rollouts from one look at the trainer's probabilities, and the mismatch, to the next; "
+        1,
+        gt=0,
+        description="rollouts from one look at the trainer's probabilities, and the mismatch, to the next; "
         "above 1 only with one update a rollout, which then begins from its own",
-    )  # fmt: skip
+    )
     max_staleness: int = Field(
         16, ge=0, description="most optimizer steps between the weights of a sample and its update"
     )
@@ -198,9 +175,7 @@ class RlConfig(Section):
         """The algorithm's rules with what is set laid over them."""
         default = ALGORITHMS[self.algorithm]
         own = {name: getattr(self, name) for name in PolicyRules.__dataclass_fields__}
-        return PolicyRules(
-            **{name: getattr(default, name) if v is None else v for name, v in own.items()}
-        )
+        return PolicyRules(**{name: getattr(default, name) if v is None else v for name, v in own.items()})
 
     @property
     def redraws_even_groups(self) -> bool:

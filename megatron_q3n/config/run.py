@@ -44,12 +44,8 @@ class WandbConfig(Section):
 class LoggingConfig(Section):
     """What a run shows while it runs."""
 
-    progress: bool | None = Field(
-        None, description="live progress bar; null: when stdout is a terminal"
-    )
-    interval_steps: int = Field(
-        10, gt=0, description="steps between lines of the log when there is no progress bar"
-    )
+    progress: bool | None = Field(None, description="live progress bar; null: when stdout is a terminal")
+    interval_steps: int = Field(10, gt=0, description="steps between lines of the log when there is no progress bar")
     wandb: WandbConfig = WandbConfig()
 
 
@@ -70,18 +66,13 @@ GRAPH_SEQUENCE_MULTIPLE = 128
 class RunConfig(Section):
     """Everything a run needs to know. `config.yaml` in the run directory is exactly this, resolved."""
 
-    stage: Literal[
-        "pretrain", "longcontext", "generate", "sft", "rl", "serve", "mtp", "evaluate"
-    ] = "pretrain"
+    stage: Literal["pretrain", "longcontext", "generate", "sft", "rl", "serve", "mtp", "evaluate"] = "pretrain"
     recipe: str = Field("custom", description="name of the recipe, for the run directory")
     run_dir: str | None = Field(
-        None,
-        description="this very directory (resumed if it holds a checkpoint); null: runs/<recipe>-<utc>-<id>",
+        None, description="this very directory (resumed if it holds a checkpoint); null: runs/<recipe>-<utc>-<id>"
     )
     runs_dir: str = Field("runs", description="parent of new run directories")
-    dry_run: bool = Field(
-        False, description="validate and print the memory arithmetic per rank; build nothing"
-    )
+    dry_run: bool = Field(False, description="validate and print the memory arithmetic per rank; build nothing")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -164,9 +155,7 @@ class RunConfig(Section):
     def _check_schedule(self) -> None:
         schedule, steps = self.schedule, self.training.steps
         if schedule.warmup_steps >= steps and schedule.warmup_steps:
-            raise UserError(
-                f"schedule.warmup_steps={schedule.warmup_steps} must be below training.steps={steps}."
-            )
+            raise UserError(f"schedule.warmup_steps={schedule.warmup_steps} must be below training.steps={steps}.")
         if schedule.style == "wsd" and schedule.warmup_steps + (schedule.decay(steps) or 0) > steps:
             raise UserError(
                 f"schedule.warmup_steps={schedule.warmup_steps} + "
@@ -194,14 +183,10 @@ class RunConfig(Section):
             "model.hidden_size": (model.hidden_size, 1),
             f"q|k|v|z of Gated DeltaNet{heads}": (2 * key + 2 * value, tensor),
             f"the values of Gated DeltaNet{heads}": (value, tensor),
-            f"q|k|v of gated attention{heads}": (
-                (gated * queries + 2 * groups) * model.kv_channels, tensor,
-            ),
+            f"q|k|v of gated attention{heads}": ((gated * queries + 2 * groups) * model.kv_channels, tensor),
             f"the output of gated attention{heads}": (queries * model.kv_channels, tensor),
-            f"model.moe_shared_expert_intermediate_size{heads}": (
-                model.moe_shared_expert_intermediate_size, tensor,
-            ),
-        }  # fmt: skip
+            f"model.moe_shared_expert_intermediate_size{heads}": (model.moe_shared_expert_intermediate_size, tensor),
+        }
         multiple = 32 if self.precision.fp8_recipe == "mxfp8" else 16
         for what, (size, cut) in products.items():
             if size % (multiple * cut):
@@ -235,9 +220,7 @@ class RunConfig(Section):
     def _check_graph(self) -> None:
         obstacle = self.graph_obstacle()
         if self.training.cuda_graph and obstacle:
-            raise UserError(
-                f"training.cuda_graph=true: {obstacle}; set it false or change the other setting."
-            )
+            raise UserError(f"training.cuda_graph=true: {obstacle}; set it false or change the other setting.")
 
     def _check_recompute(self) -> None:
         if self.precision.fp8 and "moe_act" in self.training.recompute_modules:
@@ -294,9 +277,7 @@ class RunConfig(Section):
     @property
     def num_microbatches(self) -> int:
         """Forward passes per optimizer step and rank."""
-        return self.training.global_batch_size // (
-            self.training.micro_batch_size * self.data_parallel_size
-        )
+        return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size)
 
     @property
     def tokens_per_step(self) -> int:

@@ -28,9 +28,7 @@ class TaskSet(Section):
     @model_validator(mode="after")
     def _legal(self) -> "TaskSet":
         if self.first >= self.last:
-            raise UserError(
-                f"task set {self.name}: first={self.first} must be below last={self.last}."
-            )
+            raise UserError(f"task set {self.name}: first={self.first} must be below last={self.last}.")
         return self
 
 
@@ -38,8 +36,7 @@ class ConversationSource(Section):
     """Conversations from a file or folder, or made of a task set's questions and answers."""
 
     path: str | None = Field(
-        None,
-        description="a .jsonl file of {messages: […]} objects, or a folder saved by Hugging Face datasets",
+        None, description="a .jsonl file of {messages: […]} objects, or a folder saved by Hugging Face datasets"
     )
     task: TaskSet | None = None
 
@@ -57,9 +54,7 @@ class SftConfig(Section):
     validation: list[ConversationSource] = Field(
         default_factory=list, description="none: a share of the training conversations, by text"
     )
-    validation_percent: float = Field(
-        5.0, gt=0, lt=50, description="that share, where no validation is given"
-    )
+    validation_percent: float = Field(5.0, gt=0, lt=50, description="that share, where no validation is given")
     chat_template: str | None = Field(
         None,
         description="a Jinja file, or the template itself if it holds {{; null: the tokenizer's own, else ChatML where "
@@ -74,9 +69,7 @@ class SftConfig(Section):
         "all", description="assistant turns that count: all of them, or a conversation's last"
     )
     alignment: int = Field(
-        1,
-        gt=0,
-        description="conversations in a row are padded to a multiple; context parallelism needs 2 × its size",
+        1, gt=0, description="conversations in a row are padded to a multiple; context parallelism needs 2 × its size"
     )
     too_long: Literal["drop", "oldest_turns", "cut"] = Field(
         "drop",

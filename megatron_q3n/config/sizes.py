@@ -12,13 +12,7 @@ from itertools import accumulate
 from math import prod
 from typing import Literal, get_args
 
-from megatron_q3n.config.model import (
-    GATED_ATTENTION,
-    GATED_DELTA_NET,
-    MOE,
-    SLIDING_ATTENTION,
-    ModelConfig,
-)
+from megatron_q3n.config.model import GATED_ATTENTION, GATED_DELTA_NET, MOE, SLIDING_ATTENTION, ModelConfig
 
 Group = Literal[
     "embedding",
@@ -131,7 +125,7 @@ def _gated_delta_net_weights(model: ModelConfig) -> list[Weight]:
         Weight("dt_bias", (heads,), "gated_delta_net", "tensor"),
         Weight("out_norm", (model.linear_value_head_dim,), "norms"),
         Weight("out_proj", (hidden, model.value_dim), "gated_delta_net", "tensor", True),
-    ]  # fmt: skip
+    ]
 
 
 def _gated_attention_weights(model: ModelConfig) -> list[Weight]:
@@ -200,9 +194,7 @@ def parameters(model: ModelConfig) -> ParameterCount:
     groups = _by_group(trunk_weights(model))
     active = {**groups, "routed_experts": groups["routed_experts"] * _experts_per_token(model)}
     groups["mtp"] = sum(w.count for w in mtp_weights(model))
-    return ParameterCount(
-        groups, sum(round(n) for group, n in active.items() if group not in ("embedding", "head"))
-    )
+    return ParameterCount(groups, sum(round(n) for group, n in active.items() if group not in ("embedding", "head")))
 
 
 def _by_group(weights: Iterable[Weight]) -> dict[Group, int]:

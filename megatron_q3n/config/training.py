@@ -7,32 +7,21 @@ from pydantic import Field, model_validator
 from megatron_q3n.config.errors import UserError
 from megatron_q3n.config.section import Section
 
-RECOMPUTE_MODULES = (
-    "core_attn",
-    "moe",
-    "moe_act",
-    "shared_experts",
-    "layernorm",
-    "gated_delta_net",
-)
+RECOMPUTE_MODULES = ("core_attn", "moe", "moe_act", "shared_experts", "layernorm", "gated_delta_net")
 
 
 class PrecisionConfig(Section):
     """Number formats of the large matrix products; gates, router, norm statistics and losses stay in fp32."""
 
     compute: Literal["fp32", "bf16"] = "fp32"
-    fp8: Literal["e4m3", "hybrid"] | None = Field(
-        None, description="FP8 through TransformerEngine; needs a GPU"
-    )
+    fp8: Literal["e4m3", "hybrid"] | None = Field(None, description="FP8 through TransformerEngine; needs a GPU")
     fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     grad_reduce_in_fp32: bool = True
 
     @model_validator(mode="after")
     def _legal(self) -> "PrecisionConfig":
         if self.fp8 and self.compute != "bf16":
-            raise UserError(
-                f"precision.fp8={self.fp8} needs precision.compute=bf16, found {self.compute}."
-            )
+            raise UserError(f"precision.fp8={self.fp8} needs precision.compute=bf16, found {self.compute}.")
         return self
 
 
@@ -44,9 +33,7 @@ class OptimizerConfig(Section):
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
     clip_grad: float = Field(1.0, ge=0, description="global gradient norm; 0 turns clipping off")
-    decay_norm_weights: bool = Field(
-        True, description="weight decay on every zero-centered norm weight"
-    )
+    decay_norm_weights: bool = Field(True, description="weight decay on every zero-centered norm weight")
 
 
 class ScheduleConfig(Section):
@@ -67,21 +54,15 @@ class ScheduleConfig(Section):
     @model_validator(mode="after")
     def _legal(self) -> "ScheduleConfig":
         if self.min_lr > self.lr:
-            raise UserError(
-                f"schedule.min_lr={self.min_lr} is above schedule.lr={self.lr}; lower it."
-            )
+            raise UserError(f"schedule.min_lr={self.min_lr} is above schedule.lr={self.lr}; lower it.")
         if isinstance(self.decay_steps, float) and self.decay_steps >= 1:
             raise UserError(
                 f"schedule.decay_steps={self.decay_steps} is neither a number of steps nor a share below 1."
             )
         if self.style == "wsd" and self.decay_steps is None:
-            raise UserError(
-                "schedule.style=wsd needs schedule.decay_steps, the length of the final decay in steps."
-            )
+            raise UserError("schedule.style=wsd needs schedule.decay_steps, the length of the final decay in steps.")
         if self.style == "constant" and self.decay_steps is not None:
-            raise UserError(
-                "schedule.decay_steps has no effect with schedule.style=constant; set it to null."
-            )
+            raise UserError("schedule.decay_steps has no effect with schedule.style=constant; set it to null.")
         return self
 
     def decay(self, steps: int) -> int | None:
@@ -95,19 +76,11 @@ class TrainingConfig(Section):
 
     steps: int = Field(1000, gt=0, description="optimizer steps of the whole run")
     sequence_length: int = Field(256, gt=1, description="tokens")
-    micro_batch_size: int = Field(
-        4, gt=0, description="sequences per forward pass and data parallel rank"
-    )
-    global_batch_size: int = Field(
-        4, gt=0, description="sequences per optimizer step over all ranks"
-    )
+    micro_batch_size: int = Field(4, gt=0, description="sequences per forward pass and data parallel rank")
+    global_batch_size: int = Field(4, gt=0, description="sequences per optimizer step over all ranks")
     seed: int = Field(1234, ge=0)
-    deterministic: bool = Field(
-        False, description="refuse kernels that do not repeat bit for bit (always so on CPU)"
-    )
-    threads: int | None = Field(
-        None, gt=0, description="CPU threads per process; null: 1, usually fastest"
-    )
+    deterministic: bool = Field(False, description="refuse kernels that do not repeat bit for bit (always so on CPU)")
+    threads: int | None = Field(None, gt=0, description="CPU threads per process; null: 1, usually fastest")
     cuda_graph: bool | None = Field(
         None,
         description="replay a step's forward and backward passes as one CUDA graph; null: wherever that is possible",
@@ -115,16 +88,9 @@ class TrainingConfig(Section):
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_modules: list[
         Literal["core_attn", "moe", "moe_act", "shared_experts", "layernorm", "gated_delta_net"]
-    ] = Field(
-        default_factory=list,
-        description="what selective recompute drops and rebuilds in the backward pass",
-    )
-    recompute_method: Literal["uniform", "block"] | None = Field(
-        None, description="full recompute only"
-    )
-    recompute_num_layers: int | None = Field(
-        None, gt=0, description="full recompute only, in megatron-core sublayers"
-    )
+    ] = Field(default_factory=list, description="what selective recompute drops and rebuilds in the backward pass")
+    recompute_method: Literal["uniform", "block"] | None = Field(None, description="full recompute only")
+    recompute_num_layers: int | None = Field(None, gt=0, description="full recompute only, in megatron-core sublayers")
 
     @model_validator(mode="after")
     def _legal(self) -> "TrainingConfig":
@@ -134,9 +100,7 @@ class TrainingConfig(Section):
                 + ", ".join(RECOMPUTE_MODULES)
             )
         if self.recompute_granularity != "selective" and self.recompute_modules:
-            raise UserError(
-                "training.recompute_modules has an effect only with recompute_granularity=selective."
-            )
+            raise UserError("training.recompute_modules has an effect only with recompute_granularity=selective.")
         full = self.recompute_granularity == "full"
         if full and (self.recompute_method is None or self.recompute_num_layers is None):
             raise UserError(
@@ -144,9 +108,7 @@ class TrainingConfig(Section):
                 "training.recompute_num_layers."
             )
         if not full and (self.recompute_method or self.recompute_num_layers):
-            raise UserError(
-                "training.recompute_method and recompute_num_layers need recompute_granularity=full."
-            )
+            raise UserError("training.recompute_method and recompute_num_layers need recompute_granularity=full.")
         return self
 
 
@@ -154,12 +116,9 @@ class ValidationConfig(Section):
     """Held-out loss during training."""
 
     interval_steps: int = Field(100, ge=0, description="0 validates only at the end")
-    batches: int = Field(
-        8, gt=0, description="global batches per validation, the same ones each time"
-    )
+    batches: int = Field(8, gt=0, description="global batches per validation, the same ones each time")
     bigram_baseline: bool = Field(
-        False,
-        description="at the end, fit a Witten-Bell bigram on the tokens trained on; report it beside",
+        False, description="at the end, fit a Witten-Bell bigram on the tokens trained on; report it beside"
     )
 
 
@@ -167,25 +126,17 @@ class CheckpointConfig(Section):
     """What is saved, when, and what is kept."""
 
     interval_steps: int = Field(200, ge=0, description="0 saves only at the end and when stopped")
-    keep_last: int = Field(
-        2, gt=0, description="older checkpoints are deleted once a newer one is complete"
-    )
-    keep_every_steps: int = Field(
-        0, ge=0, description="multiples of this are never deleted; 0 keeps none for good"
-    )
+    keep_last: int = Field(2, gt=0, description="older checkpoints are deleted once a newer one is complete")
+    keep_every_steps: int = Field(0, ge=0, description="multiples of this are never deleted; 0 keeps none for good")
     asynchronous: bool = Field(
-        True,
-        description="write behind the training, from a copy of the state in host memory; false waits for the disk",
+        True, description="write behind the training, from a copy of the state in host memory; false waits for the disk"
     )
     verify: Literal["full", "sizes"] = Field(
         "full",
         description="what is checked before a checkpoint is loaded or counted as kept: every byte, or only sizes",
     )
-    time_limit_minutes: float | None = Field(
-        None, gt=0, description="save and exit 75 after this long"
-    )
+    time_limit_minutes: float | None = Field(None, gt=0, description="save and exit 75 after this long")
     load: str | None = Field(
-        None,
-        description="start from the weights of this checkpoint or run directory (a new run, step 0)",
+        None, description="start from the weights of this checkpoint or run directory (a new run, step 0)"
     )
     load_optimizer: bool = Field(False, description="with load: also the optimizer's moments")

@@ -60,9 +60,7 @@ def export_weights(export: Export, note: Note, advance: Advance) -> Path:
     the output exists or does not fit the disk.
     """
     if export.tokenizer and not any((export.tokenizer / name).is_file() for name in SIDE_FILES):
-        raise UserError(
-            f"--tokenizer {export.tokenizer}: no tokenizer files (tokenizer.json, …) there."
-        )
+        raise UserError(f"--tokenizer {export.tokenizer}: no tokenizer files (tokenizer.json, …) there.")
     checkpoint = find(export.source)
     model = _model(checkpoint)
     like = read_json(export.like / CONFIG) if export.like else None
@@ -125,8 +123,7 @@ def _published(
             tensors[rule.stacked] = rule.shape, export.dtype
         else:
             tensors |= {
-                name: (shape, torch.float32 if name in wide else export.dtype)
-                for name, shape in rule.hf.items()
+                name: (shape, torch.float32 if name in wide else export.dtype) for name, shape in rule.hf.items()
             }
     return tensors
 
@@ -146,11 +143,7 @@ def _fits(piece: Piece, saved: SavedTensors, dtype: torch.dtype) -> bool:
 
 
 def _write_shard(
-    path: Path,
-    shard: Shard,
-    model_pieces: list[Piece],
-    saved: SavedTensors,
-    others: Mapping[str, Tensor],
+    path: Path, shard: Shard, model_pieces: list[Piece], saved: SavedTensors, others: Mapping[str, Tensor]
 ) -> Iterator[int]:
     """Write a shard, yielding the bytes written so far."""
     writer = ShardWriter(path, shard)
@@ -159,9 +152,7 @@ def _write_shard(
     for piece in model_pieces:
         if not any(_is_in(shard, name) for name in piece.rule.hf):
             continue
-        for name, tensor in piece.rule.to_hf(
-            piece.join([saved.read(box) for box in piece.boxes])
-        ).items():
+        for name, tensor in piece.rule.to_hf(piece.join([saved.read(box) for box in piece.boxes])).items():
             writer.put(name, tensor)
         yield writer.num_written
     writer.close()
@@ -172,9 +163,7 @@ def _is_in(shard: Shard, name: str) -> bool:
     return name in shard.slots or (place is not None and place.stack in shard.slots)
 
 
-def _write_companions(
-    folder: Path, config: dict[str, Any], shards: list[Shard], export: Export
-) -> None:
+def _write_companions(folder: Path, config: dict[str, Any], shards: list[Shard], export: Export) -> None:
     """Write config.json and the index, and hand on the tokenizer's files."""
     for name, content in ((CONFIG, config), (INDEX, index_of(shards))):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -30,9 +30,16 @@ FILE_BYTES = 2 * 2**30  # of a data file: what an interruption costs at most
 KEPT, MODEL_PART = "huggingface", "imported"
 # what a model folder holds beside weights and config.json, and an export can hand on
 SIDE_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 Advance = Callable[[int, int], None]  # bytes done, of
 
 

@@ -99,11 +99,7 @@ def _experts(rule: Rule, num: int) -> Iterator[Piece]:
         )
         shape = (1, rows, rule.shape[2])
         yield Piece(
-            one,
-            tuple(
-                Box(rule.megatron, rule.shape, (expert, part * rows, 0), shape)
-                for part in range(parts)
-            ),
+            one, tuple(Box(rule.megatron, rule.shape, (expert, part * rows, 0), shape) for part in range(parts))
         )
 
 

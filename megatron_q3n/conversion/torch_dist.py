@@ -86,21 +86,15 @@ def write_metadata(folder: Path, files: Mapping[str, Iterable[Record]]) -> None:
                 known = tensors[box.key] = _empty_tensor(record)
             offset = torch.Size(box.offset)
             known.chunks.append(ChunkStorageMetadata(offset, torch.Size(box.shape)))
-            places[MetadataIndex(box.key, offset)] = _StorageInfo(
-                name, record.position, record.num_bytes
-            )
+            places[MetadataIndex(box.key, offset)] = _StorageInfo(name, record.position, record.num_bytes)
     common = io.BytesIO()
     torch.save([{}], common)
     (folder / _COMMON_FILE).write_bytes(common.getvalue())
     tensors[_COMMON] = BytesStorageMetadata()
     places[MetadataIndex(_COMMON)] = _StorageInfo(_COMMON_FILE, 0, len(common.getvalue()))
-    metadata = Metadata(
-        tensors, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION
-    )
+    metadata = Metadata(tensors, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
-    (folder / BACKEND).write_text(
-        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-    )
+    (folder / BACKEND).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
 
 
 class SavedTensors:
@@ -125,9 +119,7 @@ class SavedTensors:
         """Raise UserError if there is no such tensor or it has another shape."""
         entry = self._tensors.get(box.key)
         if not isinstance(entry, TensorStorageMetadata):
-            raise UserError(
-                f"{self._folder} has no tensor {box.key}, which its model section asks for."
-            )
+            raise UserError(f"{self._folder} has no tensor {box.key}, which its model section asks for.")
         if tuple(entry.size) != box.whole:
             raise UserError(
                 f"{self._folder}: {box.key} has shape {list(entry.size)}; its model section makes it {list(box.whole)}."
@@ -158,19 +150,14 @@ class SavedTensors:
         stored = self._boxes(box.key)
         exact = stored.get(box.offset)
         for other in [exact] if exact and exact.shape == box.shape else stored.values():
-            if all(
-                a < d and c < b
-                for a, b, c, d in zip(box.offset, _end(box), other.offset, _end(other))
-            ):
+            if all(a < d and c < b for a, b, c, d in zip(box.offset, _end(box), other.offset, _end(other))):
                 yield other
 
     def _boxes(self, key: str) -> dict[Shape, Box]:
         if key not in self._stored:
             entry = self._tensors[key]
             self._stored[key] = {
-                tuple(chunk.offsets): Box(
-                    key, tuple(entry.size), tuple(chunk.offsets), tuple(chunk.sizes)
-                )
+                tuple(chunk.offsets): Box(key, tuple(entry.size), tuple(chunk.offsets), tuple(chunk.sizes))
                 for chunk in entry.chunks
             }
         return self._stored[key]
@@ -207,7 +194,5 @@ def _slices(low: list[int], high: list[int], box: Box) -> tuple[slice, ...]:
 
 
 def _empty_tensor(record: Record) -> TensorStorageMetadata:
-    properties = TensorProperties.create_from_tensor(
-        torch.empty(0, dtype=getattr(torch, record.dtype))
-    )
+    properties = TensorProperties.create_from_tensor(torch.empty(0, dtype=getattr(torch, record.dtype)))
     return TensorStorageMetadata(properties, torch.Size(record.box.whole), [])

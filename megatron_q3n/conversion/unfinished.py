@@ -41,19 +41,14 @@ class Unfinished:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"another process is writing {output}; wait for it or stop it."
-            ) from None
+            raise UserError(f"another process is writing {output}; wait for it or stop it.") from None
         self._finished = self._kept(note)
 
     def __enter__(self) -> "Unfinished":
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lock.close()
 
@@ -132,10 +127,7 @@ class Unfinished:
             leftover.unlink()
         kept = {}
         for path in sorted(self._progress.glob("*.json")):
-            noted, file = (
-                json.loads(path.read_text()),
-                self._files / path.name.removesuffix(".json"),
-            )
+            noted, file = (json.loads(path.read_text()), self._files / path.name.removesuffix(".json"))
             if (
                 file.is_file()
                 and file.stat().st_size == noted["num_bytes"]

@@ -42,26 +42,18 @@ class Batch:
             labels_BT=self.labels_BT.to(device, non_blocking=True),
             loss_mask_BT=self.loss_mask_BT.to(device, non_blocking=True),
             position_ids_BT=self.position_ids_BT.to(device, non_blocking=True),
-            cu_seqlens=None
-            if self.cu_seqlens is None
-            else self.cu_seqlens.to(device, non_blocking=True),
+            cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True),
         )
 
 
-def batch_of_rows(
-    tokens_BT: torch.Tensor, labels_BT: torch.Tensor, loss_mask_BT: torch.Tensor
-) -> Batch:
+def batch_of_rows(tokens_BT: torch.Tensor, labels_BT: torch.Tensor, loss_mask_BT: torch.Tensor) -> Batch:
     """Make a batch of plain causal rows."""
     positions_T = torch.arange(tokens_BT.shape[1])
     return Batch(tokens_BT, labels_BT, loss_mask_BT, positions_T.expand_as(tokens_BT).contiguous())
 
 
 def batch_of_documents(
-    tokens_1T: torch.Tensor,
-    labels_1T: torch.Tensor,
-    loss_mask_1T: torch.Tensor,
-    eod: int,
-    alignment: int = 1,
+    tokens_1T: torch.Tensor, labels_1T: torch.Tensor, loss_mask_1T: torch.Tensor, eod: int, alignment: int = 1
 ) -> Batch:
     """Make a batch of one row whose documents do not see each other.
 

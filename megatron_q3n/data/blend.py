@@ -66,8 +66,7 @@ def prepared_parts(blend: list[BlendPart]) -> tuple[Part, ...]:
     Raises: UserError for one that is missing or damaged.
     """
     return tuple(
-        Part(Path(part.path).expanduser().absolute(), part.weight, verify_prepared(part.path))
-        for part in blend
+        Part(Path(part.path).expanduser().absolute(), part.weight, verify_prepared(part.path)) for part in blend
     )
 
 

@@ -52,9 +52,7 @@ class ChatTemplate:
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-    def spell(
-        self, messages: list[dict[str, Any]], *, generation_prompt: bool = False, **extras: Any
-    ) -> list[Piece]:
+    def spell(self, messages: list[dict[str, Any]], *, generation_prompt: bool = False, **extras: Any) -> list[Piece]:
         """Return a conversation as the template spells it, with the opening of an assistant's turn if asked for.
 
         Raises: UserError if the template refuses the messages, or reads contents and these spell special tokens.
@@ -76,15 +74,9 @@ class ChatTemplate:
         return [Piece(plain, False)]
 
     def _render(self, messages: list[dict[str, Any]], extras: dict[str, Any]) -> str:
-        names = {
-            "eod_token": self._tokenizer.eod_token,
-            "eos_token": self._tokenizer.eod_token,
-            "bos_token": "",
-        }
+        names = {"eod_token": self._tokenizer.eod_token, "eos_token": self._tokenizer.eod_token, "bos_token": ""}
         try:
-            (text,), _ = render_jinja_template(
-                [messages], chat_template=self.source, **names, **extras
-            )
+            (text,), _ = render_jinja_template([messages], chat_template=self.source, **names, **extras)
         except (TemplateError, TypeError) as error:
             raise UserError(f"the chat template refuses a conversation: {error}") from None
         return text
@@ -136,9 +128,7 @@ class ChatTemplate:
         )
 
 
-def chat_template(
-    setting: str | None, folder: Path | None, tokenizer: TextTokenizer
-) -> ChatTemplate:
+def chat_template(setting: str | None, folder: Path | None, tokenizer: TextTokenizer) -> ChatTemplate:
     """Return the template that is set (itself or its file), or the tokenizer's own beside it, or one that fits its
     tokens.
 

@@ -73,10 +73,7 @@ def questions(task: TaskSet) -> list[Question]:
 def conversations_of(task: TaskSet) -> Iterator[Conversation]:
     """Yield a conversation of each question and its answer."""
     for question in questions(task):
-        messages = [
-            {"role": "user", "content": question.text},
-            {"role": "assistant", "content": question.answer},
-        ]
+        messages = [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer}]
         yield Conversation(messages, f"task {task.name}:{question.seed}.{question.index}")
 
 

@@ -127,9 +127,7 @@ def _counted(messages: list[dict[str, Any]], turns: str) -> list[int]:
     return places[-1:] if turns == "last" else places
 
 
-def _turn(
-    conversation: Conversation, template: ChatTemplate, text: str, place: int
-) -> tuple[int, int, float]:
+def _turn(conversation: Conversation, template: ChatTemplate, text: str, place: int) -> tuple[int, int, float]:
     """Return where an assistant's turn begins and ends in the conversation's text, and its weight."""
     messages, tools = conversation.messages, conversation.tools
     before = _text(template.spell(messages[:place], generation_prompt=True, tools=tools))
@@ -188,8 +186,6 @@ def _rows_of_dataset(folder: Path) -> Iterator[Conversation]:
             f"conversations {folder}: not a folder saved by Hugging Face datasets (save_to_disk)."
         ) from None
     if isinstance(table, datasets.DatasetDict):
-        raise UserError(
-            f"conversations {folder}: holds several splits ({', '.join(table)}); name one: {folder}/SPLIT."
-        )
+        raise UserError(f"conversations {folder}: holds several splits ({', '.join(table)}); name one: {folder}/SPLIT.")
     for number, row in enumerate(table):
         yield conversation_of(row, f"{folder}:{number + 1}")

@@ -15,15 +15,7 @@ from pathlib import Path
 
 from megatron_q3n.config import UserError
 
-_NOT_WRITABLE = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EEXIST,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-}
+_NOT_WRITABLE = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
 
 def cache_root(cache_dir: str | None) -> Path:

@@ -103,8 +103,7 @@ class Manifest(Section):
             raise UserError(f"{file}: {where}: {problem['msg']}. {_again(folder)}") from None
         if manifest.format_version != FORMAT_VERSION:
             raise UserError(
-                f"{file}: format_version {manifest.format_version}, this code reads {FORMAT_VERSION}. "
-                + _again(folder)
+                f"{file}: format_version {manifest.format_version}, this code reads {FORMAT_VERSION}. " + _again(folder)
             )
         return manifest
 
@@ -156,8 +155,7 @@ def _check_size(folder: Path, name: str, record: FileRecord) -> None:
     size = file.stat().st_size
     if size != record.size_bytes:
         raise UserError(
-            f"{file}: {size} bytes, the manifest says {record.size_bytes}; it was cut or changed. "
-            + _again(folder)
+            f"{file}: {size} bytes, the manifest says {record.size_bytes}; it was cut or changed. " + _again(folder)
         )
 
 
@@ -175,9 +173,7 @@ def _check_index(folder: Path, manifest: Manifest) -> None:
             f"{manifest.token_dtype}. {_again(folder)}"
         )
     if num_items != manifest.num_documents or num_ends != num_items + 1:
-        raise UserError(
-            f"{file}: {num_items} documents, the manifest says {manifest.num_documents}. {_again(folder)}"
-        )
+        raise UserError(f"{file}: {num_items} documents, the manifest says {manifest.num_documents}. {_again(folder)}")
     token_bytes = np.dtype(manifest.token_dtype).itemsize
     expected = {
         f"{DOCUMENTS}.idx": _INDEX_HEADER.size + num_items * _BYTES_PER_ITEM + 8,

@@ -16,25 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_q3n.config import UserError
 from megatron_q3n.data.encoding import EncodedDocuments, encode_documents
 from megatron_q3n.data.folders import publish
 from megatron_q3n.data.manifest import MANIFEST_FILE, Manifest, Settings, SourceRecord
-from megatron_q3n.data.readers import (
-    MAX_DOCUMENT_CHARACTERS,
-    RawDocument,
-    read_documents,
-    text_of,
-)
+from megatron_q3n.data.readers import MAX_DOCUMENT_CHARACTERS, RawDocument, read_documents, text_of
 from megatron_q3n.data.sources import Format, Source, find_sources
 from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
 
@@ -98,8 +86,7 @@ def _check_output(request: Preparation) -> None:
         )
     if not request.force:
         raise UserError(
-            f"--output {output} already holds a prepared data set. Choose another folder, or replace "
-            "it with --force."
+            f"--output {output} already holds a prepared data set. Choose another folder, or replace it with --force."
         )
 
 
@@ -181,9 +168,7 @@ def _encode_in_order(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _oldest(
-    pending: deque[tuple[Future[EncodedDocuments], int]], advance: Advance
-) -> Iterator[EncodedDocuments]:
+def _oldest(pending: deque[tuple[Future[EncodedDocuments], int]], advance: Advance) -> Iterator[EncodedDocuments]:
     future, position = pending.popleft()
     yield future.result()
     advance(position)

@@ -79,20 +79,14 @@ class PretrainData:
             "validation": _describe(self.blends.validation, validation.batches * batch, length),
         }
 
-    def _batches(
-        self, rows: Rows, steps: range, dp_rank: int, dp_size: int, num_workers: int
-    ) -> Iterator[list[Batch]]:
+    def _batches(self, rows: Rows, steps: range, dp_rank: int, dp_size: int, num_workers: int) -> Iterator[list[Batch]]:
         training = self.config.training
         size, per_step = training.micro_batch_size, training.global_batch_size
         num_microbatches, rest = divmod(per_step, size * dp_size)
-        assert not rest, (
-            f"{per_step} rows do not split over {dp_size} ranks in micro-batches of {size}"
-        )
+        assert not rest, f"{per_step} rows do not split over {dp_size} ranks in micro-batches of {size}"
         assert 0 <= dp_rank < dp_size, f"rank {dp_rank} of {dp_size}"
         first_rows = (
-            step * per_step + (micro * dp_size + dp_rank) * size
-            for step in steps
-            for micro in range(num_microbatches)
+            step * per_step + (micro * dp_size + dp_rank) * size for step in steps for micro in range(num_microbatches)
         )
         packing = None
         if self.config.data.mask_document_boundaries:
@@ -109,10 +103,7 @@ class PretrainData:
 
 
 def build_pretrain_data(
-    config: RunConfig,
-    *,
-    is_leader: bool = True,
-    barrier: Callable[[], None] = lambda: None,
+    config: RunConfig, *, is_leader: bool = True, barrier: Callable[[], None] = lambda: None
 ) -> PretrainData:
     """Check the data and its tokenizer, build what is not cached, and return the rows of this run.
 
@@ -127,9 +118,7 @@ def build_pretrain_data(
         barrier()
         return data
     if config.data.source == "blend":
-        load_blends(
-            config
-        )  # what the leader would refuse is refused here too, before waiting for it
+        load_blends(config)  # what the leader would refuse is refused here too, before waiting for it
     barrier()
     return _build(config, may_build=False)
 

@@ -84,9 +84,7 @@ def _bad_line(document: RawDocument, problem: str) -> UserError:
 
 def _no_column(column: str, known: list[str]) -> str:
     names = ", ".join(map(str, known[:20])) or "none"
-    return (
-        f"no field {column!r}.{suggest(column, known)} Fields here: {names} (choose with --column)"
-    )
+    return f"no field {column!r}.{suggest(column, known)} Fields here: {names} (choose with --column)"
 
 
 def _read_text(source: Source) -> Iterator[RawDocument]:
@@ -118,9 +116,7 @@ def _read_jsonl(source: Source) -> Iterator[RawDocument]:
         for number in itertools.count(1):
             line = stream.bytes.readline(_MAX_LINE_BYTES)
             if len(line) == _MAX_LINE_BYTES:
-                raise UserError(
-                    f"{source.path} line {number}: longer than {_MAX_LINE_BYTES >> 20} MiB; not JSONL?"
-                )
+                raise UserError(f"{source.path} line {number}: longer than {_MAX_LINE_BYTES >> 20} MiB; not JSONL?")
             if not line:
                 return
             if not line.isspace():
@@ -131,9 +127,7 @@ def _read_jsonl(source: Source) -> Iterator[RawDocument]:
         stream.close()
 
 
-def _rows(
-    source: Source, batches: Iterator[list[Any]], num_rows: int, column: str
-) -> Iterator[RawDocument]:
+def _rows(source: Source, batches: Iterator[list[Any]], num_rows: int, column: str) -> Iterator[RawDocument]:
     """Number the rows of a table; a null counts as an empty text."""
     number = 0
     for batch in batches:
@@ -143,9 +137,7 @@ def _rows(
                 raise UserError(
                     f"{source.path} row {number}: column {column!r} holds {type(value).__name__}, not text."
                 )
-            yield RawDocument(
-                source.path, number, value or "", source.size_bytes * number // num_rows
-            )
+            yield RawDocument(source.path, number, value or "", source.size_bytes * number // num_rows)
 
 
 def _read_parquet(source: Source, column: str) -> Iterator[RawDocument]:

@@ -67,12 +67,7 @@ class RowSource:
     """Where rows are read from: a cache of indices, a sequence length, a seed and a tokenizer."""
 
     def __init__(
-        self,
-        cache: Path,
-        sequence_length: int,
-        seed: int,
-        tokenizer: TextTokenizer,
-        may_build: bool = True,
+        self, cache: Path, sequence_length: int, seed: int, tokenizer: TextTokenizer, may_build: bool = True
     ) -> None:
         self.cache = cache
         self.sequence_length = sequence_length
@@ -95,9 +90,7 @@ class RowSource:
         identity = [[rows.unique_identifiers for rows in datasets], contents, weights, num_rows]
 
         def blend(path_to_cache: Path) -> BlendedDataset:
-            return BlendedDataset(
-                datasets, weights, num_rows, self._config(parts[0], path_to_cache)
-            )
+            return BlendedDataset(datasets, weights, num_rows, self._config(parts[0], path_to_cache))
 
         return self._indexed({"blend": identity}, blend)
 
@@ -116,9 +109,7 @@ class RowSource:
                 warnings.filterwarnings("ignore", message="The pad token id in the tokenizer")
                 return GPTDataset(documents, prefix, every, None, split, config)
 
-        return EpochRows(
-            self._indexed({"folder": self._identity(part, split)}, index), self.seed, num_rows
-        )
+        return EpochRows(self._indexed({"folder": self._identity(part, split)}, index), self.seed, num_rows)
 
     def _identity(self, part: Part, split: Split) -> list[Any]:
         files = [record.sha256 for record in part.manifest.files.values()]
@@ -138,9 +129,7 @@ class RowSource:
             create_attention_mask=False,
         )
 
-    def _indexed[Indexed](
-        self, identity: dict[str, Any], build: Callable[[Path], Indexed]
-    ) -> Indexed:
+    def _indexed[Indexed](self, identity: dict[str, Any], build: Callable[[Path], Indexed]) -> Indexed:
         """Load what `build(path_to_cache)` caches, having it built first where it is not there."""
         versioned = identity | {"megatron-core": version("megatron-core")}
         text = json.dumps(versioned, default=lambda item: item.unique_identifiers)

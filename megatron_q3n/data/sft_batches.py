@@ -28,9 +28,7 @@ class SftData:
     validation_rows: SftRows
 
     @classmethod
-    def of(
-        cls, config: RunConfig, tokenizer: TextTokenizer, train: SpelledSet, validation: SpelledSet
-    ) -> "SftData":
+    def of(cls, config: RunConfig, tokenizer: TextTokenizer, train: SpelledSet, validation: SpelledSet) -> "SftData":
         """Pack the sets into rows."""
         training, alignment = config.training, config.sft.alignment
         rows = [
@@ -44,9 +42,7 @@ class SftData:
         count = self.config.training.global_batch_size // dp_size
         for step in range(first_step, self.config.training.steps):
             first = step * count
-            yield [
-                self.train_rows.batch((first + micro) * dp_size + dp_rank) for micro in range(count)
-            ]
+            yield [self.train_rows.batch((first + micro) * dp_size + dp_rank) for micro in range(count)]
 
     def validation_batches(self, dp_rank: int, dp_size: int) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of each validation batch, the same ones at every call, no row twice."""

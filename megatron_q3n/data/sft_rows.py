@@ -26,13 +26,7 @@ from megatron_q3n.config.sft import ConversationSource, SftConfig
 from megatron_q3n.data.batch import Batch
 from megatron_q3n.data.chat_template import ChatTemplate
 from megatron_q3n.data.conversation_tasks import conversations_of, place_of
-from megatron_q3n.data.conversations import (
-    Conversation,
-    Spelled,
-    read_conversations,
-    shortened,
-    spell,
-)
+from megatron_q3n.data.conversations import Conversation, Spelled, read_conversations, shortened, spell
 
 LAYOUT = 1  # of the cached files; raise it when they change
 
@@ -71,9 +65,7 @@ class SpelledSet:
 class SftRows:
     """Packed rows of a set; `batch(i)` is row i of an endless run of passes."""
 
-    def __init__(
-        self, spelled: SpelledSet, length: int, alignment: int, seed: int, eod: int
-    ) -> None:
+    def __init__(self, spelled: SpelledSet, length: int, alignment: int, seed: int, eod: int) -> None:
         places = [_places(n, alignment) for n in np.diff(spelled.bounds).tolist()]
         self.bins = pack(places, length)
         self._spelled, self._length, self._alignment = spelled, length, alignment
@@ -155,9 +147,7 @@ def spelled_sets(
     return _read(file)
 
 
-def _spell_all(
-    settings: SftConfig, template: ChatTemplate, length: int
-) -> tuple[SpelledSet, SpelledSet]:
+def _spell_all(settings: SftConfig, template: ChatTemplate, length: int) -> tuple[SpelledSet, SpelledSet]:
     train, validation = list(read_all(settings.train)), list(read_all(settings.validation))
     if not settings.validation:
         border = settings.validation_percent / 100
@@ -229,9 +219,13 @@ def _key(settings: SftConfig, template: ChatTemplate, length: int, fingerprint: 
         if source.path is not None
     }
     facts: dict[str, Any] = {
-        "layout": LAYOUT, "settings": settings.model_dump(mode="json"), "files": files,
-        "template": template.source, "length": length, "tokenizer": fingerprint,
-    }  # fmt: skip
+        "layout": LAYOUT,
+        "settings": settings.model_dump(mode="json"),
+        "files": files,
+        "template": template.source,
+        "length": length,
+        "tokenizer": fingerprint,
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -267,9 +261,7 @@ def _read(file: Path) -> tuple[SpelledSet, SpelledSet]:
     with np.load(file, allow_pickle=False) as stored:
         counts = json.loads(str(stored["counts"]))
         train, validation = (
-            SpelledSet(
-                stored[f"{name}_tokens"], stored[f"{name}_weights"], stored[f"{name}_bounds"], c
-            )
+            SpelledSet(stored[f"{name}_tokens"], stored[f"{name}_weights"], stored[f"{name}_bounds"], c)
             for name, c in zip(("train", "validation"), counts)
         )
     return train, validation

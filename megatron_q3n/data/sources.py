@@ -27,10 +27,7 @@ _FORMAT_OF_SUFFIX: dict[str, Format] = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
-_PACKAGES: dict[Format, tuple[str, ...]] = {
-    "parquet": ("pyarrow",),
-    "dataset": ("datasets", "pyarrow"),
-}
+_PACKAGES: dict[Format, tuple[str, ...]] = {"parquet": ("pyarrow",), "dataset": ("datasets", "pyarrow")}
 _COMPRESSION_OF_SUFFIX: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 
 
@@ -85,9 +82,7 @@ def _expand(given: str, wanted: Format | None) -> Iterable[Source]:
         return [_source(path, wanted)]
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not matches:
-        raise UserError(
-            f"input {given}: no such file or folder, and as a pattern it matches nothing."
-        )
+        raise UserError(f"input {given}: no such file or folder, and as a pattern it matches nothing.")
     return [source for match in matches for source in _expand(str(match), wanted)]
 
 
@@ -102,9 +97,7 @@ def _in_folder(folder: Path, wanted: Format | None) -> list[Source]:
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         size = sum(file.stat().st_size for file in folder.glob("*.arrow"))
         return [Source(folder.absolute(), "dataset", None, size)]
-    files = sorted(
-        file for file in folder.rglob("*") if file.is_file() and not _hidden(file, folder)
-    )
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not _hidden(file, folder))
     chosen = [file for file in files if _kind(file)[0] and wanted in (None, _kind(file)[0])]
     if not chosen:
         raise UserError(

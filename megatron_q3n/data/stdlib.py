@@ -65,9 +65,11 @@ class Source:
 def corpus_of(data: DataConfig) -> StdlibCorpus:
     """Prepare the corpus that a configuration describes, or find it in the cache; see `prepare_stdlib`."""
     return prepare_stdlib(
-        cache_root(data.cache_dir), data.stdlib_vocab_size, data.stdlib_validation_percent,
+        cache_root(data.cache_dir),
+        data.stdlib_vocab_size,
+        data.stdlib_validation_percent,
         packages=data.stdlib_packages,
-    )  # fmt: skip
+    )
 
 
 def stdlib_files(root: Path | None = None) -> list[Path]:
@@ -110,14 +112,10 @@ def _python_files(root: Path) -> list[Path]:
     files = []
     for folder, children, names in os.walk(root):
         children[:] = [
-            child
-            for child in children
-            if child not in _SKIPPED_FOLDERS and not child.startswith(_SKIPPED_PREFIXES)
+            child for child in children if child not in _SKIPPED_FOLDERS and not child.startswith(_SKIPPED_PREFIXES)
         ]
         files += [
-            Path(folder, name)
-            for name in names
-            if name.endswith(".py") and not name.startswith(_SKIPPED_PREFIXES)
+            Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(_SKIPPED_PREFIXES)
         ]
     return sorted(files, key=lambda file: file.relative_to(root).as_posix())
 
@@ -129,11 +127,7 @@ def is_validation(relative: str, percent: float) -> bool:
 
 
 def prepare_stdlib(
-    cache: Path,
-    vocab_size: int,
-    validation_percent: float,
-    root: Path | None = None,
-    packages: Sequence[str] = (),
+    cache: Path, vocab_size: int, validation_percent: float, root: Path | None = None, packages: Sequence[str] = ()
 ) -> StdlibCorpus:
     """Prepare the corpus in the cache, or find it there.
 
@@ -166,13 +160,7 @@ def _key(files: list[Source], vocab_size: int, validation_percent: float) -> str
     return f"python-{platform.python_version()}-{digest[:16]}"
 
 
-def _build(
-    folder: Path,
-    files: list[Source],
-    added: list[Source],
-    vocab_size: int,
-    validation_percent: float,
-) -> None:
+def _build(folder: Path, files: list[Source], added: list[Source], vocab_size: int, validation_percent: float) -> None:
     split = _split(files, validation_percent)
     if not split[True] or not split[False]:
         raise UserError(
@@ -212,12 +200,7 @@ def _read(file: Path) -> str | None:
         return None
 
 
-def _write(
-    folder: Path,
-    tokenizer: TextTokenizer,
-    texts: dict[Path, str],
-    settings: Settings,
-) -> None:
+def _write(folder: Path, tokenizer: TextTokenizer, texts: dict[Path, str], settings: Settings) -> None:
     # late: five seconds of imports that a warm cache does without
     from megatron_q3n.data.writer import PreparedWriter
 

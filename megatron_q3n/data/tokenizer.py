@@ -130,9 +130,7 @@ class TextTokenizer:
 
         Shapes: (vocab_size,) int64.
         """
-        special = {
-            t.content for t in self._backend.get_added_tokens_decoder().values() if t.special
-        }
+        special = {t.content for t in self._backend.get_added_tokens_decoder().values() if t.special}
         alphabet = set(pre_tokenizers.ByteLevel.alphabet())
         num_bytes_V = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
@@ -142,9 +140,7 @@ class TextTokenizer:
         return num_bytes_V
 
 
-def train_bpe(
-    texts: Iterable[str], vocab_size: int, *, single_digits: bool = False
-) -> TextTokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, single_digits: bool = False) -> TextTokenizer:
     """Train a byte-level BPE with one special token, <|endoftext|> (id 0); the same texts give the same one.
 
     `single_digits` makes each digit a token of its own, as Qwen's tokenizer does.
@@ -156,8 +152,7 @@ def train_bpe(
     """
     if vocab_size < 257:
         raise UserError(
-            f"a BPE vocabulary of {vocab_size} cannot hold the 256 bytes and {END_OF_DOCUMENT}; "
-            "ask for 257 or more."
+            f"a BPE vocabulary of {vocab_size} cannot hold the 256 bytes and {END_OF_DOCUMENT}; ask for 257 or more."
         )
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     splitter = pre_tokenizers.Split(Regex(_SPLIT), "isolated")

@@ -31,9 +31,7 @@ class PreparedWriter:
         self.tokenizer = tokenizer
         self.num_documents = self.num_tokens = self.text_bytes = self.num_skipped_empty = 0
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._builder = IndexedDatasetBuilder(
-            str(folder / f"{DOCUMENTS}.bin"), dtype=np.dtype(self._dtype).type
-        )
+        self._builder = IndexedDatasetBuilder(str(folder / f"{DOCUMENTS}.bin"), dtype=np.dtype(self._dtype).type)
 
     def add(self, documents: EncodedDocuments) -> None:
         """Append documents; one item and one document each, as GPTDataset expects."""

@@ -18,9 +18,19 @@ from torch.utils import _device as torch_device
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
-    "tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint",
-    "zeros_like", "ones_like", "empty_like",
-)  # fmt: skip
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+)
 
 
 class CpuEvent:
@@ -185,9 +195,7 @@ def _patch_uneven_collectives() -> None:
         torch.distributed.all_gather(everyones, padded, group=group)
         return torch.cat([one[:length] for one, length in zip(everyones, lengths)])
 
-    def reduce_scatter(
-        whole: Any, group: Any, lengths: Any = None, use_global_buffer: bool = False
-    ) -> Any:
+    def reduce_scatter(whole: Any, group: Any, lengths: Any = None, use_global_buffer: bool = False) -> Any:
         if group.size() == 1 or lengths is None:
             return even_scatter(whole, group, None, use_global_buffer)
         total = whole.clone()

@@ -103,9 +103,7 @@ def _cuda(config: RunConfig) -> Device:
             "pip install -r requirements-gpu.txt, or set model.backend=auto."
         )
     if config.precision.fp8 and not has_te:
-        raise UserError(
-            "precision.fp8 needs TransformerEngine: pip install -r requirements-gpu.txt."
-        )
+        raise UserError("precision.fp8 needs TransformerEngine: pip install -r requirements-gpu.txt.")
     if config.precision.fp8_recipe == "mxfp8" and config.precision.fp8:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 10:
@@ -141,17 +139,11 @@ def _cpu(config: RunConfig) -> Device:
     if config.training.cuda_graph:
         raise UserError("training.cuda_graph=true needs a GPU; set it false.")
     if config.model.backend == "transformer_engine":
-        raise UserError(
-            "model.backend=transformer_engine needs a GPU; set model.backend=auto or torch."
-        )
+        raise UserError("model.backend=transformer_engine needs a GPU; set model.backend=auto or torch.")
     if config.precision.fp8:
-        raise UserError(
-            f"precision.fp8={config.precision.fp8} needs a GPU; set precision.fp8=null."
-        )
+        raise UserError(f"precision.fp8={config.precision.fp8} needs a GPU; set precision.fp8=null.")
     if config.parallel.moe_token_dispatcher_type == "flex":
-        raise UserError(
-            "parallel.moe_token_dispatcher_type=flex needs GPUs (DeepEP); use alltoall or allgather."
-        )
+        raise UserError("parallel.moe_token_dispatcher_type=flex needs GPUs (DeepEP); use alltoall or allgather.")
     cpu_shim.install()
     return Device(
         torch_device=torch.device("cpu"),

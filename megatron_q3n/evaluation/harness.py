@@ -23,9 +23,7 @@ from megatron_q3n.inference.sampling import Sampling
 from megatron_q3n.model.decode.forward import generating
 
 _MAX_NEW_TOKENS = 256  # where a task does not say
-Score = tuple[
-    float, bool
-]  # log probability in nats, and whether greedy decoding would say the same
+Score = tuple[float, bool]  # log probability in nats, and whether greedy decoding would say the same
 
 
 class HarnessModel(TemplateLM):
@@ -33,7 +31,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(
         self, model: Any, tokenizer: TextTokenizer, data_group: Any, *, tokens_per_pass: int, draft_depth: int
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         Abilities.of(model).check([], Sampling(1), draft_depth)
         self._model, self._text, self._group = model, tokenizer, data_group
@@ -46,9 +44,7 @@ class HarnessModel(TemplateLM):
         """The token between documents: what an empty context becomes."""
         return self._text.eod
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: object
-    ) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Return a text's tokens; this tokenizer adds none of its own."""
         return self._text.encode(string)
 
@@ -71,10 +67,7 @@ class HarnessModel(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: object
     ) -> list[Score]:
         """Score continuations, given contexts, both as tokens. Too long ones lose the beginning of their context."""
-        sequences = [
-            (context + continuation)[-self.max_length - 1 :]
-            for _, context, continuation in requests
-        ]
+        sequences = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
         counts = [len(continuation) for _, _, continuation in requests]
         mine = range(len(requests))[self._group.rank() :: self._group.size()]
         scores: dict[int, Score] = {}
@@ -98,9 +91,7 @@ class HarnessModel(TemplateLM):
         if batch:
             yield batch
 
-    def _score(
-        self, batch: list[int], sequences: list[list[int]], counts: list[int]
-    ) -> dict[int, Score]:
+    def _score(self, batch: list[int], sequences: list[list[int]], counts: list[int]) -> dict[int, Score]:
         """Run some sequences, packed, and read the scores of their last tokens."""
         inputs = [sequences[index][:-1] for index in batch]
         span = self._passes.span([0] * len(batch), [len(tokens) for tokens in inputs])
@@ -123,9 +114,13 @@ class HarnessModel(TemplateLM):
             room = self.max_length - sampling.max_new_tokens
             prompts = [self._prompt(requests[index].args[0], room) for index in mine]
             done = generate(
-                self._model, prompts, sampling, seed=[str(index) for index in mine],
-                draft_depth=self._draft_depth, max_sequences=64,
-            )  # fmt: skip
+                self._model,
+                prompts,
+                sampling,
+                seed=[str(index) for index in mine],
+                draft_depth=self._draft_depth,
+                max_sequences=64,
+            )
             for index, completion in zip(mine, done):
                 text = self._text.decode(completion.tokens)
                 texts[index] = _cut(text, requests[index].args[1].get("until", []))
@@ -147,9 +142,13 @@ class HarnessModel(TemplateLM):
             )
         temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
         return Sampling(
-            new_tokens, temperature, settings.get("top_k"), float(settings.get("top_p", 1.0)),
-            frozenset({self._text.eod}), self._text.vocab_size,
-        )  # fmt: skip
+            new_tokens,
+            temperature,
+            settings.get("top_k"),
+            float(settings.get("top_p", 1.0)),
+            frozenset({self._text.eod}),
+            self._text.vocab_size,
+        )
 
     def _everyones(self, mine: dict[int, Any]) -> list[Any]:
         """Return every replica's answers in the order of the requests. A collective call."""

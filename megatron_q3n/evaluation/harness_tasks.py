@@ -10,18 +10,14 @@ from megatron_q3n.data.tokenizer import TextTokenizer
 from megatron_q3n.parallel import Parallel
 
 
-def run_tasks(
-    model: Any, tokenizer: TextTokenizer, wanted: EvaluateConfig, group: Parallel
-) -> dict[str, Any]:
+def run_tasks(model: Any, tokenizer: TextTokenizer, wanted: EvaluateConfig, group: Parallel) -> dict[str, Any]:
     """Run the harness over local tasks. A collective call.
 
     Returns: each task's numbers, on the leader.
 
     Raises: UserError for a task that the folder does not have.
     """
-    os.environ.setdefault(
-        "HF_DATASETS_OFFLINE", "1"
-    )  # tasks' data are local files; nothing is asked of a hub
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # tasks' data are local files; nothing is asked of a hub
     # late: optional, and seconds to import
     lm_eval, tasks = (importlib.import_module(name) for name in ("lm_eval", "lm_eval.tasks"))
     harness = importlib.import_module("megatron_q3n.evaluation.harness")
@@ -40,9 +36,14 @@ def run_tasks(
         draft_depth=wanted.draft_depth,
     )
     found = lm_eval.simple_evaluate(
-        adapter, tasks=list(wanted.tasks), task_manager=manager, limit=wanted.task_limit,
-        num_fewshot=wanted.num_fewshot, log_samples=False, bootstrap_iters=0,
-    )  # fmt: skip
+        adapter,
+        tasks=list(wanted.tasks),
+        task_manager=manager,
+        limit=wanted.task_limit,
+        num_fewshot=wanted.num_fewshot,
+        log_samples=False,
+        bootstrap_iters=0,
+    )
     if found is None:  # the harness gives its results to one process of a machine
         return {}
     return {task: _numbers(scores) for task, scores in found["results"].items()}

@@ -65,9 +65,7 @@ def token_losses(model: Any, tokens_NT: Tensor) -> Tensor:
     return model(inputs, positions, None, labels=labels).float()
 
 
-def _add_text(
-    model: Any, tokens_NT: Tensor, counts_N: Tensor, measure: Measure, text: Tensor
-) -> None:
+def _add_text(model: Any, tokens_NT: Tensor, counts_N: Tensor, measure: Measure, text: Tensor) -> None:
     losses_NT = token_losses(model, tokens_NT).double().cpu()
     num_bytes_NT = measure.token_bytes[tokens_NT[:, 1:]].double()
     for column, values_NT in enumerate((losses_NT, torch.ones_like(losses_NT), num_bytes_NT)):
@@ -75,18 +73,11 @@ def _add_text(
         text[:, column] += counted_NT.sum(0).view(measure.buckets, -1).sum(1)
 
 
-def _add_drafts(
-    model: Any, tokens_NT: Tensor, counts_N: Tensor, measure: Measure, drafts: Tensor, number: int
-) -> None:
+def _add_drafts(model: Any, tokens_NT: Tensor, counts_N: Tensor, measure: Measure, drafts: Tensor, number: int) -> None:
     stretch = (tokens_NT.shape[1] - 1) // measure.buckets
     tokens = tokens_NT.to(next(model.parameters()).device)
     judgements = judge_drafts(
-        model,
-        tokens,
-        measure.draft_depth,
-        measure.draft_stride,
-        measure.seed + number,
-        measure.vocab_size,
+        model, tokens, measure.draft_depth, measure.draft_stride, measure.seed + number, measure.vocab_size
     )
     for judgement in judgements:
         bucket = drafts[(judgement.position - 1) // stretch]

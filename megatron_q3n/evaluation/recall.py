@@ -27,9 +27,7 @@ COUNTED = ("nats", "right", "tokens")
 POSITIONS_AT_ONCE = 2048  # logits held at a time: 1.2 GB in fp32 over 152k words
 
 
-def repeated_rows(
-    text: np.ndarray, eod: int, length: int, numbers: Iterable[int], seed: int
-) -> Tensor:
+def repeated_rows(text: np.ndarray, eod: int, length: int, numbers: Iterable[int], seed: int) -> Tensor:
     """Return the rows of these numbers [N, 2 L + 1]: `eod`, then twice the same `length` tokens of the text."""
     words = text[text != eod]
     rows = []

@@ -49,17 +49,13 @@ def _draft_results(sums_DC: torch.Tensor) -> dict[str, Any]:
     results: dict[str, Any] = {"places": int(places)}
     for name, reached, kept in (("greedy", 1, 2), ("drawn", 3, 4)):
         results[name] = {
-            "acceptance": [
-                (row[kept] / row[reached]).item() if row[reached] else None for row in sums_DC
-            ],
+            "acceptance": [(row[kept] / row[reached]).item() if row[reached] else None for row in sums_DC],
             "tokens_per_pass": 1 + (sums_DC[:, kept].sum() / places).item(),
         }
     return results
 
 
-def recall_results(
-    sums: torch.Tensor, length: int, name: str | None
-) -> dict[str, dict[str, float]]:
+def recall_results(sums: torch.Tensor, length: int, name: str | None) -> dict[str, dict[str, float]]:
     """Name one length's sums [2,3] of `inference.recall` as a task; `name`: the set, where there are several."""
     of = f" of {name}" if name else ""
     nats, right, tokens = sums[1].tolist()
@@ -103,9 +99,7 @@ def _lines(results: dict[str, Any]) -> list[str]:
         for kind in ("greedy", "drawn") if "drafts" in found else ():
             drafts = found["drafts"][kind]
             shares = ", ".join("–" if s is None else f"{s:.1%}" for s in drafts["acceptance"])
-            lines.append(
-                f"  {kind} drafts: {drafts['tokens_per_pass']:.3f} tokens per pass; kept by depth {shares}"
-            )
+            lines.append(f"  {kind} drafts: {drafts['tokens_per_pass']:.3f} tokens per pass; kept by depth {shares}")
     for task, scores in results["tasks"].items():
         lines.append(f"{task:<13} " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
     return lines

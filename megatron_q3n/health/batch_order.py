@@ -31,9 +31,7 @@ class BatchOrder:
             number += skipped <= number
         return number
 
-    def batches[Batch](
-        self, source: Callable[[int], Iterator[Batch]], first_step: int
-    ) -> Iterator[Batch]:
+    def batches[Batch](self, source: Callable[[int], Iterator[Batch]], first_step: int) -> Iterator[Batch]:
         """Yield the batches of the steps from `first_step` on; `source(n)` yields batch n and those behind it.
 
         `source` ends with batch `num_steps - 1`; the numbers behind it mean the first batches again.

@@ -76,12 +76,7 @@ class Stragglers:
 
     def _write(self, step: int, table: list[list[float]]) -> None:
         ranks = [
-            {
-                "rank": rank,
-                "host": host,
-                "own_seconds": round(own, 5),
-                "data_seconds": round(data, 5),
-            }
+            {"rank": rank, "host": host, "own_seconds": round(own, 5), "data_seconds": round(data, 5)}
             for rank, (host, (own, data)) in enumerate(zip(self._hosts, table))
         ]
         with self._path.open("a", encoding="utf-8") as file:

@@ -20,9 +20,7 @@ class Watch:
     One object serves a whole process, however often it goes back to a checkpoint.
     """
 
-    def __init__(
-        self, config: RunConfig, group: Parallel, run_dir: Path, *, is_cuda: bool, hooks: Any
-    ) -> None:
+    def __init__(self, config: RunConfig, group: Parallel, run_dir: Path, *, is_cuda: bool, hooks: Any) -> None:
         """Watch the run in `run_dir`; `hooks` is megatron-core's config, which OwnTime listens at."""
         self._config, self._settings = config, config.health
         self._group, self._run_dir = group, run_dir
@@ -42,9 +40,7 @@ class Watch:
         """
         self._note = note
         self._trouble = None
-        known = (
-            json.dumps([past, batch_order.read(self._run_dir)]) if self._group.is_leader else None
-        )
+        known = json.dumps([past, batch_order.read(self._run_dir)]) if self._group.is_leader else None
         past, self._roll_backs = json.loads(self._group.from_leader(known))
         self._judge.remember((loss, norm) for loss, norm in past)
 
@@ -56,9 +52,7 @@ class Watch:
         """Look for hangs no longer: what follows the last step has no pace. Safe to call twice."""
         self._hang.stop()
 
-    def batches[Batch](
-        self, source: Callable[[int], Iterator[Batch]], first_step: int
-    ) -> Iterator[Batch]:
+    def batches[Batch](self, source: Callable[[int], Iterator[Batch]], first_step: int) -> Iterator[Batch]:
         """Yield the batches of the steps from `first_step` on, without those left out."""
         return self._order().batches(source, first_step)
 
@@ -91,9 +85,7 @@ class Watch:
         """What to do after the step just taken."""
         if self._trouble is None or self._trouble.action == "skip":
             return "go_on"
-        if self._trouble.action == "roll_back" and len(self._roll_backs) < (
-            self._settings.max_roll_backs
-        ):
+        if self._trouble.action == "roll_back" and len(self._roll_backs) < (self._settings.max_roll_backs):
             return "roll_back"
         return "stop"
 
@@ -135,6 +127,4 @@ class Watch:
         self._group.barrier()
 
     def _order(self) -> batch_order.BatchOrder:
-        return batch_order.BatchOrder(
-            batch_order.left_out(self._roll_backs), self._config.training.steps
-        )
+        return batch_order.BatchOrder(batch_order.left_out(self._roll_backs), self._config.training.steps)

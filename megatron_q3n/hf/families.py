@@ -17,9 +17,8 @@ class Family:
     architecture: str  # the class that transformers, vLLM and SGLang look up
     prefix: str = "model."  # of all but the head and multi-token prediction
     flat_projections: bool = False  # in_proj_{qkv,z,b,a} instead of in_proj_{qkvz,ba}
-    stacked_experts: bool = (
-        False  # the trunk's experts, in one tensor each for gate and up, and down
-    )
+    # the trunk's experts, in one tensor each for gate and up, and down
+    stacked_experts: bool = False
     multimodal: bool = False  # the text part of a larger model: config.json has a text_config
     float32: tuple[str, ...] = ()  # names (their ends) published in fp32 beside bf16
 

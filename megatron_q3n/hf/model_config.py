@@ -91,9 +91,7 @@ def family_of(model_type: str | None, like: Path | None) -> Family:
     return _text_section(read_json(like / CONFIG))[1] if like else QWEN3_NEXT
 
 
-def to_published(
-    model: ModelConfig, family: Family, like: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def to_published(model: ModelConfig, family: Family, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Make the content of config.json.
 
     like: one to take the fields from that the model does not decide, e.g. token ids.
@@ -141,19 +139,14 @@ def _text_section(published: Mapping[str, Any]) -> tuple[Mapping[str, Any], Fami
 
 def _value(text: Mapping[str, Any], name: str, family: Family) -> Any:
     default = _SHARED[name][1]
-    return text.get(
-        name, default[family is not QWEN3_NEXT] if isinstance(default, tuple) else default
-    )
+    return text.get(name, default[family is not QWEN3_NEXT] if isinstance(default, tuple) else default)
 
 
 def _layer_types(text: Mapping[str, Any], num_layers: int) -> str:
     names = text.get("layer_types")
     if names is None:
         interval = text.get("full_attention_interval", 4)
-        return "".join(
-            GATED_DELTA_NET if (layer + 1) % interval else GATED_ATTENTION
-            for layer in range(num_layers)
-        )
+        return "".join(GATED_DELTA_NET if (layer + 1) % interval else GATED_ATTENTION for layer in range(num_layers))
     if unknown := sorted(set(names) - set(LAYER_TYPES)):
         _refuse("layer_types", unknown, f"only {sorted(LAYER_TYPES)}")
     if len(names) != num_layers:
@@ -173,17 +166,12 @@ def _rotary(text: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in _PLAIN_ROPE:
         _refuse("rope_parameters", f"rope_type {kind!r}", "only 'default'")
     factor = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 0.25))
-    return {
-        "rotary_base": rope.get("rope_theta", text.get("rope_theta", 10000.0)),
-        "rotary_percent": factor,
-    }
+    return {"rotary_base": rope.get("rope_theta", text.get("rope_theta", 10000.0)), "rotary_percent": factor}
 
 
 def _published_constants(family: Family) -> dict[str, Any]:
     """The parts of `_FIXED` that say something to those who read this family's config.json."""
-    constants: dict[str, Any] = {
-        "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False,
-    }  # fmt: skip
+    constants: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False}
     if family is not QWEN3_NEXT:
         return constants | {"attn_output_gate": True}
     return constants | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -204,6 +192,4 @@ def _published_mtp(model: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _refuse(name: str, found: Any, allowed: str) -> None:
-    raise UserError(
-        f"config.json: {name}={found} is a model that ours cannot represent; it can have {allowed}."
-    )
+    raise UserError(f"config.json: {name}={found} is a model that ours cannot represent; it can have {allowed}.")

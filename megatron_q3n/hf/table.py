@@ -35,13 +35,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_q3n.config import (
-    GATED_ATTENTION,
-    GATED_DELTA_NET,
-    SLIDING_ATTENTION,
-    ModelConfig,
-    UserError,
-)
+from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, SLIDING_ATTENTION, ModelConfig, UserError
 from megatron_q3n.hf.families import QWEN3_NEXT, Family
 from megatron_q3n.hf.rule import HUGGING_FACE, MEGATRON, Rule, Shape, check_names
 
@@ -56,10 +50,7 @@ _PUBLISHED = {
 
 
 def to_megatron(
-    hf: Mapping[str, Tensor],
-    config: ModelConfig,
-    gradients: bool = False,
-    family: Family = QWEN3_NEXT,
+    hf: Mapping[str, Tensor], config: ModelConfig, gradients: bool = False, family: Family = QWEN3_NEXT
 ) -> dict[str, Tensor]:
     """Rename and reshape published weights to megatron-core's; experts one by one or stacked.
 
@@ -73,10 +64,7 @@ def to_megatron(
 
 
 def to_hf(
-    megatron: Mapping[str, Tensor],
-    config: ModelConfig,
-    gradients: bool = False,
-    family: Family = QWEN3_NEXT,
+    megatron: Mapping[str, Tensor], config: ModelConfig, gradients: bool = False, family: Family = QWEN3_NEXT
 ) -> dict[str, Tensor]:
     """Rename and reshape megatron-core's weights to the published form, experts one by one.
 
@@ -97,9 +85,7 @@ def check_publishable(config: ModelConfig) -> None:
     Raises: UserError naming the setting.
     """
     variant = {
-        name: getattr(config, name)
-        for name, published in _PUBLISHED.items()
-        if getattr(config, name) != published
+        name: getattr(config, name) for name, published in _PUBLISHED.items() if getattr(config, name) != published
     }
     if SLIDING_ATTENTION in config.mixer_pattern:
         variant["mixer_pattern"] = config.mixer_pattern
@@ -155,18 +141,12 @@ def _predictor(config: ModelConfig, family: Family, m: str, h: str) -> list[Rule
     ]
 
 
-def _layer(
-    config: ModelConfig, family: Family, mixer: str, m: str, number: int, h: str
-) -> list[Rule]:
+def _layer(config: ModelConfig, family: Family, mixer: str, m: str, number: int, h: str) -> list[Rule]:
     first, second, norm = f"{m}layers.{number}.", f"{m}layers.{number + 1}.", (config.hidden_size,)
     attention = first + "self_attention."
     return [
         _same(first + "input_layernorm.weight", h + "input_layernorm.weight", norm),
-        *(
-            _delta_net(config, family, attention, h)
-            if mixer == GATED_DELTA_NET
-            else _attention(config, attention, h)
-        ),
+        *(_delta_net(config, family, attention, h) if mixer == GATED_DELTA_NET else _attention(config, attention, h)),
         _same(second + "pre_mlp_layernorm.weight", h + "post_attention_layernorm.weight", norm),
         *_moe(config, second + "mlp.", h + "mlp."),
     ]
@@ -253,9 +233,7 @@ def _moe(config: ModelConfig, m: str, h: str) -> list[Rule]:
             partial(_unstack, 1),
             stacked=h + "experts.down_proj",
         ),
-        _one_after_the_other(
-            shared_m + "linear_fc1.weight", dict.fromkeys(_gate_up(shared_h), shared_ffn), hidden
-        ),
+        _one_after_the_other(shared_m + "linear_fc1.weight", dict.fromkeys(_gate_up(shared_h), shared_ffn), hidden),
         _same(shared_m + "linear_fc2.weight", shared_h + "down_proj.weight", (hidden, shared_ffn)),
         _same(shared_m + "gate_weight", h + "shared_expert_gate.weight", (1, hidden)),
     ]

@@ -25,9 +25,7 @@ INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "co
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 VISION = ("model.visual.", "visual.")  # of multimodal checkpoints; no part of a text model
-_EXPERT = re.compile(
-    r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight"
-)
+_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ class PublishedWeights(Mapping[str, Tensor]):
         self._where = {name: file for file, opened in self._files.items() for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)
         for name, file in _index(folder).items():
             if self._where.get(name) != file:
-                raise UserError(
-                    f"{folder / file} lacks {name}, which {INDEX} says it holds; copy it anew."
-                )
+                raise UserError(f"{folder / file} lacks {name}, which {INDEX} says it holds; copy it anew.")
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._where:
@@ -156,8 +152,7 @@ def plan_shards(tensors: Mapping[str, tuple[Shape, torch.dtype]], max_bytes: int
         groups[-1][name] = shape, dtype
         filled += size
     return [
-        _shard(f"model-{number:05}-of-{len(groups):05}.safetensors", group)
-        for number, group in enumerate(groups, 1)
+        _shard(f"model-{number:05}-of-{len(groups):05}.safetensors", group) for number, group in enumerate(groups, 1)
     ]
 
 
@@ -165,10 +160,7 @@ def index_of(shards: Iterable[Shard]) -> dict[str, Any]:
     """Make the content of the index that says which shard holds which tensor."""
     slots = {name: (shard.name, slot) for shard in shards for name, slot in shard.slots.items()}
     total = sum(slot.num_bytes for _, slot in slots.values())
-    return {
-        "metadata": {"total_size": total},
-        "weight_map": {name: file for name, (file, _) in sorted(slots.items())},
-    }
+    return {"metadata": {"total_size": total}, "weight_map": {name: file for name, (file, _) in sorted(slots.items())}}
 
 
 class ShardWriter:
@@ -250,14 +242,9 @@ def _shard(name: str, tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> Shard
     for tensor, (shape, dtype) in ordered:
         starts[tensor], start = end, end
         end += math.prod(shape) * dtype.itemsize
-        entries[tensor] = {
-            "dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end],
-        }  # fmt: skip
+        entries[tensor] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    slots = {
-        tensor: Slot(shape, dtype, len(header) + starts[tensor])
-        for tensor, (shape, dtype) in ordered
-    }
+    slots = {tensor: Slot(shape, dtype, len(header) + starts[tensor]) for tensor, (shape, dtype) in ordered}
     return Shard(name, header, slots)

@@ -105,10 +105,7 @@ class Room:
             kept.zero_()
             kept[:rows].copy_(new)
         self._home.state.take(running.state)
-        inside = Running(
-            self._home.state.first(rows, running.state.lengths),
-            *(x[:rows] for x in self._home.tensors()),
-        )
+        inside = Running(self._home.state.first(rows, running.state.lengths), *(x[:rows] for x in self._home.tensors()))
         self._resident = weakref.ref(inside)
         return inside
 
@@ -132,9 +129,7 @@ class RoundGraphs:
         self._rounds, self._wanted = rounds, wanted
         self.obstacle = "not asked for" if wanted is False else obstacle(rounds)
         if wanted and self.obstacle:
-            raise UserError(
-                f"inference.cuda_graph=true: {self.obstacle}. Set inference.cuda_graph=null."
-            )
+            raise UserError(f"inference.cuda_graph=true: {self.obstacle}. Set inference.cuda_graph=null.")
         self._fits: dict[int, bool] = {}
         self.num_launches: int | None = None  # of the last replayed round
         self._kept = _graphs_of(rounds.passes.model) if self.obstacle is None else OrderedDict()
@@ -191,9 +186,7 @@ class RoundGraphs:
         self.obstacle = what
 
 
-_kept: weakref.WeakKeyDictionary[Any, tuple[list[int], OrderedDict[_Key, Room]]] = (
-    weakref.WeakKeyDictionary()
-)
+_kept: weakref.WeakKeyDictionary[Any, tuple[list[int], OrderedDict[_Key, Room]]] = weakref.WeakKeyDictionary()
 
 
 def _graphs_of(model: Any) -> OrderedDict[_Key, Room]:

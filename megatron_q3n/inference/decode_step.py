@@ -16,13 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_q3n.inference.passes import Passes
-from megatron_q3n.inference.sampling import (
-    Sampling,
-    distribution,
-    draw,
-    judge,
-    likeliest,
-)
+from megatron_q3n.inference.sampling import Sampling, distribution, draw, judge, likeliest
 from megatron_q3n.kernels.decode.argmax import Judged, judge_likeliest, take_likeliest
 from megatron_q3n.model.decode.forward import raw_logits_of
 from megatron_q3n.model.decode.span import Span
@@ -58,9 +52,7 @@ class Running:
     def own(self) -> None:
         """Move to memory of its own what may be a view of a captured round's buffers."""
         self.state.own()
-        self.length_N, self.last_N, self.drafts_ND, self.chances_NDV = (
-            x.clone() for x in self.tensors()
-        )
+        self.length_N, self.last_N, self.drafts_ND, self.chances_NDV = (x.clone() for x in self.tensors())
 
     def tensors(self) -> list[Tensor]:
         """Return what is kept beside the state."""
@@ -108,9 +100,7 @@ class Rounds:
         no_chances = torch.zeros(*no_drafts_N0.shape, self._num_choices, device=hidden_NX.device)
         return self._choose(logits_N1V, no_drafts_N0, no_chances, uniform_NU).packed
 
-    def begin(
-        self, state: DecodeState, last_N: Tensor, hidden_NX: Tensor, uniform_ND: Tensor
-    ) -> Running:
+    def begin(self, state: DecodeState, last_N: Tensor, hidden_NX: Tensor, uniform_ND: Tensor) -> Running:
         """Let sequences begin: draft from the draft layer's output at their newest position."""
         running = self._without_drafts(state, self.passes.tokens(state.lengths), last_N)
         if self.depth:
@@ -128,14 +118,10 @@ class Rounds:
         rows, tokens, state = len(running.last_N), self.tokens, running.state
         span = Span.at(running.length_N, tokens, reach)
         tokens_NT = torch.cat([running.last_N[:, None], running.drafts_ND], 1)
-        hidden_SX = self.passes.trunk(
-            tokens_NT.flatten(), span, state, each_prefix=True, normed=False
-        )
+        hidden_SX = self.passes.trunk(tokens_NT.flatten(), span, state, each_prefix=True, normed=False)
         hidden_SX, logits_SV = self._read_out(hidden_SX, drafts=False)
         logits_NTV = logits_SV.view(rows, tokens, -1)
-        judged = self._choose(
-            logits_NTV, running.drafts_ND, running.chances_NDV, uniform_NU[:, :tokens]
-        )
+        judged = self._choose(logits_NTV, running.drafts_ND, running.chances_NDV, uniform_NU[:, :tokens])
         chosen_S = judged.chosen_NT.flatten()
         state.keep(judged.row_N)
         if self.depth:  # the span's positions are those before the sequences grow
@@ -158,9 +144,7 @@ class Rounds:
             return raw_logits_of(self.passes.model, hidden_SX)
         return self.passes.logits(hidden_SX)
 
-    def _choose(
-        self, logits_NTV: Tensor, drafts_ND: Tensor, chances_NDV: Tensor, uniform_NT: Tensor
-    ) -> Judged:
+    def _choose(self, logits_NTV: Tensor, drafts_ND: Tensor, chances_NDV: Tensor, uniform_NT: Tensor) -> Judged:
         """Judge the drafts, and draw the token after those kept. Returns: among others packed, see `take_on`."""
         if self.sampling.is_greedy:
             judged = judge_likeliest(logits_NTV, drafts_ND, self.sampling.vocab_size)
@@ -176,9 +160,7 @@ class Rounds:
         parts = kept_N[:, None], chosen_NT, own_NT, drawn_from_NT
         return _read(self.passes.take_first_ranks(torch.cat([part.double() for part in parts], 1)))
 
-    def _draft(
-        self, running: Running, hidden_NX: Tensor, logits_NV: Tensor, uniform_ND: Tensor, reach: int
-    ) -> None:
+    def _draft(self, running: Running, hidden_NX: Tensor, logits_NV: Tensor, uniform_ND: Tensor, reach: int) -> None:
         """Draft from the MTP layer's output at each sequence's newest position, repeating the layer."""
         for depth in range(self.depth):
             draft_N = running.drafts_ND[:, depth]
@@ -189,9 +171,7 @@ class Rounds:
                 draft_N.copy_(self.passes.take_first_ranks(drawn_N))
             if depth + 1 < self.depth:
                 span = Span.at(running.length_N + depth, 1, reach)
-                hidden_NX = self.passes.draft_layer(
-                    hidden_NX, draft_N, span, running.state, normed=False
-                )
+                hidden_NX = self.passes.draft_layer(hidden_NX, draft_N, span, running.state, normed=False)
                 hidden_NX, logits_NV = self._read_out(hidden_NX, drafts=True)
 
     def _drawn(self, running: Running, logits_NV: Tensor, uniform_ND: Tensor, depth: int) -> Tensor:

@@ -77,9 +77,7 @@ class Engine:
         """Read the next tokens of prompts; those read to their end get a token and join the running ones."""
         sequences, counts = self._next_prompts()
         self.last_pass = list(zip(sequences, counts))
-        state = self._reading_state.join(
-            self._passes.empty_state(len(sequences) - len(self._reading))
-        )
+        state = self._reading_state.join(self._passes.empty_state(len(sequences) - len(self._reading)))
         span = self._passes.span(state.lengths, counts)
         read = [token for s, n in zip(sequences, counts) for token in s.read(n)]
         hidden_SX = self._passes.trunk(self._passes.tokens(read), span, state)
@@ -89,9 +87,7 @@ class Engine:
         pieces = self._first_tokens([sequences[row] for row in done], hidden_SX, last[done])
         if self._depth:
             following = [token for s, n in zip(sequences, counts) for token in s.following(n)]
-            hidden_SX = self._passes.draft_layer(
-                hidden_SX, self._passes.tokens(following), span, state
-            )
+            hidden_SX = self._passes.draft_layer(hidden_SX, self._passes.tokens(following), span, state)
         going = [row for row in done if not sequences[row].is_done]
         self._add([sequences[row] for row in going], state.select(going), hidden_SX, last[going])
         half = [row for row, s in enumerate(sequences) if not s.is_read]
@@ -113,28 +109,20 @@ class Engine:
             self._waiting.popleft()
         return sequences, counts
 
-    def _first_tokens(
-        self, sequences: list[Sequence], hidden_SX: Tensor, last: Tensor
-    ) -> list[Piece]:
+    def _first_tokens(self, sequences: list[Sequence], hidden_SX: Tensor, last: Tensor) -> list[Piece]:
         if not sequences:
             return []
         numbers = 0 if self._rounds.sampling.is_greedy else 1
-        packed = self._rounds.first_tokens(
-            self._at(hidden_SX, last), self._numbers(sequences, numbers)
-        )
+        packed = self._rounds.first_tokens(self._at(hidden_SX, last), self._numbers(sequences, numbers))
         return self._hand_out(sequences, packed)[0]
 
-    def _add(
-        self, sequences: list[Sequence], state: DecodeState, hidden_SX: Tensor, last: Tensor
-    ) -> None:
+    def _add(self, sequences: list[Sequence], state: DecodeState, hidden_SX: Tensor, last: Tensor) -> None:
         """Let sequences whose prompt is read join the running ones."""
         if not sequences:
             return
         numbers = 0 if self._rounds.sampling.is_greedy else self._depth
         last_N = self._passes.tokens([s.last_token for s in sequences])
-        begun = self._rounds.begin(
-            state, last_N, self._at(hidden_SX, last), self._numbers(sequences, numbers)
-        )
+        begun = self._rounds.begin(state, last_N, self._at(hidden_SX, last), self._numbers(sequences, numbers))
         self._running += sequences
         self._carried = self._carried.join(begun)
 

@@ -43,9 +43,7 @@ class Generation:
         return [sequence.completion for sequence in self._sequences]
 
 
-def generate(
-    model: Any, prompts: list[list[int]], sampling: Sampling, **options: Any
-) -> list[Completion]:
+def generate(model: Any, prompts: list[list[int]], sampling: Sampling, **options: Any) -> list[Completion]:
     """Complete each prompt; options and errors as `start`.
 
     Returns: completions in the order of the prompts.

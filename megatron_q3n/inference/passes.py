@@ -45,12 +45,7 @@ class Passes:
         return extend(self.model, tokens_S, span, state, **options)
 
     def draft_layer(
-        self,
-        hidden_SX: Tensor,
-        next_tokens_S: Tensor,
-        span: Span,
-        state: DecodeState,
-        **options: bool,
+        self, hidden_SX: Tensor, next_tokens_S: Tensor, span: Span, state: DecodeState, **options: bool
     ) -> Tensor:
         """Run the MTP layer; see `decode.extend_mtp`, also for the options. At most `draft_depth` times per step."""
         self._num_draft += 1

@@ -44,9 +44,7 @@ class Abilities:
             len(model.mtp.layers) if model.mtp_process else 0,
             groups.pp.size(),
             groups.cp.size(),
-            model.config.moe_token_dispatcher_type == "allgather"
-            and groups.ep.size() > 1
-            and groups.dp.size() > 1,
+            model.config.moe_token_dispatcher_type == "allgather" and groups.ep.size() > 1 and groups.dp.size() > 1,
         )
 
     def check(self, prompts: list[list[int]], sampling: Sampling, draft_depth: int) -> None:
@@ -96,9 +94,7 @@ class Abilities:
             raise UserError(f"{name} is empty: give at least one token.")
         outside = next((token for token in prompt if not 0 <= token < self.vocab_size), None)
         if outside is not None:
-            raise UserError(
-                f"{name} holds token {outside}; the vocabulary's ids go from 0 to {self.vocab_size - 1}."
-            )
+            raise UserError(f"{name} holds token {outside}; the vocabulary's ids go from 0 to {self.vocab_size - 1}.")
         wanted = len(prompt) + sampling.max_new_tokens
         if wanted > self.positions:
             raise UserError(

@@ -69,9 +69,7 @@ def draw(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
     return torch.searchsorted(mass, target, right=True).squeeze(-1).clamp(max=mass.shape[-1] - 1)
 
 
-def judge(
-    target_NTV: Tensor, draft_NDV: Tensor, drafts_ND: Tensor, uniform_NT: Tensor
-) -> tuple[Tensor, Tensor]:
+def judge(target_NTV: Tensor, draft_NDV: Tensor, drafts_ND: Tensor, uniform_NT: Tensor) -> tuple[Tensor, Tensor]:
     """Keep the drafts that may stay, and draw the token after them.
 
     Shapes: target, the probabilities p for each draft and for the token after the last, T = D + 1;

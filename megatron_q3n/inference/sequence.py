@@ -42,9 +42,7 @@ class Piece:
 class Sequence:
     """A prompt, and its completion so far."""
 
-    def __init__(
-        self, index: int, prompt: list[int], stream: str, sampling: Sampling, draft_depth: int
-    ) -> None:
+    def __init__(self, index: int, prompt: list[int], stream: str, sampling: Sampling, draft_depth: int) -> None:
         self.index, self.prompt, self.sampling = index, prompt, sampling
         self.num_read = 0  # tokens of the prompt that the state holds
         # Python's generator: the same numbers on every platform and Python version
@@ -80,9 +78,7 @@ class Sequence:
         """Return the next numbers of this sequence's own stream, in [0, 1)."""
         return [self._random.random() for _ in range(count)]
 
-    def take(
-        self, tokens: list[int], logprobs: list[float], sampled_logprobs: list[float]
-    ) -> Piece:
+    def take(self, tokens: list[int], logprobs: list[float], sampled_logprobs: list[float]) -> Piece:
         """Append tokens up to the first that ends the completion."""
         done = self.completion
         limit = self.sampling.max_new_tokens - len(done.tokens)
@@ -108,10 +104,7 @@ def acceptance(completions: list[Completion]) -> list[tuple[int, int]]:
     if not completions:
         return []
     depths = range(len(completions[0].drafted))
-    return [
-        (sum(c.drafted[d] for c in completions), sum(c.accepted[d] for c in completions))
-        for d in depths
-    ]
+    return [(sum(c.drafted[d] for c in completions), sum(c.accepted[d] for c in completions)) for d in depths]
 
 
 def mean_accepted_length(completions: list[Completion]) -> float:

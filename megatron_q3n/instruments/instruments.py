@@ -14,9 +14,7 @@ from megatron_q3n.training.step import StepReport, evaluate
 class Instruments:
     """Measures a run at step 1 and every `instruments.interval_steps`; at other steps it does nothing at all."""
 
-    def __init__(
-        self, state: TrainState, keep_load: Callable[[int, Loads], None] = lambda *_: None
-    ) -> None:
+    def __init__(self, state: TrainState, keep_load: Callable[[int, Loads], None] = lambda *_: None) -> None:
         """Listen at the state's optimizer. `keep_load` is told (step, each layer's expert load) when measured."""
         self._state, self._keep_load = state, keep_load
         config = state.config
@@ -26,9 +24,7 @@ class Instruments:
         if self._settings.interval_steps:
             sums, maxima = zip(probes.tables(config), weights.tables(config))
             self._tally = Tally({**sums[0], **sums[1]}, {**maxima[0], **maxima[1]})
-            self._gradients = weights.GradientReader(
-                state.models, state.optimizer, self._layers, self._tally
-            )
+            self._gradients = weights.GradientReader(state.models, state.optimizer, self._layers, self._tally)
 
     def measures(self, step: int) -> bool:
         """Whether this step is looked at."""

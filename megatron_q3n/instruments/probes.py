@@ -80,9 +80,7 @@ def _draft_hook(tally: Tally) -> Callable[..., None]:
 
 def _attach(module: nn.Module, layer: int, tally: Tally, stack: ExitStack) -> None:
     if isinstance(module, GlobalBatchRouter | GatedDeltaNet):
-        tape = (RouterProbe if isinstance(module, GlobalBatchRouter) else DeltaProbe)(
-            module, layer, tally
-        )
+        tape = (RouterProbe if isinstance(module, GlobalBatchRouter) else DeltaProbe)(module, layer, tally)
         stack.callback(setattr, module, "tape", module.tape)
         module.tape = tape  # type: ignore[assignment]
     core = getattr(module, "core_attention", None)
@@ -137,9 +135,7 @@ class RouterProbe(RouteTape):
         super().__init__()
         self._below, self._layer, self._tally = router.tape, layer, tally
 
-    def run(
-        self, router: Any, logits: Tensor, probs: Tensor, used_map: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, router: Any, logits: Tensor, probs: Tensor, used_map: Tensor) -> tuple[Tensor, Tensor]:
         """Gather the entropy of one pass; a tape that was there goes on."""
         log_TE = torch.log_softmax(logits.reshape(-1, logits.shape[-1]).float(), dim=-1)
         entropy_T = -(log_TE.exp() * log_TE).sum(-1) / math.log(log_TE.shape[1])

@@ -76,10 +76,7 @@ def _gradients(tally: Tally, num_layers: int) -> Named:
 
 def _delta(tally: Tally, num_layers: int) -> Named:
     """Half-lives in tokens: of a layer the median over heads, of the model the shortest and longest head too."""
-    lives = {
-        layer: [_ratio(math.log(2), rate) for rate in rates]
-        for layer, rates in tally.means("decay").items()
-    }
+    lives = {layer: [_ratio(math.log(2), rate) for rate in rates] for layer, rates in tally.means("decay").items()}
     if not lives:
         return
     heads = [life for layer in lives.values() for life in layer]

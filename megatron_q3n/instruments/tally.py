@@ -45,17 +45,12 @@ class Tally:
     def means(self, name: str) -> dict[int, Any]:
         """Return sum over count of every place where something was counted. Waits for the device."""
         pairs = self.sums[name]
-        means, counts = (
-            (pairs[..., 0] / pairs[..., 1]).tolist(),
-            pairs[..., 1].reshape(len(pairs), -1).amax(1),
-        )
+        means, counts = ((pairs[..., 0] / pairs[..., 1]).tolist(), pairs[..., 1].reshape(len(pairs), -1).amax(1))
         return {place: means[place] for place, count in enumerate(counts.tolist()) if count}
 
 
 def _views(shapes: Shapes) -> tuple[Tensor, dict[str, Tensor]]:
     sizes = {name: prod(shape) for name, shape in shapes.items()}
-    buffer = torch.zeros(
-        sum(sizes.values()), dtype=torch.float64, device=torch.cuda.current_device()
-    )
+    buffer = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=torch.cuda.current_device())
     parts = buffer.split(list(sizes.values()))
     return buffer, {name: part.view(shapes[name]) for name, part in zip(shapes, parts)}

@@ -39,10 +39,7 @@ NORM_KINDS = {
 def tables(config: RunConfig) -> tuple[Shapes, Shapes]:
     """Return the shapes of the sums and maxima that are filled here."""
     layers = config.model.num_layers
-    return {"gradient": (layers + len(OTHER_PLACES),)}, {
-        "norm": (layers,),
-        "norm_kind": (len(NORM_KINDS),),
-    }
+    return {"gradient": (layers + len(OTHER_PLACES),)}, {"norm": (layers,), "norm_kind": (len(NORM_KINDS),)}
 
 
 def place_of(name: str, model: Any, num_layers: int) -> int:
@@ -82,9 +79,7 @@ def gather_norms(models: list[nn.Module], num_layers: int, tally: Tally) -> None
 class GradientReader:
     """Reads the optimizer's gradients by layer, once each time it is asked to."""
 
-    def __init__(
-        self, models: list[nn.Module], optimizer: Any, num_layers: int, tally: Tally
-    ) -> None:
+    def __init__(self, models: list[nn.Module], optimizer: Any, num_layers: int, tally: Tally) -> None:
         """Stand before the optimizer's `get_grad_norm`, which it calls once a step."""
         self._place = {
             id(weight): place_of(name, model, num_layers)

@@ -23,9 +23,7 @@ _BACKWARD = {"ROWS": 16, "STAGES": 2, "num_warps": 8}
 
 
 @triton.jit
-def _residual_norm_kernel(
-    x_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr
-):
+def _residual_norm_kernel(x_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr):
     h, t = tl.arange(0, BLOCK_H), tl.program_id(0).to(tl.int64)
     known = h < WIDTH
     weight = 1 + tl.load(weight_ptr + h, mask=known, other=0.0).to(tl.float32)
@@ -41,10 +39,24 @@ def _both_sums(a, b, c, d):
 
 @triton.jit
 def _residual_norm_backward_kernel(
-    x_ptr, weight_ptr, stream_ptr, d0_ptr, d1_ptr, d2_ptr, d3_ptr, dx_ptr, dweight_ptr, tokens, eps,
-    READERS: tl.constexpr, STREAM: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    stream_ptr,
+    d0_ptr,
+    d1_ptr,
+    d2_ptr,
+    d3_ptr,
+    dx_ptr,
+    dweight_ptr,
+    tokens,
+    eps,
+    READERS: tl.constexpr,
+    STREAM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     h = tl.arange(0, BLOCK_H)
     known = h < WIDTH
     weight = 1 + tl.load(weight_ptr + h, mask=known, other=0.0).to(tl.float32)
@@ -75,9 +87,7 @@ def residual_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """Return x / rms(x) · (1 + weight) [T,H] in x's format."""
     tokens, width = x_TH.shape
     out = torch.empty_like(x_TH)
-    _residual_norm_kernel[(tokens,)](
-        x_TH, weight_H, out, eps, **_blocks(width), num_warps=_FORWARD_WARPS
-    )
+    _residual_norm_kernel[(tokens,)](x_TH, weight_H, out, eps, **_blocks(width), num_warps=_FORWARD_WARPS)
     return out
 
 
@@ -94,9 +104,19 @@ def residual_norm_backward(
     shares = x_TH.new_empty(programs, width, dtype=torch.float32)
     readers = [*dnormed, *[None] * (MOST_READERS - len(dnormed))]
     _residual_norm_backward_kernel[(programs,)](
-        x_TH, weight_H, dstream_TH, *readers, dx, shares, tokens, eps,
-        READERS=len(dnormed), STREAM=dstream_TH is not None, **_blocks(width), **_BACKWARD,
-    )  # fmt: skip
+        x_TH,
+        weight_H,
+        dstream_TH,
+        *readers,
+        dx,
+        shares,
+        tokens,
+        eps,
+        READERS=len(dnormed),
+        STREAM=dstream_TH is not None,
+        **_blocks(width),
+        **_BACKWARD,
+    )
     return dx, shares.sum(0)
 
 

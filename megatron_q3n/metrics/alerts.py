@@ -20,9 +20,8 @@ from megatron_q3n.metrics.names import STEP
 WINDOW_STEPS = 100  # of losses that a new one is compared with
 MINIMUM_STEPS = 20  # before a spike is seen
 DEAD_STEPS = 20  # in a row
-QUARTILES_PER_DEVIATION = (
-    1.349  # of a normal distribution: quartile distance over standard deviation
-)
+# of a normal distribution: quartile distance over standard deviation
+QUARTILES_PER_DEVIATION = 1.349
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ _LEVELS = (
     ("attention sink", "sinks/first_token_max", "first_token_share", "share of attention on the first token:"),
     ("massive activations", "activations/max_over_median", "activation_over_median", "largest activation over median:"),
     ("norm scale", "norms/max", "norm_scale", "largest scale of a norm:"),
-)  # fmt: skip
+)
 # (kind, metric, below which it may grow as it likes, how the message begins). Every run grows out of its init: sinks
 # from an even spread, activations from a normal distribution's 5 over its median, norms from 1.
 _GROWING = (

@@ -32,9 +32,7 @@ class MetricsFile:
 
         Raises: UserError when the disk refuses.
         """
-        assert record[STEP] > self.last_step, (
-            f"step {record[STEP]} is not after step {self.last_step}"
-        )
+        assert record[STEP] > self.last_step, f"step {record[STEP]} is not after step {self.last_step}"
         plain = {name: value if math.isfinite(value) else None for name, value in record.items()}
         line = json.dumps(plain, allow_nan=False).encode() + b"\n"
         try:

@@ -20,9 +20,7 @@ class StepTimer:
     between two steps is counted to neither.
     """
 
-    def __init__(
-        self, window_steps: int = 50, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, window_steps: int = 50, clock: Callable[[], float] = time.perf_counter) -> None:
         assert window_steps > 0, window_steps
         self._clock = clock
         self._seconds: deque[float] = deque(maxlen=window_steps)
@@ -63,9 +61,7 @@ class StepTimer:
         return None if mean is None else mean * remaining_steps
 
 
-def throughput(
-    tokens: int, seconds: float, flops_per_token: float, peak_flops: float | None
-) -> dict[str, float]:
+def throughput(tokens: int, seconds: float, flops_per_token: float, peak_flops: float | None) -> dict[str, float]:
     """Return the throughput metrics of one step.
 
     Units: `tokens` over all ranks; `flops_per_token` forward and backward of the model's own arithmetic; `peak_flops`

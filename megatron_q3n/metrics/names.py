@@ -54,9 +54,7 @@ METRICS = (
     Metric("skipped_steps", "steps", "updates skipped so far: a gradient not finite", "progress"),
     Metric("roll_backs", "count", "returns to a checkpoint because of a bad step", "progress"),
     Metric("loss/train", "nats/token", "language-model loss of the global batch, alone", "loss"),
-    Metric(
-        "loss/mtp_<k>", "nats/token", "loss of multi-token prediction depth k, unscaled", "loss"
-    ),
+    Metric("loss/mtp_<k>", "nats/token", "loss of multi-token prediction depth k, unscaled", "loss"),
     Metric("loss/balance", "1", "expert balance loss, unscaled; 1.0 is perfectly even", "loss"),
     Metric("loss/validation", "nats/token", "language-model loss on held-out text", "loss", "min"),
     Metric("bits_per_byte/validation", "bits/byte", "the same per byte of text", "loss", "min"),
@@ -87,20 +85,12 @@ METRICS = (
     Metric(
         "throughput/slowest_over_median",
         "1",
-        "the slowest rank's own time per step over the median rank's, every "
-        "health.straggler_interval_steps",
+        "the slowest rank's own time per step over the median rank's, every health.straggler_interval_steps",
         "throughput",
     ),
     Metric("memory/peak_gib", "GiB", "peak memory of the fullest rank", "memory"),
-    Metric(
-        "experts/max_over_mean",
-        "1",
-        "fullest expert's tokens over the mean, worst layer",
-        "experts",
-    ),
-    Metric(
-        "experts/dead", "experts", "experts without a token in the batch, all layers", "experts"
-    ),
+    Metric("experts/max_over_mean", "1", "fullest expert's tokens over the mean, worst layer", "experts"),
+    Metric("experts/dead", "experts", "experts without a token in the batch, all layers", "experts"),
     *_by_layer(
         Metric("experts/max_over_mean", "1", "the same of one layer, or of MTP", "experts"),
         places=("layer_<k>", "mtp", "mtp_<k>"),
@@ -116,9 +106,7 @@ METRICS = (
         "router",
     ),
     Metric("router/entropy_min", "1", "the same, of the layer with the least", "router"),
-    *_by_layer(
-        Metric("router/entropy", "1", "the same of one layer, or of MTP", "router"), TRUNK_AND_MTP
-    ),
+    *_by_layer(Metric("router/entropy", "1", "the same of one layer, or of MTP", "router"), TRUNK_AND_MTP),
     Metric(
         "sinks/first_token",
         "1",
@@ -127,29 +115,16 @@ METRICS = (
         "sinks",
     ),
     Metric("sinks/first_token_max", "1", "the same, of the layer with most", "sinks"),
-    *_by_layer(
-        Metric("sinks/first_token", "1", "the same of one layer, or of MTP", "sinks"), TRUNK_AND_MTP
-    ),
-    Metric(
-        "activations/max",
-        "1",
-        "largest magnitude in the residual stream, of all layers",
-        "activations",
-    ),
+    *_by_layer(Metric("sinks/first_token", "1", "the same of one layer, or of MTP", "sinks"), TRUNK_AND_MTP),
+    Metric("activations/max", "1", "largest magnitude in the residual stream, of all layers", "activations"),
     Metric(
         "activations/max_over_median",
         "1",
         "a layer's largest magnitude over its median (over a token's channels, mean over tokens), worst layer",
         "activations",
     ),
-    *_by_layer(
-        Metric("activations/max", "1", "as it leaves one layer, or MTP's", "activations"),
-        TRUNK_AND_MTP,
-    ),
-    *_by_layer(
-        Metric("activations/max_over_median", "1", "of one layer, or MTP's", "activations"),
-        TRUNK_AND_MTP,
-    ),
+    *_by_layer(Metric("activations/max", "1", "as it leaves one layer, or MTP's", "activations"), TRUNK_AND_MTP),
+    *_by_layer(Metric("activations/max_over_median", "1", "of one layer, or MTP's", "activations"), TRUNK_AND_MTP),
     *_by_layer(
         Metric(
             "activations/rms",
@@ -159,16 +134,8 @@ METRICS = (
         ),
         TRUNK_AND_MTP,
     ),
-    Metric(
-        "norms/max",
-        "1",
-        "largest scale of any norm, 1 + weight where zero-centered, in magnitude",
-        "norms",
-    ),
-    *(
-        Metric(f"norms/max_{kind}", "1", f"the same {where}", "norms")
-        for kind, where in NORM_KINDS.items()
-    ),
+    Metric("norms/max", "1", "largest scale of any norm, 1 + weight where zero-centered, in magnitude", "norms"),
+    *(Metric(f"norms/max_{kind}", "1", f"the same {where}", "norms") for kind, where in NORM_KINDS.items()),
     *_by_layer(Metric("norms/max", "1", "the same of all norms in one layer", "norms")),
     *_by_layer(
         Metric(
@@ -217,96 +184,38 @@ METRICS = (
     Metric("acceptance/sampled_length", "tokens", "the same of drawn drafts", "acceptance"),
     Metric("loss/policy", "1", "policy loss, weighed as the algorithm normalises it", "policy"),
     Metric("reward/score", "1", "mean score of a rollout's answers", "reward"),
-    Metric(
-        "reward/reward",
-        "1",
-        "mean of what advantages are made of: scores and the penalty for length",
-        "reward",
-    ),
+    Metric("reward/reward", "1", "mean of what advantages are made of: scores and the penalty for length", "reward"),
     Metric("reward/full_marks", "1", "share of answers with a score of 1 or more", "reward", "max"),
-    Metric(
-        "reward/held_out", "1", "the same of the likeliest answers to held-out prompts", "reward"
-    ),
+    Metric("reward/held_out", "1", "the same of the likeliest answers to held-out prompts", "reward"),
     Metric("reward/even_groups", "1", "share of groups whose answers all got one score", "reward"),
-    Metric(
-        "reward/failures",
-        "answers",
-        "graders that hung or crashed, and answers without an answer",
-        "reward",
-    ),
+    Metric("reward/failures", "answers", "graders that hung or crashed, and answers without an answer", "reward"),
     Metric("rollout/length_mean", "tokens", "of an answer", "rollout"),
     Metric("rollout/length_max", "tokens", "of an answer", "rollout"),
     Metric("rollout/cut_off", "1", "share of answers that did not end by themselves", "rollout"),
-    Metric(
-        "rollout/groups_drawn",
-        "groups",
-        "prompts answered for the rollout, with those drawn anew",
-        "rollout",
-    ),
+    Metric("rollout/groups_drawn", "groups", "prompts answered for the rollout, with those drawn anew", "rollout"),
     Metric("rollout/seconds", "seconds", "answering and grading", "rollout"),
-    Metric(
-        "rollout/look_back_seconds",
-        "seconds",
-        "the trainer's and the reference's probabilities",
-        "rollout",
-    ),
+    Metric("rollout/look_back_seconds", "seconds", "the trainer's and the reference's probabilities", "rollout"),
     Metric("rl/ratio", "1", "mean importance ratio of the update's tokens", "policy"),
     Metric("rl/clipped", "1", "share of tokens whose ratio is clipped", "policy"),
-    Metric(
-        "rl/kl_to_old",
-        "nats/token",
-        "KL of the weights at the rollout's end from those updated",
-        "policy",
-    ),
-    Metric(
-        "rl/kl_to_reference",
-        "nats/token",
-        "KL from the weights the run began with; 0 without one",
-        "policy",
-    ),
+    Metric("rl/kl_to_old", "nats/token", "KL of the weights at the rollout's end from those updated", "policy"),
+    Metric("rl/kl_to_reference", "nats/token", "KL from the weights the run began with; 0 without one", "policy"),
     Metric("rl/entropy", "nats/token", "of the distribution each token was drawn from", "policy"),
     Metric("rl/importance", "1", "mean truncated weight from rollout to trainer", "policy"),
     Metric("rl/capped", "1", "share of tokens whose weight is cut off", "policy"),
-    Metric(
-        "rl/staleness_max",
-        "steps",
-        "optimizer steps since the weights that drew the oldest sample",
-        "policy",
-    ),
-    Metric(
-        "rl/mtp_gradient", "1", "largest gradient of an MTP parameter: 0, they sit out", "policy"
-    ),
-    Metric(
-        "rl/balance_in_loss", "1", "what the expert balance loss adds to the policy loss", "policy"
-    ),
-    Metric(
-        "mismatch/logprob_mean",
-        "nats",
-        "mean distance of rollout and trainer log probabilities",
-        "mismatch",
-    ),
+    Metric("rl/staleness_max", "steps", "optimizer steps since the weights that drew the oldest sample", "policy"),
+    Metric("rl/mtp_gradient", "1", "largest gradient of an MTP parameter: 0, they sit out", "policy"),
+    Metric("rl/balance_in_loss", "1", "what the expert balance loss adds to the policy loss", "policy"),
+    Metric("mismatch/logprob_mean", "nats", "mean distance of rollout and trainer log probabilities", "mismatch"),
     Metric("mismatch/logprob_max", "nats", "the largest", "mismatch"),
-    Metric(
-        "mismatch/kl", "nats/token", "KL of rollout and trainer on the drawn tokens", "mismatch"
-    ),
+    Metric("mismatch/kl", "nats/token", "KL of rollout and trainer on the drawn tokens", "mismatch"),
     Metric(
         "mismatch/chunks",
         "1",
         "relative difference of the delta rule by chunks from the recurrence, worst layer",
         "mismatch",
     ),
-    Metric(
-        "mismatch/routes_<k>",
-        "1",
-        "share of tokens the trainer would route otherwise, layer k",
-        "mismatch",
-    ),
-    Metric(
-        "mismatch/routes_used",
-        "1",
-        "share routed otherwise in training, worst layer; 0 with replay",
-        "mismatch",
-    ),
+    Metric("mismatch/routes_<k>", "1", "share of tokens the trainer would route otherwise, layer k", "mismatch"),
+    Metric("mismatch/routes_used", "1", "share routed otherwise in training, worst layer; 0 with replay", "mismatch"),
 )
 
 GROUPS = tuple(dict.fromkeys(metric.group for metric in METRICS))
@@ -317,10 +226,7 @@ STEP, TOKENS, TIME = "step", "tokens", "time"
 
 @cache
 def _patterns() -> tuple[tuple[re.Pattern[str], Metric], ...]:
-    return tuple(
-        (re.compile(re.escape(metric.name).replace(re.escape("<k>"), r"\d+")), metric)
-        for metric in METRICS
-    )
+    return tuple((re.compile(re.escape(metric.name).replace(re.escape("<k>"), r"\d+")), metric) for metric in METRICS)
 
 
 @cache
@@ -335,9 +241,7 @@ def check(name: str) -> Metric:
     Raises: AssertionError for a name that the table does not hold; the caller logs something undocumented.
     """
     metric = find(name)
-    assert metric is not None, (
-        f"metric {name!r} has no row in megatron_q3n/metrics/names.py; add one"
-    )
+    assert metric is not None, f"metric {name!r} has no row in megatron_q3n/metrics/names.py; add one"
     return metric
 
 

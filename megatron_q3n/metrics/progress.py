@@ -87,18 +87,14 @@ class Progress:
         grid.add_column(ratio=1)
         for _ in texts:
             grid.add_column(no_wrap=True)
-        bar = ProgressBar(
-            self._total_steps, self._step, complete_style="blue", finished_style="green"
-        )
+        bar = ProgressBar(self._total_steps, self._step, complete_style="blue", finished_style="green")
         grid.add_row(bar, *texts)
         yield grid
 
     def _texts_for(self, columns: int) -> list[Text]:
         parts: list[Part] = [(0, "", f"{self._step}/{self._total_steps}"), *self._parts()]
         while True:
-            texts = [
-                Text.assemble((f"{label} ".lstrip(), "dim"), value) for _, label, value in parts
-            ]
+            texts = [Text.assemble((f"{label} ".lstrip(), "dim"), value) for _, label, value in parts]
             used = sum(text.cell_len + 2 for text in texts)
             if used + MIN_BAR_COLUMNS <= columns or len(parts) == 1:
                 return texts

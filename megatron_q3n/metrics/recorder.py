@@ -32,15 +32,7 @@ class Recorder:
     first_step=S+1, and what an earlier process recorded after S is cut.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        config: RunConfig,
-        *,
-        first_step: int,
-        total_steps: int,
-        enabled: bool,
-    ) -> None:
+    def __init__(self, run_dir: Path, config: RunConfig, *, first_step: int, total_steps: int, enabled: bool) -> None:
         """Open the sinks.
 
         Raises: UserError for a directory that cannot be written or a wandb mode that cannot be had.

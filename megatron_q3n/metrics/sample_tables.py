@@ -14,9 +14,19 @@ from typing import Any
 FOLDER = "samples"
 HELD_OUT, ROLLOUT = "held_out", "after_step"
 COLUMNS = (
-    "prompt", "member", "question", "answer", "text", "score", "reward", "advantage", "tokens", "finish_reason",
-    "failure", "policy_version",
-)  # fmt: skip
+    "prompt",
+    "member",
+    "question",
+    "answer",
+    "text",
+    "score",
+    "reward",
+    "advantage",
+    "tokens",
+    "finish_reason",
+    "failure",
+    "policy_version",
+)
 MAX_ROWS = 64
 ROLLOUT_INTERVAL_STEPS = 20  # between the rollouts that are shown; all are kept
 Rows = list[list[Any]]

@@ -104,10 +104,7 @@ class WandbSink:
         """Return the tables of samples that belong to a record."""
         found = sample_tables.tables_at(self._records.parent, int(record[STEP]))
         columns = list(sample_tables.COLUMNS)
-        return {
-            name: _quiet_wandb().Table(columns=columns, data=rows, allow_mixed_types=True)
-            for name, rows in found
-        }
+        return {name: _quiet_wandb().Table(columns=columns, data=rows, allow_mixed_types=True) for name, rows in found}
 
 
 def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Note) -> WandbSink | None:
@@ -124,9 +121,7 @@ def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Note) -> Wa
         note(f"wandb: offline; to upload: wandb sync {run_dir}/wandb/*run-*")
         return WandbSink(run, records, held_offline(run_dir, note), note)
     note(f"wandb: {run.url}")
-    return WandbSink(
-        run, records, run.starting_step - 1, note
-    )  # the server goes on after its last step
+    return WandbSink(run, records, run.starting_step - 1, note)  # the server goes on after its last step
 
 
 def installed() -> bool:

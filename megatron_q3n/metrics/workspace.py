@@ -39,10 +39,7 @@ def sections() -> dict[str, list[Any]]:
     """Return the panels of each section; the table's metrics that the report has no panel for come last."""
     import wandb_workspaces.reports.v2 as wr  # late, as above
 
-    found = {
-        section: [_plot(panel) for panel in PANELS if panel.section == section]
-        for section in SECTIONS
-    }
+    found = {section: [_plot(panel) for panel in PANELS if panel.section == section] for section in SECTIONS}
     found[EXPERTS].append(wr.MediaBrowser(title="Expert load", media_keys=[EXPERT_LOAD_PICTURE]))
     covered = {metric for panel in PANELS for metric in panel.metrics}
     rest = [m for m in names.METRICS if m.name not in covered and m.group != "progress"]
@@ -57,11 +54,7 @@ def _plot(panel: Panel) -> Any:
     if any("<k>" in metric for metric in panel.metrics):
         how = {"metric_regex": pattern(panel.metrics)}
     if panel.noisy:
-        how |= {
-            "smoothing_type": "gaussian",
-            "smoothing_factor": 5,
-            "smoothing_show_original": True,
-        }
+        how |= {"smoothing_type": "gaussian", "smoothing_factor": 5, "smoothing_show_original": True}
     return wr.LinePlot(
         title=panel.title,
         x=TOKENS,

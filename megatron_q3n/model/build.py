@@ -33,9 +33,7 @@ def build_model(config: RunConfig, backend_name: str, groups: Any) -> list[Qwen3
     """Build this rank's model chunks (one, or one per virtual pipeline stage), initialised from the seed."""
     megatron = transformer_config(config, backend_name)
     if config.model.mtp_num_layers:
-        megatron.mtp_losses = MTPLosses(
-            config.model.mtp_num_layers, config.mtp, config.training.steps
-        )
+        megatron.mtp_losses = MTPLosses(config.model.mtp_num_layers, config.mtp, config.training.steps)
     spec = stack_spec(config, backend_named(backend_name))
     rank, stages = groups.pp.rank(), config.parallel.num_stages
     pipeline_size = config.parallel.pipeline_model_parallel_size
@@ -67,10 +65,13 @@ def build_model(config: RunConfig, backend_name: str, groups: Any) -> list[Qwen3
 def transformer_config(config: RunConfig, backend_name: str) -> TransformerConfig:
     """Translate our settings into megatron-core's; `model.megatron` has the last word on everything else."""
     fields = {
-        **_architecture(config), **_layout(config), **_numerics(config), **_recompute(config),
+        **_architecture(config),
+        **_layout(config),
+        **_numerics(config),
+        **_recompute(config),
         **_fusions(backend_name),
         **config.model.megatron,
-    }  # fmt: skip
+    }
     return TransformerConfig(**fields)
 
 
@@ -208,9 +209,7 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 def _check_built(model: Qwen3NextModel, config: RunConfig, is_last: bool) -> None:
     """HybridModel leaves MTP out without a word if pattern and mtp_num_layers disagree; and these must be fp32."""
-    assert model.mtp_process == (is_last and config.model.mtp_num_layers > 0), (
-        "MTP was not built where it belongs"
-    )
+    assert model.mtp_process == (is_last and config.model.mtp_num_layers > 0), "MTP was not built where it belongs"
     for name, parameter in model.named_parameters():
         if name.endswith(("A_log", "dt_bias", "out_norm.weight")):
             assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"

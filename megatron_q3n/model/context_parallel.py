@@ -39,9 +39,7 @@ def zigzag_indices(cu_seqlens: Tensor | None, tokens: int, size: int) -> Tensor:
     return torch.stack([torch.cat(parts) for parts in by_rank])
 
 
-def slice_for_rank(
-    tensors: dict[str, Tensor], cu_seqlens: Tensor | None, group: Any
-) -> dict[str, Tensor]:
+def slice_for_rank(tensors: dict[str, Tensor], cu_seqlens: Tensor | None, group: Any) -> dict[str, Tensor]:
     """Keep this rank's tokens of [B,T] tensors."""
     if group.size() == 1:
         return tensors

@@ -31,10 +31,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.ssm.gated_delta_net.common import (
-    _build_head_perm_for_split_sections,
-    get_parameter_local_cp,
-)
+from megatron.core.ssm.gated_delta_net.common import _build_head_perm_for_split_sections, get_parameter_local_cp
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -43,12 +40,7 @@ from torch import Tensor, nn
 
 from megatron_q3n.kernels.gated_delta import backend as delta_rule_backend
 from megatron_q3n.kernels.gated_delta.causal_conv import next_conv_state
-from megatron_q3n.kernels.gated_delta.mixer import (
-    DeltaHeads,
-    DeltaWeights,
-    delta_mixer,
-    delta_rule_inputs,
-)
+from megatron_q3n.kernels.gated_delta.mixer import DeltaHeads, DeltaWeights, delta_mixer, delta_rule_inputs
 from megatron_q3n.kernels.norms import gated_rms_norm
 from megatron_q3n.model.context_parallel import (
     heads_for_sequence,
@@ -107,9 +99,8 @@ class GatedDeltaNet(MegatronModule):
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         tp, cp = self.tp_group.size(), self.cp_group.size()
         self.passes_state = passes_state and cp > 1
-        self.tape: Any = (
-            None  # `heard(rule)` sees what a forward pass puts into the rule, and its states
-        )
+        # `heard(rule)` sees what a forward pass puts into the rule, and its states
+        self.tape: Any = None
         self.key_head_dim = config.linear_key_head_dim
         self.value_head_dim = config.linear_value_head_dim
         self.taps = config.linear_conv_kernel_dim
@@ -121,51 +112,53 @@ class GatedDeltaNet(MegatronModule):
         spread = tp if passes_state else tp * cp
         assert config.linear_num_key_heads % spread == 0, "the configuration refuses this"
 
-        def linear(
-            spec: ModuleSpec | type, inputs: int, outputs: int, part: str, **options: Any
-        ) -> nn.Module:
+        def linear(spec: ModuleSpec | type, inputs: int, outputs: int, part: str, **options: Any) -> nn.Module:
             return build_module(
-                spec, inputs, outputs, config=config, bias=False, is_expert=False, tp_group=self.tp_group,
-                name=f"{name}.{part}" if name else None, **options,
-            )  # fmt: skip
+                spec,
+                inputs,
+                outputs,
+                config=config,
+                bias=False,
+                is_expert=False,
+                tp_group=self.tp_group,
+                name=f"{name}.{part}" if name else None,
+                **options,
+            )
 
         column = {"init_method": config.init_method, "gather_output": False, "skip_bias_add": False}
         hidden = config.hidden_size
         self.in_proj = linear(
-            submodules.in_proj, hidden, 2 * key_dim + 2 * value_dim, "in_proj", **column,
-            tp_comm_buffer_name="gdn_in",
-        )  # fmt: skip
+            submodules.in_proj, hidden, 2 * key_dim + 2 * value_dim, "in_proj", **column, tp_comm_buffer_name="gdn_in"
+        )
         self.beta_alpha_proj = linear(
             submodules.beta_alpha_proj, hidden, 2 * config.linear_num_value_heads, "beta_alpha_proj", **column
-        )  # fmt: skip
+        )
         self._make_vectors(config, time_step_init)
         # published as 1 + weight: in bf16 the difference would lose bits
-        self.out_norm = ZeroCenteredRMSNorm(
-            config, self.value_head_dim, config.layernorm_epsilon, dtype=torch.float32
-        )
+        self.out_norm = ZeroCenteredRMSNorm(config, self.value_head_dim, config.layernorm_epsilon, dtype=torch.float32)
         self.out_proj = linear(
-            submodules.out_proj, value_dim, hidden, "out_proj", init_method=config.output_layer_init_method,
-            input_is_parallel=True, skip_bias_add=True, tp_comm_buffer_name="gdn_out",
-        )  # fmt: skip
+            submodules.out_proj,
+            value_dim,
+            hidden,
+            "out_proj",
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="gdn_out",
+        )
 
-    def _make_vectors(
-        self, config: TransformerConfig, time_step_init: tuple[float, float] | None
-    ) -> None:
+    def _make_vectors(self, config: TransformerConfig, time_step_init: tuple[float, float] | None) -> None:
         """Make and initialise the convolution, A_log and dt_bias, inside the tensor-parallel RNG."""
         device = torch.cuda.current_device()
         channels = 2 * self.key_dim + self.value_dim
         self.conv1d = _ConvWeight(channels, self.taps, config.params_dtype, device)
         self.A_log = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32, device=device))
-        self.dt_bias = nn.Parameter(
-            torch.ones(self.value_heads, dtype=torch.float32, device=device)
-        )
+        self.dt_bias = nn.Parameter(torch.ones(self.value_heads, dtype=torch.float32, device=device))
         for parameter in (self.conv1d.weight, self.A_log, self.dt_bias):
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         if config.perform_initialization:
             with get_cuda_rng_tracker().fork(), torch.no_grad():
-                bound = (
-                    self.taps**-0.5
-                )  # torch's default for a depthwise convolution with this fan-in
+                bound = self.taps**-0.5  # torch's default for a depthwise convolution with this fan-in
                 self.conv1d.weight.uniform_(-bound, bound)
                 # A ~ U(0, 16) as the released model's code; away from 0, whose log is -inf
                 self.A_log.uniform_(1e-4, 16).log_()
@@ -236,18 +229,12 @@ class GatedDeltaNet(MegatronModule):
             return self._mix_chunks(qkvz_TBX, beta_alpha_TBX, cu_seqlens), None
         return self._mix_heads(qkvz_TBX, beta_alpha_TBX, cu_seqlens), None
 
-    def _mix_rows(
-        self, qkvz_TBX: Tensor, beta_alpha_TBX: Tensor, cu_seqlens: Tensor | None
-    ) -> Tensor:
+    def _mix_rows(self, qkvz_TBX: Tensor, beta_alpha_TBX: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Mix rows that are whole, from zero states. Returns [T,B,Hv·V] gated and normed."""
-        rule = partial(
-            delta_rule_backend.gated_delta_rule,
-            chunk_size=self.chunk_size,
-            output_final_state=False,
-        )
+        rule = partial(delta_rule_backend.gated_delta_rule, chunk_size=self.chunk_size, output_final_state=False)
         return delta_mixer(
             qkvz_TBX, beta_alpha_TBX, self._local_weights(), self._heads(), self._heard(rule), cu_seqlens
-        )  # fmt: skip
+        )
 
     def _mix_from_state(
         self,
@@ -260,44 +247,34 @@ class GatedDeltaNet(MegatronModule):
         """Continue `state` (zero where None) and hand on the new one if asked."""
         conv_state, delta_state = (None, None) if state is None else (state.conv, state.delta)
         qkv, z, inputs = delta_rule_inputs(
-            qkvz_TBX.transpose(0, 1), beta_alpha_TBX.transpose(0, 1),
-            self._local_weights(), self._heads(), conv_state, cu_seqlens,
-        )  # fmt: skip
+            qkvz_TBX.transpose(0, 1),
+            beta_alpha_TBX.transpose(0, 1),
+            self._local_weights(),
+            self._heads(),
+            conv_state,
+            cu_seqlens,
+        )
         output, delta = delta_rule_backend.gated_delta_rule(
-            *inputs,
-            initial_state_DHKV=delta_state,
-            cu_seqlens=cu_seqlens,
-            chunk_size=self.chunk_size,
+            *inputs, initial_state_DHKV=delta_state, cu_seqlens=cu_seqlens, chunk_size=self.chunk_size
         )
         gated = gated_rms_norm(output, z, self.out_norm.weight, self.config.layernorm_epsilon)
         new_state = None
         if return_state:
-            conv = next_conv_state(
-                qkv, self.taps, initial_state_DCK=conv_state, cu_seqlens=cu_seqlens
-            )
+            conv = next_conv_state(qkv, self.taps, initial_state_DCK=conv_state, cu_seqlens=cu_seqlens)
             assert delta is not None
             new_state = GatedDeltaNetState(conv, delta)
         return gated.flatten(2).transpose(0, 1).contiguous(), new_state
 
-    def _mix_heads(
-        self, qkvz_SBX: Tensor, beta_alpha_SBX: Tensor, cu_seqlens: Tensor | None
-    ) -> Tensor:
+    def _mix_heads(self, qkvz_SBX: Tensor, beta_alpha_SBX: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Context parallelism by heads: all-to-all to whole rows of a share of the heads, and back."""
         rows = []
-        for x, sections in (
-            (qkvz_SBX, self.qkvz_sections),
-            (beta_alpha_SBX, (self.value_heads,) * 2),
-        ):
-            order = _build_head_perm_for_split_sections(
-                sections, self.cp_group.size(), torch.cuda.current_device()
-            )
+        for x, sections in ((qkvz_SBX, self.qkvz_sections), (beta_alpha_SBX, (self.value_heads,) * 2)):
+            order = _build_head_perm_for_split_sections(sections, self.cp_group.size(), torch.cuda.current_device())
             rows.append(heads_for_sequence(x.index_select(-1, order), cu_seqlens, self.cp_group))
         gated = self._mix_rows(rows[0], rows[1], cu_seqlens)
         return sequence_for_heads(gated, cu_seqlens, self.cp_group)
 
-    def _mix_chunks(
-        self, qkvz_SBX: Tensor, beta_alpha_SBX: Tensor, cu_seqlens: Tensor | None
-    ) -> Tensor:
+    def _mix_chunks(self, qkvz_SBX: Tensor, beta_alpha_SBX: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Context parallelism along the sequence: every rank keeps its chunks and all its heads.
 
         What enters a chunk, the convolution's last inputs and the delta state, is worked out from
@@ -305,17 +282,11 @@ class GatedDeltaNet(MegatronModule):
         """
         local, rows = qkvz_SBX.shape[:2]
         bounds = local_segments(cu_seqlens, rows, local, self.cp_group.size()).to(qkvz_SBX.device)
-        qkvz, beta_alpha = (
-            x.transpose(0, 1).reshape(1, rows * local, -1) for x in (qkvz_SBX, beta_alpha_SBX)
-        )
+        qkvz, beta_alpha = (x.transpose(0, 1).reshape(1, rows * local, -1) for x in (qkvz_SBX, beta_alpha_SBX))
         qkv = qkvz[..., : sum(self.qkvz_sections[:3])]
         halo = inputs_before_chunks(qkv, self.taps, bounds, self.cp_group)
-        _, z, inputs = delta_rule_inputs(
-            qkvz, beta_alpha, self._local_weights(), self._heads(), halo, bounds
-        )
-        rule = partial(
-            delta_rule_backend.gated_delta_rule, cu_seqlens=bounds, chunk_size=self.chunk_size
-        )
+        _, z, inputs = delta_rule_inputs(qkvz, beta_alpha, self._local_weights(), self._heads(), halo, bounds)
+        rule = partial(delta_rule_backend.gated_delta_rule, cu_seqlens=bounds, chunk_size=self.chunk_size)
         states = states_before_chunks(rule, inputs, self.cp_group)
         output, _ = self._heard(rule)(*inputs, initial_state_DHKV=states)
         gated = gated_rms_norm(output, z, self.out_norm.weight, self.config.layernorm_epsilon)
@@ -345,27 +316,16 @@ class GatedDeltaNet(MegatronModule):
         return DeltaWeights(conv.squeeze(1), a_log, dt_bias, self.out_norm.weight)
 
     def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple = (),
-        metadata: dict | None = None,
-        **_: object,
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None, **_: object
     ) -> dict[str, Any]:
         """Describe the parameters to dist_checkpointing: q, k, v, z (and β, α) as sections of their
         own, so that a checkpoint can be cut anew for another tensor-parallel size."""
         sharded = sharded_parameters(
-            self,
-            prefix,
-            sharded_offsets,
-            metadata,
-            self.tp_group,
-            {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0},
+            self, prefix, sharded_offsets, metadata, self.tp_group, {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0}
         )
         names = ["query", "key", "value", "z"]
         shard_by_section(sharded, f"{prefix}in_proj.weight", self.qkvz_sections, names)
-        shard_by_section(
-            sharded, f"{prefix}beta_alpha_proj.weight", (self.value_heads,) * 2, ["beta", "alpha"]
-        )
+        shard_by_section(sharded, f"{prefix}beta_alpha_proj.weight", (self.value_heads,) * 2, ["beta", "alpha"])
         shard_by_section(sharded, f"{prefix}conv1d.weight", self.qkvz_sections[:3], names[:3])
         return sharded
 

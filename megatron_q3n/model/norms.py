@@ -29,9 +29,7 @@ class ZeroCenteredRMSNorm(nn.Module):
         assert config.normalization == "RMSNorm"
         self.eps = eps
         device = torch.cuda.current_device()
-        self.weight = nn.Parameter(
-            torch.zeros(hidden_size, dtype=dtype or config.params_dtype, device=device)
-        )
+        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=dtype or config.params_dtype, device=device))
         # every tensor-parallel rank sees other tokens (or heads): finalize_model_grads sums what carries this mark
         self.weight.sequence_parallel = config.sequence_parallel
 

@@ -35,22 +35,17 @@ def sharded_parameters(
         if name in tensor_parallel_axes
     }
     sharded = make_sharded_tensors_for_checkpoint(
-        own, prefix, tensor_parallel_axes, sharded_offsets,
-        tp_group=tp_group, dp_cp_group=metadata["dp_cp_group"],
-    )  # fmt: skip
+        own, prefix, tensor_parallel_axes, sharded_offsets, tp_group=tp_group, dp_cp_group=metadata["dp_cp_group"]
+    )
     for name, child in module.named_children():
         if not any(key.startswith(f"{name}.") for key in own):
             sharded.update(
-                sharded_state_dict_default(
-                    child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group
-                )
+                sharded_state_dict_default(child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group)
             )
     return sharded
 
 
-def shard_by_section(
-    sharded: dict[str, Any], key: str, sections: Sequence[int], names: Sequence[str]
-) -> None:
+def shard_by_section(sharded: dict[str, Any], key: str, sections: Sequence[int], names: Sequence[str]) -> None:
     """Replace one row-sharded tensor by its named sections, each cut over tensor-parallel ranks by itself."""
     sharded[key] = _split_tensor_factory(sharded[key], list(sections), list(names), 0)
 
@@ -67,22 +62,14 @@ def stacked_experts(
     rank, size = etp_group.rank(), etp_group.size()
     replica = (0, 0, edp_rank)
     if cut == "inputs":
-        return ShardedTensor.from_rank_offsets(
-            key, weight, experts, (2, rank, size), replica_id=replica
-        )
+        return ShardedTensor.from_rank_offsets(key, weight, experts, (2, rank, size), replica_id=replica)
     assert cut == "gated_outputs"
 
-    def build(
-        name: str, data: torch.Tensor, replica_id: Any, flattened_range: Any
-    ) -> list[ShardedTensor]:
+    def build(name: str, data: torch.Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
         assert flattened_range is None
         return [
             ShardedTensor.from_rank_offsets(
-                name,
-                half.contiguous(),
-                experts,
-                (1, offset + rank, 2 * size),
-                replica_id=replica_id,
+                name, half.contiguous(), experts, (1, offset + rank, 2 * size), replica_id=replica_id
             )
             for half, offset in zip(data.chunk(2, dim=1), (0, size))
         ]

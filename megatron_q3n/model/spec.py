@@ -53,9 +53,7 @@ class Backend:
 def backend_named(name: str) -> Backend:
     """Return the classes of "torch" or "transformer_engine"."""
     if name == "torch":
-        return Backend(
-            ZeroCenteredRMSNorm, ColumnParallelLinear, RowParallelLinear, TorchCausalAttention
-        )
+        return Backend(ZeroCenteredRMSNorm, ColumnParallelLinear, RowParallelLinear, TorchCausalAttention)
     assert name == "transformer_engine"
     from megatron.core.extensions.transformer_engine import (  # late: needs TransformerEngine
         TEColumnParallelLinear,
@@ -95,9 +93,7 @@ def _mixer_layer(mixer: ModuleSpec, config: RunConfig, backend: Backend) -> Modu
     return ModuleSpec(
         module=MixerSublayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=_head_norm(config, backend),
-            self_attention=mixer,
-            self_attn_bda=get_bias_dropout_add,
+            input_layernorm=_head_norm(config, backend), self_attention=mixer, self_attn_bda=get_bias_dropout_add
         ),
     )
 
@@ -129,10 +125,7 @@ def _gated_attention(config: RunConfig, backend: Backend) -> ModuleSpec:
     variant = needs_variant(config.model)
     return ModuleSpec(
         module=VariantAttention if variant else GatedAttention,
-        params={
-            "attn_mask_type": AttnMaskType.causal,
-            **({"model": config.model} if variant else {}),
-        },
+        params={"attn_mask_type": AttnMaskType.causal, **({"model": config.model} if variant else {})},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_linear,
             core_attention=backend.core_attention,
@@ -172,6 +165,5 @@ def _mtp(backend: Backend) -> ModuleSpec:
         ),
     )
     return ModuleSpec(
-        module=MultiTokenPredictionBlock,
-        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer]),
+        module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer])
     )

@@ -43,9 +43,7 @@ class MoESublayer(MoETransformerLayer):
     HybridStack 0.19.2 tells the attention slot but not this one (hybrid_block.py:182-192); its name says it.
     """
 
-    def __init__(
-        self, *args: Any, name: str | None = None, is_mtp_layer: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, *args: Any, name: str | None = None, is_mtp_layer: bool = False, **options: Any) -> None:
         inside_mtp = is_mtp_layer or (name or "").startswith("mtp")
         super().__init__(*args, name=name, is_mtp_layer=inside_mtp, **options)
 

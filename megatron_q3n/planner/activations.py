@@ -74,10 +74,7 @@ class Local:
     def of(cls, config: RunConfig) -> "Local":
         """Derive the sizes from a run."""
         parallel, training = config.parallel, config.training
-        ranks, expert_ranks = (
-            parallel.tensor_model_parallel_size,
-            parallel.expert_tensor_parallel_size,
-        )
+        ranks, expert_ranks = (parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size)
         whole = training.micro_batch_size * training.sequence_length
         tokens = whole / parallel.context_parallel_size
         shard = tokens / ranks
@@ -219,10 +216,7 @@ def head(config: RunConfig) -> Footprint:
     model, at = config.model, Local.of(config)
     logits = at.tokens * model.vocab_size / at.tensor_ranks
     return Footprint(
-        (
-            Saved("normed hidden state", 2 * at.hidden(model)),
-            Saved("softmax", logits * _FP32),
-        ),
+        (Saved("normed hidden state", 2 * at.hidden(model)), Saved("softmax", logits * _FP32)),
         transient=logits * at.value,
     )
 

@@ -10,13 +10,7 @@ from dataclasses import dataclass
 import psutil
 
 from megatron_q3n.config import RunConfig
-from megatron_q3n.config.sizes import (
-    FlopCount,
-    ParameterCount,
-    flops_per_token,
-    parameters,
-    pipeline_segments,
-)
+from megatron_q3n.config.sizes import FlopCount, ParameterCount, flops_per_token, parameters, pipeline_segments
 from megatron_q3n.planner.recompute import Need, end_need, segment_need
 from megatron_q3n.planner.schedule import in_flight
 from megatron_q3n.planner.states import Held, StateBytes, held_parameters, state_bytes

@@ -17,13 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_q3n.config import RunConfig
-from megatron_q3n.config.sizes import (
-    Weight,
-    embedding_weights,
-    head_weights,
-    mtp_weights,
-    sublayer_weights,
-)
+from megatron_q3n.config.sizes import Weight, embedding_weights, head_weights, mtp_weights, sublayer_weights
 
 _FP32 = 4
 _MOMENTS = 2 * _FP32
@@ -101,9 +95,7 @@ def state_bytes(config: RunConfig, held: Held) -> StateBytes:
 
 def optimizer_shards(config: RunConfig) -> tuple[int, int]:
     """Return over how many ranks the optimizer state of dense weights and of experts is cut."""
-    return config.data_parallel_size * config.parallel.context_parallel_size, expert_replicas(
-        config
-    )
+    return config.data_parallel_size * config.parallel.context_parallel_size, expert_replicas(config)
 
 
 def expert_replicas(config: RunConfig) -> int:

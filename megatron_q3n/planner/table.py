@@ -12,18 +12,7 @@ from megatron_q3n.planner.activations import EXPERT_IMBALANCE
 from megatron_q3n.planner.plan import GIB, Plan, StageMemory
 from megatron_q3n.planner.plan import plan as make_plan
 
-_COLUMNS = (
-    "stage",
-    "layers",
-    "in flight",
-    "params",
-    "weights",
-    "grads",
-    "optim",
-    "activ",
-    "work",
-    "total",
-)
+_COLUMNS = ("stage", "layers", "in flight", "params", "weights", "grads", "optim", "activ", "work", "total")
 _MAY_WRAP = ("layers", "in flight")  # one number per model chunk
 
 
@@ -137,14 +126,7 @@ def _memory_table(plan: Plan) -> Table:
 
 def _cells(stage: StageMemory) -> list[str]:
     states = stage.states
-    amounts = (
-        states.weights,
-        states.gradients,
-        states.optimizer,
-        stage.activations,
-        stage.working,
-        stage.total,
-    )
+    amounts = (states.weights, states.gradients, states.optimizer, stage.activations, stage.working, stage.total)
     return [
         str(stage.rank),
         "+".join(str(len(segment)) for segment in stage.segments),

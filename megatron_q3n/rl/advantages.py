@@ -12,9 +12,7 @@ import numpy as np
 EPSILON = 1e-6  # so that a group without a difference gets 0 and not a division by 0
 
 
-def group_advantages(
-    rewards_N: np.ndarray, group_N: np.ndarray, scale: Literal["std", "none"]
-) -> np.ndarray:
+def group_advantages(rewards_N: np.ndarray, group_N: np.ndarray, scale: Literal["std", "none"]) -> np.ndarray:
     """Centre each group's rewards; with "std" divide them by their (population) standard deviation.
 
     Returns: fp64 [N].
@@ -29,9 +27,7 @@ def group_advantages(
     return advantages
 
 
-def overlong_penalties(
-    lengths_N: np.ndarray, longest: int, buffer: int, penalty: float
-) -> np.ndarray:
+def overlong_penalties(lengths_N: np.ndarray, longest: int, buffer: int, penalty: float) -> np.ndarray:
     """Return what is added to the rewards of long answers: 0 up to longest - buffer, then falling to -penalty.
 
     Reference: DAPO, equation 13.

@@ -65,9 +65,7 @@ class AnswerServer(ThreadingHTTPServer):
         )
         asked = [prompt for prompt in prompts for _ in range(count)]
         with self._one_at_a_time:
-            done = generate(
-                self._model, asked, sampling, seed=[f"{seed}.{i}" for i in range(len(asked))]
-            )
+            done = generate(self._model, asked, sampling, seed=[f"{seed}.{i}" for i in range(len(asked))])
         choices = [
             {
                 "index": index,
@@ -117,10 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"error": {"message": f"there is no {self.path}"}})
 
     def do_POST(self) -> None:  # its name is the library's
-        known = {
-            "/v1/completions": self.server.complete,
-            "/update_weights_from_disk": self.server.update_weights,
-        }
+        known = {"/v1/completions": self.server.complete, "/update_weights_from_disk": self.server.update_weights}
         if self.path not in known:
             self._send(404, {"error": {"message": f"there is no {self.path}"}})
             return

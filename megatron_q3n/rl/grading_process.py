@@ -33,9 +33,7 @@ def main() -> int:
 def _graded(grader: Grader, answer: str, grading: dict) -> dict:
     try:
         score = float(grader(answer, grading))
-    except (
-        Exception
-    ) as error:  # a grader is anybody's code: whatever it raises costs this one answer
+    except Exception as error:  # a grader is anybody's code: whatever it raises costs this one answer
         return {"error": f"{type(error).__name__}: {error}"}
     return {"score": score} if math.isfinite(score) else {"error": f"a score of {score}"}
 

@@ -49,9 +49,7 @@ class HttpEngine:
 
     def answer(self, prompts: list[Prompt], samples_per_prompt: int) -> list[Sample]:
         """Return every prompt's samples."""
-        return self._from_leader(
-            lambda: self._ask_all(prompts, samples_per_prompt, self._settings.temperature)
-        )
+        return self._from_leader(lambda: self._ask_all(prompts, samples_per_prompt, self._settings.temperature))
 
     def answer_greedily(self, prompts: list[Prompt]) -> list[Sample]:
         """Return the likeliest answer to each prompt."""
@@ -68,15 +66,10 @@ class HttpEngine:
     def _ask_all(self, prompts: list[Prompt], count: int, temperature: float) -> list[Sample]:
         parts = list(itertools.batched(prompts, PROMPTS_PER_REQUEST))
         with ThreadPoolExecutor(len(self._settings.urls) * 4) as threads:
-            found = threads.map(
-                lambda part: self._ask(part[0], list(part[1]), count, temperature),
-                enumerate(parts),
-            )
+            found = threads.map(lambda part: self._ask(part[0], list(part[1]), count, temperature), enumerate(parts))
             return [sample for samples in found for sample in samples]
 
-    def _ask(
-        self, number: int, prompts: list[Prompt], count: int, temperature: float
-    ) -> list[Sample]:
+    def _ask(self, number: int, prompts: list[Prompt], count: int, temperature: float) -> list[Sample]:
         """Answer some prompts by one request."""
         request = {
             "model": "policy",
@@ -136,9 +129,7 @@ class HttpEngine:
         root, word = url.rstrip("/").removesuffix("/v1"), ""
         for _, pause in zip(range(self._settings.attempts), _pauses()):
             try:
-                reply = self._client.post(
-                    f"{root}/update_weights_from_disk", json={"model_path": str(folder)}
-                )
+                reply = self._client.post(f"{root}/update_weights_from_disk", json={"model_path": str(folder)})
                 reply.raise_for_status()
                 return
             except httpx.HTTPError as error:

@@ -17,12 +17,7 @@ import torch
 
 from megatron_q3n.config.rl import RlConfig
 from megatron_q3n.data.tokenizer import TextTokenizer
-from megatron_q3n.rl.advantages import (
-    even_groups,
-    group_advantages,
-    overlong_penalties,
-    token_weights,
-)
+from megatron_q3n.rl.advantages import even_groups, group_advantages, overlong_penalties, token_weights
 from megatron_q3n.rl.mismatch import Mismatch, score
 from megatron_q3n.rl.policy_batch import PolicyBatch, policy_rows, share_of
 from megatron_q3n.rl.policy_pass import SUMS, PolicyPass, taped
@@ -140,9 +135,7 @@ class RlLoop:
             random.Random(f"{self.seed}.{samples[0].name}").shuffle(dealt)
             rewards = np.array(dealt)
         longest, buffer = rl.rollout.max_new_tokens, rl.overlong_buffer_tokens
-        rewards = rewards + overlong_penalties(
-            _lengths(samples), longest, buffer, rl.overlong_penalty
-        )
+        rewards = rewards + overlong_penalties(_lengths(samples), longest, buffer, rl.overlong_penalty)
         advantages = group_advantages(rewards, _groups(samples), rl.rules.advantage_scale)
         for sample, reward, advantage in zip(samples, rewards, advantages):
             sample.reward, sample.advantage = float(reward), float(advantage)
@@ -223,9 +216,7 @@ class RlLoop:
         """The run's seed."""
         return self.state.config.training.seed
 
-    def _score(
-        self, samples: list[Sample], *, measures: bool = True
-    ) -> tuple[list[np.ndarray], Mismatch | None]:
+    def _score(self, samples: list[Sample], *, measures: bool = True) -> tuple[list[np.ndarray], Mismatch | None]:
         policy = PolicyPass(self.settings, self.tokenizer.vocab_size, learns=False)
         replay = self.settings.routing_replay
         eod = self.tokenizer.eod

@@ -43,7 +43,7 @@ class Mismatch:
 @torch.no_grad()
 def score(
     state: TrainState, samples: list[Sample], policy: PolicyPass, eod: int, *, replay: bool, measures: bool
-) -> tuple[list[np.ndarray], Mismatch | None]:  # fmt: skip
+) -> tuple[list[np.ndarray], Mismatch | None]:
     """Return the log probability of each sample's tokens, in the order of the samples, and if asked the mismatch.
 
     A collective call; every rank gets the same.
@@ -54,13 +54,9 @@ def score(
     for chunk in state.chunks:
         chunk.eval()
     knows_routes = measures and samples[0].routes is not None
-    check: AbstractContextManager[dict[int, ChunkCheck]] = (
-        checking(state.models) if measures else nullcontext({})
-    )
+    check: AbstractContextManager[dict[int, ChunkCheck]] = checking(state.models) if measures else nullcontext({})
     with taped(state.models, recording=knows_routes) as tapes, check as checks:
-        reports = run_microbatches(
-            state, [row.batch for row in mine], forward_only=True, forward=policy
-        )
+        reports = run_microbatches(state, [row.batch for row in mine], forward_only=True, forward=policy)
         taken = {number: tape.take() for number, tape in tapes.items()}
     found: dict[tuple[int, int], np.ndarray] = {}
     if group.is_last_stage:
@@ -79,11 +75,7 @@ def score(
 
 
 def _mismatch(
-    samples: list[Sample],
-    logprobs: list[np.ndarray],
-    own: list[float],
-    used: list[float],
-    chunks: float,
+    samples: list[Sample], logprobs: list[np.ndarray], own: list[float], used: list[float], chunks: float
 ) -> Mismatch:
     rollout = np.concatenate([np.asarray(s.logprobs, np.float64) for s in samples])
     difference = np.concatenate(logprobs).astype(np.float64) - rollout

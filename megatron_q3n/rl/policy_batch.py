@@ -53,10 +53,7 @@ class PolicyRow:
 
     def answers(self, values_T: np.ndarray) -> list[np.ndarray]:
         """Return the values at each sample's drawn tokens."""
-        return [
-            values_T[start : start + len(sample.tokens)]
-            for sample, start in zip(self.samples, self.starts)
-        ]
+        return [values_T[start : start + len(sample.tokens)] for sample, start in zip(self.samples, self.starts)]
 
 
 def policy_rows(
@@ -85,9 +82,7 @@ def share_of(rows: list[PolicyRow], rank: int, size: int, length: int, eod: int)
     return mine + [empty] * (count - len(mine))
 
 
-def _row(
-    samples: list[Sample], weights: np.ndarray, length: int, eod: int, *, replay: bool
-) -> PolicyRow:
+def _row(samples: list[Sample], weights: np.ndarray, length: int, eod: int, *, replay: bool) -> PolicyRow:
     spelled = [_spelled(sample, weight) for sample, weight in zip(samples, weights)]
     batch = lay_out(spelled, length, 1, eod)
     assert batch.cu_seqlens is not None

@@ -26,9 +26,7 @@ class TokenLosses:
     is_clipped_T: Tensor
 
 
-def log_ratios(
-    logprobs_T: Tensor, old_T: Tensor, sample_T: Tensor, kind: Literal["token", "sequence"]
-) -> Tensor:
+def log_ratios(logprobs_T: Tensor, old_T: Tensor, sample_T: Tensor, kind: Literal["token", "sequence"]) -> Tensor:
     """Return each token's log importance ratio: its own, or its sequence's mean; 0 where nothing counts."""
     counts_T = sample_T >= 0
     own_T = torch.where(counts_T, logprobs_T - old_T, 0.0)
@@ -41,9 +39,7 @@ def log_ratios(
     return torch.where(counts_T, (sums / lengths.clamp(min=1))[index_T], 0.0)
 
 
-def clipped_surrogate(
-    log_ratio_T: Tensor, advantage_T: Tensor, clip_low: float, clip_high: float
-) -> TokenLosses:
+def clipped_surrogate(log_ratio_T: Tensor, advantage_T: Tensor, clip_low: float, clip_high: float) -> TokenLosses:
     """Return -min(ratio · A, clip(ratio, 1 - low, 1 + high) · A) of each token."""
     ratio_T = log_ratio_T.exp()
     plain_T = ratio_T * advantage_T

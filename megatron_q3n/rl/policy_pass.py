@@ -20,18 +20,11 @@ from megatron_q3n.config.rl import RlConfig
 from megatron_q3n.model.moe.router import GlobalBatchRouter
 from megatron_q3n.model.moe.routing_replay import RouteTape
 from megatron_q3n.rl.policy_batch import PolicyBatch
-from megatron_q3n.rl.policy_loss import (
-    clipped_surrogate,
-    kl_to_reference,
-    log_ratios,
-    truncated_importance,
-)
+from megatron_q3n.rl.policy_loss import clipped_surrogate, kl_to_reference, log_ratios, truncated_importance
 from megatron_q3n.rl.vocab_parallel_logprobs import log_probabilities
 from megatron_q3n.training.loss import packed_params
 
-SUMS = (
-    "tokens", "ratio", "clipped", "kl_to_old", "kl_to_reference", "entropy", "importance", "capped",
-)  # fmt: skip
+SUMS = ("tokens", "ratio", "clipped", "kl_to_old", "kl_to_reference", "entropy", "importance", "capped")
 
 
 @dataclass
@@ -45,9 +38,7 @@ class PolicyPass:
     vocab_size: int
     learns: bool
     sums: Tensor = field(
-        default_factory=lambda: torch.zeros(
-            len(SUMS), dtype=torch.float64, device=torch.cuda.current_device()
-        )
+        default_factory=lambda: torch.zeros(len(SUMS), dtype=torch.float64, device=torch.cuda.current_device())
     )
 
     def __call__(self, batches: Iterator[PolicyBatch], model: Any) -> tuple[Tensor, Any]:
@@ -56,14 +47,10 @@ class PolicyPass:
         bare = getattr(model, "module", model)
         give_routes(bare, batch.routes_TLK)
         with without_mtp(bare):
-            output = model(
-                batch.tokens_BT, batch.position_ids_BT, None, packed_seq_params=packed_params(batch)
-            )
+            output = model(batch.tokens_BT, batch.position_ids_BT, None, packed_seq_params=packed_params(batch))
         return output, partial(self._loss, batch, bare.pg_collection.tp)
 
-    def _loss(
-        self, batch: PolicyBatch, group: Any, logits_BTV: Tensor
-    ) -> tuple[Tensor, Tensor, dict]:
+    def _loss(self, batch: PolicyBatch, group: Any, logits_BTV: Tensor) -> tuple[Tensor, Tensor, dict]:
         logprobs_BT, entropy_BT = log_probabilities(
             logits_BTV,
             batch.labels_BT,
@@ -104,9 +91,15 @@ class PolicyPass:
             loss_T = loss_T + rl.kl_coefficient * to_reference_T
         capped_T = importance_T >= (rl.importance_cap or torch.inf)
         columns = (
-            torch.ones_like(ratio_T), losses.ratio_T, losses.is_clipped_T,
-            kl_to_reference(logprobs_T, old_T), to_reference_T, entropy_T, importance_T, capped_T,
-        )  # fmt: skip
+            torch.ones_like(ratio_T),
+            losses.ratio_T,
+            losses.is_clipped_T,
+            kl_to_reference(logprobs_T, old_T),
+            to_reference_T,
+            entropy_T,
+            importance_T,
+            capped_T,
+        )
         seen = torch.stack([column.detach().double()[sample_T >= 0].sum() for column in columns])
         self.sums += seen
         return loss_T

@@ -23,13 +23,7 @@ class Prompts:
     """The prompts of some sources, spelled by the chat template; those that leave no room to answer are left out."""
 
     def __init__(
-        self,
-        sources: list[PromptSource],
-        template: ChatTemplate,
-        *,
-        longest: int,
-        seed: int,
-        shuffled: bool = True,
+        self, sources: list[PromptSource], template: ChatTemplate, *, longest: int, seed: int, shuffled: bool = True
     ) -> None:
         """Read them.
 
@@ -83,12 +77,16 @@ def _of_task(task: TaskSet) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]
         (
             [{"role": "user", "content": question.text}],
             {
-                "text": question.text, "answer": question.answer, "task": task.name,
-                "settings": task.settings, "seed": question.seed, "index": question.index,
+                "text": question.text,
+                "answer": question.answer,
+                "task": task.name,
+                "settings": task.settings,
+                "seed": question.seed,
+                "index": question.index,
             },
         )
         for question in questions(task)
-    ]  # fmt: skip
+    ]
 
 
 def _of_line(line: str, place: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -105,6 +103,4 @@ def _of_line(line: str, place: str) -> tuple[list[dict[str, Any]], dict[str, Any
             f'{place}: no prompt; it must be {{"prompt": text, "answer": …}} or {{"messages": […], "answer": …}}, '
             f"found {line[:SHOWN]}"
         )
-    return messages, {k: v for k, v in row.items() if k != "messages"} | {
-        "text": messages[-1].get("content", "")
-    }
+    return messages, {k: v for k, v in row.items() if k != "messages"} | {"text": messages[-1].get("content", "")}

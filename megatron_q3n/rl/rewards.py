@@ -104,9 +104,7 @@ class Graders:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
         for process in self._all:
             process.kill()

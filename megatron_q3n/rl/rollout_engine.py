@@ -79,9 +79,7 @@ class InProcessEngine:
         """Take note: the weights are the same tensors."""
         self._version = version
 
-    def _all(
-        self, asked: list[tuple[Prompt, int]], temperature: float, *, records_routes: bool
-    ) -> list[Sample]:
+    def _all(self, asked: list[tuple[Prompt, int]], temperature: float, *, records_routes: bool) -> list[Sample]:
         rank, size = self._group.data_rank, self._group.data_size
         mine = self._own(asked[rank::size], temperature, records_routes)
         shares: list[Any] = [None] * size
@@ -89,21 +87,14 @@ class InProcessEngine:
         samples = [sample for share in shares for sample in share]
         return sorted(samples, key=lambda sample: sample.name)
 
-    def _own(
-        self, asked: list[tuple[Prompt, int]], temperature: float, records_routes: bool
-    ) -> list[Sample]:
+    def _own(self, asked: list[tuple[Prompt, int]], temperature: float, records_routes: bool) -> list[Sample]:
         sampling = Sampling(
-            self._settings.max_new_tokens,
-            temperature,
-            stop_tokens=self._stop_tokens,
-            vocab_size=self._vocab_size,
+            self._settings.max_new_tokens, temperature, stop_tokens=self._stop_tokens, vocab_size=self._vocab_size
         )
         prompts = [prompt.tokens for prompt, _ in asked]
         Abilities.of(self._model).check(prompts, sampling, 0)
         sequences = [
-            Sequence(
-                index, p.tokens, f"{self._seed}.{self._version}.{p.number}.{member}", sampling, 0
-            )
+            Sequence(index, p.tokens, f"{self._seed}.{self._version}.{p.number}.{member}", sampling, 0)
             for index, (p, member) in enumerate(asked)
         ]
         with generating(self._model), taped([self._model], recording=records_routes) as tapes:
@@ -151,13 +142,9 @@ def _by_sequence(engine: Engine, taken: list[list[torch.Tensor]]) -> list[np.nda
     return [part.astype(np.uint16) for part in np.split(routes_SLK, np.cumsum(counts)[:-1])]
 
 
-def _sample(
-    prompt: Prompt, member: int, sequence: Sequence, version: int, routes: list[np.ndarray] | None
-) -> Sample:
+def _sample(prompt: Prompt, member: int, sequence: Sequence, version: int, routes: list[np.ndarray] | None) -> Sample:
     done = sequence.completion
     assert done.finish_reason is not None
     known = None if routes is None else np.concatenate(routes)
     assert known is None or len(known) == len(prompt.tokens) + len(done.tokens) - 1
-    return Sample(
-        prompt, member, done.tokens, done.sampled_logprobs, done.finish_reason, version, known
-    )
+    return Sample(prompt, member, done.tokens, done.sampled_logprobs, done.finish_reason, version, known)

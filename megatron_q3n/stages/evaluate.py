@@ -85,8 +85,7 @@ def _check(config: RunConfig) -> None:
         )
     if wanted.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            "evaluate.tasks needs lm-evaluation-harness, which is not installed: "
-            "pip install -r requirements-eval.txt."
+            "evaluate.tasks needs lm-evaluation-harness, which is not installed: pip install -r requirements-eval.txt."
         )
     if wanted.tasks_dir is not None and not Path(wanted.tasks_dir).is_dir():
         raise UserError(
@@ -120,19 +119,13 @@ def _parts(config: RunConfig, tokenizer: TextTokenizer) -> dict[str, Part]:
     return found
 
 
-def _held_out_rows(
-    config: RunConfig, part: Part, tokenizer: TextTokenizer, group: Parallel
-) -> Rows:
+def _held_out_rows(config: RunConfig, part: Part, tokenizer: TextTokenizer, group: Parallel) -> Rows:
     """Return the rows of a folder, in an order of the seed's. A collective call: the leader builds the index."""
     wanted = config.evaluate
     if not group.is_leader:
         group.barrier()
     source = RowSource(
-        cache_root(config.data.cache_dir),
-        wanted.context_tokens,
-        wanted.seed,
-        tokenizer,
-        group.is_leader,
+        cache_root(config.data.cache_dir), wanted.context_tokens, wanted.seed, tokenizer, group.is_leader
     )
     rows = source.held_out_rows(part, wanted.rows or TEXT_ROWS_OF_RECALL)
     if group.is_leader:

@@ -81,9 +81,8 @@ def sampling_of(wanted: InferenceConfig, tokenizer: TextTokenizer) -> Sampling:
     """
     stops = {tokenizer.eod, *(_stop_token(stop, tokenizer) for stop in wanted.stop)}
     return Sampling(
-        wanted.max_new_tokens, wanted.temperature, wanted.top_k, wanted.top_p, frozenset(stops),
-        tokenizer.vocab_size,
-    )  # fmt: skip
+        wanted.max_new_tokens, wanted.temperature, wanted.top_k, wanted.top_p, frozenset(stops), tokenizer.vocab_size
+    )
 
 
 def encoded(wanted: InferenceConfig, tokenizer: TextTokenizer) -> list[list[int]]:
@@ -94,9 +93,7 @@ def encoded(wanted: InferenceConfig, tokenizer: TextTokenizer) -> list[list[int]
 def _stop_token(stop: str | int, tokenizer: TextTokenizer) -> int:
     if isinstance(stop, int):
         if not 0 <= stop < tokenizer.vocab_size:
-            raise UserError(
-                f"inference.stop: there is no token {stop}; ids go from 0 to {tokenizer.vocab_size - 1}."
-            )
+            raise UserError(f"inference.stop: there is no token {stop}; ids go from 0 to {tokenizer.vocab_size - 1}.")
         return stop
     special = tokenizer.id_of(stop)
     if special is not None:
@@ -140,18 +137,12 @@ def _report(
     line = f"{tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s"
     if wanted.draft_depth:
         shares = ", ".join(f"{kept}/{drafted}" for drafted, kept in acceptance(completions))
-        line += (
-            f"; {mean_accepted_length(completions):.2f} tokens per pass, drafts kept by depth: "
-            f"{shares}"
-        )
+        line += f"; {mean_accepted_length(completions):.2f} tokens per pass, drafts kept by depth: {shares}"
     print(line, file=sys.stderr)
 
 
 def _results(
-    wanted: InferenceConfig,
-    tokenizer: TextTokenizer,
-    sampling: Sampling,
-    completions: list[Completion],
+    wanted: InferenceConfig, tokenizer: TextTokenizer, sampling: Sampling, completions: list[Completion]
 ) -> Iterator[dict[str, Any]]:
     for prompt, done in zip(wanted.prompts, completions):
         text = TextPieces(tokenizer, sampling.stop_tokens)

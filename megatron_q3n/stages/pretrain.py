@@ -31,9 +31,7 @@ from megatron_q3n.training.optimizer import decay_table
 from megatron_q3n.training.state import TrainState, build_state
 
 
-def run(
-    config: RunConfig, run_dir: Path, build_data: Callable[..., Any] = build_pretrain_data
-) -> int:
+def run(config: RunConfig, run_dir: Path, build_data: Callable[..., Any] = build_pretrain_data) -> int:
     """Train and report. `build_data` makes the rows; fine-tuning brings its own.
 
     Returns: 0 when all steps are done, 75 when stopped early with everything saved.
@@ -70,11 +68,7 @@ def run(
     if result.verdict == "stop":
         raise UserError(watch.why_stopped())
     if group.is_leader:
-        resume = (
-            f"\ncontinue      python -m megatron_q3n.train --resume {run_dir}"
-            if result.stopped
-            else ""
-        )
+        resume = f"\ncontinue      python -m megatron_q3n.train --resume {run_dir}" if result.stopped else ""
         print(f"\nrun directory {run_dir}\nreport        {run_dir / 'report.html'}{resume}")
     group.barrier()  # a launcher ends everybody when the first one leaves with 75
     parallel.shutdown()
@@ -96,11 +90,7 @@ def _session(
     watch.start()
     origin = start_weights(state, run_dir)
     recorder = Recorder(
-        run_dir,
-        config,
-        first_step=state.step + 1,
-        total_steps=config.training.steps,
-        enabled=group.is_leader,
+        run_dir, config, first_step=state.step + 1, total_steps=config.training.steps, enabled=group.is_leader
     )
     status: Status = "failed"
     try:
@@ -167,12 +157,8 @@ def start_weights(state: TrainState, run_dir: Path) -> list[str]:
     fresh init. Return what to tell the user of it."""
     resumed = checkpoint.resume(state, run_dir)
     if resumed.checkpoint is not None:
-        concluded = (
-            run_dir / "summary.json"
-        ).is_file()  # else killed between the last step and here
-        if state.step > state.config.training.steps or (
-            state.step == state.config.training.steps and concluded
-        ):
+        concluded = (run_dir / "summary.json").is_file()  # else killed between the last step and here
+        if state.step > state.config.training.steps or (state.step == state.config.training.steps and concluded):
             raise UserError(
                 f"{run_dir} is already at step {state.step} of {state.config.training.steps}; "
                 "raise training.steps to continue it."
@@ -187,9 +173,7 @@ def start_weights(state: TrainState, run_dir: Path) -> list[str]:
     return [f"fresh weights, seed {state.config.training.seed}"]
 
 
-def _introduce(
-    state: TrainState, data: PretrainData, recorder: Recorder, run_dir: Path, lines: list[str]
-) -> None:
+def _introduce(state: TrainState, data: PretrainData, recorder: Recorder, run_dir: Path, lines: list[str]) -> None:
     """Say what is about to happen, and leave the weight-decay table in the logs."""
     if not state.parallel.is_leader:
         return
@@ -216,19 +200,12 @@ def _introduce(
 def _data_line(data: PretrainData) -> str:
     """Say in one line what is trained on."""
     facts = data.describe()
-    parts = ", ".join(
-        f"{p['path']} ({p['tokens']:,} tokens, {p['epochs']:.2f} passes)" for p in facts["train"]
-    )
+    parts = ", ".join(f"{p['path']} ({p['tokens']:,} tokens, {p['epochs']:.2f} passes)" for p in facts["train"])
     return f"{parts}; vocabulary {facts['tokenizer']['vocab_size']}"
 
 
 def _conclude(
-    state: TrainState,
-    data: PretrainData,
-    result: FitResult,
-    run_dir: Path,
-    recorder: Recorder,
-    seconds: float,
+    state: TrainState, data: PretrainData, result: FitResult, run_dir: Path, recorder: Recorder, seconds: float
 ) -> None:
     """Sample, compare with the bigram, and leave the results for the report."""
     config = state.config
@@ -246,18 +223,14 @@ def _conclude(
         run_directory.write_expert_load(run_dir, state.step, result.expert_load)
     samples = []
     if config.parallel.model_parallel_size == 1 and config.parallel.expert_model_parallel_size == 1:
-        samples = sample_texts(
-            state.models[0], data.tokenizer, config.samples, config.training.seed
-        )
+        samples = sample_texts(state.models[0], data.tokenizer, config.samples, config.training.seed)
     else:
         recorder.note("no samples: generation needs the whole model in one process for now")
     run_directory.write_json(run_dir / "samples.json", samples)
     if samples and config.data.source == "stdlib":
         good, lines = share_of_python_lines(samples)
         summary |= {"python_lines_accepted": good, "python_lines": lines}
-        recorder.note(
-            f"{good} of {lines} sampled lines of 20 characters or more pass Python's tokenizer"
-        )
+        recorder.note(f"{good} of {lines} sampled lines of 20 characters or more pass Python's tokenizer")
     if config.validation.bigram_baseline and result.bits_per_byte is not None:
         summary |= _compare_with_bigram(state, data, result.bits_per_byte, run_dir, recorder)
     run_directory.write_json(run_dir / "summary.json", summary)
@@ -274,11 +247,7 @@ def _compare_with_bigram(
         data.tokenizer.token_num_bytes(),
     )
     name = "Witten-Bell bigram on the same tokens"
-    baseline = {
-        "name": name,
-        "bits_per_byte": bigram.bits_per_byte,
-        "bits_per_token": bigram.bits_per_token,
-    }
+    baseline = {"name": name, "bits_per_byte": bigram.bits_per_byte, "bits_per_token": bigram.bits_per_token}
     run_directory.write_json(run_dir / "baseline.json", baseline)
     below = 100 * (1 - ours / bigram.bits_per_byte)
     assert math.isfinite(below)

@@ -102,11 +102,7 @@ def _session(
     origin = start_weights(state, run_dir)
     files.recall()
     recorder = Recorder(
-        run_dir,
-        state.config,
-        first_step=state.step + 1,
-        total_steps=state.config.training.steps,
-        enabled=is_leader,
+        run_dir, state.config, first_step=state.step + 1, total_steps=state.config.training.steps, enabled=is_leader
     )
     status: Status = "failed"
     try:

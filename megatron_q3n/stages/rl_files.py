@@ -47,11 +47,7 @@ class RlFiles:
         loop = self._loop
         loop.drawn.clear()
         if self._progress is not None and loop.state.step:  # at step 0 nothing is drawn
-            place: jsonl.Record = {
-                "step": loop.state.step,
-                "next_prompt": loop.next_prompt,
-                "tokens": loop.tokens,
-            }
+            place: jsonl.Record = {"step": loop.state.step, "next_prompt": loop.next_prompt, "tokens": loop.tokens}
             self._progress.append(place)
             self._progress.sync()
 

@@ -33,9 +33,7 @@ def build_loop(
     """
     rl = state.config.rl
     stop_tokens = frozenset({tokenizer.eod, template.end_of_turn})
-    prompts = Prompts(
-        rl.prompts, template, longest=_longest_prompt(state.config), seed=state.config.training.seed
-    )
+    prompts = Prompts(rl.prompts, template, longest=_longest_prompt(state.config), seed=state.config.training.seed)
     engine = _engine(state, run_dir, tokenizer, stop_tokens, alive)
     reference = _reference(state) if rl.kl_coefficient else None
     return RlLoop(state, engine, graders, prompts, tokenizer, stop_tokens, reference)
@@ -66,11 +64,7 @@ def introduction(loop: RlLoop, run_dir: Path) -> str:
 
 
 def _engine(
-    state: TrainState,
-    run_dir: Path,
-    tokenizer: TextTokenizer,
-    stop_tokens: frozenset[int],
-    alive: Callable[[], object],
+    state: TrainState, run_dir: Path, tokenizer: TextTokenizer, stop_tokens: frozenset[int], alive: Callable[[], object]
 ) -> RolloutEngine:
     rl, seed = state.config.rl, state.config.training.seed
     if rl.rollout.engine == "http":

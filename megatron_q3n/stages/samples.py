@@ -13,19 +13,14 @@ LINE_LENGTH = 20  # shorter lines say little
 LINES = 20
 
 
-def sample_texts(
-    model: Any, tokenizer: TextTokenizer, settings: SampleConfig, seed: int
-) -> list[dict[str, str]]:
+def sample_texts(model: Any, tokenizer: TextTokenizer, settings: SampleConfig, seed: int) -> list[dict[str, str]]:
     """Return `settings.count` samples, the prompts taken in turn."""
     prompts = [settings.prompts[i % len(settings.prompts)] for i in range(settings.count)]
     if not prompts:
         return []
     ids = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt in prompts]
     sampling = Sampling(
-        settings.tokens,
-        settings.temperature,
-        stop_tokens=frozenset({tokenizer.eod}),
-        vocab_size=tokenizer.vocab_size,
+        settings.tokens, settings.temperature, stop_tokens=frozenset({tokenizer.eod}), vocab_size=tokenizer.vocab_size
     )
     completions = generate(model, ids, sampling, seed=seed)
     return [

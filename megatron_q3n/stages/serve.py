@@ -30,9 +30,7 @@ def run(config: RunConfig, run_dir: Path) -> int:
     device = choose_device(config)
     group = parallel.initialize(config, device)
     if group.world_size > 1:
-        raise UserError(
-            f"stage=serve runs in one process, found {group.world_size}; use vLLM or SGLang for more."
-        )
+        raise UserError(f"stage=serve runs in one process, found {group.world_size}; use vLLM or SGLang for more.")
     model = trained_model.load_model(source, config, device, group)
     stop_tokens = frozenset({tokenizer.eod, template.end_of_turn})
     load = partial(_load, model, config, group)

@@ -19,9 +19,7 @@ def run(config: RunConfig, run_dir: Path) -> int:
     return pretrain.run(config, run_dir, partial(build_sft_data, run_dir=run_dir))
 
 
-def build_sft_data(
-    config: RunConfig, *, is_leader: bool, barrier: Callable[[], None], run_dir: Path
-) -> SftData:
+def build_sft_data(config: RunConfig, *, is_leader: bool, barrier: Callable[[], None], run_dir: Path) -> SftData:
     """Spell and pack the conversations; the leader first, into the cache that the others read.
 
     Raises: UserError for bad conversations, or none that fits.
@@ -30,11 +28,7 @@ def build_sft_data(
         barrier()
     tokenizer, template = chat_format.chat_format(config, run_dir)
     train, validation = spelled_sets(
-        config.sft,
-        template,
-        config.training.sequence_length,
-        cache_root(config.data.cache_dir),
-        tokenizer.fingerprint,
+        config.sft, template, config.training.sequence_length, cache_root(config.data.cache_dir), tokenizer.fingerprint
     )
     if is_leader:
         chat_format.keep(run_dir, tokenizer, template)

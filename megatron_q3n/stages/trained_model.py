@@ -22,8 +22,14 @@ from megatron_q3n.run_directory import CONFIG, TOKENIZER_FOLDER
 
 # what says which text a run reads; how it is laid out and cached is another matter
 TEXT = (
-    "source", "stdlib_vocab_size", "stdlib_validation_percent", "stdlib_packages", "train", "validation", "tokenizer",
-)  # fmt: skip
+    "source",
+    "stdlib_vocab_size",
+    "stdlib_validation_percent",
+    "stdlib_packages",
+    "train",
+    "validation",
+    "tokenizer",
+)
 
 
 def with_model_of(source: Path, config: RunConfig) -> RunConfig:

@@ -99,9 +99,7 @@ def fit(state: TrainState, data: PretrainData, recorder: StepLog, pace: Pace) ->
     return result
 
 
-def _measure(
-    state: TrainState, batches: list[Batch], report: StepReport, pace: Pace
-) -> dict[str, float]:
+def _measure(state: TrainState, batches: list[Batch], report: StepReport, pace: Pace) -> dict[str, float]:
     """Look inside the model, if this step is one to be looked at, and say how long that took."""
     started = time.perf_counter()
     measured = pace.instruments.after_step(batches, report)
@@ -138,9 +136,7 @@ def _values(state: TrainState, report: StepReport) -> dict[str, float]:
     return values
 
 
-def _validate(
-    state: TrainState, data: PretrainData, token_bytes: torch.Tensor, result: FitResult
-) -> dict[str, float]:
+def _validate(state: TrainState, data: PretrainData, token_bytes: torch.Tensor, result: FitResult) -> dict[str, float]:
     """Measure the held-out loss per token and in bits per byte of the text it predicts."""
     rank, size = state.parallel.data_rank, state.parallel.data_size
     seen = 0.0

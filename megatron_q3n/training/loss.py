@@ -31,9 +31,13 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     }
     tensors = slice_for_rank(tensors, batch.cu_seqlens, model.module.pg_collection.cp)
     output = model(
-        tensors["tokens"], tensors["position_ids"], None,
-        labels=tensors["labels"], loss_mask=tensors["loss_mask"], packed_seq_params=packing,
-    )  # fmt: skip
+        tensors["tokens"],
+        tensors["position_ids"],
+        None,
+        labels=tensors["labels"],
+        loss_mask=tensors["loss_mask"],
+        packed_seq_params=packing,
+    )
     return output, partial(sum_losses, tensors["loss_mask"])
 
 

@@ -54,9 +54,7 @@ def decays(parameter: torch.Tensor, name: str, *, decay_norm_weights: bool) -> b
         return False
     if name.endswith(NORM_WEIGHTS):
         return decay_norm_weights
-    assert parameter.dim() >= 2, (
-        f"{name}: no decay rule for this vector; place it in training/optimizer.py"
-    )
+    assert parameter.dim() >= 2, f"{name}: no decay rule for this vector; place it in training/optimizer.py"
     return True
 
 
@@ -123,12 +121,8 @@ def build_optimizer(chunks: list[nn.Module], config: RunConfig) -> MegatronOptim
     # start_wd and end_wd say again what holds anyway: they only mark the group as another one
     same = {"start_wd": settings.weight_decay, "end_wd": settings.weight_decay}
     overrides = {
-        ParamKey(with_name_predicate=ParamWithNamePredicate(name="undecayed", fn=undecayed)): {
-            "wd_mult": 0.0
-        },
-        ParamKey(
-            with_name_predicate=ParamWithNamePredicate(name="always_fp32", fn=always_fp32)
-        ): same,
+        ParamKey(with_name_predicate=ParamWithNamePredicate(name="undecayed", fn=undecayed)): {"wd_mult": 0.0},
+        ParamKey(with_name_predicate=ParamWithNamePredicate(name="always_fp32", fn=always_fp32)): same,
     }
     optimizer = get_megatron_optimizer(megatron, chunks, config_overrides=overrides)
     for part in optimizer.chained_optimizers:
@@ -143,14 +137,10 @@ def _expect_no_step_tensor(part: Any) -> None:
     distrib_optimizer.py:1223 copies every tensor of the state and fails on that one; checkpoint.py sets it.
     """
     load = part._set_main_param_and_optimizer_states
-    part._set_main_param_and_optimizer_states = lambda parameter, tensors: load(
-        parameter, {"step": None, **tensors}
-    )
+    part._set_main_param_and_optimizer_states = lambda parameter, tensors: load(parameter, {"step": None, **tensors})
 
 
-def build_schedule(
-    optimizer: MegatronOptimizer, config: RunConfig, step: int
-) -> OptimizerParamScheduler:
+def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, step: int) -> OptimizerParamScheduler:
     """Build the learning-rate schedule, positioned at `step`: it is a pure function of the step, and is not saved."""
     schedule, steps = config.schedule, config.training.steps
     wsd, decay = schedule.style == "wsd", schedule.decay(steps)

@@ -5,11 +5,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
@@ -23,11 +19,7 @@ from megatron_q3n.model.gated_delta_net import GatedDeltaNet
 from megatron_q3n.model.moe.experts import StackedExperts
 from megatron_q3n.model.mtp.loss import freeze_trunk
 from megatron_q3n.parallel import Parallel
-from megatron_q3n.training.optimizer import (
-    build_optimizer,
-    build_schedule,
-    torch_adam_states,
-)
+from megatron_q3n.training.optimizer import build_optimizer, build_schedule, torch_adam_states
 from megatron_q3n.training.step_graph import StepGraph, uses_graph
 
 
@@ -86,14 +78,12 @@ def build_state(config: RunConfig, device: Device, parallel: Parallel) -> TrainS
     chunks = build_chunks(config, device, parallel)
     optimizer = build_optimizer(chunks, config)
     _give_torch_adam_its_state(optimizer)
-    return connect(
-        config, device, parallel, chunks, optimizer, build_schedule(optimizer, config, 0)
-    )
+    return connect(config, device, parallel, chunks, optimizer, build_schedule(optimizer, config, 0))
 
 
 def connect(
     config: RunConfig, device: Device, parallel: Parallel, chunks: list[Any], optimizer: Any, schedule: Any
-) -> TrainState:  # fmt: skip
+) -> TrainState:
     """Put a state together from its parts (benchmarks of forward and backward passes bring no optimizer)."""
     loss_scale = torch.ones(1, device=torch.cuda.current_device())
     chunks[0].module.config.grad_scale_func = lambda loss: loss * loss_scale
@@ -119,9 +109,7 @@ def build_chunks(config: RunConfig, device: Device, parallel: Parallel) -> list[
     # Later pipeline chunks go in one bucket, whose communication is small: megatron-core's way. Not over
     # gloo: its coalesced gather mixes the fp32 and bf16 parts of that bucket and spoils the weights.
     chunks = [
-        DistributedDataParallel(
-            model.config, ddp, model, disable_bucketing=index > 0 and device.is_cuda
-        )
+        DistributedDataParallel(model.config, ddp, model, disable_bucketing=index > 0 and device.is_cuda)
         for index, model in enumerate(models)
     ]
     for chunk in chunks:
@@ -195,9 +183,7 @@ def _overwrite_expert_gradients(chunk: DistributedDataParallel) -> None:
     They are nearly all of a sparse model's. Not where gradients are reduced while the passes run: an expert stack
     that was not used would be reduced stale.
     """
-    stacks = {
-        id(p) for m in chunk.modules() if isinstance(m, StackedExperts) for p in m.parameters()
-    }
+    stacks = {id(p) for m in chunk.modules() if isinstance(m, StackedExperts) for p in m.parameters()}
     for buffer in chunk.expert_parallel_buffers:
         assert stacks.issuperset(map(id, buffer.params)), "a parameter that nobody would clear"
         buffer.reset = partial(grouped_linear.mark_stale, buffer.params)
@@ -211,6 +197,4 @@ def _connect_schedules(chunks: list[Any], config: RunConfig) -> None:
     if config.parallel.overlap_grad_reduce:
         hooks.no_sync_func = chunks[0].no_sync if single else [c.no_sync for c in chunks]
     if config.parallel.overlap_param_gather:
-        hooks.param_sync_func = (
-            chunks[0].start_param_sync if single else [c.start_param_sync for c in chunks]
-        )
+        hooks.param_sync_func = chunks[0].start_param_sync if single else [c.start_param_sync for c in chunks]

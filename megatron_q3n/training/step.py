@@ -71,17 +71,19 @@ def evaluate(state: TrainState, global_batches: Any) -> tuple[float, float]:
         chunk.eval()
     total = tokens = 0.0
     for batches in global_batches:
-        part, count = reduce_losses(
-            run_microbatches(state, batches, forward_only=True), state.parallel
-        )
+        part, count = reduce_losses(run_microbatches(state, batches, forward_only=True), state.parallel)
         total, tokens = total + part, tokens + count
     return total, tokens
 
 
 def run_microbatches(
-    state: TrainState, batches: Any, *, forward_only: bool, forward: ForwardStep = forward_step,
+    state: TrainState,
+    batches: Any,
+    *,
+    forward_only: bool,
+    forward: ForwardStep = forward_step,
     same_weights: bool = False,
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """Drive megatron-core's schedule (plain, 1F1B or interleaved, as the layout needs) over the micro-batches.
 
     Training passes are replayed as one CUDA graph where the state has one (training/step_graph.py) and the forward
@@ -96,9 +98,7 @@ def run_microbatches(
     return _run_schedule(state, batches, forward_only=forward_only, forward=forward)
 
 
-def _run_schedule(
-    state: TrainState, batches: list[Batch], *, forward_only: bool, forward: ForwardStep
-) -> list[dict]:
+def _run_schedule(state: TrainState, batches: list[Batch], *, forward_only: bool, forward: ForwardStep) -> list[dict]:
     training, chunks = state.config.training, state.chunks
     single = len(chunks) == 1
     return get_forward_backward_func()(

@@ -84,9 +84,7 @@ class StepGraph:
         self._reports: list[dict] = []
         self._to_finalize: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
-    def run(
-        self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]
-    ) -> list[dict]:
+    def run(self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]) -> list[dict]:
         """Run forward and backward passes of a step's micro-batches, and reduce the gradients.
 
         Returns: the reports of `run_schedule`; they are overwritten by the next call.
@@ -106,16 +104,12 @@ class StepGraph:
         for static, batch in zip(self._batches, batches, strict=True):
             _copy(batch, static)
         self._graph.replay()
-        grouped_linear.mark_fresh(
-            self._overwritten
-        )  # the kernels did; Python was not there to note it
+        grouped_linear.mark_fresh(self._overwritten)  # the kernels did; Python was not there to note it
         positional, named = self._to_finalize
         self._hooks.finalize_model_grads_func(*positional, **named)
         return self._reports
 
-    def _capture(
-        self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]
-    ) -> torch.cuda.CUDAGraph:
+    def _capture(self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]) -> torch.cuda.CUDAGraph:
         device = torch.cuda.current_device()
         self._batches = [_own_copy(batch, device) for batch in batches]
         torch.cuda.synchronize()

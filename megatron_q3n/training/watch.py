@@ -12,9 +12,7 @@ Verdict = Literal["go_on", "roll_back", "stop"]
 class Watch(Protocol):
     """What the loop needs of a watch over its health; `health.watch.Watch` is one."""
 
-    def batches[Item](
-        self, source: Callable[[int], Iterator[Item]], first_step: int
-    ) -> Iterator[Item]:
+    def batches[Item](self, source: Callable[[int], Iterator[Item]], first_step: int) -> Iterator[Item]:
         """Yield the batches of the steps from `first_step` on; `source(n)` yields batch n and the next ones."""
 
     def beat(self, step_seconds: float | None = None) -> None:
@@ -36,9 +34,7 @@ class Unwatched:
 
     verdict: Verdict = "go_on"
 
-    def batches[Item](
-        self, source: Callable[[int], Iterator[Item]], first_step: int
-    ) -> Iterator[Item]:
+    def batches[Item](self, source: Callable[[int], Iterator[Item]], first_step: int) -> Iterator[Item]:
         """Yield every batch."""
         return source(first_step)
 

@@ -38,9 +38,7 @@ def train_and_save(run_dir: Path, diary: Path, asynchronous: bool, kill_at: int 
     state = state_of((device, parallel.initialize(config, device)), settings)
     assert checkpoint.resume(state, run_dir).notes == [], "nothing a kill leaves may look damaged"
     known = dict(json.loads(line) for line in diary.read_text().splitlines())
-    assert state.step == 0 or fingerprint(state) == known[state.step], (
-        "not the state that was saved"
-    )
+    assert state.step == 0 or fingerprint(state) == known[state.step], "not the state that was saved"
     changes = 0
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
@@ -128,9 +126,7 @@ def main() -> None:
     status, _ = trial(run_dir, diary, True, None)
     assert status == 0, "the last run resumes and ends"
     check_folder(run_dir)
-    print(
-        f"seed {given.seed}: {killed} of {given.kills} killed, {changes} moments, {seconds:.1f} s a child"
-    )
+    print(f"seed {given.seed}: {killed} of {given.kills} killed, {changes} moments, {seconds:.1f} s a child")
 
 
 if __name__ == "__main__":

@@ -68,9 +68,7 @@ def test_both_ways_write_the_same_bytes(alone: Any, tmp_path: Path) -> None:
     assert written[0] == written[1]
 
 
-def test_a_second_save_and_the_end_wait_for_the_first(
-    alone: Any, tmp_path: Path, gate: threading.Event
-) -> None:
+def test_a_second_save_and_the_end_wait_for_the_first(alone: Any, tmp_path: Path, gate: threading.Event) -> None:
     from megatron_q3n import checkpoint
 
     state = state_of(alone, ASYNCHRONOUS)

@@ -44,16 +44,12 @@ def test_resumed_training_is_bit_equal(alone: Any, tmp_path: Path, compute: str)
     checkpoint.load(second, path, resume=True)
     assert second.step == 3
     assert [step(second) for _ in range(3)] == wanted
-    for (name, a), b in zip(
-        first.models[0].state_dict().items(), second.models[0].state_dict().values()
-    ):
+    for (name, a), b in zip(first.models[0].state_dict().items(), second.models[0].state_dict().values()):
         assert a is None or torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("formats", [("fp32", "bf16"), ("bf16", "fp32")])
-def test_weights_and_moments_load_in_another_format(
-    alone: Any, tmp_path: Path, formats: tuple[str, str]
-) -> None:
+def test_weights_and_moments_load_in_another_format(alone: Any, tmp_path: Path, formats: tuple[str, str]) -> None:
     """A CPU's fp32 checkpoint goes on in a GPU's bf16, and back: master weights and moments are fp32 in both."""
     from megatron_q3n import checkpoint
 
@@ -89,9 +85,7 @@ def test_moments_go_on_at_another_learning_rate(alone: Any, saved: tuple[Any, Pa
         assert torch.equal(wanted.state[a]["exp_avg"], found.state[b]["exp_avg"])
         assert wanted.state[a]["exp_avg"].any()
     step(other)
-    rates = {
-        group["lr"] for adam, _ in torch_adam_states(other.optimizer) for group in adam.param_groups
-    }
+    rates = {group["lr"] for adam, _ in torch_adam_states(other.optimizer) for group in adam.param_groups}
     assert rates == {7e-3}
 
 
@@ -152,9 +146,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(folder)],
-        capture_output=True,
-        check=False,
+        ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("may not mount a small disk here")
@@ -169,16 +161,12 @@ def test_full_disk_keeps_the_last_good_checkpoint(alone: Any, small_disk: Path) 
     step(state)
     good = checkpoint.save(state, small_disk)
     step(state)
-    with pytest.raises(
-        UserError, match=r"could not be written.*last good checkpoint is .*step_0000001"
-    ):
+    with pytest.raises(UserError, match=r"could not be written.*last good checkpoint is .*step_0000001"):
         checkpoint.save(state, small_disk)
     resumed = state_of(alone)
     checkpoint.load(resumed, good, resume=True)
     assert resumed.step == 1
-    assert [
-        p.name for p in (small_disk / "checkpoints").iterdir() if p.name.startswith(".step")
-    ] == []
+    assert [p.name for p in (small_disk / "checkpoints").iterdir() if p.name.startswith(".step")] == []
 
 
 def test_a_write_that_fails_midway_keeps_the_last_good_checkpoint(

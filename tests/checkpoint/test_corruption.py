@@ -83,9 +83,7 @@ def borrow(file: Path, _: Dice) -> None:
     shutil.copyfile(file.parent.parent / "step_0000001" / file.name, file)
 
 
-DAMAGES: list[Callable[[Path, Dice], None]] = [
-    *(flip, flip, flip, cut, remove, extend, blank, shift, exchange, borrow),
-]
+DAMAGES: list[Callable[[Path, Dice], None]] = [*(flip, flip, flip, cut, remove, extend, blank, shift, exchange, borrow)]
 
 
 def damaged_copy(source: Path, target: Path, seed: int) -> str:
@@ -123,10 +121,7 @@ def test_every_corruption_is_found_and_none_is_loaded(
 
 
 def test_a_resume_falls_back_says_so_and_leaves_the_evidence(
-    alone: Any,
-    run_dir: tuple[Path, dict[int, str]],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    alone: Any, run_dir: tuple[Path, dict[int, str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from megatron_q3n import checkpoint
 
@@ -194,10 +189,7 @@ def test_without_any_good_checkpoint_a_run_does_not_start_afresh(
 
 
 def test_a_checkpoint_without_digests_is_loaded_with_a_warning(
-    alone: Any,
-    run_dir: tuple[Path, dict[int, str]],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    alone: Any, run_dir: tuple[Path, dict[int, str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Format 1, and what a converter may write; `seal` then gives it digests."""
     from megatron_q3n import checkpoint

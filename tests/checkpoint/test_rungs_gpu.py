@@ -64,18 +64,14 @@ def assert_arrives(backend: Backend, source: Path, folder: Path) -> Any:
     state = backend.state()
     checkpoint.load(state, source, resume=True)
     assert state.step == STEPS_BEFORE
-    before, after = (
-        optimizer_tensors(path) for path in (source, checkpoint.save(state, folder / "again"))
-    )
+    before, after = (optimizer_tensors(path) for path in (source, checkpoint.save(state, folder / "again")))
     assert len(before) > 100
     assert before.keys() == after.keys()
     assert [name for name in before if not before[name].equal(after[name])] == []
     return state
 
 
-def assert_goes_on(
-    losses: list[float], wanted: list[float], tolerance: float, what: str = ""
-) -> None:
+def assert_goes_on(losses: list[float], wanted: list[float], tolerance: float, what: str = "") -> None:
     """Compare the losses after a load; the first has only seen the weights, the others the moments too."""
     later = LATER_IN_OTHER_FORMAT if tolerance == OTHER_FORMAT else tolerance
     assert losses[0] == pytest.approx(wanted[0], rel=tolerance), what
@@ -98,17 +94,13 @@ def run_cpu_ranks(folder: Path, task: str) -> dict[str, list[float]]:
 
 
 @pytest.fixture(scope="module")
-def saved_by_cpus(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, dict[str, list[float]]]:
+def saved_by_cpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
     """Return a folder with a checkpoint of each layout, and the losses of going on from it."""
     folder = tmp_path_factory.mktemp("cpus")
     return folder, run_cpu_ranks(folder, "save")
 
 
-def test_resume_repeats_every_bit(
-    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_repeats_every_bit(backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With training.deterministic, and two experts per token: more are added up in any order on a GPU."""
     from megatron_q3n import checkpoint
 
@@ -147,9 +139,7 @@ def test_a_run_can_be_saved_before_its_first_step(backend: Backend, tmp_path: Pa
         ),
     ],
 )
-def test_another_backend_goes_on(
-    source: Backend, target: Backend, alone: Any, tmp_path: Path
-) -> None:
+def test_another_backend_goes_on(source: Backend, target: Backend, alone: Any, tmp_path: Path) -> None:
     from megatron_q3n import checkpoint
 
     source, target = (replace(backend, alone=alone) for backend in (source, target))
@@ -171,10 +161,7 @@ between_devices = pytest.mark.parametrize(
 @between_devices
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_goes_on_from_cpu_processes(
-    layout: str,
-    backend: Backend,
-    saved_by_cpus: tuple[Path, dict[str, list[float]]],
-    tmp_path: Path,
+    layout: str, backend: Backend, saved_by_cpus: tuple[Path, dict[str, list[float]]], tmp_path: Path
 ) -> None:
     from megatron_q3n import checkpoint
 

@@ -14,12 +14,7 @@ from megatron_q3n.config import validate
 TINY: dict[str, Any] = {
     "model": {"hidden_size": 32, "num_layers": 4, "vocab_size": 64},
     "data": {"source": "blend", "train": [{"path": "unused"}]},
-    "training": {
-        "sequence_length": 32,
-        "steps": 100,
-        "micro_batch_size": 2,
-        "global_batch_size": 2,
-    },
+    "training": {"sequence_length": 32, "steps": 100, "micro_batch_size": 2, "global_batch_size": 2},
 }
 
 
@@ -37,9 +32,7 @@ def step(state: Any) -> float:
     from megatron_q3n.training.step import train_step
 
     rows = torch.randint(0, 64, (2, 33), generator=torch.Generator().manual_seed(state.step))
-    return train_step(
-        state, [batch_of_rows(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(2, 32))]
-    ).loss
+    return train_step(state, [batch_of_rows(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(2, 32))]).loss
 
 
 def fingerprint(state: Any) -> str:

@@ -38,9 +38,7 @@ def train(state: Any, steps: int) -> None:
         generator = torch.Generator().manual_seed(state.step)
         rows = torch.randint(0, 64, (2, 1, 33), generator=generator)
         ones = torch.ones(1, 32)
-        train_step(
-            state, [batch_of_rows(row[:, :-1], row[:, 1:].contiguous(), ones) for row in rows]
-        )
+        train_step(state, [batch_of_rows(row[:, :-1], row[:, 1:].contiguous(), ones) for row in rows])
 
 
 def work(rank: int, folder: Path) -> None:

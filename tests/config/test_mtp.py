@@ -10,27 +10,24 @@ REPEATED = {"mtp_num_layers": 3, "mtp_use_repeated_layer": True}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no layer": ({"model": {"mtp_num_layers": 0}, "stage": "mtp"}, "builds no multi-token prediction layer"),
     "layers of their own": (
-        {"model": {"mtp_num_layers": 2}, "mtp": {"method": "inference"}}, "model.mtp_use_repeated_layer=true",
+        {"model": {"mtp_num_layers": 2}, "mtp": {"method": "inference"}},
+        "model.mtp_use_repeated_layer=true",
     ),
-    "a frozen trunk while pretraining": (
-        {"mtp": {"trunk": "frozen"}}, "mtp.trunk=frozen with stage=pretrain",
-    ),
-    "a frozen trunk from nowhere": (
-        {"stage": "mtp", "mtp": {"trunk": "frozen"}}, "needs a trained trunk",
-    ),
+    "a frozen trunk while pretraining": ({"mtp": {"trunk": "frozen"}}, "mtp.trunk=frozen with stage=pretrain"),
+    "a frozen trunk from nowhere": ({"stage": "mtp", "mtp": {"trunk": "frozen"}}, "needs a trained trunk"),
     "weights of other depths": (
-        {"model": REPEATED, "mtp": {"depth_weights": [1.0, 0.5]}}, "has 2 entries for model.mtp_num_layers=3",
+        {"model": REPEATED, "mtp": {"depth_weights": [1.0, 0.5]}},
+        "has 2 entries for model.mtp_num_layers=3",
     ),
     "no weight at all": ({"mtp": {"depth_weights": [0.0]}}, "one of them above"),
     "nothing to learn": ({"mtp": {"method": "inference", "label_weight": 0.0}}, "leave nothing to learn"),
     "without effect": ({"mtp": {"distillation_weight": 1.0}}, "no effect with mtp.method=stock"),
-    "conversations without a source": (
-        {"stage": "mtp", "sft": {"turns": "last"}}, "sft settings but no sft.train",
-    ),
+    "conversations without a source": ({"stage": "mtp", "sft": {"turns": "last"}}, "sft settings but no sft.train"),
     "conversations in several rows": (
-        {"stage": "mtp", "sft": {"train": [{"task": {"name": "chain_sum"}}]}}, "micro_batch_size must be 1",
+        {"stage": "mtp", "sft": {"train": [{"task": {"name": "chain_sum"}}]}},
+        "micro_batch_size must be 1",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

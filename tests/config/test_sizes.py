@@ -7,13 +7,7 @@ from hypothesis import strategies as st
 from transformers import Qwen3NextConfig
 
 from megatron_q3n.config import ModelConfig
-from megatron_q3n.config.sizes import (
-    flops_per_token,
-    mtp_weights,
-    parameters,
-    pipeline_segments,
-    trunk_weights,
-)
+from megatron_q3n.config.sizes import flops_per_token, mtp_weights, parameters, pipeline_segments, trunk_weights
 
 QWEN3_NEXT_80B = ModelConfig(
     vocab_size=151936,
@@ -72,16 +66,12 @@ def test_a_repeated_mtp_layer_is_held_once() -> None:
     ("sequence_length", "with_mtp", "giga"),
     [(4096, False, 23.0), (4096, True, 25.4), (32768, True, 34.6), (262144, True, 107.9)],
 )
-def test_released_model_costs_its_published_flops(
-    sequence_length: int, with_mtp: bool, giga: float
-) -> None:
+def test_released_model_costs_its_published_flops(sequence_length: int, with_mtp: bool, giga: float) -> None:
     flops = flops_per_token(QWEN3_NEXT_80B, sequence_length, with_mtp=with_mtp)
     assert flops.total / 1e9 == pytest.approx(giga, abs=0.05)
 
 
-@pytest.mark.parametrize(
-    ("sequence_length", "share"), [(4096, 0.05), (32768, 0.31), (262144, 0.78)]
-)
+@pytest.mark.parametrize(("sequence_length", "share"), [(4096, 0.05), (32768, 0.31), (262144, 0.78)])
 def test_attention_takes_its_published_share_of_flops(sequence_length: int, share: float) -> None:
     flops = flops_per_token(QWEN3_NEXT_80B, sequence_length, with_mtp=False)
     assert flops.attention_core / flops.total == pytest.approx(share, abs=0.005)

@@ -18,11 +18,7 @@ from megatron_q3n.device import choose_device, quiet_known_warnings
 
 LAYOUTS = {
     "tp2": {"tensor_model_parallel_size": 2, "world_size": 2},
-    "pp2-ep2": {
-        "pipeline_model_parallel_size": 2,
-        "expert_model_parallel_size": 2,
-        "world_size": 4,
-    },
+    "pp2-ep2": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2, "world_size": 4},
 }
 ROWS, TOKENS = 2, 48
 
@@ -97,9 +93,7 @@ def main() -> int:
     """Fork the ranks of one layout after the other and return how many failed."""
     quiet_known_warnings()
     checkpoint, folder = map(Path, sys.argv[1:])
-    choose_device(
-        configuration(checkpoint, "tp2")
-    )  # the CPU shim, before megatron-core is imported
+    choose_device(configuration(checkpoint, "tp2"))  # the CPU shim, before megatron-core is imported
     import megatron_q3n.checkpoint.writer
     import megatron_q3n.training.step
 

@@ -20,23 +20,13 @@ from torch import Tensor
 
 from megatron_q3n.hf import QWEN3_NEXT, rules
 from megatron_q3n.hf.model_config import from_published
-from megatron_q3n.hf.weights import (
-    CONFIG,
-    INDEX,
-    PublishedWeights,
-    ShardWriter,
-    index_of,
-    plan_shards,
-)
+from megatron_q3n.hf.weights import CONFIG, INDEX, PublishedWeights, ShardWriter, index_of, plan_shards
 from tests.hf.test_model_config import QWEN3_NEXT_80B
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "convert_hf.py"
 MAX_ANON_GIB = 3
 NEEDED_GIB = 40
-CONTENT = QWEN3_NEXT_80B | {
-    "num_hidden_layers": 2,
-    "layer_types": ["linear_attention", "full_attention"],
-}
+CONTENT = QWEN3_NEXT_80B | {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 BLOCK = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 

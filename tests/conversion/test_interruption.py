@@ -82,9 +82,7 @@ def test_an_interrupted_import_goes_on(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_files")
-def test_an_interrupted_export_goes_on_and_makes_damaged_files_anew(
-    source: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_export_goes_on_and_makes_damaged_files_anew(source: Path, tmp_path: Path) -> None:
     import_weights(source, tmp_path / "ours", quiet, quiet)
     export = export_of(tmp_path / "ours", tmp_path / "out")
     with pytest.raises(Interruption):
@@ -164,9 +162,7 @@ def test_an_output_is_never_overwritten_or_written_by_two(source: Path, tmp_path
 
 @pytest.mark.parametrize("way", ["import", "export"])
 @pytest.mark.usefixtures("small_files")
-def test_a_disk_that_fills_up_midway_is_said_and_the_rest_goes_on(
-    source: Path, tmp_path: Path, way: str
-) -> None:
+def test_a_disk_that_fills_up_midway_is_said_and_the_rest_goes_on(source: Path, tmp_path: Path, way: str) -> None:
     """A file size limit stands for the full disk: the space seemed enough at the start."""
     if way == "export":
         import_weights(source, tmp_path / "ours", quiet, quiet)
@@ -219,7 +215,7 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
         ),
         (lambda f: rewrite(f, "mtp.norm.weight", None), r"1 missing: mtp\.norm\.weight"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_source_is_refused_before_anything_is_written(
     source: Path, tmp_path: Path, damage: object, reason: str
 ) -> None:

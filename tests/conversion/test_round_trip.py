@@ -54,9 +54,7 @@ def load_with_transformers(folder: Path) -> nn.Module:
     """Load an export as any user would, with nothing missing, unexpected or of another shape."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32
-    )
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert not any(info.values()), info
     return model.eval()
 
@@ -73,9 +71,7 @@ def test_imports_with_the_same_logits(alone: Any, tmp_path: Path, family: Family
 
 
 @pytest.mark.parametrize("family", TEXT_FAMILIES, ids=by_type)
-def test_a_trained_state_exports_with_the_same_logits(
-    alone: Any, tmp_path: Path, family: Family
-) -> None:
+def test_a_trained_state_exports_with_the_same_logits(alone: Any, tmp_path: Path, family: Family) -> None:
     from megatron_q3n import checkpoint
     from megatron_q3n.data.batch import batch_of_rows
     from megatron_q3n.training.step import train_step
@@ -88,9 +84,7 @@ def test_a_trained_state_exports_with_the_same_logits(
     for _ in range(2):
         train_step(state, [batch])
     checkpoint.save(state, tmp_path / "run")
-    export = Export(
-        tmp_path / "run", tmp_path / "out", family, torch.float32, max_shard_bytes=50_000
-    )
+    export = Export(tmp_path / "run", tmp_path / "out", family, torch.float32, max_shard_bytes=50_000)
     export_weights(export, quiet, quiet)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 5
     loaded = load_with_transformers(tmp_path / "out")
@@ -145,12 +139,8 @@ def test_the_released_form_of_qwen3_5_comes_and_goes(alone: Any, tmp_path: Path)
     assert imported.num_left_out == 1
     with torch.no_grad():
         wanted = text(TOKENS).logits
-    torch.testing.assert_close(
-        our_logits(state_from(alone, imported.checkpoint)), wanted, rtol=0, atol=1e-4
-    )
-    export = Export(
-        imported.checkpoint, tmp_path / "out", QWEN3_5_MOE, torch.float32, like=released
-    )
+    torch.testing.assert_close(our_logits(state_from(alone, imported.checkpoint)), wanted, rtol=0, atol=1e-4)
+    export = Export(imported.checkpoint, tmp_path / "out", QWEN3_5_MOE, torch.float32, like=released)
     export_weights(export, quiet, quiet)
     before, after = stored(released), stored(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -214,17 +204,12 @@ def test_index_and_config_are_complete(tmp_path: Path) -> None:
         ({"attention_gate_activation": "silu"}, "attention_gate_activation=silu cannot be"),
         ({"attention_gate_shared": True}, "attention_gate_shared=True cannot be exported"),
         ({"moe_router_enable_expert_bias": True}, "enable_expert_bias=True cannot be exported"),
-        (
-            {"mixer_pattern": "GS", "attention_window_tokens": 8},
-            r"mixer_pattern=GS cannot be exported",
-        ),
+        ({"mixer_pattern": "GS", "attention_window_tokens": 8}, r"mixer_pattern=GS cannot be exported"),
         ({"mtp_num_layers": 2}, "mtp_num_layers=2 .* has no published form"),
     ],
 )
 @pytest.mark.parametrize("family", FAMILIES, ids=by_type)
-def test_what_transformers_cannot_load_is_not_exported(
-    section: dict[str, Any], reason: str, family: Family
-) -> None:
+def test_what_transformers_cannot_load_is_not_exported(section: dict[str, Any], reason: str, family: Family) -> None:
     from megatron_q3n.hf.model_config import to_published
 
     model = validate({"model": section}).model

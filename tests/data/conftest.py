@@ -16,9 +16,7 @@ from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
 settings.register_profile("data", deadline=None)
 settings.load_profile("data")
 
-TEXTS = [
-    f"def f{i}(x):\n    '''Return {i}.'''\n\n    return x + {i}\n" * (1 + i % 4) for i in range(40)
-]
+TEXTS = [f"def f{i}(x):\n    '''Return {i}.'''\n\n    return x + {i}\n" * (1 + i % 4) for i in range(40)]
 
 MakeData = Callable[..., Path]
 MakeConfig = Callable[..., RunConfig]
@@ -54,9 +52,7 @@ def make_data(tmp_path: Path, tokenizer_path: Path) -> MakeData:
 def make_config(tmp_path: Path) -> MakeConfig:
     """Return a function that makes the configuration of a small run over prepared folders."""
 
-    def make(
-        train: list[Path] | list[dict[str, Any]], validation: list[Path], **sections: Any
-    ) -> RunConfig:
+    def make(train: list[Path] | list[dict[str, Any]], validation: list[Path], **sections: Any) -> RunConfig:
         blend = [part if isinstance(part, dict) else {"path": str(part)} for part in train]
         data = {
             "source": "blend",
@@ -64,12 +60,7 @@ def make_config(tmp_path: Path) -> MakeConfig:
             "train": blend,
             "validation": [{"path": str(path)} for path in validation],
         }
-        training = {
-            "steps": 6,
-            "sequence_length": 16,
-            "micro_batch_size": 2,
-            "global_batch_size": 8,
-        }
+        training = {"steps": 6, "sequence_length": 16, "micro_batch_size": 2, "global_batch_size": 8}
         return validate(
             {
                 "data": data | sections.get("data", {}),

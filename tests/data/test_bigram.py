@@ -12,11 +12,7 @@ from hypothesis import strategies as st
 from megatron_q3n.data.bigram import WittenBellBigram, witten_bell_bits_per_byte
 
 VOCAB_SIZE = 7
-ROWS = st.lists(
-    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=2, max_size=12).map(np.array),
-    min_size=1,
-    max_size=8,
-)
+ROWS = st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=2, max_size=12).map(np.array), min_size=1, max_size=8)
 
 
 def slow_probability(rows: list[np.ndarray], first: int, second: int) -> float:
@@ -55,9 +51,7 @@ def test_bits_per_byte(train: list[np.ndarray], validation: list[np.ndarray]) ->
     assert result.num_validation_pairs == len(pairs)
     assert result.num_train_pairs == sum(len(row) - 1 for row in train)
     assert result.bits_per_token == pytest.approx(bits / len(pairs), rel=1e-12)
-    assert result.bits_per_byte == pytest.approx(
-        bits / sum(num_bytes_V[w] for _, w in pairs), rel=1e-12
-    )
+    assert result.bits_per_byte == pytest.approx(bits / sum(num_bytes_V[w] for _, w in pairs), rel=1e-12)
 
 
 def test_many_blocks_of_a_large_vocabulary_are_counted_as_one() -> None:
@@ -65,10 +59,7 @@ def test_many_blocks_of_a_large_vocabulary_are_counted_as_one() -> None:
     rows = list(generator.integers(0, 150_000, size=(9000, 4)))  # more rows than one block holds
     model = WittenBellBigram(rows, 150_000)
     assert model.num_pairs == 27_000
-    first, second = (
-        np.concatenate([rows[0][:-1], rows[-1][:-1]]),
-        np.concatenate([rows[0][1:], rows[-1][1:]]),
-    )
+    first, second = (np.concatenate([rows[0][:-1], rows[-1][:-1]]), np.concatenate([rows[0][1:], rows[-1][1:]]))
     followers = Counter((int(v), int(w)) for row in rows for v, w in itertools.pairwise(row))
     contexts = Counter(int(v) for row in rows for v in row[:-1])
     for v, w, got in zip(first, second, model.probability(first, second)):

@@ -14,13 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from megatron_q3n.config import UserError
 from megatron_q3n.data.chat_template import CHATML, PLAIN, ChatTemplate, chat_template
-from megatron_q3n.data.conversations import (
-    Conversation,
-    conversation_of,
-    read_conversations,
-    shortened,
-    spell,
-)
+from megatron_q3n.data.conversations import Conversation, conversation_of, read_conversations, shortened, spell
 from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
 
 TALK = [
@@ -95,9 +89,7 @@ def test_text_never_becomes_a_control_token(chatml: ChatTemplate) -> None:
 
 
 def test_a_template_that_looks_into_contents(chatml: ChatTemplate) -> None:
-    strips = ChatTemplate(
-        CHATML.replace("message.content", "(message.content | trim)"), chatml._tokenizer
-    )
+    strips = ChatTemplate(CHATML.replace("message.content", "(message.content | trim)"), chatml._tokenizer)
     assert learnt(strips, spell(Conversation(TALK, "here"), strips))[1] == ("yes<|im_end|>", 0.5)
     sly = [{"role": "user", "content": " <|im_end|>"}, {"role": "assistant", "content": "a"}]
     with pytest.raises(UserError, match=r"here: a message spells the special token '<\|im_end\|>'"):
@@ -107,8 +99,7 @@ def test_a_template_that_looks_into_contents(chatml: ChatTemplate) -> None:
 def test_a_template_that_rewrites_earlier_turns(plain: ChatTemplate) -> None:
     """As those do that leave out old thoughts: only the last turn can be learnt."""
     forgets = PLAIN.replace(
-        "message.content",
-        "('…' if not loop.last and message.role == 'assistant' else message.content)",
+        "message.content", "('…' if not loop.last and message.role == 'assistant' else message.content)"
     )
     template = ChatTemplate(forgets, plain._tokenizer)
     with pytest.raises(UserError, match=r"here: .*sft\.turns=last"):
@@ -132,9 +123,7 @@ def test_jsonl_and_datasets_hold_the_same(tmp_path: Path) -> None:
     datasets.Dataset.from_list(rows).save_to_disk(str(folder))
     read = [[c.messages for c in read_conversations(path)] for path in (file, folder)]
     assert read[0] == read[1] == [TALK, TALK[1:3]]
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(
-        str(tmp_path / "splits")
-    )
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(UserError, match="several splits"):
         list(read_conversations(tmp_path / "splits"))
     assert len(list(read_conversations(tmp_path / "splits" / "train"))) == 2
@@ -160,11 +149,7 @@ def test_what_is_no_conversation_is_named(row: dict[str, Any], words: str) -> No
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"messages": [}\n')
-    for path, words in (
-        ("bad.jsonl", "bad.jsonl:1: not JSON"),
-        ("none.jsonl", "No such file"),
-        (".", "datasets"),
-    ):
+    for path, words in (("bad.jsonl", "bad.jsonl:1: not JSON"), ("none.jsonl", "No such file"), (".", "datasets")):
         with pytest.raises(UserError, match=words):
             list(read_conversations(tmp_path / path))
 

@@ -40,9 +40,7 @@ def test_truncated_or_missing_documents(folder: Path) -> None:
     file = folder / "documents.bin"
     whole = file.read_bytes()
     file.write_bytes(whole[:-2])
-    with pytest.raises(
-        UserError, match=rf"documents.bin: {len(whole) - 2} bytes, .* {len(whole)};.*again"
-    ):
+    with pytest.raises(UserError, match=rf"documents.bin: {len(whole) - 2} bytes, .* {len(whole)};.*again"):
         verify_prepared(folder)
     file.unlink()
     with pytest.raises(UserError, match=r"documents.bin is missing"):
@@ -79,9 +77,7 @@ def _edit(folder: Path, **changes: object) -> None:
 
 def test_counts_that_do_not_fit_the_files(folder: Path) -> None:
     _edit(folder, num_tokens=3)
-    with pytest.raises(
-        UserError, match=r"documents.bin: its size does not fit 5 documents of 3 tokens"
-    ):
+    with pytest.raises(UserError, match=r"documents.bin: its size does not fit 5 documents of 3 tokens"):
         verify_prepared(folder)
 
 

@@ -30,9 +30,7 @@ def corpus(tmp_path: Path) -> Path:
     return file
 
 
-def run_tool(
-    *arguments: object, program: tuple[str, ...] = (str(TOOL),)
-) -> subprocess.CompletedProcess[str]:
+def run_tool(*arguments: object, program: tuple[str, ...] = (str(TOOL),)) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=300)
 
@@ -52,9 +50,7 @@ def test_documents_are_the_texts_in_order_each_closed(
 def test_the_number_of_workers_changes_nothing(
     corpus: Path, tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        prepare_module, "_BATCH_BYTES", 500
-    )  # many batches, so that they can overtake
+    monkeypatch.setattr(prepare_module, "_BATCH_BYTES", 500)  # many batches, so that they can overtake
     for workers in (1, 2):
         output = tmp_path / f"out{workers}"
         prepare(Preparation((str(corpus),), output, tokenizer=tokenizer_path, workers=workers))
@@ -64,33 +60,20 @@ def test_the_number_of_workers_changes_nothing(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_in_the_middle_leaves_nothing(
-    corpus: Path,
-    tmp_path: Path,
-    tokenizer_path: Path,
-    workers: int,
-    monkeypatch: pytest.MonkeyPatch,
+    corpus: Path, tmp_path: Path, tokenizer_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare_module, "_BATCH_BYTES", 500)
     corpus.write_text(corpus.read_text() + "{cut\n")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=f"line {len(TEXTS) + 1}: not JSON"):
-        prepare(
-            Preparation((str(corpus),), tmp_path / "out", tokenizer=tokenizer_path, workers=workers)
-        )
+        prepare(Preparation((str(corpus),), tmp_path / "out", tokenizer=tokenizer_path, workers=workers))
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_an_existing_folder_is_replaced_only_by_force(
-    corpus: Path, tmp_path: Path, tokenizer_path: Path
-) -> None:
+def test_an_existing_folder_is_replaced_only_by_force(corpus: Path, tmp_path: Path, tokenizer_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()  # an empty folder is no obstacle
-    request = {
-        "inputs": (str(corpus),),
-        "output": output,
-        "tokenizer": tokenizer_path,
-        "workers": 1,
-    }
+    request = {"inputs": (str(corpus),), "output": output, "tokenizer": tokenizer_path, "workers": 1}
     prepare(Preparation(**request))
     corpus.write_text('{"text": "now only this"}\n')
     with pytest.raises(UserError, match=r"already holds a prepared data set.*--force"):
@@ -109,18 +92,12 @@ def test_an_existing_folder_is_replaced_only_by_force(
 def test_nothing_but_white_space_is_refused(tmp_path: Path, tokenizer_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n\n")
     with pytest.raises(UserError, match=r"holds no text: 1 documents in 1 files"):
-        prepare(
-            Preparation(
-                (str(tmp_path / "a.txt"),), tmp_path / "out", tokenizer=tokenizer_path, workers=1
-            )
-        )
+        prepare(Preparation((str(tmp_path / "a.txt"),), tmp_path / "out", tokenizer=tokenizer_path, workers=1))
     assert not (tmp_path / "out").exists()
 
 
 def test_training_a_tokenizer_on_the_input(corpus: Path, tmp_path: Path) -> None:
-    manifest = prepare(
-        Preparation((str(corpus),), tmp_path / "out", train_tokenizer=300, workers=1)
-    )
+    manifest = prepare(Preparation((str(corpus),), tmp_path / "out", train_tokenizer=300, workers=1))
     assert manifest.tokenizer.vocab_size == TextTokenizer.load(tmp_path / "out").vocab_size == 300
     corpus.write_text("{cut\n")
     with pytest.raises(UserError, match="line 1: not JSON"):

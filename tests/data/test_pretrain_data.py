@@ -57,9 +57,7 @@ def test_first_epoch_shows_every_token_once(make_config, folders) -> None:  # ty
     documents = IndexedDataset(str(folders["train"] / "documents"))
     corpus = np.concatenate(documents[:])
     rows_per_epoch = (len(corpus) - 1) // 16
-    config = make_config(
-        [folders["train"]], [folders["held_out"]], training={"steps": rows_per_epoch}
-    )
+    config = make_config([folders["train"]], [folders["held_out"]], training={"steps": rows_per_epoch})
     data = build_pretrain_data(config)
     epoch = np.concatenate([row[:-1] for row in data.train_sample_tokens(rows_per_epoch)])
     left_out = np.bincount(corpus, minlength=300) - np.bincount(epoch, minlength=300)
@@ -174,20 +172,14 @@ def test_bad_data_is_refused(make_config, make_data, folders, tmp_path) -> None:
     cases = [
         (make_config([train], []), "data.validation is empty"),
         (make_config([tmp_path / "nowhere"], [held_out]), "nowhere does not exist"),
-        (
-            make_config([train], [tiny]),
-            r"data.validation: .*tiny holds 2 tokens, less than one sample",
-        ),
+        (make_config([train], [tiny]), r"data.validation: .*tiny holds 2 tokens, less than one sample"),
         (make_config([train, other], [held_out]), r"data.train: .*foreign was made with tokenizer"),
         (make_config([train], [other]), r"data.validation: .*foreign was made with tokenizer"),
         (
             make_config([train], [held_out], data={"tokenizer": str(tmp_path)}),
             r"data.tokenizer=.* has fingerprint .* Leave data.tokenizer null",
         ),
-        (
-            make_config([train], [held_out], model={"vocab_size": 256}),
-            r"300 entries, more than model.vocab_size=256",
-        ),
+        (make_config([train], [held_out], model={"vocab_size": 256}), r"300 entries, more than model.vocab_size=256"),
     ]
     for config, message in cases:
         with pytest.raises(UserError, match=message):
@@ -204,9 +196,7 @@ def test_a_process_that_cannot_see_the_index_says_so(make_config, folders) -> No
         build_pretrain_data(config, is_leader=False)
     calls = []
     leader = build_pretrain_data(config, barrier=lambda: calls.append("leader"))
-    follower = build_pretrain_data(
-        config, is_leader=False, barrier=lambda: calls.append("follower")
-    )
+    follower = build_pretrain_data(config, is_leader=False, barrier=lambda: calls.append("follower"))
     assert calls == ["leader", "follower"]
     assert same(all_rows(leader), all_rows(follower))
 

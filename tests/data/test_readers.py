@@ -68,10 +68,7 @@ def test_a_null_is_an_empty_document(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b'{"text": "cut', r"line 3: not JSON \(Unterminated string"),
-        (
-            b'{"txt": "x", "n": 1}',
-            r"line 3: no field 'text'. Did you mean 'txt'\? Fields here: txt, n",
-        ),
+        (b'{"txt": "x", "n": 1}', r"line 3: no field 'text'. Did you mean 'txt'\? Fields here: txt, n"),
         (b'{"text": 5}', "line 3: field 'text' is int, not a string"),
         (b'["text"]', "line 3: a JSON list, not an object"),
         (b'{"text": "\xff"}', "line 3: not UTF-8"),
@@ -120,9 +117,7 @@ def test_tables_without_the_column_or_with_numbers(tmp_path: Path) -> None:
     pq.write_table(pa.table({"content": ["x"], "n": [1]}), tmp_path / "d.parquet")
     datasets.Dataset.from_dict({"content": ["x"]}).save_to_disk(tmp_path / "e")
     for name in ("d.parquet", "e"):
-        with pytest.raises(
-            UserError, match=r"no field 'contents'. Did you mean 'content'\?.*--column"
-        ):
+        with pytest.raises(UserError, match=r"no field 'contents'. Did you mean 'content'\?.*--column"):
             texts(tmp_path / name, column="contents")
     with pytest.raises(UserError, match="row 1: column 'n' holds int, not text"):
         texts(tmp_path / "d.parquet", column="n")

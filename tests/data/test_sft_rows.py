@@ -56,9 +56,7 @@ def test_a_pass_shows_every_prediction_once(lengths: list[int], alignment: int) 
             length = int((labels != EOD).sum()) + 1
             item = items[int(tokens[0]) - 1]
             assert length == len(item.tokens)
-            np.testing.assert_array_equal(
-                batch.loss_mask_BT[0, start : start + length - 1], item.weights[1:]
-            )
+            np.testing.assert_array_equal(batch.loss_mask_BT[0, start : start + length - 1], item.weights[1:])
             seen.append(int(tokens[0]) - 1)
     assert sorted(seen) == list(range(len(items)))
 
@@ -100,14 +98,10 @@ def test_too_long_conversations_go_by_the_rule(tmp_path: Path) -> None:
     dropped, _ = sets(tmp_path, length)
     assert dropped.counts == {"read": 3, "whole": 1, "dropped as too long": 2}
     turns, _ = sets(tmp_path, length, too_long="oldest_turns")
-    assert turns.counts == {
-        "read": 3, "whole": 1, "shortened by its oldest turns": 1, "dropped as too long": 1,
-    }  # fmt: skip
+    assert turns.counts == {"read": 3, "whole": 1, "shortened by its oldest turns": 1, "dropped as too long": 1}
     assert len(turns[1].tokens) == 2 * short
     cut, _ = sets(tmp_path, length, too_long="cut")
-    assert cut.counts == {
-        "read": 3, "whole": 1, "cut at the end": 1, "dropped as nothing in it counts": 1,
-    }  # fmt: skip
+    assert cut.counts == {"read": 3, "whole": 1, "cut at the end": 1, "dropped as nothing in it counts": 1}
     assert len(cut[1].tokens) == length + 1
     with pytest.raises(UserError, match=r"sft\.train: no conversation is left"):
         sets(tmp_path, 4)
@@ -128,24 +122,22 @@ def test_the_cache_is_used_and_follows_the_file(tmp_path: Path) -> None:
 def test_every_layout_sees_the_same_global_batches(dp_size: int) -> None:
     config = validate(
         {
-            "stage": "sft", "sft": {"train": [{"task": {"name": "chain_sum"}}]},
+            "stage": "sft",
+            "sft": {"train": [{"task": {"name": "chain_sum"}}]},
             "training": {"micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 16, "steps": 5},
-            "validation": {"batches": 9}, "schedule": {"warmup_steps": 0},
+            "validation": {"batches": 9},
+            "schedule": {"warmup_steps": 0},
         }
-    )  # fmt: skip
+    )
     spelled = SpelledSet.of([conversation(n, 9) for n in range(11)], {})
     data = SftData.of(config, train_bpe(["a"], 257), spelled, spelled)
 
     def rows(method: str, *first: int) -> list[list[list[int]]]:
         ranks = [list(getattr(data, method)(*first, r, dp_size)) for r in range(dp_size)]
-        return [
-            sorted(b.tokens_BT[0].tolist() for rank in ranks for b in rank[step])
-            for step in range(len(ranks[0]))
-        ]
+        return [sorted(b.tokens_BT[0].tolist() for rank in ranks for b in rank[step]) for step in range(len(ranks[0]))]
 
     alone = [
-        sorted(data.train_rows.batch(step * 4 + i).tokens_BT[0].tolist() for i in range(4))
-        for step in range(2, 5)
+        sorted(data.train_rows.batch(step * 4 + i).tokens_BT[0].tolist() for i in range(4)) for step in range(2, 5)
     ]
     assert rows("train_batches", 2) == alone
     validation = [row for batch in rows("validation_batches") for row in batch if row[0] != EOD]
@@ -157,9 +149,7 @@ def test_task_sets_of_disjoint_shares_share_no_text() -> None:
     chosen = {"name": "chain_sum", "settings": {"max_terms": 2, "min_digits": 2, "max_digits": 2}}
     shares = [(0.0, 0.45), (0.45, 0.9), (0.9, 1.0)]
     found = [
-        questions(
-            TaskSet(**chosen, size=500, seed=seed, first=first, last=last, distinct=seed == 2)
-        )
+        questions(TaskSet(**chosen, size=500, seed=seed, first=first, last=last, distinct=seed == 2))
         for seed, (first, last) in enumerate(shares)
     ]
     texts = [{question.text for question in part} for part in found]

@@ -36,33 +36,24 @@ def test_this_python_has_a_corpus() -> None:
     files = stdlib_files()
     assert len(files) > 300
     assert {"ast.py", "decoder.py"} <= {file.name for file in files}
-    assert not {"test", "idlelib", "site-packages"} & {
-        part for file in files for part in file.parts
-    }
+    assert not {"test", "idlelib", "site-packages"} & {part for file in files for part in file.parts}
     assert files == sorted(files, key=str)
 
 
 def test_split_is_by_file_and_stable(library: Path, tmp_path: Path) -> None:
     corpus = prepare_stdlib(tmp_path / "cache", 280, 20.0, root=library)
-    train, validation = (
-        verify_prepared(corpus.train, True),
-        verify_prepared(corpus.validation, True),
-    )
+    train, validation = (verify_prepared(corpus.train, True), verify_prepared(corpus.validation, True))
     names = {
         part: {Path(source.path).relative_to(library).as_posix() for source in manifest.sources}
         for part, manifest in (("train", train), ("validation", validation))
     }
-    assert names["validation"] == {
-        n for n in names["train"] | names["validation"] if is_validation(n, 20.0)
-    }
+    assert names["validation"] == {n for n in names["train"] | names["validation"] if is_validation(n, 20.0)}
     assert not names["train"] & names["validation"]
     assert len(names["train"]) + len(names["validation"]) == 31
     assert train.tokenizer == validation.tokenizer
     assert train.settings["num_files_not_utf8"] == 1
     # the split must never move: these come from SHA-256 of the names, not from this machine
-    assert [n for n in ("ast.py", "json/decoder.py", "turtle.py") if is_validation(n, 50.0)] == [
-        "json/decoder.py"
-    ]
+    assert [n for n in ("ast.py", "json/decoder.py", "turtle.py") if is_validation(n, 50.0)] == ["json/decoder.py"]
 
 
 def test_cache_is_used_and_follows_settings_and_sources(library: Path, tmp_path: Path) -> None:
@@ -78,24 +69,17 @@ def test_cache_is_used_and_follows_settings_and_sources(library: Path, tmp_path:
     assert len(others) == 4
 
 
-def test_packages_are_added_and_split_by_folder(
-    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packages_are_added_and_split_by_folder(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(12):
         for name in ("one.py", "two.py", "tests/three.py"):
             file = tmp_path / "site/shelf_of_books" / f"shelf_{number}" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(f"TITLE = {str(file)!r}\n")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    corpus = prepare_stdlib(
-        tmp_path / "cache", 280, 30.0, root=library, packages=["shelf_of_books"]
-    )
+    corpus = prepare_stdlib(tmp_path / "cache", 280, 30.0, root=library, packages=["shelf_of_books"])
     alone = prepare_stdlib(tmp_path / "cache", 280, 30.0, root=library)
     both = verify_prepared(corpus.train, True), verify_prepared(corpus.validation, True)
-    shelves = [
-        {Path(s.path).parent.name for s in part.sources if "shelf_of_books" in s.path}
-        for part in both
-    ]
+    shelves = [{Path(s.path).parent.name for s in part.sources if "shelf_of_books" in s.path} for part in both]
     assert shelves[0]
     assert shelves[1]
     assert not shelves[0] & shelves[1]
@@ -125,9 +109,7 @@ def test_damaged_cache_and_hopeless_split(library: Path, tmp_path: Path) -> None
     (corpus.train / "documents.bin").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"documents.bin: 3 bytes.*delete .* and run again"):
         prepare_stdlib(tmp_path / "cache", 280, 20.0, root=library)
-    with pytest.raises(
-        UserError, match=r"stdlib_validation_percent=0.001 splits .* 0 for validation"
-    ):
+    with pytest.raises(UserError, match=r"stdlib_validation_percent=0.001 splits .* 0 for validation"):
         prepare_stdlib(tmp_path / "cache", 280, 0.001, root=library)
     with pytest.raises(UserError, match="holds no Python source"):
         prepare_stdlib(tmp_path / "cache", 280, 5.0, root=tmp_path / "nothing")

@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 from megatron_q3n.config import UserError
 from megatron_q3n.data.tokenizer import TextTokenizer, fingerprint_of, train_bpe
 
-TRAINED = train_bpe(
-    ["def f(x):\n    return x\n\n\nclass A:\n    pass\n" * 9, "übergroß — 数え\r\n"], 280
-)
+TRAINED = train_bpe(["def f(x):\n    return x\n\n\nclass A:\n    pass\n" * 9, "übergroß — 数え\r\n"], 280)
 ANY_TEXT = st.text() | st.text(alphabet=" \t\n\r_aZ0é数🙂<|endoftext|>")
 
 
@@ -58,18 +56,8 @@ def test_training_repeats_in_other_processes(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     prints = set()
     for seed, threads in (("1", "1"), ("2", "2"), ("3", "2")):
-        environment = os.environ | {
-            "PYTHONHASHSEED": seed,
-            "RAYON_NUM_THREADS": threads,
-            "PYTHONPATH": str(root),
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        environment = os.environ | {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads, "PYTHONPATH": str(root)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         prints.add(done.stdout.strip())
     assert len(prints) == 1
 
@@ -87,8 +75,7 @@ def _foreign(folder: Path, added: list[str], **changes: object) -> Path:
     content = json.loads(json.dumps(TRAINED.__reduce__()[1][0])) | changes
     first = content["added_tokens"][0]
     content["added_tokens"] = [
-        first | {"content": name, "id": first["id"] if i == 0 else 279 + i}
-        for i, name in enumerate(added)
+        first | {"content": name, "id": first["id"] if i == 0 else 279 + i} for i, name in enumerate(added)
     ]
     vocab = content["model"]["vocab"]
     del vocab["<|endoftext|>"]
@@ -108,9 +95,7 @@ def test_end_of_document_of_foreign_tokenizers(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
     assert TextTokenizer.load(other).eod_token == "<stop>"
     (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(
-        UserError, match=r"no known end-of-document token.*--eod-token.*<pad>, <stop>"
-    ):
+    with pytest.raises(UserError, match=r"no known end-of-document token.*--eod-token.*<pad>, <stop>"):
         TextTokenizer.load(other)
     with pytest.raises(UserError, match=r"has no token '<stp>'.*Did you mean '<stop>'"):
         TextTokenizer.load(other, eod_token="<stp>")

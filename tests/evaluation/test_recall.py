@@ -89,10 +89,4 @@ def test_a_models_sums_are_those_of_its_logits(alone: Any) -> None:
 @pytest.mark.parametrize("lengths", [[1], [16, 0]])
 def test_lengths_without_anything_to_recall_are_refused(lengths: list[int], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 2"):
-        validate(
-            {
-                "stage": "evaluate",
-                "checkpoint": {"load": str(tmp_path)},
-                "evaluate": {"recall_lengths": lengths},
-            }
-        )
+        validate({"stage": "evaluate", "checkpoint": {"load": str(tmp_path)}, "evaluate": {"recall_lengths": lengths}})

@@ -21,9 +21,13 @@ def train(run_dir: Path, fault: str, *settings: str) -> subprocess.CompletedProc
     path = os.pathsep.join((str(FAULTS), os.environ["PYTHONPATH"]))
     return subprocess.run(
         [sys.executable, "-m", "megatron_q3n.train", *WANTED, f"run_dir={run_dir}", *settings],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": path, "Q3N_FAULT": fault},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "Q3N_FAULT": fault},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.slow
@@ -40,15 +44,11 @@ def test_a_roll_back_is_the_run_without_that_batch(tmp_path: Path) -> None:
 
 
 def test_a_withheld_update_is_counted_and_the_run_ends_well(tmp_path: Path) -> None:
-    done = train(
-        tmp_path / "run", "spike@8", "health.loss_spike=skip", "health.spike_minimum_steps=5"
-    )
+    done = train(tmp_path / "run", "spike@8", "health.loss_spike=skip", "health.spike_minimum_steps=5")
     assert done.returncode == 0, done.stderr
     assert "step 9: loss" in done.stdout
     assert "update withheld (health.loss_spike=skip)" in done.stdout
-    records = [
-        json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    ]
+    records = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [r.get("skipped_steps", 0) for r in records] == [0] * 8 + [1] * 4
     before, after = records[7]["loss/train"], records[9]["loss/train"]
     assert after == pytest.approx(before, abs=0.3), "the weights did not see the batch"

@@ -42,8 +42,12 @@ def run(run_dir: Path, stuck: str) -> tuple["subprocess.CompletedProcess[str]", 
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(stuck=stuck), str(run_dir)],
-        env=os.environ, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     return done, time.monotonic() - began
 
 
@@ -81,9 +85,13 @@ def test_reinforcement_learning_is_watched_too(tmp_path: Path) -> None:
         *("health.hang_floor_seconds=4", "health.hang_factor=3", "rl.dynamic_sampling=false"),
     ]
     done = forked.run(
-        "megatron_q3n.train", "--config-name", "rl-tiny", *tiny,
-        PYTHONPATH=os.pathsep.join((str(FAULTS), os.environ["PYTHONPATH"])), Q3N_FAULT="hang@4:0",
-    )  # fmt: skip
+        "megatron_q3n.train",
+        "--config-name",
+        "rl-tiny",
+        *tiny,
+        PYTHONPATH=os.pathsep.join((str(FAULTS), os.environ["PYTHONPATH"])),
+        Q3N_FAULT="hang@4:0",
+    )
     assert done.returncode == 70, done.stderr[-3000:]
     assert "sitecustomize.py" in (tmp_path / "run/logs/stacks/rank_00000.txt").read_text()
 
@@ -96,11 +104,24 @@ def test_the_slow_rank_is_named(tmp_path: Path) -> None:
     path = os.pathsep.join((str(FAULTS), os.environ["PYTHONPATH"]))
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, "megatron_q3n.train", "--config-name", "pretrain-tiny", *SMALL,
-         f"run_dir={tmp_path}/run", "health.straggler_interval_steps=4"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": path, "Q3N_FAULT": "slow@2:1"},
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            *launcher,
+            "megatron_q3n.train",
+            "--config-name",
+            "pretrain-tiny",
+            *SMALL,
+            f"run_dir={tmp_path}/run",
+            "health.straggler_interval_steps=4",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "Q3N_FAULT": "slow@2:1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "step 8: rank 1 on" in done.stdout
     assert "is slow" in done.stdout

@@ -15,9 +15,7 @@ def seasoned(**settings: object) -> Judge:
     return judge
 
 
-@pytest.mark.parametrize(
-    ("loss", "norm"), [(math.nan, 1.0), (3.0, math.nan), (math.inf, 1.0), (3.0, math.inf)]
-)
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (3.0, math.nan), (math.inf, 1.0), (3.0, math.inf)])
 @pytest.mark.parametrize("policy", ["skip", "roll_back", "stop"])
 def test_what_is_not_finite_is_trouble(loss: float, norm: float, policy: str) -> None:
     trouble = seasoned(non_finite=policy).examine(7, loss, norm)
@@ -25,9 +23,7 @@ def test_what_is_not_finite_is_trouble(loss: float, norm: float, policy: str) ->
     assert (trouble.kind, trouble.action, trouble.step) == ("non_finite", policy, 7)
 
 
-@pytest.mark.parametrize(
-    ("loss", "norm", "named"), [(9.0, 1.0, "loss"), (3.1, 8.0, "gradient norm")]
-)
+@pytest.mark.parametrize(("loss", "norm", "named"), [(9.0, 1.0, "loss"), (3.1, 8.0, "gradient norm")])
 def test_a_spike_is_seen_in_loss_and_gradient(loss: float, norm: float, named: str) -> None:
     trouble = seasoned(loss_spike="skip").examine(50, loss, norm)
     assert trouble is not None

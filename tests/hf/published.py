@@ -79,12 +79,9 @@ def as_released(folder: Path, source: Path) -> Path:
         if expert and not name.startswith("mtp."):
             if expert == "0.gate_proj.weight":
                 parts = [
-                    [tensors[f"{stack}.experts.{e}.{p}_proj.weight"] for p in ("gate", "up")]
-                    for e in range(experts)
+                    [tensors[f"{stack}.experts.{e}.{p}_proj.weight"] for p in ("gate", "up")] for e in range(experts)
                 ]
-                released[f"{stack}.experts.gate_up_proj"] = torch.stack(
-                    [torch.cat(p) for p in parts]
-                )
+                released[f"{stack}.experts.gate_up_proj"] = torch.stack([torch.cat(p) for p in parts])
                 downs = [tensors[f"{stack}.experts.{e}.down_proj.weight"] for e in range(experts)]
                 released[f"{stack}.experts.down_proj"] = torch.stack(downs)
         else:

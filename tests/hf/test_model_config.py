@@ -65,15 +65,10 @@ QWEN3_5_35B: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("published", "family", "recipe"),
-    [
-        (QWEN3_NEXT_80B, QWEN3_NEXT, "80b_a3b"),
-        (QWEN3_5_35B, QWEN3_5_MOE, "qwen3_5_35b_a3b"),
-    ],
+    [(QWEN3_NEXT_80B, QWEN3_NEXT, "80b_a3b"), (QWEN3_5_35B, QWEN3_5_MOE, "qwen3_5_35b_a3b")],
     ids=["80b", "35b"],
 )
-def test_a_released_model_lands_on_its_recipe(
-    published: dict[str, Any], family: Family, recipe: str
-) -> None:
+def test_a_released_model_lands_on_its_recipe(published: dict[str, Any], family: Family, recipe: str) -> None:
     """So that `checkpoint.load=…` is the one override that continued pretraining takes."""
     section = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
     ours = ModelConfig(**section)

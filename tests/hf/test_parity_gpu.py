@@ -23,15 +23,10 @@ from tests.model.test_packing import GATES, gradients_of
 
 ROWS, TOKENS = 2, 150  # not a multiple of the chunk
 EXACT = 1e-4  # in parts of a tensor's norm; fp32, 3e-6 on a CPU
-ROUGH = (
-    2.0  # times transformers' own error in bf16, which is about 3 % of logits and 5 % of gradients
-)
+# times transformers' own error in bf16, which is about 3 % of logits and 5 % of gradients
+ROUGH = 2.0
 ROUGH_GATES = 5.0  # of A_log and dt_bias, a few numbers that are small sums of large terms
-WITHOUT_MTP = {
-    "mtp_loss_scaling_factor": 0.0,
-    "moe_aux_loss_coeff": 0.0,
-    "moe_router_load_balancing_type": "none",
-}
+WITHOUT_MTP = {"mtp_loss_scaling_factor": 0.0, "moe_aux_loss_coeff": 0.0, "moe_router_load_balancing_type": "none"}
 
 
 def transformers_model(top_k: int) -> nn.Module:
@@ -82,11 +77,7 @@ def test_imported_model_is_transformers_model(backend: Backend, tmp_path: Path) 
     reference.to(device)
     import_weights(source, tmp_path / "ours", quiet, quiet)
     model = json.loads((tmp_path / "ours/checkpoint.json").read_text())["model"]
-    training = {
-        "sequence_length": TOKENS,
-        "micro_batch_size": ROWS,
-        "global_batch_size": ROWS,
-    }
+    training = {"sequence_length": TOKENS, "micro_batch_size": ROWS, "global_batch_size": ROWS}
     state = backend.state({"model": model | WITHOUT_MTP, "training": training})
     checkpoint.load(state, tmp_path / "ours", resume=False, with_optimizer=False)
 
@@ -109,8 +100,6 @@ def test_imported_model_is_transformers_model(backend: Backend, tmp_path: Path) 
         }
     off = {name: distance(found[name], want) for name, want in wanted.items()}
     worst = max(off, key=lambda name: off[name] / allowed[name])
-    print(
-        f"loss off by {found_loss - loss:.1e}, {worst} by {off[worst]:.1e} of {allowed[worst]:.1e}"
-    )
+    print(f"loss off by {found_loss - loss:.1e}, {worst} by {off[worst]:.1e} of {allowed[worst]:.1e}")
     assert found_loss == pytest.approx(loss, rel=1e-5 if exact else 2e-3)
     assert [name for name in wanted if off[name] > allowed[name]] == []

@@ -210,10 +210,7 @@ def test_attention_rows_land_by_key_value_head() -> None:
 
 def test_delta_net_rows_land_flat() -> None:
     config = ModelConfig(
-        linear_num_key_heads=2,
-        linear_num_value_heads=6,
-        linear_key_head_dim=2,
-        linear_value_head_dim=5,
+        linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=2, linear_value_head_dim=5
     )
     published, prefix = some_weights(config), "model.layers.1.linear_attn."
     megatron = to_megatron(published, config)
@@ -253,8 +250,7 @@ def test_halves_of_the_prediction_projection_stay_where_they_are() -> None:
     exported = to_hf(to_megatron(published, config), config)["mtp.fc.weight"]
     assert torch.equal(exported[:, :128], of_embedding)
     assert torch.equal(
-        to_megatron(published, config)["mtp.layers.0.enorm.weight"],
-        published["mtp.pre_fc_norm_embedding.weight"],
+        to_megatron(published, config)["mtp.layers.0.enorm.weight"], published["mtp.pre_fc_norm_embedding.weight"]
     )
 
 
@@ -327,9 +323,7 @@ def test_refuses_weights_that_do_not_fit_and_names_them() -> None:
         to_megatron(published | {name: torch.zeros(1, 2)}, config)
 
     with pytest.raises(UserError, match=r"1 missing: output_layer\.weight; 1 unexpected: head"):
-        to_hf(
-            {("head" if k == "output_layer.weight" else k): v for k, v in megatron.items()}, config
-        )
+        to_hf({("head" if k == "output_layer.weight" else k): v for k, v in megatron.items()}, config)
     with pytest.raises(UserError, match=rf"{OUT_NORM} has shape \[3\]"):
         to_hf(megatron | {OUT_NORM: torch.zeros(3)}, config)
 

@@ -54,9 +54,7 @@ def completions(model: Any, share: list[int]) -> dict[str, Any]:
     for name, settings in RUNS.items():
         options = {k: v for k, v in settings.items() if k != "temperature"}
         sampling = Sampling(12, settings["temperature"], stop_tokens=frozenset({11, 12, 13}))
-        done = generate(
-            model, [PROMPTS[i] for i in share], sampling, seed=[f"1.{i}" for i in share], **options
-        )
+        done = generate(model, [PROMPTS[i] for i in share], sampling, seed=[f"1.{i}" for i in share], **options)
         found[name] = {index: c.tokens for index, c in zip(share, done)}
     return found
 

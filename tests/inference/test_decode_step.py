@@ -57,9 +57,7 @@ def test_the_same_tokens_as_without(model: Any, depth: int, temperature: float) 
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
         assert (ours.drafted, ours.accepted) == (theirs.drafted, theirs.accepted)
     rooms = generation._engine.graphs._kept
-    assert len({key[0] for key in rooms}) > 1, (
-        "rows with padding (three sequences in four) and without"
-    )
+    assert len({key[0] for key in rooms}) > 1, "rows with padding (three sequences in four) and without"
     if temperature:
         assert len({len(c.tokens) for c in wanted}) > 1, "some stop early"
 
@@ -131,10 +129,7 @@ def test_few_experts_equal_the_layer(alone: Any) -> None:
     """Every number of tokens that takes the short way, against megatron-core's layer with our dispatcher."""
     from megatron_q3n.model.decode import experts as decode_experts
 
-    for settings in (
-        {"num_moe_experts": 8, "moe_router_topk": 3},
-        {"moe_router_enable_expert_bias": True},
-    ):
+    for settings in ({"num_moe_experts": 8, "moe_router_topk": 3}, {"moe_router_enable_expert_bias": True}):
         model = tiny_model(alone, **settings).eval()
         moe = next(x.mlp for x in model.decoder.layers if hasattr(x.mlp, "router"))
         if moe.router.expert_bias is not None:

@@ -76,9 +76,7 @@ def test_log_probabilities_of_what_was_drawn_from(model: Any) -> None:
         {"draft_depth": 1},
     ],
 )
-def test_greedy_tokens_do_not_depend_on_how_the_work_is_cut(
-    model: Any, options: dict[str, int]
-) -> None:
+def test_greedy_tokens_do_not_depend_on_how_the_work_is_cut(model: Any, options: dict[str, int]) -> None:
     prompts = random_prompts(PROMPT_LENGTHS, 64)
     plain = complete(model, prompts, temperature=0.0)
     cut = complete(model, prompts, temperature=0.0, **options)
@@ -146,14 +144,7 @@ def test_stop_tokens_end_a_text_also_among_drafts(chatty_model: Any) -> None:
     prompts = random_prompts([4] * 12, 4)
     free = complete(chatty_model, prompts, 40, temperature=0.0)
     for depth in (0, 3):
-        stopped = complete(
-            chatty_model,
-            prompts,
-            40,
-            temperature=0.0,
-            stop_tokens=frozenset({2}),
-            draft_depth=depth,
-        )
+        stopped = complete(chatty_model, prompts, 40, temperature=0.0, stop_tokens=frozenset({2}), draft_depth=depth)
         assert any(done.finish_reason == "stop" for done in stopped)
         for whole, cut in zip(free, stopped):
             end = whole.tokens.index(2) + 1 if 2 in whole.tokens else 40
@@ -216,9 +207,7 @@ def test_one_repeated_layer_trained_for_two_depths_drafts_to_any_depth(alone: An
     twice = tiny_model(alone, vocab_size=4, mtp_num_layers=2, mtp_use_repeated_layer=True)
     prompts = random_prompts([5, 9], 4)
     plain = complete(twice, prompts, 20, temperature=0.0)
-    assert tokens_of(complete(twice, prompts, 20, temperature=0.0, draft_depth=3)) == tokens_of(
-        plain
-    )
+    assert tokens_of(complete(twice, prompts, 20, temperature=0.0, draft_depth=3)) == tokens_of(plain)
 
 
 def test_a_model_without_mtp_generates(alone: Any) -> None:

@@ -20,9 +20,13 @@ pytestmark = pytest.mark.gpu
 
 # heads of 128, for which the fused kernels exist; widths that TransformerEngine takes
 MODEL = {
-    "hidden_size": 64, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "kv_channels": 64,
-}  # fmt: skip
+    "hidden_size": 64,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "kv_channels": 64,
+}
 
 
 def qualified(compute: str) -> dict[str, str]:
@@ -76,12 +80,7 @@ def test_decoding_in_bf16_is_as_near_the_truth_as_the_whole_forward_pass(alone: 
 
 
 @pytest.mark.parametrize(
-    "operation",
-    [
-        "attention of a few tokens",
-        "router's choice for a few tokens",
-        "products of a few rows",
-    ],
+    "operation", ["attention of a few tokens", "router's choice for a few tokens", "products of a few rows"]
 )
 def test_a_fused_way_of_few_tokens_says_what_torch_says(alone: Any, operation: str) -> None:
     """Logits in bf16 with each, of single tokens, drafts' spans and a batch; every expert chosen, so none flips."""
@@ -170,9 +169,7 @@ def test_graphs_say_what_rounds_launched_one_by_one_say(
             assert a.logprobs[parted] == pytest.approx(b.logprobs[parted], abs=0.1), parted
 
 
-def test_a_round_with_products_of_few_rows_is_fewer_launches_and_the_same_numbers(
-    alone: Any,
-) -> None:
+def test_a_round_with_products_of_few_rows_is_fewer_launches_and_the_same_numbers(alone: Any) -> None:
     """As graphs, in bf16: launches by the layer, and log probabilities within rounding of those by the modules."""
     from megatron_q3n.inference.generate import start
     from megatron_q3n.inference.sampling import Sampling

@@ -5,13 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_q3n.inference.sampling import (
-    Sampling,
-    distribution,
-    draw,
-    judge,
-    likeliest,
-)
+from megatron_q3n.inference.sampling import Sampling, distribution, draw, judge, likeliest
 from megatron_q3n.kernels.decode.argmax import judge_likeliest
 from tests.inference.chi_square import z_score
 
@@ -73,9 +67,7 @@ def test_judged_drafts_are_distributed_as_the_target(depth: int) -> None:
     draft = torch.randn(depth, 5, generator=generator).softmax(-1)
     q = draft.expand(DRAWS, -1, -1)
     drafts = torch.stack([draw(q[:, d], uniforms(DRAWS, seed=10 + d)) for d in range(depth)], 1)
-    kept, drawn = judge(
-        target.expand(DRAWS, -1, -1), q, drafts, uniforms(DRAWS, depth + 1, seed=99)
-    )
+    kept, drawn = judge(target.expand(DRAWS, -1, -1), q, drafts, uniforms(DRAWS, depth + 1, seed=99))
     chosen = torch.nn.functional.pad(drafts, (0, 1)).scatter(1, kept[:, None], drawn[:, None])
     for place in range(depth + 1):
         tokens = chosen[kept >= place, place]
@@ -95,12 +87,8 @@ def test_drafts_without_judgement_would_be_noticed() -> None:
     assert z_score(counts.tolist(), target.tolist()) > 10
 
 
-@pytest.mark.parametrize(
-    ("drafts", "kept", "drawn"), [([1, 2, 0], 2, 3), ([1, 2, 3], 3, 4), ([0, 2, 3], 0, 1)]
-)
-def test_greedy_judgement_keeps_exactly_the_targets_own_tokens(
-    drafts: list[int], kept: int, drawn: int
-) -> None:
+@pytest.mark.parametrize(("drafts", "kept", "drawn"), [([1, 2, 0], 2, 3), ([1, 2, 3], 3, 4), ([0, 2, 3], 0, 1)])
+def test_greedy_judgement_keeps_exactly_the_targets_own_tokens(drafts: list[int], kept: int, drawn: int) -> None:
     """And so does the general rule, with all probability on one token."""
     best, proposed = torch.tensor([[1, 2, 3, 4]]), torch.tensor([drafts])
     one_hot = torch.nn.functional.one_hot

@@ -28,8 +28,13 @@ def test_greedy_texts_are_those_of_transformers(alone: Any, tmp_path: Path, leng
     prompts = torch.randint(0, 96, (3, length), generator=torch.Generator().manual_seed(length))
     with torch.no_grad():
         wanted = theirs.generate(
-            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=40, do_sample=False,
-            eos_token_id=None, pad_token_id=0, use_cache=True,
-        )[:, length:]  # fmt: skip
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=40,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            use_cache=True,
+        )[:, length:]
     done = generate(ours, prompts.tolist(), Sampling(40, 0.0))
     assert [completion.tokens for completion in done] == wanted.tolist()

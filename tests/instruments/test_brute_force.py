@@ -22,12 +22,7 @@ ROWS, TOKENS = 3, 70  # not a multiple of the chunk
 SETTINGS: dict[str, Any] = {
     "model": {"hidden_size": 32, "vocab_size": 64, "num_layers": 4, "mixer_pattern": "G*G*"},
     "data": {"source": "blend", "train": [{"path": "unused"}]},
-    "training": {
-        "sequence_length": TOKENS,
-        "steps": 100,
-        "micro_batch_size": ROWS,
-        "global_batch_size": ROWS,
-    },
+    "training": {"sequence_length": TOKENS, "steps": 100, "micro_batch_size": ROWS, "global_batch_size": ROWS},
     "instruments": {"interval_steps": 5},
 }
 
@@ -36,9 +31,7 @@ def some_batch() -> Any:
     from megatron_q3n.data.batch import batch_of_rows
 
     tokens = torch.randint(0, 64, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(3))
-    return batch_of_rows(
-        tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(ROWS, TOKENS)
-    )
+    return batch_of_rows(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(ROWS, TOKENS))
 
 
 class BruteForce:
@@ -55,17 +48,13 @@ class BruteForce:
             "causal_attention",
             lambda q, k, v, window=None: (self._attention(q, k), attend(q, k, v, window))[1],
         )
-        monkeypatch.setattr(
-            reference_layers, "gated_delta_rule", lambda *x: (self._delta(*x), delta(*x))[1]
-        )
+        monkeypatch.setattr(reference_layers, "gated_delta_rule", lambda *x: (self._delta(*x), delta(*x))[1])
         for layer in (*exact.model.layers, *exact.mtp.layers):
             layer.register_forward_hook(lambda _, __, output: self.residual.append(output[0]))
         with torch.no_grad():
             probs = exact(batch.tokens_BT).router_probs
         # behind the trunk's layers MTP's
-        self.entropies = [
-            (-(p * p.log()).sum(-1).mean() / math.log(p.shape[-1])).item() for p in probs
-        ]
+        self.entropies = [(-(p * p.log()).sum(-1).mean() / math.log(p.shape[-1])).item() for p in probs]
 
     def _attention(self, query: torch.Tensor, key: torch.Tensor) -> None:
         key = key.repeat_interleave(query.shape[2] // key.shape[2], 2)
@@ -135,14 +124,8 @@ def test_every_number(measured: Any) -> None:
 
 def test_norm_scales(measured: Any) -> None:
     exact, _, values = measured
-    scales = {
-        name: (1 + w).abs().max().item() for name, w in exact.named_parameters() if "norm" in name
-    }
-    gated = {
-        name: weight.abs().max().item()
-        for name, weight in exact.named_parameters()
-        if "linear_attn.norm" in name
-    }
+    scales = {name: (1 + w).abs().max().item() for name, w in exact.named_parameters() if "norm" in name}
+    gated = {name: weight.abs().max().item() for name, weight in exact.named_parameters() if "linear_attn.norm" in name}
     scales |= gated  # the published ones of these are not zero-centered
     assert values["norms/max"] == pytest.approx(max(scales.values()))
     assert values["norms/max_delta_output"] == pytest.approx(max(gated.values()))

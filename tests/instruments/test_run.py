@@ -11,17 +11,38 @@ from pathlib import Path
 from typing import Any
 
 RUN = [
-    "--config-name", "pretrain-tiny", "run_dir=run", "training.steps=3", "schedule.warmup_steps=1",
-    "training.sequence_length=32", "instruments.interval_steps=2", "alerts.norm_scale=1.0001", "validation.batches=1",
-    "validation.bigram_baseline=false", "samples.count=0", "logging.wandb.mode=offline",
-]  # fmt: skip
+    "--config-name",
+    "pretrain-tiny",
+    "run_dir=run",
+    "training.steps=3",
+    "schedule.warmup_steps=1",
+    "training.sequence_length=32",
+    "instruments.interval_steps=2",
+    "alerts.norm_scale=1.0001",
+    "validation.batches=1",
+    "validation.bigram_baseline=false",
+    "samples.count=0",
+    "logging.wandb.mode=offline",
+]
 
 
 # what a pretraining run on a CPU has no number of, by how its name begins
 OF_OTHER_RUNS = (
-    "acceptance/", "policy/", "loss/policy", "reward/", "rollout/", "rl/", "mismatch/", "params_norm", "skipped_steps",
-    "roll_backs", "throughput/mfu", "throughput/slowest", "experts/max_over_mean_mtp_", "experts/dead_mtp_",
-)  # fmt: skip
+    "acceptance/",
+    "policy/",
+    "loss/policy",
+    "reward/",
+    "rollout/",
+    "rl/",
+    "mismatch/",
+    "params_norm",
+    "skipped_steps",
+    "roll_backs",
+    "throughput/mfu",
+    "throughput/slowest",
+    "experts/max_over_mean_mtp_",
+    "experts/dead_mtp_",
+)
 
 
 def recorded_by_wandb(run: Path) -> set[str]:
@@ -53,9 +74,7 @@ def assert_dashboard_shows(recorded: set[str]) -> None:
     assert {name for name in recorded if not name.startswith("_")} - axes <= shown
 
 
-def test_numbers_reach_records_files_and_report(
-    run_module: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_numbers_reach_records_files_and_report(run_module: Callable[..., Any], tmp_path: Path) -> None:
     done = run_module(*RUN)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"

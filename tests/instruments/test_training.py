@@ -72,9 +72,7 @@ def test_gradients_by_layer(alone: Any, clip_grad: float) -> None:
             place = {"em": "embedding", "mt": "mtp"}.get(name[:2], "head")
             if name.startswith("decoder.layers."):
                 place = f"layer_{int(name.split('.')[2]) // 2}"
-            squares[place] = (
-                squares.get(place, 0.0) + weight.main_grad.double().square().sum().item()
-            )
+            squares[place] = squares.get(place, 0.0) + weight.main_grad.double().square().sum().item()
         wanted.append({f"gradients/norm_{place}": s**0.5 for place, s in squares.items()})
 
     settings = {"instruments": {"interval_steps": 1}, "optimizer": {"clip_grad": 0.0}}

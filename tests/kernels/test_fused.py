@@ -19,9 +19,7 @@ from megatron_q3n.kernels.residual_norm import residual_norm
 HEADS = {"key_heads": 2, "value_heads": 4, "head_dim": 16}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
-pytestmark = pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-)
+pytestmark = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 
 
 def normal(seed: int, *shape: int, device: str, dtype: torch.dtype) -> Tensor:
@@ -34,17 +32,9 @@ def assert_near(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     assert error < TOLERANCE[dtype], f"relative error {error:.1e}"
 
 
-@pytest.mark.parametrize(
-    ("tokens", "rows", "packed"),
-    [(37, 2, False), (3, 1, False), (52, 1, True)],
-)
+@pytest.mark.parametrize(("tokens", "rows", "packed"), [(37, 2, False), (3, 1, False), (52, 1, True)])
 def test_delta_inputs(
-    tokens: int,
-    rows: int,
-    packed: bool,
-    dtype: torch.dtype,
-    triton_device: str,
-    monkeypatch: pytest.MonkeyPatch,
+    tokens: int, rows: int, packed: bool, dtype: torch.dtype, triton_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron_q3n.kernels.gated_delta import mixer_inputs_triton as fused
 
@@ -57,9 +47,7 @@ def test_delta_inputs(
     bounds = torch.tensor(ends, dtype=torch.int32, device=device) if packed else None
     position = None if bounds is None else positions_in_documents(bounds, tokens).to(torch.int32)
     exact_x, exact_taps = (y.double().requires_grad_() for y in (x, taps))
-    mixed = causal_conv(
-        exact_x.transpose(0, 1)[..., : shape.channels], exact_taps, cu_seqlens=bounds
-    )
+    mixed = causal_conv(exact_x.transpose(0, 1)[..., : shape.channels], exact_taps, cu_seqlens=bounds)
     query, key, value = (y.unflatten(-1, (-1, 16)) for y in mixed.split([32, 32, 64], -1))
     exact = [l2_norm(query), l2_norm(key), value]
     ours = fused.delta_inputs(x, taps, position, shape)
@@ -84,9 +72,7 @@ def test_delta_gates(dtype: torch.dtype, triton_device: str) -> None:
     want = [-exact[1].exp() * F.softplus(alpha + exact[2]), beta.sigmoid()]
     for got, reference in zip(fused.delta_gates(ba, a_log, dt, dtype), want):
         assert_near(got, reference, dtype)
-    upstream = [
-        normal(s, *want[0].shape, device=triton_device, dtype=torch.float32) for s in (4, 5)
-    ]
+    upstream = [normal(s, *want[0].shape, device=triton_device, dtype=torch.float32) for s in (4, 5)]
     wanted = torch.autograd.grad(want, exact, [x.double() for x in upstream])
     for got, reference in zip(fused.delta_gates_backward(ba, a_log, dt, *upstream), wanted):
         assert_near(got, reference, dtype)
@@ -114,9 +100,7 @@ def test_gated_norm(dtype: torch.dtype, triton_device: str) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "experts", "topk"), [(75, 12, 3), (1, 4, 4), (64, 512, 10)])
-def test_permutation(
-    tokens: int, experts: int, topk: int, dtype: torch.dtype, triton_device: str
-) -> None:
+def test_permutation(tokens: int, experts: int, topk: int, dtype: torch.dtype, triton_device: str) -> None:
     from megatron_q3n.kernels.moe import permutation_triton as fused
 
     logits = normal(1, tokens, experts, device=triton_device, dtype=torch.float32)
@@ -134,10 +118,7 @@ def test_permutation(
     x = normal(2, tokens, 40, device=triton_device, dtype=dtype)
     rows = fused.scatter_rows(x, row)
     assert torch.equal(rows, x[expected_token])
-    y, add = (
-        normal(s, n, 40, device=triton_device, dtype=dtype)
-        for s, n in ((3, tokens * topk), (4, tokens))
-    )
+    y, add = (normal(s, n, 40, device=triton_device, dtype=dtype) for s, n in ((3, tokens * topk), (4, tokens)))
     want = add.double().index_add(0, expected_token, y.double())
     assert_near(fused.gather_rows(y, row, add), want, dtype)
     gradient = normal(5, tokens * topk, device=triton_device, dtype=torch.float32)
@@ -195,10 +176,7 @@ def test_residual_norm(readers: int, goes_on: bool, dtype: torch.dtype, triton_d
         leaves = [y.to(number).requires_grad_() for y in (x.clone(), weight.clone())]
         stream, *normed = residual_norm(*leaves, 1e-6, readers, fused=fused)
         used = [stream, *normed] if goes_on else normed[-1:]
-        upstream = [
-            normal(3 + i, *x.shape, device=triton_device, dtype=dtype).to(number)
-            for i in range(len(used))
-        ]
+        upstream = [normal(3 + i, *x.shape, device=triton_device, dtype=dtype).to(number) for i in range(len(used))]
         results.append([stream, *normed, *torch.autograd.grad(used, leaves, upstream)])
     for got, want in zip(*results, strict=True):
         assert_near(got, want, dtype)
@@ -206,9 +184,7 @@ def test_residual_norm(readers: int, goes_on: bool, dtype: torch.dtype, triton_d
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("tokens", "rows"), [(23, 2), (140, 1)])
-def test_attention_inputs(
-    tokens: int, rows: int, gated: bool, dtype: torch.dtype, triton_device: str
-) -> None:
+def test_attention_inputs(tokens: int, rows: int, gated: bool, dtype: torch.dtype, triton_device: str) -> None:
     from megatron_q3n.kernels.attention import qkv_norm_rope_triton as fused
 
     shape, device = fused.AttentionShape(2, 3, 16, gated), triton_device
@@ -231,9 +207,7 @@ def test_attention_inputs(
 
 @pytest.mark.parametrize("counts", [[70, 0, 129, 1], [0, 0, 0, 64], [3, 2, 1, 0]])
 @pytest.mark.parametrize("accumulate", [True, False])
-def test_grouped_weight_gradient(
-    counts: list[int], accumulate: bool, dtype: torch.dtype, triton_device: str
-) -> None:
+def test_grouped_weight_gradient(counts: list[int], accumulate: bool, dtype: torch.dtype, triton_device: str) -> None:
     from megatron_q3n.kernels.moe.grouped_wgrad_triton import grouped_weight_gradient
 
     rows = sum(counts)
@@ -255,9 +229,7 @@ def test_grouped_weight_gradient(
 @pytest.mark.parametrize("counts", [[70, 0, 300, 1], [0, 0, 0, 256], [3, 2, 1, 0]])
 @pytest.mark.parametrize("outputs", [80, 272])
 @pytest.mark.parametrize("turned", [False, True])
-def test_grouped_product(
-    counts: list[int], outputs: int, turned: bool, dtype: torch.dtype, triton_device: str
-) -> None:
+def test_grouped_product(counts: list[int], outputs: int, turned: bool, dtype: torch.dtype, triton_device: str) -> None:
     from megatron_q3n.kernels.moe import grouped_gemm_triton
 
     rows, experts = sum(counts), len(counts)
@@ -291,12 +263,7 @@ def test_grouped_product_scales(dtype: torch.dtype, triton_device: str) -> None:
 @pytest.mark.parametrize("shared", ["none", "plain", "gated"])
 @pytest.mark.parametrize(("tokens", "hidden", "shared_hidden"), [(1, 24, 40), (5, 40, 24)])
 def test_few_experts(
-    tokens: int,
-    hidden: int,
-    shared_hidden: int,
-    shared: str,
-    dtype: torch.dtype,
-    triton_device: str,
+    tokens: int, hidden: int, shared_hidden: int, shared: str, dtype: torch.dtype, triton_device: str
 ) -> None:
     from megatron_q3n.kernels.decode.experts import ExpertWeights, add_few_experts
 

@@ -20,9 +20,7 @@ def test_statistics_are_wide_for_narrow_inputs() -> None:
     assert got.dtype == torch.bfloat16
     assert ((got.double() - exact).abs() / exact.abs().clamp(min=1e-3)).max() < 2**-8
     gated = gated_rms_norm(x, torch.ones_like(x), weight, 1e-6)
-    assert (
-        (gated.double() - exact * 0.7310585786).abs() / exact.abs().clamp(min=1e-3)
-    ).max() < 2**-8
+    assert ((gated.double() - exact * 0.7310585786).abs() / exact.abs().clamp(min=1e-3)).max() < 2**-8
 
 
 def test_l2_norm_has_its_eps_under_the_root() -> None:

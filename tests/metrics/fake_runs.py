@@ -21,12 +21,7 @@ START_TIME = 1_780_000_000.0
 
 
 def write_run(
-    run_dir: Path,
-    steps: int = 700,
-    total_steps: int | None = None,
-    seed: int = 0,
-    layers: int = 4,
-    gated: bool = True,
+    run_dir: Path, steps: int = 700, total_steps: int | None = None, seed: int = 0, layers: int = 4, gated: bool = True
 ) -> Path:
     """Write every file of a finished run (killed at `steps` when `total_steps` is more)."""
     rng = random.Random(seed)
@@ -51,19 +46,10 @@ def write_run(
     _dump(run_dir / "environment.json", _environment())
     _dump(run_dir / "samples.json", _samples())
     _dump(run_dir / "expert_load.json", expert_load(4, 8, rng, steps))
-    baseline = {
-        "name": "Witten-Bell bigram, same tokens",
-        "bits_per_byte": 2.41,
-        "bits_per_token": 5.8,
-    }
+    baseline = {"name": "Witten-Bell bigram, same tokens", "bits_per_byte": 2.41, "bits_per_token": 5.8}
     _dump(run_dir / "baseline.json", baseline)
     _dump(run_dir / "evaluation.json", evaluation(gated, inside))
-    summary = {
-        "parameters": 1_962_496,
-        "active_parameters": 1_175_000,
-        "python_lines": 20,
-        "python_lines_accepted": 13,
-    }
+    summary = {"parameters": 1_962_496, "active_parameters": 1_175_000, "python_lines": 20, "python_lines_accepted": 13}
     if steps == total_steps:
         _dump(run_dir / "summary.json", summary)
     return run_dir
@@ -114,10 +100,7 @@ def _record(step: int, total_steps: int, rng: random.Random) -> dict[str, float]
         "loss/train": loss,
         "loss/mtp_1": loss + 0.35 + rng.gauss(0, 0.05),
         "loss/balance": 1 + 0.35 * math.exp(-step / 90) + abs(rng.gauss(0, 0.008)),
-        "grad_norm": 0.5
-        + 6 * math.exp(-step / 25)
-        + abs(rng.gauss(0, 0.12))
-        + (4 if step == 431 else 0),
+        "grad_norm": 0.5 + 6 * math.exp(-step / 25) + abs(rng.gauss(0, 0.12)) + (4 if step == 431 else 0),
         "learning_rate": _learning_rate(step, total_steps),
         "throughput/tokens_per_second": TOKENS_PER_STEP / seconds,
         "throughput/step_seconds": seconds,
@@ -195,18 +178,9 @@ def _environment() -> dict[str, Any]:
 
 def _samples() -> list[dict[str, str]]:
     return [
-        {
-            "prompt": "def ",
-            "text": "get_name(self, <name>):\n    return self._names[name] & 0xff\n",
-        },
-        {
-            "prompt": "class ",
-            "text": "Handler(BaseHandler):\n    '''</pre><script>alert(1)</script>'''\n",
-        },
-        {
-            "prompt": "import ",
-            "text": "os\nimport sys\nfrom typing import Any, Optional\n\n\ndef main() -> None:\n",
-        },
+        {"prompt": "def ", "text": "get_name(self, <name>):\n    return self._names[name] & 0xff\n"},
+        {"prompt": "class ", "text": "Handler(BaseHandler):\n    '''</pre><script>alert(1)</script>'''\n"},
+        {"prompt": "import ", "text": "os\nimport sys\nfrom typing import Any, Optional\n\n\ndef main() -> None:\n"},
     ]
 
 
@@ -215,9 +189,7 @@ def _dump(path: Path, tree: Any) -> None:
 
 
 if __name__ == "__main__":
-    from megatron_q3n.metrics.report import (
-        write_report,
-    )  # late: the tests import this file without drawing
+    from megatron_q3n.metrics.report import write_report  # late: the tests import this file without drawing
 
     run = write_run(Path(sys.argv[1]), *map(int, sys.argv[2:3]))
     print(write_report(run))

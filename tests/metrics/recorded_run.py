@@ -22,13 +22,7 @@ def main() -> None:
     options = dict(argument.split("=") for argument in sys.argv[4:])
     logging = {"interval_steps": 10, "wandb": {"mode": options.get("wandb.mode", "auto")}}
     config = validate({"logging": logging, "training": {"steps": 1000}})
-    recorder = Recorder(
-        run_dir,
-        config,
-        first_step=first_step,
-        total_steps=int(options.get("total", 30)),
-        enabled=True,
-    )
+    recorder = Recorder(run_dir, config, first_step=first_step, total_steps=int(options.get("total", 30)), enabled=True)
     for step in range(first_step, last_step + 1):
         values = {"tokens": 1024 * step, "loss/train": 6 / step, "loss/mtp_1": 7 / step}
         if step == int(options.get("spike", 0)):

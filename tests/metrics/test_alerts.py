@@ -44,9 +44,7 @@ def test_experts_are_dead_after_a_while() -> None:
 
 
 def test_null_turns_a_kind_off() -> None:
-    off = dict.fromkeys(
-        ("loss_spike_deviations", "dead_experts_share", "expert_load", "first_token_share")
-    )
+    off = dict.fromkeys(("loss_spike_deviations", "dead_experts_share", "expert_load", "first_token_share"))
     alerts = watching(**off, activation_over_median=None, norm_scale=None, growth_factor=None)
     bad = {name: 1e9 for name, *_ in LEVELS} | {"loss/train": math.nan, "experts/dead": 9}
     assert all(alerts.examine(step, bad) == [] for step in range(1, 50))
@@ -60,9 +58,7 @@ GROWING = [
 
 
 @pytest.mark.parametrize(("name", "before", "after", "kind"), GROWING)
-def test_growth_is_seen_long_before_the_level(
-    name: str, before: float, after: float, kind: str
-) -> None:
+def test_growth_is_seen_long_before_the_level(name: str, before: float, after: float, kind: str) -> None:
     """Read every 100 steps: flat, then growing by the same factor each time."""
     rate = (after / before) ** (1 / 8)
     values = [before] * 10 + [before * rate**k for k in range(1, 12)]
@@ -108,7 +104,7 @@ def test_a_kind_pauses_and_others_do_not() -> None:
     records = [{"step": k, "norms/max": 11.0} for k in range(1, 26)]
     records[4]["experts/max_over_mean"] = 40
     found = [(a.step, a.kind) for a in alerts_in(records, config(pause_steps=10))]
-    assert found == [(1, "norm scale"), (5, "expert load"), (12, "norm scale"), (23, "norm scale")]  # fmt: skip
+    assert found == [(1, "norm scale"), (5, "expert load"), (12, "norm scale"), (23, "norm scale")]
 
 
 def test_a_resumed_run_goes_on_where_it_was() -> None:

@@ -13,17 +13,12 @@ from megatron_q3n.metrics import jsonl
 
 
 def _lines(num_steps: int) -> list[bytes]:
-    return [
-        json.dumps({"step": s, "loss/train": 1 / s}).encode() + b"\n"
-        for s in range(1, num_steps + 1)
-    ]
+    return [json.dumps({"step": s, "loss/train": 1 / s}).encode() + b"\n" for s in range(1, num_steps + 1)]
 
 
 @settings(deadline=None)  # the disk may be busy
 @given(num_steps=st.integers(0, 12), cut=st.integers(0, 400), step=st.integers(0, 14))
-def test_resume_on_a_torn_file(
-    tmp_path_factory: pytest.TempPathFactory, num_steps: int, cut: int, step: int
-) -> None:
+def test_resume_on_a_torn_file(tmp_path_factory: pytest.TempPathFactory, num_steps: int, cut: int, step: int) -> None:
     path = tmp_path_factory.mktemp("torn") / "metrics.jsonl"
     whole = _lines(num_steps)
     torn = b"".join(whole)[:cut]
@@ -42,14 +37,10 @@ def test_resume_on_a_torn_file(
 
 @settings(deadline=None)  # the disk may be busy
 @given(junk=st.lists(st.binary(max_size=30), max_size=4))
-def test_lines_that_are_no_record_are_dropped(
-    tmp_path_factory: pytest.TempPathFactory, junk: list[bytes]
-) -> None:
+def test_lines_that_are_no_record_are_dropped(tmp_path_factory: pytest.TempPathFactory, junk: list[bytes]) -> None:
     path = tmp_path_factory.mktemp("junk") / "metrics.jsonl"
     good = _lines(3)
-    path.write_bytes(
-        good[0] + b"".join(j.replace(b"\n", b"") + b"\n" for j in junk) + good[1] + good[2]
-    )
+    path.write_bytes(good[0] + b"".join(j.replace(b"\n", b"") + b"\n" for j in junk) + good[1] + good[2])
     with_digits_only = [r for r in jsonl.read(path) if set(r) == {"step", "loss/train"}]
     assert [r["step"] for r in with_digits_only] == [1, 2, 3]
     file = jsonl.open_at(path, 2)
@@ -103,9 +94,7 @@ def test_read_from_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_clear_message() -> None:
     """/dev/full refuses every write as a full disk does."""
     file = jsonl.MetricsFile(Path("/dev/full"), last_step=0, cut_lines=0)
-    with pytest.raises(
-        UserError, match=r"/dev/full: cannot be written \(No space left on device\)"
-    ):
+    with pytest.raises(UserError, match=r"/dev/full: cannot be written \(No space left on device\)"):
         file.append({"step": 1})
     file.close()
 

@@ -32,9 +32,7 @@ class Clock:
 def _progress(width: int, live: bool, total_steps: int = 2000) -> tuple[Progress, io.StringIO]:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=live, color_system=None)
-    progress = Progress(
-        console, live=live, first_step=1, total_steps=total_steps, interval_steps=10, clock=Clock()
-    )
+    progress = Progress(console, live=live, first_step=1, total_steps=total_steps, interval_steps=10, clock=Clock())
     return progress, out
 
 
@@ -101,8 +99,6 @@ def test_messages_appear_above_the_live_line() -> None:
     assert text.index("saved step 1") < text.rindex("loss 1.2346")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (3661, "1:01:01"), (90061, "1d 01:01")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (3661, "1:01:01"), (90061, "1d 01:01")])
 def test_clock_text(seconds: float, text: str) -> None:
     assert clock_text(seconds) == text

@@ -73,9 +73,7 @@ def test_only_the_leader_leaves_traces(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == ""
 
 
-def test_notes_keep_their_time_and_lines(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_notes_keep_their_time_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorder = _recorder(tmp_path)
     recorder.note("two\nlines")
     recorder.close("done")

@@ -41,9 +41,7 @@ class Checker(html.parser.HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         for name, value in attrs:
-            if name in {"src", "href", "xlink:href"} and not (value or "").startswith(
-                ("#", "data:")
-            ):
+            if name in {"src", "href", "xlink:href"} and not (value or "").startswith(("#", "data:")):
                 self.fetched.append(f"{tag} {name}={value}")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -145,15 +143,7 @@ def test_values_that_are_no_number(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", steps=40)
     file = jsonl.open_at(run_dir / "metrics.jsonl", 30)
     for step in range(31, 34):
-        file.append(
-            {
-                "step": step,
-                "time": 1.78e9,
-                "tokens": step,
-                "loss/train": math.nan,
-                "grad_norm": math.inf,
-            }
-        )
+        file.append({"step": step, "time": 1.78e9, "tokens": step, "loss/train": math.nan, "grad_norm": math.inf})
     file.close()
     text = _checked_text(write_report(run_dir))
     assert "3 values were not finite" in text
@@ -163,15 +153,7 @@ def test_values_that_are_no_number(tmp_path: Path) -> None:
 def test_nothing_but_nan(tmp_path: Path) -> None:
     file = jsonl.open_at(tmp_path / "metrics.jsonl", 0)
     for step in range(1, 40):
-        file.append(
-            {
-                "step": step,
-                "time": 1.78e9,
-                "tokens": step,
-                "loss/train": math.nan,
-                "loss/validation": math.nan,
-            }
-        )
+        file.append({"step": step, "time": 1.78e9, "tokens": step, "loss/train": math.nan, "loss/validation": math.nan})
     file.close()
     assert "39 values were not finite" in _checked_text(write_report(tmp_path))
 
@@ -194,18 +176,14 @@ def test_a_hundred_thousand_steps_stay_small(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step in range(1, 100_001):
             loss = 99.5 if step == 54_321 else 2 + step % 7 / 10
-            file.write(
-                f'{{"step": {step}, "time": {step}, "tokens": {step}, "loss/train": {loss}}}\n'
-            )
+            file.write(f'{{"step": {step}, "time": {step}, "tokens": {step}, "loss/train": {loss}}}\n')
     page = write_report(tmp_path)
     assert "100,000" in _checked_text(page)
     assert page.stat().st_size < 300_000
 
 
 @given(
-    values=np_strategies.arrays(
-        np.float64, st.integers(0, 300), elements=st.floats(-10, 10) | st.just(math.nan)
-    ),
+    values=np_strategies.arrays(np.float64, st.integers(0, 300), elements=st.floats(-10, 10) | st.just(math.nan)),
     max_points=st.integers(2, 60),
 )
 def test_thinning_keeps_the_extremes(values: np.ndarray, max_points: int) -> None:
@@ -219,11 +197,7 @@ def test_thinning_keeps_the_extremes(values: np.ndarray, max_points: int) -> Non
         assert thinned.finite.max() == series.finite.max()
 
 
-@given(
-    np_strategies.arrays(
-        np.float64, st.integers(1, 300), elements=st.floats(-10, 10) | st.just(math.nan)
-    )
-)
+@given(np_strategies.arrays(np.float64, st.integers(1, 300), elements=st.floats(-10, 10) | st.just(math.nan)))
 def test_smoothing_stays_within_the_values(values: np.ndarray) -> None:
     series = Series(np.arange(len(values), dtype=np.float64), values)
     smoothed = smooth(series)
@@ -290,7 +264,7 @@ def test_evaluations_are_compared(tmp_path: Path) -> None:
     losses = [
         [json.loads((r / "evaluation.json").read_text())["sets"]["validation"]["by_position"][3]["loss"] for r in pair]
         for pair in (runs[:2], runs[2:])
-    ]  # fmt: skip
+    ]
     cells = [spread_text(*mean_and_spread(pair)) for pair in losses]
     assert f"3,072 to 4,096 {cells[0]} {cells[1]}" in text
     for run in runs:
@@ -309,9 +283,14 @@ def test_instruments_have_their_sections(tmp_path: Path) -> None:
     for run in (few, many):
         text = _checked_text(write_report(run))
         for title in (
-            "Attention to the first token", "Largest activation over the median by layer", "Gated DeltaNet",
-            "Half-life of memory", "Largest norm scale by layer", "Gradient norm by layer", "Router entropy by layer",
-        ):  # fmt: skip
+            "Attention to the first token",
+            "Largest activation over the median by layer",
+            "Gated DeltaNet",
+            "Half-life of memory",
+            "Largest norm scale by layer",
+            "Gradient norm by layer",
+            "Router entropy by layer",
+        ):
             assert title in text, title
         assert "More" not in text.split(), "a number without a panel of its own"
     legend = '<i style="background:var(--c3)"></i>layer 3 '
@@ -338,10 +317,7 @@ def test_the_tool_rebuilds_and_refuses(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", steps=2)
     done = _tool(run_dir)
     assert (done.returncode, done.stdout.strip()) == (0, str(run_dir / "report.html"))
-    for wrong, says in (
-        (tmp_path / "nowhere", "no such directory"),
-        (tmp_path, "not a run directory"),
-    ):
+    for wrong, says in ((tmp_path / "nowhere", "no such directory"), (tmp_path, "not a run directory")):
         refused = _tool(wrong)
         assert refused.returncode == 2
         assert says in refused.stderr

@@ -66,9 +66,7 @@ def test_a_run_never_interrupted(tmp_path: Path) -> None:
     assert lines[0].startswith("wandb: offline; to upload: wandb sync ")
     assert [line.split()[1] for line in lines[1:]] == ["1/12", "5/12", "10/12", "12/12"]
     assert result.stderr == ""
-    metrics = [
-        record["metric"] for record in _held(_logs(tmp_path)[0]) if record["type"] == "metric"
-    ]
+    metrics = [record["metric"] for record in _held(_logs(tmp_path)[0]) if record["type"] == "metric"]
     assert any(m.get("glob_name") == "*" and m.get("step_metric") == "tokens" for m in metrics)
     (best,) = [m["summary"] for m in metrics if m.get("name") == "loss/validation"]
     assert best == {"min": True, "last": True}
@@ -120,9 +118,7 @@ def test_going_back_behind_what_wandb_holds(tmp_path: Path) -> None:
     assert _run(tmp_path, 1, 20).returncode == 0
     assert _run(tmp_path, 11, 30).returncode == 0
     assert [item["_step"] for item in _history(tmp_path)] == list(range(1, 31))
-    assert [record["step"] for record in jsonl.read(tmp_path / "metrics.jsonl")] == list(
-        range(1, 31)
-    )
+    assert [record["step"] for record in jsonl.read(tmp_path / "metrics.jsonl")] == list(range(1, 31))
 
 
 def test_disabled_leaves_no_trace(tmp_path: Path) -> None:
@@ -135,9 +131,7 @@ def test_without_wandb_the_run_goes_on_and_says_so_once(tmp_path: Path) -> None:
     """`sys.modules["wandb"] = None` is how Python spells a module that cannot be imported."""
     blocked = tmp_path / "blocked"
     (blocked / "sitecustomize").mkdir(parents=True)
-    (blocked / "sitecustomize" / "__init__.py").write_text(
-        "import sys\nsys.modules['wandb'] = None\n"
-    )
+    (blocked / "sitecustomize" / "__init__.py").write_text("import sys\nsys.modules['wandb'] = None\n")
     env = {"PYTHONPATH": f"{blocked}{os.pathsep}{os.environ['PYTHONPATH']}"}
     result = _run(tmp_path, 1, 4, env=env)
     assert result.returncode == 0, result.stderr
@@ -155,11 +149,7 @@ def test_online_without_a_login_is_refused(tmp_path: Path) -> None:
 
 
 def test_logged_in_without_a_network_becomes_offline_and_says_so(tmp_path: Path) -> None:
-    nowhere = {
-        "WANDB_API_KEY": "a" * 40,
-        "WANDB_BASE_URL": "http://127.0.0.1:9",
-        "WANDB_INIT_TIMEOUT": "0.5",
-    }
+    nowhere = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "0.5"}
     result = _run(tmp_path, 1, 7, "total=7", env=nowhere)
     assert result.returncode == 0, result.stderr
     assert "the server did not answer" in result.stdout

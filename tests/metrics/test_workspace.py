@@ -61,9 +61,7 @@ def test_the_tool_prints_and_refuses_without_a_login(tmp_path: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
     outline = json.loads(run("--print").stdout)
-    assert "Attention to the first token" in [
-        p["title"] for p in outline["Attention and activations"]
-    ]
+    assert "Attention to the first token" in [p["title"] for p in outline["Attention and activations"]]
     refused = run("--entity", "nobody")
     assert refused.returncode == 2
     assert "wandb did not take the workspace" in refused.stderr

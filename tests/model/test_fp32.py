@@ -11,9 +11,7 @@ import torch
 from megatron_q3n.config import validate
 
 
-def test_gates_router_norms_and_loss_are_fp32_in_a_bf16_model(
-    alone: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gates_router_norms_and_loss_are_fp32_in_a_bf16_model(alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_q3n.kernels.gated_delta import backend as delta_rule_backend
     from megatron_q3n.model.build import build_model
     from megatron_q3n.model.moe.router import GlobalBatchRouter
@@ -21,9 +19,7 @@ def test_gates_router_norms_and_loss_are_fp32_in_a_bf16_model(
     seen: dict[str, set[torch.dtype]] = {"decay": set(), "beta": set(), "logits": set()}
     rule, route = delta_rule_backend.gated_delta_rule, GlobalBatchRouter.routing
 
-    def watched_rule(
-        query: Any, key: Any, value: Any, decay: Any, beta: Any, **options: Any
-    ) -> Any:
+    def watched_rule(query: Any, key: Any, value: Any, decay: Any, beta: Any, **options: Any) -> Any:
         seen["decay"].add(decay.dtype)
         seen["beta"].add(beta.dtype)
         return rule(query, key, value, decay, beta, **options)
@@ -58,9 +54,7 @@ def test_norm_statistics_and_output_gate_round_once(gate: str, alone: Any) -> No
 
     generator = torch.Generator().manual_seed(0)
     x, other = (torch.randn(64, 1, 128, generator=generator).bfloat16() for _ in range(2))
-    config = validate(
-        {"model": {"attention_gate_activation": gate}, "precision": {"compute": "bf16"}}
-    )
+    config = validate({"model": {"attention_gate_activation": gate}, "precision": {"compute": "bf16"}})
     (model,) = build_model(config, "torch", alone[1].groups)
     norm = model.decoder.final_norm
     norm.weight.data = torch.randn(128, generator=generator).bfloat16() * 0.01

@@ -18,10 +18,16 @@ pytestmark = pytest.mark.gpu
 
 # heads of 128, for which the fused delta-rule kernels exist
 MODEL = {
-    "hidden_size": 256, "kv_channels": 64, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "vocab_size": 512,
-    "moe_aux_loss_coeff": 0.0, "moe_router_load_balancing_type": "none",
-}  # fmt: skip
+    "hidden_size": 256,
+    "kv_channels": 64,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "vocab_size": 512,
+    "moe_aux_loss_coeff": 0.0,
+    "moe_router_load_balancing_type": "none",
+}
 TOKENS = 256
 VARIANTS: dict[str, dict[str, Any]] = {
     "no gate": {"attention_gate": "none"},
@@ -41,9 +47,7 @@ def errors_of(backend: Backend, settings: dict[str, Any] | None = None) -> tuple
     from megatron_q3n.model.build import build_model
     from tests.model.reference.test_model import reference
 
-    rounds = (
-        backend.compute == "bf16"
-    )  # which may route a token elsewhere: then every expert takes all
+    rounds = backend.compute == "bf16"  # which may route a token elsewhere: then every expert takes all
     model_settings = MODEL | ({"moe_router_topk": 8} if rounds else {}) | (settings or {})
     config = validate({"model": model_settings, "precision": {"compute": backend.compute}})
     exact = reference(config.model)
@@ -64,9 +68,7 @@ def errors_of(backend: Backend, settings: dict[str, Any] | None = None) -> tuple
     reference_gradients = hf.to_megatron(published, config.model, gradients=True)
     unsteady = ("A_log", "dt_bias") if rounds else ()  # small sums of large terms
     worst = max(
-        ((gradients[n] - g).norm() / g.norm(), n)
-        for n, g in reference_gradients.items()
-        if not n.endswith(unsteady)
+        ((gradients[n] - g).norm() / g.norm(), n) for n, g in reference_gradients.items() if not n.endswith(unsteady)
     )
     print(f"loss {ours.mean().item()} {wanted.lm_loss.item()}, worst gradient {worst}")
     return ours.mean().item() / wanted.lm_loss.item() - 1, worst[0].item()
@@ -77,9 +79,7 @@ def errors_of(backend: Backend, settings: dict[str, Any] | None = None) -> tuple
     [(GPU_TORCH, 1e-5, 1e-3), (GPU_TORCH_BF16, 5e-3, 0.3), (GPU_TE, 5e-3, 0.3)],
     ids=lambda value: getattr(value, "id", ""),
 )
-def test_matches_the_reference(
-    which: Backend, loss_tolerance: float, gradient_tolerance: float, alone: Any
-) -> None:
+def test_matches_the_reference(which: Backend, loss_tolerance: float, gradient_tolerance: float, alone: Any) -> None:
     loss, gradient = errors_of(replace(which, alone=alone))
     assert abs(loss) < loss_tolerance
     assert gradient < gradient_tolerance
@@ -98,9 +98,7 @@ def test_both_backends_have_one_set_of_names(alone: Any) -> None:
     from megatron_q3n.model.build import build_model
 
     config = validate({"model": MODEL, "precision": {"compute": "bf16"}})
-    models = [
-        build_model(config, name, alone[1].groups)[0] for name in ("torch", "transformer_engine")
-    ]
+    models = [build_model(config, name, alone[1].groups)[0] for name in ("torch", "transformer_engine")]
     names, keys = (
         [{n: (tuple(p.shape), p.dtype) for n, p in m.named_parameters()} for m in models],
         [set(m.sharded_state_dict()) for m in models],

@@ -15,10 +15,7 @@ from tests.backends import MODEL, Backend
 
 LENGTHS = [5, 40, 1, 66]
 TOLERANCES = {"fp32": (1e-5, 1e-5), "bf16": (2e-3, 0.1)}  # of losses, of each gradient
-GATES = (
-    "A_log",
-    "dt_bias",
-)  # their gradients are small sums of large terms: 3 times as much off a CPU
+GATES = ("A_log", "dt_bias")  # their gradients are small sums of large terms: 3 times as much off a CPU
 
 
 def batch_of(lengths: list[int], tokens: torch.Tensor) -> Any:
@@ -65,19 +62,12 @@ def gradients_of(state: Any, batches: list[Any]) -> tuple[Any, dict[str, torch.T
 
 def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
     """Return each gradient's relative error."""
-    return {
-        name: ((found[name] - want).norm() / want.norm().clamp(min=1e-12)).item()
-        for name, want in wanted.items()
-    }
+    return {name: ((found[name] - want).norm() / want.norm().clamp(min=1e-12)).item() for name, want in wanted.items()}
 
 
 @pytest.mark.parametrize("depths", [0, 1, 2])
 def test_packed_documents_equal_single_ones(depths: int, backend: Backend) -> None:
-    model = MODEL | {
-        "mtp_num_layers": depths,
-        "moe_aux_loss_coeff": 0.0,
-        "moe_router_load_balancing_type": "none",
-    }
+    model = MODEL | {"mtp_num_layers": depths, "moe_aux_loss_coeff": 0.0, "moe_router_load_balancing_type": "none"}
     if backend.compute == "bf16":
         model |= {"moe_router_topk": 8}
     training = {"micro_batch_size": 1, "global_batch_size": 1, "sequence_length": 112}
@@ -96,13 +86,9 @@ def test_packed_documents_equal_single_ones(depths: int, backend: Backend) -> No
     assert together.mtp_losses == pytest.approx(apart.mtp_losses, rel=loss_tolerance)
     found, leaks = errors(packed, single), errors(leaking, single)
     worst = max(found, key=found.__getitem__)
-    print(
-        f"loss off by {together.loss / apart.loss - 1:.1e}, gradient by {found[worst]:.1e}, {worst}"
-    )
+    print(f"loss off by {together.loss / apart.loss - 1:.1e}, gradient by {found[worst]:.1e}, {worst}")
     on_a_cpu = state.device.torch_device.type == "cpu" and backend.compute == "fp32"
     for name, error in found.items():
         slack = 3 if name.endswith(GATES) and not on_a_cpu else 1
         assert error < slack * gradient_tolerance, f"{name}: gradient off by {error:.1e}"
-        assert leaks[name] > slack * gradient_tolerance, (
-            f"{name}: a leak of {leaks[name]:.1e} hides"
-        )
+        assert leaks[name] > slack * gradient_tolerance, f"{name}: a leak of {leaks[name]:.1e} hides"

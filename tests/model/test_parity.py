@@ -35,9 +35,15 @@ VARIANTS = {
     "two-depths": {"mtp_num_layers": 2},
     "repeated-mtp": {"mtp_num_layers": 2, "mtp_use_repeated_layer": True},
     "other-heads": {
-        "num_attention_heads": 6, "num_query_groups": 3, "kv_channels": 16, "rotary_percent": 0.5,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_value_head_dim": 24,
-        "num_moe_experts": 5, "moe_router_topk": 3,
+        "num_attention_heads": 6,
+        "num_query_groups": 3,
+        "kv_channels": 16,
+        "rotary_percent": 0.5,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_value_head_dim": 24,
+        "num_moe_experts": 5,
+        "moe_router_topk": 3,
     },
     "attention-first": {"mixer_pattern": "*G", "linear_chunk_size": 32},
     "only-attention": ATTENTION,
@@ -50,15 +56,13 @@ VARIANTS = {
     "shared": ATTENTION | {"attention_gate_shared": True, "attention_gate_activation": "silu"},
     "shared-headwise": ATTENTION | {"attention_gate": "headwise", "attention_gate_shared": True},
     "values": ATTENTION | {"attention_gate_position": "value"},
-    "values-headwise": ATTENTION | {
-        "attention_gate": "headwise", "attention_gate_position": "value", "attention_gate_activation": "silu",
-    },
+    "values-headwise": ATTENTION
+    | {"attention_gate": "headwise", "attention_gate_position": "value", "attention_gate_activation": "silu"},
     "values-shared": ATTENTION | {"attention_gate_position": "value", "attention_gate_shared": True},
     "z-loss": ATTENTION | {"moe_z_loss_coeff": 0.1},
-    "z-loss-of-repeated-mtp": ATTENTION | {
-        "moe_z_loss_coeff": 0.1, "mtp_num_layers": 2, "mtp_use_repeated_layer": True,
-    },
-}  # fmt: skip
+    "z-loss-of-repeated-mtp": ATTENTION
+    | {"moe_z_loss_coeff": 0.1, "mtp_num_layers": 2, "mtp_use_repeated_layer": True},
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -86,9 +90,7 @@ def test_matches_the_reference(variant: str, alone: Any) -> None:
     for router, load in zip(routers, wanted.router_loads):
         router.expert_load.copy_(load)  # as if the previous global batch had been this one
     losses = model(inputs, positions, None, labels=labels, loss_mask=mask)
-    scale = (
-        TOKENS * 2 / mask.sum()
-    )  # the balance loss counts all tokens, finalize_model_grads divides by the unmasked
+    scale = TOKENS * 2 / mask.sum()  # the balance loss counts all tokens, finalize_model_grads divides by the unmasked
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
@@ -108,9 +110,7 @@ def test_matches_the_reference(variant: str, alone: Any) -> None:
         assert error < 1e-3, f"{name}: gradient off by {error:.1e}"
     if not config.model.mtp_use_repeated_layer:
         _, balance = finish_balance(routers, alone[1].groups.tp_dp_cp)
-        torch.testing.assert_close(
-            balance, torch.stack(wanted.balance_loss).float().detach(), rtol=1e-5, atol=0
-        )
+        torch.testing.assert_close(balance, torch.stack(wanted.balance_loss).float().detach(), rtol=1e-5, atol=0)
 
     model.eval()
     with torch.no_grad():
@@ -137,11 +137,7 @@ def test_mtp_loss_matches_the_reference(alone: Any) -> None:
 
 def test_matches_transformers(alone: Any) -> None:
     """Against Qwen3NextForCausalLM, same random weights: logits within 1e-4, gradients within 1e-3 relative."""
-    settings = {
-        "mtp_num_layers": 0,
-        "moe_aux_loss_coeff": 0.0,
-        "moe_router_load_balancing_type": "none",
-    }
+    settings = {"mtp_num_layers": 0, "moe_aux_loss_coeff": 0.0, "moe_router_load_balancing_type": "none"}
     config = validate({"model": settings})
     theirs = qwen3_next().Qwen3NextForCausalLM(published_config(config.model))
     move_from_init(theirs)
@@ -157,9 +153,7 @@ def test_matches_transformers(alone: Any) -> None:
     published = {n: p.grad for n, p in theirs.named_parameters()}
     wanted = hf.to_megatron(published, config.model, gradients=True)
     for name, parameter in model.named_parameters():
-        error = (parameter.grad - wanted[name]).abs().max() / wanted[name].abs().max().clamp(
-            min=1e-9
-        )
+        error = (parameter.grad - wanted[name]).abs().max() / wanted[name].abs().max().clamp(min=1e-9)
         assert error < 1e-3, f"{name}: gradient off by {error:.1e}"
     with torch.no_grad():
         got = model.eval()(inputs, positions, None)

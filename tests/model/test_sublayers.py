@@ -16,11 +16,22 @@ from megatron_q3n.kernels.moe import permutation, shared_expert_gate, swiglu
 
 TOKENS = 12
 MODEL = {
-    "num_layers": 2, "mixer_pattern": "G*", "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2,
-    "kv_channels": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16, "moe_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 16,
-    "vocab_size": 512, "num_moe_experts": 4, "moe_router_topk": 2,
-}  # fmt: skip
+    "num_layers": 2,
+    "mixer_pattern": "G*",
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "moe_ffn_hidden_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "vocab_size": 512,
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+}
 MODULES = (qkv_norm_rope, permutation, residual_norm, shared_expert_gate, swiglu)
 FUSED = {module.OPERATION for module in MODULES}
 
@@ -31,9 +42,7 @@ def loss_and_gradients(model: Any, device: str = "cpu") -> dict[str, torch.Tenso
     inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
     positions = torch.arange(TOKENS).expand(2, -1)
     model.zero_grad()
-    inputs, positions, labels, mask = (
-        x.to(device) for x in (inputs, positions, labels, torch.ones(2, TOKENS))
-    )
+    inputs, positions, labels, mask = (x.to(device) for x in (inputs, positions, labels, torch.ones(2, TOKENS)))
     losses = model(inputs, positions, None, labels=labels, loss_mask=mask)
     losses.sum().backward()
     return {"loss": losses.detach()} | {n: p.grad for n, p in model.named_parameters()}
@@ -57,11 +66,7 @@ def test_fused_sublayers_are_megatrons(
         pytest.skip("the next test is for GPUs")
     training: dict[str, Any] = {}
     if recompute == "full":
-        training = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
+        training = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute:
         training = {"recompute_granularity": "selective", "recompute_modules": [recompute]}
     config = validate({"model": MODEL, "training": training})
@@ -81,17 +86,13 @@ def test_fused_sublayers_are_megatrons(
         assert (got[name] - exact).norm() <= 1e-3 * exact.norm(), name
 
 
-def test_passes_without_gradients_round_alike(
-    alone: Any, triton_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_passes_without_gradients_round_alike(alone: Any, triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16, to the last bit: a full recomputation must choose the experts that its first pass chose, and a score
     in reinforcement learning must be the trainer's."""
     from megatron_q3n.model.build import build_model
 
     if triton_device != "cpu":
-        pytest.skip(
-            "libraries choose their kernels by what they must keep; here only the sublayers differ"
-        )
+        pytest.skip("libraries choose their kernels by what they must keep; here only the sublayers differ")
     config = validate({"model": MODEL, "precision": {"compute": "bf16"}})
     model = build_model(config, "torch", alone[1].groups)[0].train()
     move(model)

@@ -18,11 +18,7 @@ from rich.console import Console
 from megatron_q3n.config import RunConfig
 from megatron_q3n.config.sizes import embedding_weights, mtp_weights, trunk_weights
 from megatron_q3n.planner import Card, plan, render
-from megatron_q3n.planner.activations import (
-    EXPERT_IMBALANCE,
-    gated_attention,
-    mixture_of_experts,
-)
+from megatron_q3n.planner.activations import EXPERT_IMBALANCE, gated_attention, mixture_of_experts
 from megatron_q3n.planner.plan import GIB
 from megatron_q3n.planner.schedule import in_flight
 from megatron_q3n.planner.states import expert_replicas
@@ -44,14 +40,7 @@ QWEN3_NEXT_80B = {
     "moe_shared_expert_intermediate_size": 512,
 }
 PIPELINE = {"world_size": 4, "pipeline_model_parallel_size": 4}
-RECOMPUTE_MODULES = [
-    "core_attn",
-    "moe",
-    "moe_act",
-    "shared_experts",
-    "layernorm",
-    "gated_delta_net",
-]
+RECOMPUTE_MODULES = ["core_attn", "moe", "moe_act", "shared_experts", "layernorm", "gated_delta_net"]
 
 
 NO_MTP = {"mtp_num_layers": 0}  # megatron-core recomputes MTP only one sublayer at a time
@@ -71,11 +60,7 @@ def selective(*modules: str) -> dict[str, Any]:
 
 
 def full(method: str, sublayers: int) -> dict[str, Any]:
-    return {
-        "recompute_granularity": "full",
-        "recompute_method": method,
-        "recompute_num_layers": sublayers,
-    }
+    return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": sublayers}
 
 
 @pytest.mark.parametrize(
@@ -135,13 +120,7 @@ def test_distributed_optimizer_cuts_dense_and_expert_state_over_their_own_replic
     depths=st.sampled_from([0, 1, 2]),
 )
 def test_all_ranks_together_hold_every_tensor_once_per_replica(
-    tensor: int,
-    context: int,
-    pipeline: int,
-    chunks: int | None,
-    expert: int,
-    expert_tensor: int,
-    depths: int,
+    tensor: int, context: int, pipeline: int, chunks: int | None, expert: int, expert_tensor: int, depths: int
 ) -> None:
     """The second copy of the embedding (MTP on another stage than the first) is the one exception."""
     dense_replicas = 8  # data parallel; a multiple of every expert group below
@@ -218,10 +197,7 @@ def test_each_recompute_module_lowers_activations_and_raises_nothing_kept(module
 
 
 def test_recompute_settings_order_as_they_should() -> None:
-    none, everything = (
-        activations(model=NO_MTP),
-        activations(model=NO_MTP, training=selective(*RECOMPUTE_MODULES)),
-    )
+    none, everything = (activations(model=NO_MTP), activations(model=NO_MTP, training=selective(*RECOMPUTE_MODULES)))
     uniform, coarser = (
         activations(model=NO_MTP, training=full("uniform", 1)),
         activations(model=NO_MTP, training=full("uniform", 2)),
@@ -256,9 +232,7 @@ def test_more_ranks_leave_less_on_each() -> None:
 
 @pytest.mark.parametrize(("ranks", "chunks"), [(2, 1), (4, 1), (2, 2), (4, 2), (4, 3)])
 @pytest.mark.parametrize("groups", [1, 2, 5])
-def test_in_flight_counts_follow_megatron_cores_schedule(
-    ranks: int, chunks: int, groups: int
-) -> None:
+def test_in_flight_counts_follow_megatron_cores_schedule(ranks: int, chunks: int, groups: int) -> None:
     """megatron-core's own warm-up count and schedule table, for a number of micro-batches its schedule accepts."""
     microbatches = groups * ranks
     order = [chunk for _, chunk in get_schedule_table(microbatches, chunks, ranks)]
@@ -292,11 +266,9 @@ def test_measured_peaks_are_met_from_above() -> None:
             run_config(
                 model={**QWEN3_NEXT_80B, "num_layers": layers, "num_moe_experts": 128, **NO_MTP},
                 precision={"compute": "bf16"},
-                training={
-                    "sequence_length": 4096, "micro_batch_size": 4, "global_batch_size": 4,
-                },
+                training={"sequence_length": 4096, "micro_batch_size": 4, "global_batch_size": 4},
             )
-        ).stages  # fmt: skip
+        ).stages
         return (stage.states.weights + stage.states.gradients + stage.activations) / GIB
 
     period = without_optimizer(8) - without_optimizer(4)
@@ -346,9 +318,7 @@ def test_planner_answers_without_torch() -> None:
         "import sys; from megatron_q3n.config import RunConfig; from megatron_q3n.planner import plan; "
         "plan(RunConfig()); print(sorted({'torch', 'megatron', 'omegaconf', 'hydra'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -36,13 +36,11 @@ def configuration(folder: Path) -> RunConfig:
         folder,
         {"updates_per_rollout": UPDATES, "dynamic_sampling": True, "dynamic_sampling_rounds": 3},
         data={"tokenizer": str(words), "source": "blend", "train": [{"path": "unused"}]},
-        training={
-            "sequence_length": 64, "micro_batch_size": 1, "global_batch_size": 8, "steps": STEPS,
-        },
+        training={"sequence_length": 64, "micro_batch_size": 1, "global_batch_size": 8, "steps": STEPS},
         checkpoint={"interval_steps": INTERVAL, "asynchronous": False},
         logging={"progress": False, "wandb": {"mode": "disabled"}},
         model={"embedding_init_method_std": 1.0, "vocab_size": VOCAB},
-    )  # fmt: skip
+    )
 
 
 def run(config: RunConfig, run_dir: Path, deadly: tuple[str, str, int] | None, _rank: int) -> None:

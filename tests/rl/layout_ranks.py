@@ -44,15 +44,16 @@ def work(rank: int, layout: str, folder: Path) -> None:
     if layout == "pp2":  # it answers elsewhere; here samples are given to it
         rl = {
             "rollout": {
-                "engine": "http", "urls": ["http://unused/v1"], "prompts": 4, "samples_per_prompt": 3,
+                "engine": "http",
+                "urls": ["http://unused/v1"],
+                "prompts": 4,
+                "samples_per_prompt": 3,
                 "max_new_tokens": 7,
             },
             "routing_replay": False,
-        }  # fmt: skip
+        }
     config = tiny_config(folder, rl, parallel={**LAYOUTS[layout], "world_size": world})
-    if (
-        layout == "pp2"
-    ):  # replay's own rule is about engines, and the samples given to it have routes
+    if layout == "pp2":  # replay's own rule is about engines, and the samples given to it have routes
         replaying = config.rl.model_copy(update={"routing_replay": True})
         config = config.model_copy(update={"rl": replaying})
     device = choose_device(config)

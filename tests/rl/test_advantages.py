@@ -5,12 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_q3n.rl.advantages import (
-    even_groups,
-    group_advantages,
-    overlong_penalties,
-    token_weights,
-)
+from megatron_q3n.rl.advantages import even_groups, group_advantages, overlong_penalties, token_weights
 
 
 def groups_of(seed: int) -> tuple[np.ndarray, np.ndarray]:

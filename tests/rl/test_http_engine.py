@@ -61,9 +61,7 @@ def engine(loop: Any, run_dir: Path, urls: list[str], **options: Any) -> Any:
     from megatron_q3n.rl.http_engine import HttpEngine
     from megatron_q3n.stages.weight_sync import Publisher
 
-    settings = RolloutConfig(
-        engine="http", urls=urls, prompts=4, samples_per_prompt=3, max_new_tokens=7, **options
-    )
+    settings = RolloutConfig(engine="http", urls=urls, prompts=4, samples_per_prompt=3, max_new_tokens=7, **options)
     publish = Publisher(loop.state, run_dir, None)
     return HttpEngine(loop.state.parallel, settings, loop.stop_tokens, 5, publish)
 
@@ -82,9 +80,7 @@ def slow_url() -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
 
 
-def test_the_server_answers_as_the_process_does(
-    loop: Any, run_dir: Path, server: tuple[str, Any]
-) -> None:
+def test_the_server_answers_as_the_process_does(loop: Any, run_dir: Path, server: tuple[str, Any]) -> None:
     """The trainer's probabilities of the server's answers are the server's own, and greedy answers are ours."""
     there = engine(loop, run_dir, [server[0]])
     there._version = 0  # what it was started with

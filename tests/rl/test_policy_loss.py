@@ -8,12 +8,7 @@ from torch import Tensor
 
 from megatron_q3n.config.rl import ALGORITHMS
 from megatron_q3n.rl.advantages import token_weights
-from megatron_q3n.rl.policy_loss import (
-    clipped_surrogate,
-    kl_to_reference,
-    log_ratios,
-    truncated_importance,
-)
+from megatron_q3n.rl.policy_loss import clipped_surrogate, kl_to_reference, log_ratios, truncated_importance
 
 LONGEST = 12
 
@@ -56,9 +51,7 @@ def packed_loss(case: Case, algorithm: str, cap: float | None) -> Tensor:
 
 def written_out(case: Case, algorithm: str, cap: float | None) -> Tensor:
     """The objective of each paper, negated."""
-    low, high = {
-        "gspo": (3e-4, 4e-4), "grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28),
-    }[algorithm]  # fmt: skip
+    low, high = {"gspo": (3e-4, 4e-4), "grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28)}[algorithm]
     per_sample = []
     for new, old, rollout, advantage in zip(case.new, case.old, case.rollout, case.advantages):
         ratios = (new - old).exp()

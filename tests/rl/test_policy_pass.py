@@ -60,10 +60,7 @@ def rows_of(
     eod = loop.tokenizer.eod
     if not each:
         return policy_rows(samples, weights, length, eod, replay=True)
-    return [
-        policy_rows([s], weights[i : i + 1], length, eod, replay=True)[0]
-        for i, s in enumerate(samples)
-    ]
+    return [policy_rows([s], weights[i : i + 1], length, eod, replay=True)[0] for i, s in enumerate(samples)]
 
 
 def test_rollout_and_trainer_agree(loop: Any, samples: list[Sample]) -> None:
@@ -165,16 +162,18 @@ def test_gradient_is_the_plain_policy_gradient(loop: Any, samples: list[Sample])
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_term_of_the_loss_is_written_out(
-    loop: Any, samples: list[Sample], algorithm: str
-) -> None:
+def test_every_term_of_the_loss_is_written_out(loop: Any, samples: list[Sample], algorithm: str) -> None:
     """Off policy, with clips, truncated importance, entropy and KL: the gradient is the sum's, sample by sample."""
     from megatron_q3n.rl.policy_pass import without_mtp
 
     terms = {
-        "algorithm": algorithm, "clip_low": 0.1, "clip_high": 0.15, "importance_cap": 1.05, "kl_coefficient": 0.3,
+        "algorithm": algorithm,
+        "clip_low": 0.1,
+        "clip_high": 0.15,
+        "importance_cap": 1.05,
+        "kl_coefficient": 0.3,
         "entropy_coefficient": 0.05,
-    }  # fmt: skip
+    }
     generator = np.random.default_rng(7)
     for sample in samples:
         known, size = np.array(sample.logprobs, np.float32), len(sample.logprobs)
@@ -195,9 +194,7 @@ def test_every_term_of_the_loss_is_written_out(
         tokens = torch.tensor([[*sample.prompt.tokens, *sample.tokens]])
         with without_mtp(model):
             logits = chunk(tokens[:, :-1], torch.arange(tokens.shape[1] - 1)[None], None)
-        log_V = logits[0, len(sample.prompt.tokens) - 1 :, : loop.tokenizer.vocab_size].log_softmax(
-            -1
-        )
+        log_V = logits[0, len(sample.prompt.tokens) - 1 :, : loop.tokenizer.vocab_size].log_softmax(-1)
         new = log_V.gather(-1, torch.tensor(sample.tokens)[:, None])[:, 0]
         old, reference = torch.tensor(sample.old_logprobs), torch.tensor(sample.reference_logprobs)
         ratio = (new - old).mean().exp() if algorithm == "gspo" else (new - old).exp()
@@ -208,8 +205,10 @@ def test_every_term_of_the_loss_is_written_out(
         kl = (reference - new).exp() - (reference - new) - 1
         losses = -weight * gain + 0.3 * kl - 0.05 * entropy
         share = {
-            "sequence": 1 / (len(samples) * len(new)), "token": 1 / num_tokens, "constant": 1 / (len(samples) * 7),
-        }[rules.normalisation]  # fmt: skip
+            "sequence": 1 / (len(samples) * len(new)),
+            "token": 1 / num_tokens,
+            "constant": 1 / (len(samples) * 7),
+        }[rules.normalisation]
         total = total + share * losses.sum()
     total.backward()
     for name, parameter in model.named_parameters():

@@ -12,9 +12,13 @@ import pytest
 from tests.rl.killed_runs import INTERVAL, PHASES, STEPS, UPDATES
 
 MEASURED = {
-    "time", "rollout/seconds", "rollout/look_back_seconds", "throughput/step_seconds", "throughput/instruments_seconds",
+    "time",
+    "rollout/seconds",
+    "rollout/look_back_seconds",
+    "throughput/step_seconds",
+    "throughput/instruments_seconds",
     "memory/peak_gib",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +51,7 @@ def test_a_killed_run_ends_as_a_whole_one(left: Path, phase: str) -> None:
     whole, killed = left / "whole", left / phase
     assert rollouts(killed) == rollouts(whole)
     kept = [
-        [
-            {k: v for k, v in record.items() if k not in MEASURED}
-            for record in lines(d / "metrics.jsonl")
-        ]
+        [{k: v for k, v in record.items() if k not in MEASURED} for record in lines(d / "metrics.jsonl")]
         for d in (whole, killed)
     ]
     assert kept[0] == kept[1]
@@ -70,7 +71,5 @@ def test_the_whole_run_is_one_to_compare_with(left: Path) -> None:
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert [r["rl/staleness_max"] for r in records] == [0, 1] * (STEPS // 2)
     assert max(record["rl/kl_to_old"] for record in records) > 0
-    assert [row["step"] for row in lines(left / "whole" / "progress.jsonl")] == [
-        *range(INTERVAL, STEPS + 1, INTERVAL)
-    ]
+    assert [row["step"] for row in lines(left / "whole" / "progress.jsonl")] == [*range(INTERVAL, STEPS + 1, INTERVAL)]
     assert lines(left / "whole" / "progress.jsonl")[-1]["next_prompt"] > 4 * STEPS // UPDATES

@@ -42,29 +42,29 @@ def scored(settings: RewardConfig, samples: list[Sample]) -> list[tuple[float, s
 
 def test_a_bad_grader_costs_its_own_answer_only() -> None:
     settings = RewardConfig(
-        kind="function",
-        function=f"{HERE}:grade_as_told",
-        time_limit_seconds=1,
-        failed=-1,
-        workers=2,
+        kind="function", function=f"{HERE}:grade_as_told", time_limit_seconds=1, failed=-1, workers=2
     )
     words = ["fine", "hang", "crash", "leave", "raise", "print", "nan", "fine", "hang", "fine"]
     found = scored(settings, [sample_of(word, {"worth": n}) for n, word in enumerate(words)])
     assert found == [
-        (0, None), (-1, "time limit"), (-1, "crash"), (-1, "crash"), (-1, "RuntimeError: no"),
-        (5, None), (-1, "a score of nan"), (7, None), (-1, "time limit"), (9, None),
-    ]  # fmt: skip
+        (0, None),
+        (-1, "time limit"),
+        (-1, "crash"),
+        (-1, "crash"),
+        (-1, "RuntimeError: no"),
+        (5, None),
+        (-1, "a score of nan"),
+        (7, None),
+        (-1, "time limit"),
+        (9, None),
+    ]
 
 
 def test_task_and_mathematics() -> None:
-    grading = {
-        "task": "chain_sum", "settings": {"min_terms": 2, "max_terms": 2}, "seed": 5, "index": 77,
-    }  # fmt: skip
+    grading = {"task": "chain_sum", "settings": {"min_terms": 2, "max_terms": 2}, "seed": 5, "index": 77}
     found = scored(RewardConfig(workers=1), [sample_of(t, grading) for t in ("15061", "15062", "")])
     assert found == [(1, None), (0, None), (0, None)]
-    settings = RewardConfig(
-        kind="math_verify", answer_pattern=r"<answer>(.*?)</answer>", failed=-2, workers=1
-    )
+    settings = RewardConfig(kind="math_verify", answer_pattern=r"<answer>(.*?)</answer>", failed=-2, workers=1)
     texts = ["<answer>1</answer> or <answer>$0.5$</answer>", "<answer>$2$</answer>", "0.5"]
     found = scored(settings, [sample_of(text, {"answer": r"\frac{1}{2}"}) for text in texts])
     assert found == [(1, None), (0, None), (-2, "no answer found")]

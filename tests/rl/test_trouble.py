@@ -16,13 +16,7 @@ from megatron_q3n.metrics.sample_tables import COLUMNS
 from tests.rl.test_resume import MEASURED, lines, rollouts
 from tests.rl.troubled_runs import BAD_PROMPT, INTERVAL, STEPS
 
-INSTRUMENTS = (
-    "sinks/first_token",
-    "activations/max",
-    "norms/max",
-    "router/entropy",
-    "delta/half_life",
-)
+INSTRUMENTS = ("sinks/first_token", "activations/max", "norms/max", "router/entropy", "delta/half_life")
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +54,7 @@ def test_a_roll_back_is_the_run_without_that_rollout(left: Path) -> None:
     numbers = {row["prompt"] for rows in rollouts(bad).values() for row in rows}
     assert numbers == set(range(4 * STEPS // 2 + 4)) - set(range(BAD_PROMPT, BAD_PROMPT + 4))
     names = set(lines(clean / "metrics.jsonl")[-1]) - MEASURED - {"roll_backs"}
-    kept = [
-        [{k: r[k] for k in names & set(r)} for r in lines(d / "metrics.jsonl")]
-        for d in (bad, clean)
-    ]
+    kept = [[{k: r[k] for k in names & set(r)} for r in lines(d / "metrics.jsonl")] for d in (bad, clean)]
     assert kept[0] == kept[1]
     assert lines(bad / "metrics.jsonl")[-1]["roll_backs"] == 1
 
@@ -83,9 +74,7 @@ def test_instruments_work_at_their_interval(left: Path) -> None:
     for name in INSTRUMENTS:
         assert [r["step"] for r in records if name in r] == [1, 4, 8, 12], name
     assert all(r["router/entropy"] > 0 for r in records if "router/entropy" in r)
-    assert not any(
-        name in record for record in lines(left / "clean/metrics.jsonl") for name in INSTRUMENTS
-    )
+    assert not any(name in record for record in lines(left / "clean/metrics.jsonl") for name in INSTRUMENTS)
 
 
 def tables_in_wandb(run_dir: Path) -> dict[tuple[int, str], Any]:
@@ -98,9 +87,7 @@ def tables_in_wandb(run_dir: Path) -> dict[tuple[int, str], Any]:
             item = record["history"]["item"] if record["type"] == "history" else {}
             for name in ("samples/held_out", "samples/rollout"):
                 if path := item.get(f"{name}.path"):
-                    found[item["_step"], name] = json.loads(
-                        (log.parent / "files" / path).read_text()
-                    )
+                    found[item["_step"], name] = json.loads((log.parent / "files" / path).read_text())
     return found
 
 
@@ -109,8 +96,11 @@ def test_samples_reach_wandb_and_the_report(left: Path) -> None:
     run_dir = left / "roll_back"
     tables = tables_in_wandb(run_dir)
     assert set(tables) == {
-        (1, "samples/held_out"), (1, "samples/rollout"), (6, "samples/held_out"), (12, "samples/held_out"),
-    }  # fmt: skip
+        (1, "samples/held_out"),
+        (1, "samples/rollout"),
+        (6, "samples/held_out"),
+        (12, "samples/held_out"),
+    }
     for (step, name), table in tables.items():
         file = f"held_out_{step if step > 1 else 0:07d}" if "held" in name else "after_step_0000000"
         rows = lines(run_dir / "samples" / f"{file}.jsonl")

@@ -31,9 +31,7 @@ def tiny_config(folder: Path, rl: dict[str, Any] | None = None, **sections: Any)
         "rollout": {"prompts": 4, "samples_per_prompt": 3, "max_new_tokens": 7},
         "reward": {"kind": "function", "function": "tests.rl.tiny_loop:grade", "workers": 1},
     }
-    model = {
-        "hidden_size": 32, "vocab_size": VOCAB, "max_position_embeddings": 2048, "moe_aux_loss_coeff": 0.0,
-    }  # fmt: skip
+    model = {"hidden_size": 32, "vocab_size": VOCAB, "max_position_embeddings": 2048, "moe_aux_loss_coeff": 0.0}
     return validate(
         {
             "stage": "rl",
@@ -63,7 +61,5 @@ def tiny_loop(config: RunConfig, device: Any, group: Any, graders: Any = None) -
     words = tokenizer()
     prompts = Prompts(config.rl.prompts, ChatTemplate(PLAIN, words), longest=50, seed=3)
     stop = frozenset({words.eod})
-    engine = InProcessEngine(
-        state.models[0], group, config.rl.rollout, stop, words.vocab_size, 5, records_routes=True
-    )
+    engine = InProcessEngine(state.models[0], group, config.rl.rollout, stop, words.vocab_size, 5, records_routes=True)
     return RlLoop(state, engine, graders, prompts, words, stop)

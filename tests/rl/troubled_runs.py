@@ -38,14 +38,12 @@ def configuration(folder: Path, run: dict[str, Any]) -> RunConfig:
     tokenizer().save(words)
     sections: dict[str, Any] = {
         "data": {"tokenizer": str(words), "source": "blend", "train": [{"path": "unused"}]},
-        "training": {
-            "sequence_length": 64, "micro_batch_size": 1, "global_batch_size": 8, "steps": STEPS,
-        },
+        "training": {"sequence_length": 64, "micro_batch_size": 1, "global_batch_size": 8, "steps": STEPS},
         "checkpoint": {"interval_steps": INTERVAL},
         "instruments": {"interval_steps": 0},
         "logging": {"progress": False, "wandb": {"mode": "disabled"}},
         "model": {"embedding_init_method_std": 1.0, "vocab_size": VOCAB},
-    }  # fmt: skip
+    }
     held_out = [{"path": str(folder / "prompts.jsonl")}]
     rl = {"updates_per_rollout": UPDATES, "held_out": held_out, "held_out_interval_steps": 6}
     return tiny_config(folder, rl, **sections | run)

@@ -20,9 +20,7 @@ from typing import Any
 import psutil
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
-SYSTEM_FOLDERS = os.pathsep.join(
-    ("/usr/sbin", "/usr/local/sbin", "/sbin")
-)  # not on everyone's PATH
+SYSTEM_FOLDERS = os.pathsep.join(("/usr/sbin", "/usr/local/sbin", "/sbin"))  # not on everyone's PATH
 CONF = """\
 ClusterName=q3n
 SlurmctldHost={host}(127.0.0.1)
@@ -87,9 +85,7 @@ class Cluster:
         """Bring it up and wait until every node is idle."""
         for folder in ("ctld", "spool", "log", *(f"spool/n{i + 1}" for i in range(self.nodes))):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
-        self.root.chmod(
-            0o755
-        )  # munge wants nobody else to write here; pytest's folders are private
+        self.root.chmod(0o755)  # munge wants nobody else to write here; pytest's folders are private
         path = os.pathsep.join((os.environ["PATH"], SYSTEM_FOLDERS))
         self.environment = {**os.environ, "PATH": path, "SLURM_CONF": str(self.root / "slurm.conf")}
         (self.root / "slurm.conf").write_text(self._conf())
@@ -113,12 +109,7 @@ class Cluster:
 
     def cancel_all(self) -> None:
         """End every job."""
-        ask: dict[str, Any] = {
-            "env": self.environment,
-            "check": False,
-            "capture_output": True,
-            "text": True,
-        }
+        ask: dict[str, Any] = {"env": self.environment, "check": False, "capture_output": True, "text": True}
         subprocess.run(["scancel", f"--user={getpass.getuser()}"], **ask)
         deadline = time.monotonic() + 12  # KillWait and a little
         while subprocess.run(["squeue", "-h"], **ask).stdout and time.monotonic() < deadline:
@@ -154,18 +145,23 @@ class Cluster:
         return state
 
     def _run(self, *command: str) -> str:
-        done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def _conf(self) -> str:
         port = _free_ports(self.nodes + 1)
         return CONF.format(
-            host=socket.gethostname().split(".")[0], port=port, first=port + 1, last=port + self.nodes,
-            user=getpass.getuser(), root=self.root, nodes=self.nodes, cpus=self.cpus, first_job=self.first_job,
-        )  # fmt: skip
+            host=socket.gethostname().split(".")[0],
+            port=port,
+            first=port + 1,
+            last=port + self.nodes,
+            user=getpass.getuser(),
+            root=self.root,
+            nodes=self.nodes,
+            cpus=self.cpus,
+            first_job=self.first_job,
+        )
 
     def _start_munge(self) -> None:
         key = self.root / "munge.key"
@@ -178,10 +174,7 @@ class Cluster:
 
     def _wait_for_nodes(self) -> None:
         deadline = time.monotonic() + 20
-        while (
-            len(re.findall("idle", self.run("sinfo", "-h", "-N", "-p", "batch", "-o", "%T")))
-            < self.nodes
-        ):
+        while len(re.findall("idle", self.run("sinfo", "-h", "-N", "-p", "batch", "-o", "%T"))) < self.nodes:
             assert time.monotonic() < deadline, self.run("sinfo", "-N", "-l")
             time.sleep(0.1)
 

@@ -17,11 +17,7 @@ NOT_INSTALLED = "Slurm is not installed"
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Let all tests that miss Slurm be skipped at one place, so that pytest says it in one line."""
     report = yield
-    if (
-        report.skipped
-        and isinstance(report.longrepr, tuple)
-        and NOT_INSTALLED in report.longrepr[2]
-    ):
+    if report.skipped and isinstance(report.longrepr, tuple) and NOT_INSTALLED in report.longrepr[2]:
         report.longrepr = (__file__, 0, report.longrepr[2])
     return report
 

@@ -25,18 +25,35 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.runs import ROOT, SITE, ranks_of, submitted
 
 SHORT = [
-    "all.training.sequence_length=64", "all.validation.batches=1", "all.samples.count=0",
-    "all.logging.wandb.mode=offline", "all.checkpoint.interval_steps=5",
-    "pretrain.training.micro_batch_size=2", "pretrain.training.steps=100", "pretrain.parallel.world_size=2",
-    "longcontext.training.micro_batch_size=2", "longcontext.training.steps=40", "longcontext.parallel.world_size=2",
-    "sft.training.steps=40", "rl.training.steps=20", "mtp.training.steps=20",
-]  # fmt: skip
+    "all.training.sequence_length=64",
+    "all.validation.batches=1",
+    "all.samples.count=0",
+    "all.logging.wandb.mode=offline",
+    "all.checkpoint.interval_steps=5",
+    "pretrain.training.micro_batch_size=2",
+    "pretrain.training.steps=100",
+    "pretrain.parallel.world_size=2",
+    "longcontext.training.micro_batch_size=2",
+    "longcontext.training.steps=40",
+    "longcontext.parallel.world_size=2",
+    "sft.training.steps=40",
+    "rl.training.steps=20",
+    "mtp.training.steps=20",
+]
 STAGES = ("pretrain", "longcontext", "sft", "rl", "mtp", "export")
 TRAINED = STAGES[:-1]
 # what must not differ: all but what measures time and memory
 COMPARED = (
-    "tokens", "loss/", "grad_norm", "learning_rate", "bits_per_byte/", "acceptance/", "reward/", "rl/", "skipped_steps",
-)  # fmt: skip
+    "tokens",
+    "loss/",
+    "grad_norm",
+    "learning_rate",
+    "bits_per_byte/",
+    "acceptance/",
+    "reward/",
+    "rl/",
+    "skipped_steps",
+)
 
 
 def main() -> int:
@@ -52,11 +69,7 @@ def main() -> int:
         cluster.start()
         left_alone = run(cluster, folder / "left_alone", random.Random(given.seed), kills=0)
         disturbed = run(
-            cluster,
-            folder / "disturbed",
-            random.Random(given.seed),
-            given.kills,
-            folder / "left_alone" / "code",
+            cluster, folder / "disturbed", random.Random(given.seed), given.kills, folder / "left_alone" / "code"
         )
     finally:
         cluster.stop()
@@ -67,26 +80,21 @@ def main() -> int:
     return int(left_alone != disturbed)
 
 
-def run(
-    cluster: Cluster, folder: Path, luck: random.Random, kills: int, root: Path = ROOT
-) -> dict[str, list]:
+def run(cluster: Cluster, folder: Path, luck: random.Random, kills: int, root: Path = ROOT) -> dict[str, list]:
     """Run the pipeline to its end with so many disturbances; return the compared numbers of each stage."""
     site = folder.with_suffix(".yaml")
     site.write_text(json.dumps(SITE | {"attempts_without_progress": 50}))
     began = time.monotonic()
     jobs = submitted(
         cluster, "--config-name", "pipeline-tiny", "--site", str(site), "--run-dir", str(folder), *SHORT, root=root
-    )  # fmt: skip
+    )
     done = 0
     while cluster.state(jobs[-1]) not in ("COMPLETED", "CANCELLED", "FAILED"):
         if done < kills * share_until_now(cluster, jobs):
             done += disturb_once(cluster, folder, jobs, luck)
         time.sleep(0.5)
     states = [cluster.state(job) for job in jobs]
-    print(
-        f"{folder.name}: {done} disturbances, {time.monotonic() - began:.0f} s, {states}",
-        flush=True,
-    )
+    print(f"{folder.name}: {done} disturbances, {time.monotonic() - began:.0f} s, {states}", flush=True)
     return {stage: losses(folder / stage) for stage in TRAINED}
 
 
@@ -123,9 +131,7 @@ def disturb_once(cluster: Cluster, folder: Path, jobs: list[str], luck: random.R
 
 def sruns_of(stage: Path) -> list[psutil.Process]:
     """Return the srun processes of a stage."""
-    named = (
-        p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0] == "srun"
-    )
+    named = (p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0] == "srun")
     return [process for process in named if str(stage) in " ".join(process.info["cmdline"])]
 
 

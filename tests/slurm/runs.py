@@ -33,18 +33,19 @@ SITE: dict[str, Any] = {
     },
 }
 SMALL = [
-    "training.steps=12", "training.sequence_length=64", "training.micro_batch_size=2", "validation.interval_steps=6",
-    "validation.batches=1", "validation.bigram_baseline=false", "checkpoint.interval_steps=4", "samples.count=0",
-    "schedule.warmup_steps=2", "logging.wandb.mode=disabled", "logging.interval_steps=1",
-]  # fmt: skip
-COMPARED = (
-    "loss/train",
-    "loss/mtp_1",
-    "loss/balance",
-    "grad_norm",
-    "learning_rate",
-    "loss/validation",
-)
+    "training.steps=12",
+    "training.sequence_length=64",
+    "training.micro_batch_size=2",
+    "validation.interval_steps=6",
+    "validation.batches=1",
+    "validation.bigram_baseline=false",
+    "checkpoint.interval_steps=4",
+    "samples.count=0",
+    "schedule.warmup_steps=2",
+    "logging.wandb.mode=disabled",
+    "logging.interval_steps=1",
+]
+COMPARED = ("loss/train", "loss/mtp_1", "loss/balance", "grad_norm", "learning_rate", "loss/validation")
 
 
 def with_fault(fault: str, once: Path | None = None) -> dict[str, str]:
@@ -53,15 +54,17 @@ def with_fault(fault: str, once: Path | None = None) -> dict[str, str]:
     return SITE["environment"] | extra | ({"Q3N_FAULT_ONCE": str(once)} if once else {})
 
 
-def submit(
-    cluster: Cluster, *arguments: str, root: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
+def submit(cluster: Cluster, *arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run the submit command as a user of the cluster does."""
     return subprocess.run(
         [sys.executable, "-m", "slurm.submit", *arguments],
-        cwd=root, env={**cluster.environment, "PYTHONPATH": str(root)},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        cwd=root,
+        env={**cluster.environment, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def submitted(cluster: Cluster, *arguments: str, root: Path = ROOT) -> list[str]:
@@ -76,8 +79,12 @@ def alone(run_dir: Path, *settings: str) -> Path:
     command = [sys.executable, "-m", "megatron_q3n.train", "--config-name", "pretrain-tiny", *SMALL]
     subprocess.run(
         [*command, f"run_dir={run_dir}", *settings],
-        cwd=ROOT, env=os.environ, check=True, stdout=subprocess.DEVNULL, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        timeout=120,
+    )
     return run_dir
 
 

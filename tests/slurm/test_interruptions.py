@@ -12,16 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import (
-    SMALL,
-    decisions,
-    numbers,
-    ranks_of,
-    story,
-    submitted,
-    wait_for_steps,
-    with_fault,
-)
+from tests.slurm.runs import SMALL, decisions, numbers, ranks_of, story, submitted, wait_for_steps, with_fault
 
 pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -40,9 +31,7 @@ def test_preempted_by_a_higher_partition(
     run_dir = tmp_path / "run"
     arguments = ["--config-name", "pretrain-tiny", "--site", site(), "--nodes", "2"]
     # wandb runs beside it: its service gets every signal that Slurm sends to the step
-    (job,) = submitted(
-        cluster, *arguments, "--run-dir", str(run_dir), *SMALL, "logging.wandb.mode=offline"
-    )
+    (job,) = submitted(cluster, *arguments, "--run-dir", str(run_dir), *SMALL, "logging.wandb.mode=offline")
     wait_for_steps(run_dir, 3)
     wanted = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"]
     urgent = cluster.run("sbatch", "--parsable", *wanted, "--wrap", "sleep 2")
@@ -93,17 +82,8 @@ def test_told_to_end_with_everything_it_requeues_but_cancelled_it_does_not(
     cluster: Cluster, site: Callable[..., str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    arguments = [
-        "--config-name",
-        "pretrain-tiny",
-        "--site",
-        site(),
-        *SMALL,
-        "training.steps=1000000",
-    ]
-    (job,) = submitted(
-        cluster, *arguments, "--run-dir", str(run_dir), "logging.interval_steps=1000"
-    )
+    arguments = ["--config-name", "pretrain-tiny", "--site", site(), *SMALL, "training.steps=1000000"]
+    (job,) = submitted(cluster, *arguments, "--run-dir", str(run_dir), "logging.interval_steps=1000")
     wait_for_steps(run_dir, 5)
     cluster.run("scancel", "--full", "--signal=TERM", job)  # the batch script, srun, everybody
     wait_for_attempts(run_dir, 2)
@@ -117,22 +97,26 @@ def test_told_to_end_with_everything_it_requeues_but_cancelled_it_does_not(
 
 
 @pytest.mark.slow
-def test_time_limit(
-    cluster: Cluster, site: Callable[..., str], tmp_path: Path, uninterrupted: Path
-) -> None:
+def test_time_limit(cluster: Cluster, site: Callable[..., str], tmp_path: Path, uninterrupted: Path) -> None:
     """Slurm counts limits in minutes and may send its warning a minute early, so the limit here is three; the runs, one
     of each launcher on the same nodes, wait for it in their sixth step."""
     runs = {}
     for launcher in ("srun", "torchrun"):
         run_dir = tmp_path / launcher
         held = with_fault("hold@6:0", tmp_path / f"once-{launcher}")
-        slices = site(
-            time="3:00", save_margin_seconds=60, launcher=launcher, environment=held, cpus_per_process=1
-        )  # fmt: skip
+        slices = site(time="3:00", save_margin_seconds=60, launcher=launcher, environment=held, cpus_per_process=1)
         (job,) = submitted(
-            cluster, "--config-name", "pretrain-tiny", "--site", slices, "--nodes", "2",
-            "--run-dir", str(run_dir), *SMALL,
-        )  # fmt: skip
+            cluster,
+            "--config-name",
+            "pretrain-tiny",
+            "--site",
+            slices,
+            "--nodes",
+            "2",
+            "--run-dir",
+            str(run_dir),
+            *SMALL,
+        )
         runs[run_dir] = job
     for run_dir, job in runs.items():
         assert cluster.wait(job, *ENDED, seconds=420) == "COMPLETED", story(run_dir)
@@ -144,9 +128,7 @@ def test_time_limit(
 
 
 @pytest.mark.slow
-def test_asked_by_a_person_it_ends_and_stays_ended(
-    cluster: Cluster, site: Callable[..., str], tmp_path: Path
-) -> None:
+def test_asked_by_a_person_it_ends_and_stays_ended(cluster: Cluster, site: Callable[..., str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = ["--config-name", "pretrain-tiny", "--site", site(), "--run-dir", str(run_dir)]
     (job,) = submitted(cluster, *arguments, *SMALL, "training.steps=1000000")

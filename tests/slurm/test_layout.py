@@ -22,10 +22,20 @@ def test_two_nodes_give_the_losses_of_one_process(
     reference = numbers(alone(tmp_path / "one", begin, "training.steps=6"), steps=6)
     run_dir = tmp_path / "four"
     (job,) = submitted(
-        cluster, "--config-name", "pretrain-tiny", "--nodes", "2", "--run-dir", str(run_dir),
-        "--site", site(processes_per_node=2, cpus_per_process=1, launcher=launcher),
-        *SMALL, begin, "training.steps=6", "parallel.tensor_model_parallel_size=2",
-    )  # fmt: skip
+        cluster,
+        "--config-name",
+        "pretrain-tiny",
+        "--nodes",
+        "2",
+        "--run-dir",
+        str(run_dir),
+        "--site",
+        site(processes_per_node=2, cpus_per_process=1, launcher=launcher),
+        *SMALL,
+        begin,
+        "training.steps=6",
+        "parallel.tensor_model_parallel_size=2",
+    )
     assert cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", story(run_dir)
     for ours, theirs in zip(numbers(run_dir, steps=6), reference):
         present = {name: value for name, value in theirs.items() if value is not None}

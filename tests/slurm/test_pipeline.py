@@ -16,10 +16,16 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.runs import FAULTS, ROOT, SITE, numbers, story, submit, submitted
 
 SHORT = [
-    "all.training.sequence_length=64", "all.validation.batches=1", "all.samples.count=0",
-    "all.logging.wandb.mode=disabled", "all.checkpoint.interval_steps=2", "pretrain.training.steps=4",
-    "pretrain.schedule.warmup_steps=1", "longcontext.training.steps=2", "longcontext.schedule.warmup_steps=1",
-]  # fmt: skip
+    "all.training.sequence_length=64",
+    "all.validation.batches=1",
+    "all.samples.count=0",
+    "all.logging.wandb.mode=disabled",
+    "all.checkpoint.interval_steps=2",
+    "pretrain.training.steps=4",
+    "pretrain.schedule.warmup_steps=1",
+    "longcontext.training.steps=2",
+    "longcontext.schedule.warmup_steps=1",
+]
 CHAIN = """
 stages:
   pretrain:
@@ -38,8 +44,12 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 def status(cluster: Cluster, folder: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "slurm.status", str(folder)],
-        cwd=ROOT, env={**cluster.environment, "COLUMNS": "200"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**cluster.environment, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return done.stdout
 
 
@@ -70,9 +80,7 @@ def test_a_failed_stage_stops_the_chain_and_a_fixed_one_goes_on(
     lenient = strict.replace("stop", "skip")
     again = submitted(cluster, "--resume", str(folder), *place, lenient)
     assert len(again) == 2, "what is done is not done again"
-    assert [cluster.wait(job, *ENDED) for job in again] == ["COMPLETED"] * 2, story(
-        folder / "export"
-    )
+    assert [cluster.wait(job, *ENDED) for job in again] == ["COMPLETED"] * 2, story(folder / "export")
     assert (folder / "pretrain" / "metrics.jsonl").read_text() == before
     numbers(folder / "longcontext", steps=2)
     assert f"weights from {folder}/pretrain" in story(folder / "longcontext"), "the lineage"
@@ -85,9 +93,12 @@ def test_a_failed_stage_stops_the_chain_and_a_fixed_one_goes_on(
 
 
 SHORT_LATER = [
-    "sft.training.steps=4", "sft.schedule.warmup_steps=1", "rl.training.steps=2", "mtp.training.steps=2",
+    "sft.training.steps=4",
+    "sft.schedule.warmup_steps=1",
+    "rl.training.steps=2",
+    "mtp.training.steps=2",
     "mtp.schedule.warmup_steps=1",
-]  # fmt: skip
+]
 
 
 @pytest.mark.slow
@@ -118,10 +129,7 @@ def written(tmp_path: Path, text: str) -> Path:
     [
         ("stages: {a: {recipe: x, tool: [y]}}", "stage a needs either a recipe or a tool"),
         ("stages: {a: {}}", "stage a needs either a recipe or a tool"),
-        (
-            "stages: {a: {recipe: x}, b: {recipe: x, from: c}}",
-            "b is from c, which is no stage before it",
-        ),
+        ("stages: {a: {recipe: x}, b: {recipe: x, from: c}}", "b is from c, which is no stage before it"),
         ("stages: {a: {recipe: x, from: a}}", "a is from a, which is no stage before it"),
         ("stages: {a: {recipe: x, nodse: 2}}", "stages.a.nodse: Extra inputs"),
     ],

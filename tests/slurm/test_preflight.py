@@ -11,12 +11,7 @@ import pytest
 from slurm.preflight import disk_problems, read_gpus
 from tests.slurm.runs import ROOT, SITE
 
-SETTINGS = {
-    **SITE["preflight"],
-    "gpus_expected": 0,
-    "minimum_gpu_free_mib": 0,
-    "master_address": "127.0.0.1",
-}
+SETTINGS = {**SITE["preflight"], "gpus_expected": 0, "minimum_gpu_free_mib": 0, "master_address": "127.0.0.1"}
 
 
 @pytest.mark.parametrize(
@@ -48,8 +43,11 @@ def node(folder: Path, number: int, count: int) -> "subprocess.Popen[str]":
     settings = json.dumps({**SETTINGS, "timeout_seconds": 4})
     return subprocess.Popen(
         [sys.executable, "-m", "slurm.preflight", str(folder), settings],
-        cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_nodes_reach_each_other(tmp_path: Path) -> None:

@@ -19,22 +19,20 @@ from tests.slurm.runs import ROOT
 def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "slurm.submit", "--dry-run", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (
-            ["parallel.tensor_model_parallel_size=3", "--nodes", "3"],
-            "not divisible by parallel.tensor_model_parallel",
-        ),
+        (["parallel.tensor_model_parallel_size=3", "--nodes", "3"], "not divisible by parallel.tensor_model_parallel"),
         (["--nodes", "3"], "training.global_batch_size=4 is not divisible by"),
-        (
-            ["data=blend", "data.train=[{path: /nowhere}]", "data.validation=[{path: /nowhere}]"],
-            "/nowhere",
-        ),
+        (["data=blend", "data.train=[{path: /nowhere}]", "data.validation=[{path: /nowhere}]"], "/nowhere"),
         (["model=80b_a3b", "checkpoint.keep_last=100000"], "checkpoints take about"),
         (["checkpoint.load=/nowhere/run"], "/nowhere/run: no checkpoint found"),
         (["training.stesp=3"], "training.stesp: no such setting"),
@@ -52,7 +50,7 @@ def test_refused(tmp_path: Path, arguments: list[str], complaint: str) -> None:
 def test_a_pipeline_is_checked_as_a_whole(tmp_path: Path) -> None:
     done = dry_run(
         "--config-name", "pipeline-tiny", "--run-dir", str(tmp_path / "p"), "longcontext.training.micro_batch_size=3"
-    )  # fmt: skip
+    )
     assert done.returncode == 2
     assert "training.micro_batch_size=3" in done.stderr
     assert not (tmp_path / "p").exists()
@@ -81,16 +79,27 @@ def test_dry_run_shows_script_and_description(
     tmp_path: Path, site: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "sesame-open")
-    wishes = site(
-        account="lab", setup=["module load cuda"], environment={"NCCL_SOCKET_IFNAME": "ib0"}
+    wishes = site(account="lab", setup=["module load cuda"], environment={"NCCL_SOCKET_IFNAME": "ib0"})
+    done = dry_run(
+        "--config-name",
+        "pretrain-tiny",
+        "--site",
+        wishes,
+        "--nodes",
+        "2",
+        "--run-dir",
+        str(tmp_path / "r"),
+        "training.micro_batch_size=2",
     )
-    done = dry_run("--config-name", "pretrain-tiny", "--site", wishes, "--nodes", "2", "--run-dir", str(tmp_path / "r"),
-                   "training.micro_batch_size=2")  # fmt: skip
     assert done.returncode == 0, done.stderr
     for line in (
-        "#SBATCH --account=lab", "#SBATCH --nodes=2", "#SBATCH --requeue", "#SBATCH --signal=B:USR1@60",
-        "module load cuda", "export NCCL_SOCKET_IFNAME=ib0",
-    ):  # fmt: skip
+        "#SBATCH --account=lab",
+        "#SBATCH --nodes=2",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=B:USR1@60",
+        "module load cuda",
+        "export NCCL_SOCKET_IFNAME=ib0",
+    ):
         assert line in done.stdout.splitlines()
     assert "sesame-open" not in done.stdout, "what the shell knows stays in the shell"
     assert not (tmp_path / "r").exists()
@@ -106,9 +115,7 @@ def test_dry_run_shows_script_and_description(
         ({"launcher": "mpirun"}, "launcher"),
     ],
 )
-def test_a_wrong_site_is_refused(
-    site: Callable[..., str], changes: dict[str, object], complaint: str
-) -> None:
+def test_a_wrong_site_is_refused(site: Callable[..., str], changes: dict[str, object], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         load_site(site(**changes))
 
@@ -126,9 +133,7 @@ def test_a_model_larger_than_the_site_s_gpus_is_refused(site: Callable[..., str]
         checks.check_run(config, small, 1)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (ROOT / "recipes").glob("pipeline-*.yaml"))
-)
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("pipeline-*.yaml")))
 def test_every_pipeline_could_be_submitted(tmp_path: Path, name: str) -> None:
     done = dry_run("--config-name", name, "--run-dir", str(tmp_path / "p"))
     assert done.returncode == 0, done.stderr
@@ -137,8 +142,6 @@ def test_every_pipeline_could_be_submitted(tmp_path: Path, name: str) -> None:
 
 def test_the_training_door_says_where_pipelines_run() -> None:
     command = [sys.executable, "-m", "megatron_q3n.train", "--config-name", "pipeline-tiny"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "python -m slurm.submit --config-name pipeline-tiny" in done.stderr

@@ -27,9 +27,15 @@ def job_file(run_dir: Path, shell: str, **changes: Any) -> Path:
     for name in ("logs", "slurm", "checkpoints"):
         (run_dir / name).mkdir(parents=True)
     job: dict[str, Any] = {
-        "run_dir": str(run_dir), "code": str(ROOT), "command": ["bash", "-c", shell], "steps": None,
-        "launcher": "local", "attempts_without_progress": 3, "preflight": None, "environment": {},
-    }  # fmt: skip
+        "run_dir": str(run_dir),
+        "code": str(ROOT),
+        "command": ["bash", "-c", shell],
+        "steps": None,
+        "launcher": "local",
+        "attempts_without_progress": 3,
+        "preflight": None,
+        "environment": {},
+    }
     path = run_dir / "slurm" / "job.json"
     path.write_text(json.dumps(job | changes))
     return path
@@ -38,8 +44,11 @@ def job_file(run_dir: Path, shell: str, **changes: Any) -> Path:
 def supervise(path: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "slurm.supervise", str(path)],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
 
 
 def decisions(run_dir: Path) -> list[tuple[str, int]]:
@@ -54,17 +63,11 @@ def decisions(run_dir: Path) -> list[tuple[str, int]]:
         ("exit 1", 4, [("again", 1)] * 3 + [("gave up", 4)]),
         ("kill -KILL $$", 4, [("again", 137)] * 3 + [("gave up", 4)]),
         # torchrun makes 1 of every code: what the training said itself counts
-        (
-            'echo \'{"code": 2, "message": "no"}\' > $RUN/logs/outcome.json; exit 1',
-            2,
-            [("failed", 2)],
-        ),
+        ('echo \'{"code": 2, "message": "no"}\' > $RUN/logs/outcome.json; exit 1', 2, [("failed", 2)]),
         ("echo '{\"code\": 0}' > $RUN/logs/outcome.json; exit 143", 0, [("done", 0)]),
     ],
 )
-def test_what_follows_from_how_it_ended(
-    tmp_path: Path, shell: str, code: int, expected: list[tuple[str, int]]
-) -> None:
+def test_what_follows_from_how_it_ended(tmp_path: Path, shell: str, code: int, expected: list[tuple[str, int]]) -> None:
     process = supervise(job_file(tmp_path, shell, environment={"RUN": str(tmp_path)}))
     process.communicate(timeout=60)
     assert process.returncode == code
@@ -78,9 +81,7 @@ def test_progress_resets_the_count(tmp_path: Path) -> None:
         "echo '{}' > $RUN/checkpoints/step_$n/checkpoint.json; "
         """[ $n = 6 ] && echo '{"steps": 6}' > $RUN/summary.json; exit 1"""
     )
-    path = job_file(
-        tmp_path, one_more, steps=6, attempts_without_progress=2, environment={"RUN": str(tmp_path)}
-    )
+    path = job_file(tmp_path, one_more, steps=6, attempts_without_progress=2, environment={"RUN": str(tmp_path)})
     process = supervise(path)
     process.communicate(timeout=60)
     assert process.returncode == 0
@@ -108,17 +109,12 @@ def test_asked_to_stop_it_asks_the_training_and_does_not_start_again(tmp_path: P
         ({"a": []}, ["b"]),
         ({"a": ["disk: full"], "b": []}, ["a"]),
         ({"a": ["network: b:1 (node 1) not reached"], "b": ["network: nothing came from node 0"]}, ["b"]),
-        (
-            {"a": [], "b": ["network: c:1 (node 2) not reached"], "c": ["network: nothing came from node 1"]},
-            ["c"],
-        ),
+        ({"a": [], "b": ["network: c:1 (node 2) not reached"], "c": ["network: nothing came from node 1"]}, ["c"]),
         # what is wrong with a node itself explains more than what its neighbours could not reach
         ({"a": ["network: b:1 (node 1) not reached"], "b": ["gpu 3: 7 uncorrected memory errors"]}, ["b"]),
     ],
-)  # fmt: skip
-def test_which_node_is_to_blame(
-    tmp_path: Path, reports: dict[str, list[str]], blamed: list[str]
-) -> None:
+)
+def test_which_node_is_to_blame(tmp_path: Path, reports: dict[str, list[str]], blamed: list[str]) -> None:
     nodes = ["a", "b", *(["c"] if "c" in reports else [])]
     for node, problems in reports.items():
         (tmp_path / f"{node}.json").write_text(json.dumps({"node": node, "problems": problems}))
@@ -132,12 +128,7 @@ def test_what_runs_on_bare_nodes_needs_no_package(name: str) -> None:
     """Read as Python 3.9 reads it; that it runs there is not covered."""
     source = (ROOT / "slurm" / f"{name}.py").read_text()
     tree = ast.parse(source, feature_version=(3, 9))
-    imported = {
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     foreign = {module for module in imported if module.split(".")[0] not in sys.stdlib_module_names}
     assert foreign <= {"slurm"}

@@ -16,14 +16,7 @@ from tests.slurm.runs import ROOT, SMALL
 
 @pytest.mark.parametrize(
     ("time", "expected"),
-    [
-        ("90", 90),
-        ("30:00", 30),
-        ("1:30:00", 90),
-        ("0:00:20", 1),
-        ("2-00:00:00", 2880),
-        ("1-12", 2160),
-    ],
+    [("90", 90), ("30:00", 30), ("1:30:00", 90), ("0:00:20", 1), ("2-00:00:00", 2880), ("1-12", 2160)],
 )
 def test_times_are_read_as_slurm_reads_them(time: str, expected: int) -> None:
     assert minutes(time) == expected
@@ -44,22 +37,20 @@ def test_two_trials(cluster: Cluster, site: Callable[..., str], tmp_path: Path) 
     command = [sys.executable, "-m", "slurm.sweep", "--config-name", "pretrain-tiny"]
     done = subprocess.run(
         [*command, "--site", site(), "--runs-dir", str(tmp_path), *SMALL, "schedule.lr=1e-3,3e-3"],
-        cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = tmp_path.glob("sweep-pretrain-tiny-*")
     rates = set()
     for run_dir in folder.glob("pretrain-tiny-*"):
         last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
         assert last["step"] == 12
-        rates.add(
-            round(
-                json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[2])[
-                    "learning_rate"
-                ],
-                6,
-            )
-        )
+        rates.add(round(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[2])["learning_rate"], 6))
     assert rates == {0.001, 0.003}
     logs = list((folder / "hydra" / ".submitit").glob("*/*_submission.sh"))
     assert logs, "the trials were jobs of Slurm"

@@ -22,14 +22,21 @@ def test_a_hanging_rank_is_found_its_stack_kept_and_the_job_requeued(
 ) -> None:
     run_dir = tmp_path / "run"
     (job,) = submitted(
-        cluster, "--config-name", "pretrain-tiny", "--nodes", "2", "--run-dir", str(run_dir),
-        "--site", site(environment=with_fault("hang@6:1", tmp_path / "once")), *SMALL,
-        "health.hang_floor_seconds=6", "health.hang_factor=5",
-    )  # fmt: skip
+        cluster,
+        "--config-name",
+        "pretrain-tiny",
+        "--nodes",
+        "2",
+        "--run-dir",
+        str(run_dir),
+        "--site",
+        site(environment=with_fault("hang@6:1", tmp_path / "once")),
+        *SMALL,
+        "health.hang_floor_seconds=6",
+        "health.hang_factor=5",
+    )
     assert cluster.wait(job, *ENDED) == "COMPLETED", story(run_dir)
-    lines = [
-        json.loads(text) for text in (run_dir / "slurm/attempts.jsonl").read_text().splitlines()
-    ]
+    lines = [json.loads(text) for text in (run_dir / "slurm/attempts.jsonl").read_text().splitlines()]
     first, last = (line for line in lines if line["event"] == "end")
     assert first["code"] == 70
     assert "a rank hung" in first["reason"]
@@ -44,14 +51,21 @@ def test_a_hanging_rank_is_found_its_stack_kept_and_the_job_requeued(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "roll_back", "stop"])
-def test_a_poisoned_batch(
-    cluster: Cluster, site: Callable[..., str], tmp_path: Path, policy: str
-) -> None:
+def test_a_poisoned_batch(cluster: Cluster, site: Callable[..., str], tmp_path: Path, policy: str) -> None:
     run_dir = tmp_path / "run"
     (job,) = submitted(
-        cluster, "--config-name", "pretrain-tiny", "--nodes", "2", "--run-dir", str(run_dir),
-        "--site", site(environment=with_fault("nan@5")), *SMALL, f"health.non_finite={policy}",
-    )  # fmt: skip
+        cluster,
+        "--config-name",
+        "pretrain-tiny",
+        "--nodes",
+        "2",
+        "--run-dir",
+        str(run_dir),
+        "--site",
+        site(environment=with_fault("nan@5")),
+        *SMALL,
+        f"health.non_finite={policy}",
+    )
     state, told = cluster.wait(job, *ENDED), (run_dir / "logs" / "events.log").read_text()
     assert "step 6: loss nan, gradient norm nan, not finite" in told, story(run_dir)
     if policy == "stop":
@@ -73,14 +87,18 @@ def test_a_poisoned_batch(
 
 
 @pytest.mark.slow
-def test_a_job_that_gets_nowhere_gives_up(
-    cluster: Cluster, site: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_job_that_gets_nowhere_gives_up(cluster: Cluster, site: Callable[..., str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     (job,) = submitted(
-        cluster, "--config-name", "pretrain-tiny", "--run-dir", str(run_dir), "--site",
-        site(environment=with_fault("crash@2:0"), attempts_without_progress=2), *SMALL,
-    )  # fmt: skip
+        cluster,
+        "--config-name",
+        "pretrain-tiny",
+        "--run-dir",
+        str(run_dir),
+        "--site",
+        site(environment=with_fault("crash@2:0"), attempts_without_progress=2),
+        *SMALL,
+    )
     assert cluster.wait(job, *ENDED) == "FAILED", story(run_dir)
     assert decisions(run_dir) == ["again", "again", "gave up"]
     assert "2 attempts in a row began at step 0 and none got further" in story(run_dir)
@@ -99,17 +117,21 @@ ONE_GPU = {**SITE["preflight"], "gpus_expected": 1}
 
 
 @pytest.mark.slow
-def test_an_unfit_node_is_left_out(
-    cluster: Cluster, site: Callable[..., str], tmp_path: Path
-) -> None:
+def test_an_unfit_node_is_left_out(cluster: Cluster, site: Callable[..., str], tmp_path: Path) -> None:
     """What is unfit here is n1's nvidia-smi, which sees a GPU with memory errors on that node only."""
     errors = '[ "$SLURMD_NODENAME" = n1 ] && errors=3\necho "0, 80000, ${errors:-0}"'
     setup = [fake_nvidia_smi(tmp_path / "bin", errors)]
     run_dir = tmp_path / "run"
     (job,) = submitted(
-        cluster, "--config-name", "pretrain-tiny", "--run-dir", str(run_dir), *SMALL,
-        "--site", site(setup=setup, preflight=ONE_GPU),
-    )  # fmt: skip
+        cluster,
+        "--config-name",
+        "pretrain-tiny",
+        "--run-dir",
+        str(run_dir),
+        *SMALL,
+        "--site",
+        site(setup=setup, preflight=ONE_GPU),
+    )
     assert cluster.wait(job, *ENDED) == "COMPLETED", story(run_dir)
     assert "pre-flight n1: gpu 0: 3 uncorrected memory errors" in story(run_dir)
     assert (run_dir / "slurm/excluded_nodes.txt").read_text().split() == ["n1"]
@@ -126,9 +148,15 @@ def test_preempted_during_the_pre_flight_no_node_is_to_blame(
     setup = [fake_nvidia_smi(tmp_path / "bin", slow)]
     run_dir = tmp_path / "run"
     (job,) = submitted(
-        cluster, "--config-name", "pretrain-tiny", "--run-dir", str(run_dir), *SMALL,
-        "--site", site(setup=setup, preflight=ONE_GPU),
-    )  # fmt: skip
+        cluster,
+        "--config-name",
+        "pretrain-tiny",
+        "--run-dir",
+        str(run_dir),
+        *SMALL,
+        "--site",
+        site(setup=setup, preflight=ONE_GPU),
+    )
     deadline = time.monotonic() + 30
     while not once.exists():
         assert time.monotonic() < deadline, story(run_dir)

@@ -25,8 +25,12 @@ def test_tests_on_slurm_skip_with_one_line_and_in_ci_fail(in_ci: bool) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
     done = subprocess.run(
         [sys.executable, "-c", SUITE],
-        cwd=ROOT, env=environment | ({"CI": "true"} if in_ci else {}), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment | ({"CI": "true"} if in_ci else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     said = [line for line in done.stdout.splitlines() if line.startswith(("SKIPPED", "ERROR"))]
     assert all("apt-get install slurm-wlm munge" in line or in_ci for line in said)
     if in_ci:

@@ -38,9 +38,7 @@ doc_to_target: "{{choices[answer]}}"
 generation_kwargs: {until: ["\\n"], max_gen_toks: 6}
 metric_list: [{metric: exact_match}]
 """
-QUESTIONS = [
-    {"question": f"x = {i}\ny =", "choices": [f" {i}", " None", " self"], "answer": i % 3} for i in range(10)
-]  # fmt: skip
+QUESTIONS = [{"question": f"x = {i}\ny =", "choices": [f" {i}", " None", " self"], "answer": i % 3} for i in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +69,7 @@ def tasks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request(run_dir: Path, **evaluate: Any) -> Any:
-    return validate(
-        {"stage": "evaluate", "checkpoint": {"load": str(run_dir)}, "evaluate": evaluate}
-    )
+    return validate({"stage": "evaluate", "checkpoint": {"load": str(run_dir)}, "evaluate": evaluate})
 
 
 def test_losses_and_bytes_by_position_are_those_of_the_logits(alone: Any) -> None:
@@ -116,33 +112,31 @@ def test_results_name_what_was_added_up() -> None:
     from megatron_q3n.evaluation.held_out import Sums
     from megatron_q3n.evaluation.results import set_results
 
-    wanted = request(
-        Path("unused"), position_buckets=1, draft_depth=2, context_tokens=8, draft_stride=2
-    )
+    wanted = request(Path("unused"), position_buckets=1, draft_depth=2, context_tokens=8, draft_stride=2)
     drafts = torch.tensor([[[10, 10, 8, 10, 6], [10, 8, 4, 5, 2]]], dtype=torch.float64)
     text = torch.tensor([[math.log(2) * 300, 100, 200]], dtype=torch.float64)
     results = set_results(Sums(text, drafts), wanted.evaluate)
     assert results["bits_per_byte"] == pytest.approx(1.5)
     assert results["perplexity"] == pytest.approx(8)
-    assert results["drafts"]["greedy"] == {
-        "acceptance": [0.8, 0.5],
-        "tokens_per_pass": pytest.approx(2.2),
-    }
-    assert results["drafts"]["drawn"] == {
-        "acceptance": [0.6, 0.4],
-        "tokens_per_pass": pytest.approx(1.8),
-    }
+    assert results["drafts"]["greedy"] == {"acceptance": [0.8, 0.5], "tokens_per_pass": pytest.approx(2.2)}
+    assert results["drafts"]["drawn"] == {"acceptance": [0.6, 0.4], "tokens_per_pass": pytest.approx(1.8)}
     assert results["by_position"][0]["to"] == 8
 
 
-def test_text_drafts_recall_and_tasks_of_a_run(
-    run_dir: Path, tasks_dir: Path, run_module: Callable[..., Any]
-) -> None:
+def test_text_drafts_recall_and_tasks_of_a_run(run_dir: Path, tasks_dir: Path, run_module: Callable[..., Any]) -> None:
     done = run_module(
-        "--config-name", "evaluate", f"checkpoint.load={run_dir}", "evaluate.draft_depth=2", "evaluate.rows=6",
-        "evaluate.context_tokens=64", "evaluate.batch_rows=4", "evaluate.draft_stride=16",
-        f"evaluate.tasks_dir={tasks_dir}", "evaluate.tasks=[choosing,completing]", "evaluate.recall_lengths=[16,64]",
-    )  # fmt: skip
+        "--config-name",
+        "evaluate",
+        f"checkpoint.load={run_dir}",
+        "evaluate.draft_depth=2",
+        "evaluate.rows=6",
+        "evaluate.context_tokens=64",
+        "evaluate.batch_rows=4",
+        "evaluate.draft_stride=16",
+        f"evaluate.tasks_dir={tasks_dir}",
+        "evaluate.tasks=[choosing,completing]",
+        "evaluate.recall_lengths=[16,64]",
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((run_dir / "evaluation.json").read_text())
     (found,) = results["sets"].values()
@@ -156,12 +150,7 @@ def test_text_drafts_recall_and_tasks_of_a_run(
         assert recall["loss"] > 1
         assert recall["loss of the first copy"] > 1
     report = (run_dir / "report.html").read_text()
-    for words in (
-        "Held-out text: validation",
-        "Drafts: validation",
-        "choosing",
-        "of the first copy",
-    ):
+    for words in ("Held-out text: validation", "Drafts: validation", "choosing", "of the first copy"):
         assert words in report
 
 
@@ -183,11 +172,7 @@ def test_harness_scores_are_the_models(alone: Any, tmp_path: Path) -> None:
     )
     for (context, continuation), (score, _) in zip(pairs, scores):
         before = tokenizer.encode(context) if context else [tokenizer.eod]
-        whole = (
-            tokenizer.encode(context + continuation)
-            if context
-            else before + tokenizer.encode(continuation)
-        )
+        whole = tokenizer.encode(context + continuation) if context else before + tokenizer.encode(continuation)
         log_p = full_logits(model, whole[:-1]).log_softmax(-1)
         wanted = sum(log_p[i - 1, whole[i]].item() for i in range(len(before), len(whole)))
         assert score == pytest.approx(wanted, abs=1e-3)
@@ -204,7 +189,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "tasks without files": ({"tasks": ["a"]}, "needs evaluate.tasks_dir"),
     "stretches": ({"context_tokens": 100, "position_buckets": 8}, "not divisible by evaluate.position_buckets"),
     "no place to draft": ({"draft_depth": 1, "draft_stride": 512}, "no place is judged"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -224,13 +209,11 @@ BAD_INPUT = {
     "rows longer than positions": (["evaluate.context_tokens=1024"], "max_position_embeddings=512"),
     "recall longer than positions": (["evaluate.recall_lengths=[16,300]"], "300 tokens, twice"),
     "no such task": (["evaluate.rows=0", "evaluate.tasks=[a]", "evaluate.tasks_dir=TASKS"], "has no task a"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_message(
-    case: str, run_dir: Path, tasks_dir: Path, run_module: Callable[..., Any]
-) -> None:
+def test_bad_input_is_one_message(case: str, run_dir: Path, tasks_dir: Path, run_module: Callable[..., Any]) -> None:
     words, message = BAD_INPUT[case]
     words = [word.replace("TASKS", str(tasks_dir)) for word in words]
     done = run_module("--config-name", "evaluate", f"checkpoint.load={run_dir}", *words)
@@ -245,32 +228,40 @@ def test_tasks_without_the_harness_say_what_to_install(
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['lm_eval'] = None\n")
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
     done = run_module(
-        "--config-name", "evaluate", f"checkpoint.load={run_dir}", "evaluate.rows=0", "evaluate.tasks=[choosing]",
-        f"evaluate.tasks_dir={tasks_dir}", environment={"PYTHONPATH": path},
-    )  # fmt: skip
+        "--config-name",
+        "evaluate",
+        f"checkpoint.load={run_dir}",
+        "evaluate.rows=0",
+        "evaluate.tasks=[choosing]",
+        f"evaluate.tasks_dir={tasks_dir}",
+        environment={"PYTHONPATH": path},
+    )
     assert done.returncode == 2, done.stderr
     assert "requirements-eval.txt" in done.stderr
 
 
-LAYOUTS = {
-    "tp2": ["parallel.tensor_model_parallel_size=2"],
-    "ep2": ["parallel.expert_model_parallel_size=2"],
-}
+LAYOUTS = {"tp2": ["parallel.tensor_model_parallel_size=2"], "ep2": ["parallel.expert_model_parallel_size=2"]}
 
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_find_what_one_finds(
-    layout: str, run_dir: Path, tasks_dir: Path, tmp_path: Path
-) -> None:
+def test_two_ranks_find_what_one_finds(layout: str, run_dir: Path, tasks_dir: Path, tmp_path: Path) -> None:
     """Texts, greedy drafts, recall, tasks; ranks that share experts have rows of their own, an odd number of them."""
     words = [
-        "--config-name", "evaluate", f"checkpoint.load={run_dir}", "evaluate.draft_depth=2", "evaluate.rows=5",
-        "evaluate.context_tokens=64", "evaluate.batch_rows=2", "evaluate.draft_stride=16",
-        f"evaluate.tasks_dir={tasks_dir}", "evaluate.tasks=[choosing,completing]",
-        "evaluate.recall_lengths=[5,40]", "evaluate.recall_rows=7",
-    ]  # fmt: skip
+        "--config-name",
+        "evaluate",
+        f"checkpoint.load={run_dir}",
+        "evaluate.draft_depth=2",
+        "evaluate.rows=5",
+        "evaluate.context_tokens=64",
+        "evaluate.batch_rows=2",
+        "evaluate.draft_stride=16",
+        f"evaluate.tasks_dir={tasks_dir}",
+        "evaluate.tasks=[choosing,completing]",
+        "evaluate.recall_lengths=[5,40]",
+        "evaluate.recall_rows=7",
+    ]
     found = {}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for name, launch, more in (("one", [], []), ("two", torchrun, LAYOUTS[layout])):

@@ -51,9 +51,13 @@ def request(trained: Path, name: str = "run", **inference: Any) -> RunConfig:
 
 def test_text_from_a_checkpoint(trained: Path, run_module: Callable[..., Any]) -> None:
     done = run_module(
-        "--config-name", "generate", f"checkpoint.load={trained / 'run'}", "inference.draft_depth=2",
-        'inference.prompts=["def main"]', "inference.max_new_tokens=12",
-    )  # fmt: skip
+        "--config-name",
+        "generate",
+        f"checkpoint.load={trained / 'run'}",
+        "inference.draft_depth=2",
+        'inference.prompts=["def main"]',
+        "inference.max_new_tokens=12",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("def main")
     assert "12 tokens in" in done.stderr
@@ -63,9 +67,18 @@ def test_text_from_a_checkpoint(trained: Path, run_module: Callable[..., Any]) -
 def test_the_tool_takes_any_text_and_writes_results(trained: Path, tmp_path: Path) -> None:
     prompts = ['f"${name}" \\ {x: [1]}\n\té', "class A:"]
     done = forked.run(
-        ROOT / "tools" / "generate.py", trained / "run", *prompts, "--tokens", "5", "--temperature", "0",
-        "--output", tmp_path / "out.jsonl", "--stop", "a",
-    )  # fmt: skip
+        ROOT / "tools" / "generate.py",
+        trained / "run",
+        *prompts,
+        "--tokens",
+        "5",
+        "--temperature",
+        "0",
+        "--output",
+        tmp_path / "out.jsonl",
+        "--stop",
+        "a",
+    )
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [result["prompt"] for result in results] == prompts
@@ -89,18 +102,14 @@ def test_the_tool_takes_any_text_and_writes_results(trained: Path, tmp_path: Pat
         ("run", {"tokenizer": "nowhere"}, "tokenizer nowhere"),
     ],
 )
-def test_bad_requests_are_refused(
-    trained: Path, name: str, inference: Any, message: str, tmp_path: Path
-) -> None:
+def test_bad_requests_are_refused(trained: Path, name: str, inference: Any, message: str, tmp_path: Path) -> None:
     from megatron_q3n.stages import generate
 
     with pytest.raises(UserError, match=message):
         generate.run(request(trained, name, **inference), tmp_path)
 
 
-def test_empty_prompt_and_missing_checkpoint_are_refused_at_once(
-    run_module: Callable[..., Any],
-) -> None:
+def test_empty_prompt_and_missing_checkpoint_are_refused_at_once(run_module: Callable[..., Any]) -> None:
     for settings, message in (
         (['inference.prompts=["a",""]', "checkpoint.load=x"], "prompt 2 is empty"),
         (['inference.prompts=["a"]'], "checkpoint.load=RUN_DIR"),
@@ -126,9 +135,7 @@ def test_stop_tokens_by_id_by_text_and_by_name(trained: Path) -> None:
 
     tokenizer = TextTokenizer.load(trained / "tokenizer")
     wanted = request(trained, stop=[7, "a", "<|endoftext|>"]).inference
-    assert sampling_of(wanted, tokenizer).stop_tokens == {
-        7, tokenizer.encode("a")[0], tokenizer.eod,
-    }  # fmt: skip
+    assert sampling_of(wanted, tokenizer).stop_tokens == {7, tokenizer.encode("a")[0], tokenizer.eod}
 
 
 def test_model_settings_are_laid_over_the_checkpoints_and_must_fit(trained: Path) -> None:

@@ -13,9 +13,15 @@ from megatron_q3n.config import validate
 
 MODEL = {"hidden_size": 32, "max_position_embeddings": 512}
 SMALL = [
-    "model.hidden_size=32", "model.max_position_embeddings=512", "training.steps=3", "training.sequence_length=64",
-    "schedule.warmup_steps=1", "validation.batches=1", "samples.count=0", "logging.wandb.mode=disabled",
-]  # fmt: skip
+    "model.hidden_size=32",
+    "model.max_position_embeddings=512",
+    "training.steps=3",
+    "training.sequence_length=64",
+    "schedule.warmup_steps=1",
+    "validation.batches=1",
+    "samples.count=0",
+    "logging.wandb.mode=disabled",
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +52,7 @@ def weights(alone: Any, run_dir: Path) -> dict[str, torch.Tensor]:
 
 def test_text(alone: Any, start: Path, tmp_path: Path, run_module: Callable[..., Any]) -> None:
     run_dir = tmp_path / "run"
-    done = run_module(
-        "--config-name", "mtp-tiny", f"checkpoint.load={start}", f"run_dir={run_dir}", *SMALL
-    )
+    done = run_module("--config-name", "mtp-tiny", f"checkpoint.load={start}", f"run_dir={run_dir}", *SMALL)
     assert done.returncode == 0, done.stderr
     before, after = weights(alone, start), weights(alone, run_dir)
     for name in before:
@@ -66,15 +70,19 @@ def test_conversations(start: Path, tmp_path: Path, run_module: Callable[..., An
     """Refreshing the layer after fine-tuning or reinforcement learning."""
     talks = tmp_path / "talks.jsonl"
     rows = [
-        [{"role": "user", "content": f"{n} + 1 ="}, {"role": "assistant", "content": f"{n + 1}"}]
-        for n in range(60)
+        [{"role": "user", "content": f"{n} + 1 ="}, {"role": "assistant", "content": f"{n + 1}"}] for n in range(60)
     ]
     talks.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     run_dir = tmp_path / "run"
     done = run_module(
-        "--config-name", "mtp-tiny", f"checkpoint.load={start}", f"run_dir={run_dir}", *SMALL,
-        "training.micro_batch_size=1", f"sft.train=[{{path: {talks}}}]",
-    )  # fmt: skip
+        "--config-name",
+        "mtp-tiny",
+        f"checkpoint.load={start}",
+        f"run_dir={run_dir}",
+        *SMALL,
+        "training.micro_batch_size=1",
+        f"sft.train=[{{path: {talks}}}]",
+    )
     assert done.returncode == 0, done.stderr
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["loss/mtp_1"] > 0

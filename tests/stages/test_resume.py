@@ -20,19 +20,19 @@ from tests import forked
 
 DOOR = "megatron_q3n.train"
 SMALL = [
-    "--config-name", "pretrain-tiny", "training.steps=12", "training.sequence_length=64", "validation.interval_steps=5",
-    "validation.batches=1", "validation.bigram_baseline=false", "checkpoint.interval_steps=4", "samples.count=0",
-    "schedule.warmup_steps=2", "logging.wandb.mode=offline",
-]  # fmt: skip
-COMPARED = (
-    "loss/train",
-    "loss/mtp_1",
-    "loss/balance",
-    "grad_norm",
-    "learning_rate",
-    "loss/validation",
-    "tokens",
-)
+    "--config-name",
+    "pretrain-tiny",
+    "training.steps=12",
+    "training.sequence_length=64",
+    "validation.interval_steps=5",
+    "validation.batches=1",
+    "validation.bigram_baseline=false",
+    "checkpoint.interval_steps=4",
+    "samples.count=0",
+    "schedule.warmup_steps=2",
+    "logging.wandb.mode=offline",
+]
+COMPARED = ("loss/train", "loss/mtp_1", "loss/balance", "grad_norm", "learning_rate", "loss/validation", "tokens")
 
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
@@ -49,9 +49,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, An
     return numbers(run_dir)
 
 
-def test_sigkill_then_resume_changes_nothing(
-    tmp_path: Path, uninterrupted: list[dict[str, Any]]
-) -> None:
+def test_sigkill_then_resume_changes_nothing(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     run_dir = tmp_path / "run"
     started = forked.start(DOOR, *SMALL, f"run_dir={run_dir}")
     metrics = run_dir / "metrics.jsonl"
@@ -69,9 +67,7 @@ def test_sigkill_then_resume_changes_nothing(
     assert numbers(run_dir) == uninterrupted, f"killed after {seen} steps"
 
 
-def test_sigterm_saves_and_asks_to_be_requeued(
-    tmp_path: Path, uninterrupted: list[dict[str, Any]]
-) -> None:
+def test_sigterm_saves_and_asks_to_be_requeued(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     run_dir = tmp_path / "run"
     command = [DOOR, *SMALL, f"run_dir={run_dir}"]
     first = forked.start(*command)
@@ -115,9 +111,7 @@ def test_a_save_under_way_when_told_to_end_is_finished(
     assert numbers(run_dir) == uninterrupted
 
 
-def test_time_limit_saves_and_asks_to_be_requeued(
-    run_module: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_time_limit_saves_and_asks_to_be_requeued(run_module: Callable[..., Any], tmp_path: Path) -> None:
     done = run_module(*SMALL, f"run_dir={tmp_path / 'run'}", "checkpoint.time_limit_minutes=0.0001")
     assert done.returncode == 75, done.stderr
     assert (tmp_path / "run/checkpoints/latest").resolve().name == "step_0000001"

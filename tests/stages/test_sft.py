@@ -62,7 +62,7 @@ def tree(stage: str, **sections: Any) -> dict[str, Any]:
         ("rl", {"rl": {"prompts": TASK, "reward": {"answer_pattern": "a"}}}, "has no group"),
         ("rl", {"rl": {"prompts": TASK, "overlong_buffer_tokens": 64}}, "must be below"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused(stage: str, sections: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words.replace("(", r"\(").replace("{", r"\{")):
         validate(tree(stage, **sections))
@@ -72,11 +72,7 @@ def test_an_algorithm_is_its_rules_and_what_is_laid_over_them() -> None:
     for name, rules in ALGORITHMS.items():
         assert RlConfig(algorithm=name).rules == rules  # type: ignore[arg-type]
     mixed = RlConfig(algorithm="grpo", normalisation="token", clip_high=0.28)
-    assert (mixed.rules.normalisation, mixed.rules.clip_high, mixed.rules.clip_low) == (
-        "token",
-        0.28,
-        0.2,
-    )
+    assert (mixed.rules.normalisation, mixed.rules.clip_high, mixed.rules.clip_low) == ("token", 0.28, 0.2)
     assert [RlConfig(algorithm=a).redraws_even_groups for a in ("gspo", "dapo")] == [False, True]
 
 
@@ -84,20 +80,22 @@ def test_an_algorithm_is_its_rules_and_what_is_laid_over_them() -> None:
 def test_a_run_from_conversations_to_text(tmp_path: Path, run_module: Any) -> None:
     """It learns one answer by heart; text from its checkpoint has it, with the run's own tokenizer; it goes on."""
     talks = [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {n}"},
-                {"role": "assistant", "content": "seven"},
-            ]
-        }
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "seven"}]}
         for n in range(40)
     ]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     settings = [
-        "sft.train=[{path: talks.jsonl}]", "sft.validation=[]", "sft.validation_percent=20", "sft.chat_template=null",
-        "sft.tokenizer_vocab_size=280", "training.sequence_length=64", "training.global_batch_size=2",
-        "schedule.warmup_steps=2", "logging.wandb.mode=disabled", "run_dir=first",
-    ]  # fmt: skip
+        "sft.train=[{path: talks.jsonl}]",
+        "sft.validation=[]",
+        "sft.validation_percent=20",
+        "sft.chat_template=null",
+        "sft.tokenizer_vocab_size=280",
+        "training.sequence_length=64",
+        "training.global_batch_size=2",
+        "schedule.warmup_steps=2",
+        "logging.wandb.mode=disabled",
+        "run_dir=first",
+    ]
     done = run_module("--config-name", "sft-tiny", "training.steps=60", *settings)
     assert done.returncode == 0, done.stderr
     records = [json.loads(x) for x in (tmp_path / "first/metrics.jsonl").read_text().splitlines()]

@@ -22,22 +22,35 @@ from tests import forked
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted(path.stem for path in RECIPES.glob("ablation-*.yaml"))
 TINY = [
-    "model=tiny", "precision=fp32", "data.stdlib_vocab_size=512", "training.steps=8", "schedule.warmup_steps=1",
-    "training.sequence_length=64", "training.micro_batch_size=2", "training.global_batch_size=2",
-]  # fmt: skip
+    "model=tiny",
+    "precision=fp32",
+    "data.stdlib_vocab_size=512",
+    "training.steps=8",
+    "schedule.warmup_steps=1",
+    "training.sequence_length=64",
+    "training.micro_batch_size=2",
+    "training.global_batch_size=2",
+]
 SMALL_STUDY = {
     "question": "Does a rate of 1e6 train?",
     "claim": "No.",
     "source": "nobody",
     "base": "pretrain-mini",
     "common": [
-        *TINY, "schedule.style=constant", "schedule.min_lr=0", "samples.count=0", "validation.batches=1",
-        "evaluate.rows=2", "evaluate.context_tokens=64", "evaluate.recall_lengths=[4]", "evaluate.recall_rows=3",
+        *TINY,
+        "schedule.style=constant",
+        "schedule.min_lr=0",
+        "samples.count=0",
+        "validation.batches=1",
+        "evaluate.rows=2",
+        "evaluate.context_tokens=64",
+        "evaluate.recall_lengths=[4]",
+        "evaluate.recall_rows=3",
     ],
     "variants": {"usual": ["schedule.lr=1.0e-3"], "wild": ["schedule.lr=1.0e+6"]},
     "compare": {"validation loss": "loss/validation", "recall": "recall/loss_4", "spikes": "loss/train spikes"},
     "evaluate": True,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -65,24 +78,14 @@ def test_study_is_legal_at_its_size_and_at_a_tiny_one_and_has_its_place(study: s
         trials = room("recipe").trials(recipe, Path("out"), recipe.seeds, [], settings)
         assert len(trials) == recipe.seeds * len(recipe.variants)
         obstacles = {trial.config.graph_obstacle() for trial in trials}
-        assert settings or obstacles == {None}, (
-            "without a CUDA graph a run takes four times as long"
-        )
-        assert trials[0].config.training.steps == (
-            8 if settings else trials[0].config.training.steps
-        )
+        assert settings or obstacles == {None}, "without a CUDA graph a run takes four times as long"
+        assert trials[0].config.training.steps == (8 if settings else trials[0].config.training.steps)
     page = room("evidence").PAGE.read_text()
     assert all(page.count(comment) == 1 for comment in room("evidence").place(study))
     assert f"`tools/studies/ablation.py {study}" in page
 
 
-STATUSES = (
-    "reproduced",
-    "not at this size",
-    "opposite",
-    "not measured yet",
-    "step 0 measured below",
-)
+STATUSES = ("reproduced", "not at this size", "opposite", "not measured yet", "step 0 measured below")
 
 
 def test_every_study_answers_a_claim_and_every_claim_has_a_status() -> None:
@@ -90,9 +93,7 @@ def test_every_study_answers_a_claim_and_every_claim_has_a_status() -> None:
     table = page.partition("## Claims")[2].partition("\n## ")[0]
     rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     claims = rows[1:]
-    assert len(claims) == 16, (
-        "15 of Qwen3-Next's description and the papers behind it, and a question of our own"
-    )
+    assert len(claims) == 16, "15 of Qwen3-Next's description and the papers behind it, and a question of our own"
     for claim, source, asked, status in claims:
         assert claim.strip()
         assert source.strip()
@@ -125,7 +126,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "spikes of another": ({"compare": {"x": "grad_norm spikes"}}, "spikes are counted of loss/train alone"),
     "recall over time": ({"compare": {"x": "recall/loss_4 max"}}, "measured once, at the end"),
     "recall without a look": ({"evaluate": False}, "recall/loss_4 needs evaluate: true"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -143,7 +144,7 @@ WRONG_RUNS: dict[str, tuple[dict[str, Any], list[str], list[str], str]] = {
     "evaluation": ({}, [], ["evaluate.recall_lengths=[1]"], "variant usual: evaluate.recall_lengths"),
     "only": ({}, ["wide"], [], "--only wide: no such variant. Did you mean 'wild'"),
     "the study's own": ({}, [], ["run_dir=x"], "run_dir=x is set by the study itself"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG_RUNS)
@@ -192,12 +193,21 @@ def test_measures_read_records_and_the_evaluation() -> None:
     run.evaluation = {
         "tasks": {"repeat 16 tokens": {"accuracy": 0.75, "loss": 1.5}},
         "sets": {"validation": {"loss": 2.0, "by_position": [{"from": 0, "loss": 3.0}, {"from": 64, "loss": 1.0}]}},
-    }  # fmt: skip
+    }
     found = {
-        "loss/train": 3.0, "loss/train first": 5.0, "loss/train max": 5.0, "loss/train min": 2.0,
-        "loss/train median": 3.0, "grad_norm": None, "recall/accuracy_16": 0.75, "recall/loss_16": 1.5,
-        "recall/loss_64": None, "text/loss": 2.0, "text/loss_from_64": 1.0, "text/loss_from_32": None,
-    }  # fmt: skip
+        "loss/train": 3.0,
+        "loss/train first": 5.0,
+        "loss/train max": 5.0,
+        "loss/train min": 2.0,
+        "loss/train median": 3.0,
+        "grad_norm": None,
+        "recall/accuracy_16": 0.75,
+        "recall/loss_16": 1.5,
+        "recall/loss_64": None,
+        "text/loss": 2.0,
+        "text/loss_from_64": 1.0,
+        "text/loss_from_32": None,
+    }
     assert {text: measure(text).of(run) for text in found} == found
 
 
@@ -274,10 +284,7 @@ def test_a_study_does_not_go_on_with_other_settings(tmp_path: Path) -> None:
 
 def all_trials() -> list[list[Any]]:
     recipe = room("recipe")
-    return [
-        recipe.trials(recipe.read(recipe.find(study)), Path("out") / study, 2, [], [])
-        for study in STUDIES
-    ]
+    return [recipe.trials(recipe.read(recipe.find(study)), Path("out") / study, 2, [], []) for study in STUDIES]
 
 
 def test_every_studys_first_variants_come_first_with_all_their_seeds() -> None:
@@ -298,9 +305,7 @@ def test_only_what_is_the_same_run_is_shared() -> None:
             assert twin.seed == shared.trial.seed
             assert shared.trial.is_evaluated or not twin.is_evaluated
             own = {"recipe", "run_dir", "evaluate"}
-            assert twin.config.model_dump(exclude=own) == shared.trial.config.model_dump(
-                exclude=own
-            )
+            assert twin.config.model_dump(exclude=own) == shared.trial.config.model_dump(exclude=own)
             assert not twin.is_evaluated or twin.config.evaluate == shared.trial.config.evaluate
     plain = next(
         shared
@@ -315,9 +320,7 @@ def test_a_shared_run_becomes_a_run_of_the_other_study(tmp_path: Path) -> None:
     source, twin = (a_trial(tmp_path / name, "--config-name", "pretrain-tiny") for name in "ab")
     twin = dataclasses.replace(twin, variant="plain")
     (source.run_dir / "checkpoints").mkdir(parents=True)
-    (source.run_dir / "config.yaml").write_text(
-        "recipe: usual\nrun_dir: elsewhere\nstage: pretrain\n"
-    )
+    (source.run_dir / "config.yaml").write_text("recipe: usual\nrun_dir: elsewhere\nstage: pretrain\n")
     (source.run_dir / "metrics.jsonl").write_text('{"step": 1, "loss/train": 2.0}\n')
     (source.run_dir / outcomes.OUTCOME).write_text('{"ended": "done"}')
     shared = schedule.Shared(source, [twin])
@@ -331,12 +334,7 @@ def test_a_shared_run_becomes_a_run_of_the_other_study(tmp_path: Path) -> None:
 
 def test_the_archive_has_records_and_no_weights(tmp_path: Path) -> None:
     study = tmp_path / "runs" / "ablation-x"
-    for name in (
-        "a-seed1/metrics.jsonl",
-        "a-seed1/checkpoints/step_1/weights",
-        "comparison.html",
-        "results.json",
-    ):
+    for name in ("a-seed1/metrics.jsonl", "a-seed1/checkpoints/step_1/weights", "comparison.html", "results.json"):
         (study / name).parent.mkdir(parents=True, exist_ok=True)
         (study / name).write_text("{}")
     (study / "latest").symlink_to("a-seed1")

@@ -65,10 +65,7 @@ def test_a_case_becomes_a_configuration() -> None:
     ],
 )
 def test_nonsense_is_refused_before_anything_starts(
-    arguments: list[str],
-    complaint: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["tools/benchmarks/bench.py", *arguments])
     assert room("bench").main() == 2
@@ -107,9 +104,7 @@ def test_busy_time_counts_overlapping_kernels_once() -> None:
 
 def played() -> tuple[list[Any], Any, Any]:
     """Two contestants over one case: 1 and 3 ms a step, and 2 and 6 ms; the second with a graph's few launches."""
-    cases, referee, worker = (
-        room(f"tools.benchmarks.comparison.{n}") for n in ("cases", "referee", "worker")
-    )
+    cases, referee, worker = (room(f"tools.benchmarks.comparison.{n}") for n in ("cases", "referee", "worker"))
     groups = room("tools.benchmarks.comparison.kernel_groups")
     case, players, configurations = cases.Case(None, 64, 128), [], {}
     for speed, kind in ((1, "ours"), (2, "transformers")):
@@ -138,16 +133,12 @@ def test_quantising_weights_is_named_beside_the_period() -> None:
     for (_, periods), readings in players[0].readings.items():
         for reading in readings:
             reading.renewing_seconds = 0.0004 * periods
-    first, second = room("tools.benchmarks.comparison.findings").rows_of(
-        players, configurations, options, None
-    )
+    first, second = room("tools.benchmarks.comparison.findings").rows_of(players, configurations, options, None)
     assert first["renewing_milliseconds"] == pytest.approx(0.4)
     assert first["milliseconds_and_renewing"] == pytest.approx(first["milliseconds"] + 0.4)
     assert "renewing_milliseconds" not in second
     shown = io.StringIO()
-    room("tools.benchmarks.comparison.tables").show_comparison(
-        [first, second], Console(file=shown, width=170)
-    )
+    room("tools.benchmarks.comparison.tables").show_comparison([first, second], Console(file=shown, width=170))
     assert "weights ms: quantising" in shown.getvalue()
 
 
@@ -188,9 +179,7 @@ def test_a_difference_that_cannot_be_a_period_is_said_to_be_doubtful(
     for (_, periods), readings in players[0].readings.items():
         for reading in readings:
             reading.seconds = [(one_ms if periods == 1 else two_ms) / 1000] * 3
-    row = room("tools.benchmarks.comparison.findings").rows_of(
-        players, configurations, options, flops
-    )[0]
+    row = room("tools.benchmarks.comparison.findings").rows_of(players, configurations, options, flops)[0]
     assert bool(row["doubt"]) == is_doubtful, row["doubt"]
     shown = io.StringIO()
     room("tools.benchmarks.comparison.tables").show_comparison([row], Console(file=shown, width=90))
@@ -201,14 +190,9 @@ def test_a_difference_that_cannot_be_a_period_is_said_to_be_doubtful(
 
 def test_one_gated_delta_net_layer_is_a_third_of_a_period_s() -> None:
     model = config_of().model
-    whole, attention = (
-        flops_per_token(model, 64),
-        model.model_copy(update={"mixer_pattern": "*", "num_layers": 1}),
-    )
+    whole, attention = (flops_per_token(model, 64), model.model_copy(update={"mixer_pattern": "*", "num_layers": 1}))
     wanted = whole.delta_rule + whole.projections - flops_per_token(attention, 64).projections
-    assert 3 * room("tools.benchmarks.comparison.findings").gated_delta_net_flops(
-        model
-    ) == pytest.approx(wanted)
+    assert 3 * room("tools.benchmarks.comparison.findings").gated_delta_net_flops(model) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("width", [60, 200])
@@ -216,9 +200,7 @@ def test_a_table_fits_its_terminal(width: int) -> None:
     players, configurations, options = played()
     players[1].readings.clear()
     players[1].failure = "ended with status 1\n[rank0] no such kernel"
-    rows = room("tools.benchmarks.comparison.findings").rows_of(
-        players, configurations, options, 1e12
-    )
+    rows = room("tools.benchmarks.comparison.findings").rows_of(players, configurations, options, 1e12)
     console = Console(width=width, file=io.StringIO(), highlight=False)
     room("tools.benchmarks.comparison.tables").show_comparison(rows, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -252,9 +234,7 @@ def test_transformers_is_the_same_model(gradients: str) -> None:
 
     worker = room("tools.benchmarks.comparison.worker")
     device = worker._plain_device(room("megatron_q3n.device"))
-    contestant = room("tools.benchmarks.comparison.huggingface").HuggingFace(
-        device, config_of(), gradients
-    )
+    contestant = room("tools.benchmarks.comparison.huggingface").HuggingFace(device, config_of(), gradients)
     counts = []
     for periods in (1, 2):
         contestant.build(config_of(periods, "transformers"))
@@ -280,9 +260,7 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_comparison_of_the_tiny_model(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    done = run(
-        "period", *TINY, *SHORT, "--contestants", "ours,transformers", "--profile", "--json", str(file)
-    )  # fmt: skip
+    done = run("period", *TINY, *SHORT, "--contestants", "ours,transformers", "--profile", "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all contestants agree on a period's parameters" in done.stdout
     ours, theirs = json.loads(file.read_text())["rows"]

@@ -49,9 +49,14 @@ def test_every_way_is_held_against_single_step(tool: Any, tmp_path: Path) -> Non
     assert length == pytest.approx(1.199, abs=1e-3)
     assert points == pytest.approx(0)
     results = {
-        "ways": found, "verdict": held, "made_on": {}, "trunk": "somewhere", "trunk_tokens": None, "tokens": 1e6,
+        "ways": found,
+        "verdict": held,
+        "made_on": {},
+        "trunk": "somewhere",
+        "trunk_tokens": None,
+        "tokens": 1e6,
         "command": "…",
-    }  # fmt: skip
+    }
     text = tool.markdown(results)
     assert "80.5 ± 0.7 %" in text
     assert f"as-decoded: tokens per pass at depth 4, over single-step's: {length:.3f}" in text
@@ -61,12 +66,7 @@ def test_every_way_is_held_against_single_step(tool: Any, tmp_path: Path) -> Non
 
 def test_a_wrong_setting_is_refused_before_anything_runs(tmp_path: Path) -> None:
     done = forked.run(
-        ROOT / "tools/studies/compare_mtp.py",
-        "--output",
-        tmp_path,
-        "--config-name",
-        "mtp-tiny",
-        "mtp.depth=3",
+        ROOT / "tools/studies/compare_mtp.py", "--output", tmp_path, "--config-name", "mtp-tiny", "mtp.depth=3"
     )
     assert done.returncode == 2
     assert "mtp.depth" in done.stderr
@@ -80,13 +80,32 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compared")
     for seconds in (600, 60):  # the second time nothing is left to do
         done = forked.run(
-            ROOT / "tools/studies/compare_mtp.py", "--output", folder, "--pretrain", "pretrain-tiny",
-            "--config-name", "mtp-tiny", "--ways", "single-step", "as-decoded-distilled",
-            "--trunk", "training.steps=5", "schedule.warmup_steps=2", "validation.batches=1",
-            "--evaluate", "evaluate.rows=4", "evaluate.context_tokens=64", "--seeds", "1",
-            "--workers", "2", "training.steps=3", "schedule.warmup_steps=1", "validation.batches=1",
+            ROOT / "tools/studies/compare_mtp.py",
+            "--output",
+            folder,
+            "--pretrain",
+            "pretrain-tiny",
+            "--config-name",
+            "mtp-tiny",
+            "--ways",
+            "single-step",
+            "as-decoded-distilled",
+            "--trunk",
+            "training.steps=5",
+            "schedule.warmup_steps=2",
+            "validation.batches=1",
+            "--evaluate",
+            "evaluate.rows=4",
+            "evaluate.context_tokens=64",
+            "--seeds",
+            "1",
+            "--workers",
+            "2",
+            "training.steps=3",
+            "schedule.warmup_steps=1",
+            "validation.batches=1",
             seconds=seconds,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -103,9 +122,22 @@ def test_a_small_comparison_has_every_way_and_depth(compared: Path) -> None:
 def test_generation_of_its_trunk_is_measured(compared: Path) -> None:
     """tools/benchmarks/bench_generate.py; what it measures of graphs needs a GPU."""
     done = forked.run(
-        ROOT / "tools/benchmarks/bench_generate.py", compared / "trunk", "--contexts", "64", "128", "--depths", "0", "2",
-        "--prompts", "2", "--tokens", "12", "--json", compared / "bench.json", seconds=300,
-    )  # fmt: skip
+        ROOT / "tools/benchmarks/bench_generate.py",
+        compared / "trunk",
+        "--contexts",
+        "64",
+        "128",
+        "--depths",
+        "0",
+        "2",
+        "--prompts",
+        "2",
+        "--tokens",
+        "12",
+        "--json",
+        compared / "bench.json",
+        seconds=300,
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads((compared / "bench.json").read_text())
     assert [row["context"] for row in figures["contexts"]] == [64, 128]

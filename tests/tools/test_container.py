@@ -59,10 +59,7 @@ def test_a_replaced_package_is_named() -> None:
     assert changed(keep, IMAGE) == []
     now = {**IMAGE, "torch": "2.11.0"}
     del now["apex"]
-    assert changed(keep, now) == [
-        "apex: was 0.1, is gone",
-        f"torch: was {IMAGE['torch']}, is 2.11.0",
-    ]
+    assert changed(keep, now) == ["apex: was 0.1, is gone", f"torch: was {IMAGE['torch']}, is 2.11.0"]
 
 
 def test_the_plan_of_this_environment_is_written_and_kept(tmp_path: Path) -> None:

@@ -42,9 +42,7 @@ def test_continued_pretraining_takes_one_override(
     trained = run_module("--config-name", "pretrain-tiny", override, *short)
     assert trained.returncode == 0, trained.stderr
     assert "weights from" in trained.stdout
-    exported = convert(
-        "export", tmp_path / "run", "--output", tmp_path / "out", "--dtype", "fp32", "--like", source
-    )  # fmt: skip
+    exported = convert("export", tmp_path / "run", "--output", tmp_path / "out", "--dtype", "fp32", "--like", source)
     assert exported.returncode == 0, exported.stderr
     assert re.search(r"Qwen3NextForCausalLM, from .*step_0000003", exported.stdout)
     before, after = stored(source), stored(tmp_path / "out")
@@ -79,7 +77,7 @@ def test_the_imported_model_is_a_recipe_part(tmp_path: Path) -> None:
         (["export", ".", "--output", "x", "--max-shard-size", "4 apples"], "'4 apples' is no size"),
         (["export", "."], "the following arguments are required: --output"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_exits_with_2_and_one_message(
     arguments: list[str],
     message: str,
@@ -106,8 +104,6 @@ def test_a_damaged_source_exits_with_2(tmp_path: Path) -> None:
     (source / "mtp.safetensors").write_bytes(b"")
     done = convert("import", source, "--output", tmp_path / "ours")
     assert done.returncode == 2
-    assert done.stderr.startswith(
-        f"convert_hf.py: {source}/mtp.safetensors is cut short or damaged"
-    )
+    assert done.stderr.startswith(f"convert_hf.py: {source}/mtp.safetensors is cut short or damaged")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""

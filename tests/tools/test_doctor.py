@@ -93,9 +93,7 @@ def test_an_older_gpu_runs_without_fused_kernels(capability: list[int], state: s
     assert states(machine.gpus([], facts))["torch on CUDA"][0] == state
 
 
-def test_a_gpu_that_torch_cannot_use_is_broken_unless_it_is_hidden(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_gpu_that_torch_cannot_use_is_broken_unless_it_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     smi, blind = machine.parse_nvidia_smi(H200), {**TORCH, "gpus": []}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert states(machine.gpus(smi, blind))["torch on CUDA"][0] == "broken"
@@ -104,11 +102,7 @@ def test_a_gpu_that_torch_cannot_use_is_broken_unless_it_is_hidden(
 
 
 def test_another_version_than_the_pinned_one_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed: dict[str, Any] = {
-        **machine.pins(),
-        "torch": "2.10.0a0+nv",
-        "megatron-core": "0.18.0",
-    }
+    installed: dict[str, Any] = {**machine.pins(), "torch": "2.10.0a0+nv", "megatron-core": "0.18.0"}
     monkeypatch.setattr(machine, "version_of", installed.get)
     found = states(machine.required_packages(None))
     assert found["torch"] == ("other", f"2.10.0a0+nv, pinned {machine.pins()['torch']}")

@@ -30,9 +30,7 @@ class Machine:
             made.mkdir(parents=True)
         for program in PROGRAMS.split():
             (self.bin / program).symlink_to(shutil.which(program) or pytest.fail(f"no {program}"))
-        shutil.copytree(
-            ROOT / "tools", self.root / "tools", ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / "tools", self.root / "tools", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / ".ci", self.root / ".ci")
         for name in ("requirements.txt", "requirements-dev.txt"):
             (self.root / name).write_text("# nothing\n")
@@ -73,9 +71,7 @@ class Machine:
     def add_python(self, path: Path, version: str, has_venv: bool = True) -> Path:
         """Put something that answers the finder's questions as Python `version` does."""
         venv = "exit 0" if has_venv else "echo No module named ensurepip >&2; exit 1"
-        return self.add(
-            path, f'case "$2" in *version_info*) echo {version} ;; *ensurepip*) {venv} ;; esac'
-        )
+        return self.add(path, f'case "$2" in *version_info*) echo {version} ;; *ensurepip*) {venv} ;; esac')
 
     def fake_environment(self, script: str) -> None:
         """Put an up-to-date .venv whose Python is a script."""
@@ -118,9 +114,7 @@ def test_finder_settles_for_313(machine: Machine) -> None:
 @pytest.mark.parametrize("where", ["home", "PYENV_ROOT"])
 def test_finder_sees_through_pyenv_shims(machine: Machine, where: str) -> None:
     """A shim that fails and a default that is too old stand on PATH; the real one only in versions/."""
-    machine.add(
-        machine.bin / "python3.12", "echo pyenv: python3.12: command not found >&2; exit 127"
-    )
+    machine.add(machine.bin / "python3.12", "echo pyenv: python3.12: command not found >&2; exit 127")
     machine.add_python(machine.bin / "python3", "3.11")
     pyenv = machine.home / ".pyenv" if where == "home" else machine.home / "elsewhere"
     machine.add_python(pyenv / "versions/3.11.7/bin/python", "3.11")
@@ -135,12 +129,8 @@ def test_finder_takes_the_python_it_is_given(machine: Machine) -> None:
     assert machine.find_python(PYTHON=str(given)).stdout == f"{given}\n"
 
 
-@pytest.mark.parametrize(
-    ("version", "reason"), [("3.11", "is Python 3.11"), (None, "is not a program")]
-)
-def test_finder_refuses_a_given_python_that_will_not_do(
-    machine: Machine, version: str | None, reason: str
-) -> None:
+@pytest.mark.parametrize(("version", "reason"), [("3.11", "is Python 3.11"), (None, "is not a program")])
+def test_finder_refuses_a_given_python_that_will_not_do(machine: Machine, version: str | None, reason: str) -> None:
     """It must not go and use another one than it was told to."""
     machine.add_python(machine.bin / "python3.12", "3.12")
     given = machine.home / "mine"
@@ -152,14 +142,10 @@ def test_finder_refuses_a_given_python_that_will_not_do(
 
 
 def test_finder_says_what_it_saw_and_what_to_do_when_there_is_none(machine: Machine) -> None:
-    machine.add(
-        machine.bin / "python3.13", "echo pyenv: python3.13: command not found >&2; exit 127"
-    )
+    machine.add(machine.bin / "python3.13", "echo pyenv: python3.13: command not found >&2; exit 127")
     machine.add_python(machine.bin / "python3.12", "3.12", has_venv=False)
     machine.add_python(machine.bin / "python3", "3.14")
-    machine.add_python(
-        machine.bin / "python", "3.13t"
-    )  # the free-threaded build has wheels of its own
+    machine.add_python(machine.bin / "python", "3.13t")  # the free-threaded build has wheels of its own
     result = machine.bash(PREPARE)
     assert (result.returncode, result.stdout) == (2, "")
     for line in (
@@ -180,8 +166,7 @@ def test_finder_asks_uv_and_has_it_fetch_one(machine: Machine) -> None:
     fetched = machine.add_python(machine.home / "uv/python", "3.12")
     flag = machine.home / "installed"
     machine.add(
-        machine.bin / "uv",
-        f'[ "$2" = install ] && : > {flag}; [ -e {flag} ] && [ "$4" != 3.13 ] && echo {fetched}',
+        machine.bin / "uv", f'[ "$2" = install ] && : > {flag}; [ -e {flag} ] && [ "$4" != 3.13 ] && echo {fetched}'
     )
     result = machine.find_python()
     assert result.stdout.splitlines()[-1] == str(fetched)
@@ -303,12 +288,9 @@ def test_quickstart_hands_its_overrides_to_the_recipe(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("failing", "status"),
-    [({}, 0), ({"ruff": 1}, 1), ({"mypy": 2}, 1), ({"pytest": 5, "ruff": 1}, 5)],
+    ("failing", "status"), [({}, 0), ({"ruff": 1}, 1), ({"mypy": 2}, 1), ({"pytest": 5, "ruff": 1}, 5)]
 )
-def test_test_runs_every_check_and_fails_with_any(
-    machine: Machine, failing: dict[str, int], status: int
-) -> None:
+def test_test_runs_every_check_and_fails_with_any(machine: Machine, failing: dict[str, int], status: int) -> None:
     cases = "".join(f"{module}) exit {code} ;; " for module, code in failing.items())
     machine.fake_environment(f'{REPORT}; case "$2" in {cases} esac')
     result = machine.run("tools/test", "tests/x.py", "-k", "a b")

@@ -49,9 +49,7 @@ def inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
-def test_summary_names_step_model_layout_and_sizes(
-    trained: tuple[Any, Path], inspect: Inspect
-) -> None:
+def test_summary_names_step_model_layout_and_sizes(trained: tuple[Any, Path], inspect: Inspect) -> None:
     status, out, _ = inspect(trained[1], "--verify")
     assert status == 0
     assert "2, after 128 tokens" in out
@@ -64,18 +62,22 @@ def test_summary_names_step_model_layout_and_sizes(
     assert all(len(line) <= 80 for line in out.splitlines() if "run" not in line)
 
 
-def test_every_tensor_is_read_as_it_is_in_memory(
-    trained: tuple[Any, Path], inspect: Inspect
-) -> None:
+def test_every_tensor_is_read_as_it_is_in_memory(trained: tuple[Any, Path], inspect: Inspect) -> None:
     status, out, _ = inspect(trained[1], "--tensors")
     assert status == 0
     table = trained[0].models[0].embedding.word_embeddings.weight
     found = re.search(r"^embedding\.word_embeddings\.weight\n +(.*)$", out, re.MULTILINE)
     assert found
     assert found[1].split() == [
-        "float32", "64×32", "min", f"{table.min().item():.4g}", "max", f"{table.max().item():.4g}",
-        "norm", f"{table.norm().item():.5g}",
-    ]  # fmt: skip
+        "float32",
+        "64×32",
+        "min",
+        f"{table.min().item():.4g}",
+        "max",
+        f"{table.max().item():.4g}",
+        "norm",
+        f"{table.norm().item():.5g}",
+    ]
     tensors = Tensors(trained[1] / "checkpoints/step_0000002")
     assert tensors.whole("embedding.word_embeddings.weight").equal(table)
 
@@ -106,6 +108,4 @@ def test_what_is_no_good_checkpoint_is_refused(
         (newest / {"description": "checkpoint.json", "metadata": ".metadata"}[what]).write_text("x")
     status, _, err = inspect(target, "--verify")
     assert status == 2
-    assert {"nothing": "no checkpoint found", "file": "metadata.json has 2 bytes instead"}.get(
-        what, "damaged"
-    ) in err
+    assert {"nothing": "no checkpoint found", "file": "metadata.json has 2 bytes instead"}.get(what, "damaged") in err

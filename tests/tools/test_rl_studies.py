@@ -13,19 +13,33 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = [
-    "model=tiny", "precision=fp32", "training.sequence_length=256", "rl.rollout.prompts=4",
-    "rl.rollout.samples_per_prompt=4", "rl.reward.workers=1", "rl.held_out_interval_steps=2",
-]  # fmt: skip
+    "model=tiny",
+    "precision=fp32",
+    "training.sequence_length=256",
+    "rl.rollout.prompts=4",
+    "rl.rollout.samples_per_prompt=4",
+    "rl.reward.workers=1",
+    "rl.held_out_interval_steps=2",
+]
 
 
 def record(step: int, shift: float, replay: bool) -> dict[str, Any]:
     used = {"mismatch/routes_used": 0.0 if replay else 0.03}
     return {
-        "step": step, "time": 1000.0 + 60 * step, "reward/held_out": 0.1 * step, "reward/full_marks": 0.1,
-        "rl/entropy": 0.5, "mismatch/logprob_mean": 0.01 * step, "mismatch/logprob_max": 0.2 + shift,
-        "mismatch/kl": 1e-4, "mismatch/routes_1": 0.02, "mismatch/routes_2": 0.04, "rl/clipped": 0.2,
-        "grad_norm": 1.5, **used,
-    }  # fmt: skip
+        "step": step,
+        "time": 1000.0 + 60 * step,
+        "reward/held_out": 0.1 * step,
+        "reward/full_marks": 0.1,
+        "rl/entropy": 0.5,
+        "mismatch/logprob_mean": 0.01 * step,
+        "mismatch/logprob_max": 0.2 + shift,
+        "mismatch/kl": 1e-4,
+        "mismatch/routes_1": 0.02,
+        "mismatch/routes_2": 0.04,
+        "rl/clipped": 0.2,
+        "grad_norm": 1.5,
+        **used,
+    }
 
 
 def a_run(folder: Path, name: str, *, replay: bool) -> Path:
@@ -37,9 +51,7 @@ def a_run(folder: Path, name: str, *, replay: bool) -> Path:
         {"began": 1780.0, "ended": 1900.0, "cpu_seconds": 100.0, "is_last": True},
     ]
     (run_dir / "sessions.json").write_text(json.dumps(sessions))
-    records = [record(step, 0.0, replay) for step in (1, 2)] + [
-        record(3, 0.1, replay) | {"time": 1840.0}
-    ]
+    records = [record(step, 0.0, replay) for step in (1, 2)] + [record(3, 0.1, replay) | {"time": 1840.0}]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"st')
     scores = "".join(json.dumps({"score": score}) + "\n" for score in (1, 0, 0.5, 1))
     (run_dir / "samples/held_out_0000000.jsonl").write_text(scores)
@@ -62,10 +74,7 @@ def test_minutes_are_those_of_the_processes(tmp_path: Path) -> None:
 def test_mismatch_side_by_side(tmp_path: Path) -> None:
     from tools.studies.rl_studies import mismatch, runs
 
-    rows = {
-        name: runs.records(a_run(tmp_path, name, replay=name == "gspo-replay"))
-        for name in ("gspo-replay", "grpo")
-    }
+    rows = {name: runs.records(a_run(tmp_path, name, replay=name == "gspo-replay")) for name in ("gspo-replay", "grpo")}
     first = {name: mismatch.first(records) for name, records in rows.items()}
     assert first["grpo"]["routes chosen otherwise, mean over layers"] == pytest.approx(0.03)
     assert first["grpo"]["in the worst layer"] == 0.04
@@ -74,10 +83,14 @@ def test_mismatch_side_by_side(tmp_path: Path) -> None:
     assert whole["grpo"]["mean abs. logprob difference"] == pytest.approx(0.02)
     assert (whole["grpo"]["accuracy before"], whole["grpo"]["after"]) == (0.5, pytest.approx(0.3))
     found = {
-        "command": "tools/studies/rl_gpu.py", "machine": "a laptop", "sft": {"steps": 9}, "first_rollout": first,
-        "whole_run": whole, "has_ended": dict.fromkeys(rows, True),
+        "command": "tools/studies/rl_gpu.py",
+        "machine": "a laptop",
+        "sft": {"steps": 9},
+        "first_rollout": first,
+        "whole_run": whole,
+        "has_ended": dict.fromkeys(rows, True),
         "cost": {name: runs.cost(tmp_path / name) for name in rows},
-    }  # fmt: skip
+    }
     text = mismatch.markdown(found, "x.png")
     assert "| gspo-replay | 0.01 | 0.2 | 0.0001 | 0.03 | 0.04 | 0 |" in text
     mismatch.draw(tmp_path / "x.png", rows, dict.fromkeys(rows, 0.5))
@@ -88,14 +101,22 @@ def test_mismatch_side_by_side(tmp_path: Path) -> None:
 def test_a_small_study_stops_and_goes_on(tmp_path: Path) -> None:
     """The first command is over before the fine-tuning is; the second one resumes it and runs both variants."""
     command = [
-        sys.executable, str(ROOT / "tools/studies/rl_gpu.py"), "--variants", "gspo-replay,grpo", "--workers", "2", "--steps",
-        "4", "--output", str(tmp_path), "--sft", "training.steps=25",
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "tools/studies/rl_gpu.py"),
+        "--variants",
+        "gspo-replay,grpo",
+        "--workers",
+        "2",
+        "--steps",
+        "4",
+        "--output",
+        str(tmp_path),
+        "--sft",
+        "training.steps=25",
+    ]
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *more, *TINY], capture_output=True, text=True, check=False, timeout=280
-        )
+        return subprocess.run([*command, *more, *TINY], capture_output=True, text=True, check=False, timeout=280)
 
     stopped = run("--sft-loss", "0.01", "--minutes", "0.2")
     assert stopped.returncode == 75, stopped.stdout + stopped.stderr

@@ -75,9 +75,7 @@ def test_a_norm_that_is_a_plain_scale_is_not_decayed(alone: Any, state: Any) -> 
 
     model = state.models[0]
     model.decoder.layers[2].input_layernorm = torch.nn.RMSNorm(128)
-    with pytest.raises(
-        AssertionError, match=r"layers.2.input_layernorm.weight belongs to a RMSNorm"
-    ):
+    with pytest.raises(AssertionError, match=r"layers.2.input_layernorm.weight belongs to a RMSNorm"):
         build_optimizer(state.chunks, state.config)
 
 
@@ -127,9 +125,7 @@ def test_decay_table_lists_every_parameter(state: Any) -> None:
     ],
     ids=["constant", "cosine", "wsd", "wsd-share"],
 )
-def test_learning_rate_follows_its_formula(
-    alone: Any, schedule: dict[str, Any], expected: Any
-) -> None:
+def test_learning_rate_follows_its_formula(alone: Any, schedule: dict[str, Any], expected: Any) -> None:
     """`step` finished steps: the rate of the next one. Warm-up is linear and its first step already learns."""
     from megatron_q3n.training.optimizer import learning_rate
 

@@ -11,30 +11,13 @@ CHOICES: dict[str, dict[str, Any]] = {
     "none": {},
     **{
         name: {"recompute_granularity": "selective", "recompute_modules": [name]}
-        for name in (
-            "core_attn",
-            "moe",
-            "moe_act",
-            "shared_experts",
-            "layernorm",
-            "gated_delta_net",
-        )
+        for name in ("core_attn", "moe", "moe_act", "shared_experts", "layernorm", "gated_delta_net")
     },
     "all selective": {
         "recompute_granularity": "selective",
-        "recompute_modules": [
-            "core_attn",
-            "moe_act",
-            "shared_experts",
-            "layernorm",
-            "gated_delta_net",
-        ],
+        "recompute_modules": ["core_attn", "moe_act", "shared_experts", "layernorm", "gated_delta_net"],
     },
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
 
@@ -46,9 +29,7 @@ def steps_of(choice: str, alone: Any) -> list[float]:
     training = {"micro_batch_size": 2, "global_batch_size": 4, "sequence_length": 64}
     model = {"hidden_size": 64, "vocab_size": 64, "moe_aux_loss_coeff": 0.1}
     data = {"source": "blend", "train": [{"path": "unused"}]}
-    state = build_state(
-        validate({"training": training | CHOICES[choice], "model": model, "data": data}), *alone
-    )
+    state = build_state(validate({"training": training | CHOICES[choice], "model": model, "data": data}), *alone)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in state.models[0].parameters():
@@ -56,17 +37,9 @@ def steps_of(choice: str, alone: Any) -> list[float]:
     values = []
     for _ in range(2):
         rows = torch.randint(0, 64, (4, 65), generator=generator)
-        batches = [
-            batch_of_rows(part[:, :-1], part[:, 1:].contiguous(), torch.ones(2, 64))
-            for part in rows.split(2)
-        ]
+        batches = [batch_of_rows(part[:, :-1], part[:, 1:].contiguous(), torch.ones(2, 64)) for part in rows.split(2)]
         report = train_step(state, batches)
-        values += [
-            report.loss,
-            report.grad_norm,
-            *report.mtp_losses,
-            *report.balance_losses.values(),
-        ]
+        values += [report.loss, report.grad_norm, *report.mtp_losses, *report.balance_losses.values()]
     return values
 
 

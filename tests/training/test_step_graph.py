@@ -29,9 +29,7 @@ def test_training_passes_trust_no_earlier_copy_of_weights(alone: Any) -> None:
     from megatron_q3n.training.step import run_microbatches
 
     state = build_state(validate(TINY), *alone)
-    assert len(state.expert_weights) == 2 * sum(
-        "router.weight" in n for n, _ in state.models[0].named_parameters()
-    )
+    assert len(state.expert_weights) == 2 * sum("router.weight" in n for n, _ in state.models[0].named_parameters())
     for weight in state.expert_weights:
         weight.fp8_copy = WeightCopy((weight, weight, weight), weight._version)  # type: ignore[attr-defined]
     copies = [weight.fp8_copy for weight in state.expert_weights]  # type: ignore[attr-defined]
@@ -66,9 +64,7 @@ def built(alone: Any, fp8: str | None, graph: bool) -> Any:
     from megatron_q3n.training.state import build_state
 
     device, parallel = alone
-    settings = {
-        "micro_batch_size": 4, "global_batch_size": 12, "sequence_length": 128, "cuda_graph": graph,
-    }  # fmt: skip
+    settings = {"micro_batch_size": 4, "global_batch_size": 12, "sequence_length": 128, "cuda_graph": graph}
     config = validate(
         {
             **TINY,
@@ -128,9 +124,7 @@ def test_every_step_multiplies_by_the_weights_it_began_with(graph: bool, alone: 
             for weight in state.expert_weights:
                 weight.data.mul_(1.5)
         before = [weight.detach().clone() for weight in state.expert_weights]
-        evaluate(
-            state, [batches_of(step)]
-        )  # must not leave its own copies behind, nor free what a graph writes
+        evaluate(state, [batches_of(step)])  # must not leave its own copies behind, nor free what a graph writes
         others = [torch.full_like(p, 7) for p in state.models[0].parameters() for _ in range(2)]
         train_step(state, batches_of(step))
         assert all(other.eq(7).all() for other in others), "a graph wrote into memory of others"

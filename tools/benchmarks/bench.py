@@ -36,10 +36,7 @@ from megatron_q3n.config import EXIT_BAD_INPUT, UserError  # noqa: E402
 from megatron_q3n.recipe import configure, register_defaults  # noqa: E402
 from tools.benchmarks.comparison import cases, findings, referee, startup, steps, tables  # noqa: E402
 
-RECIPE, EXPERTS = (
-    "pretrain-80b_a3b",
-    "128",
-)  # the width of the released model, of which one GPU holds two periods
+RECIPE, EXPERTS = ("pretrain-80b_a3b", "128")  # the width of the released model, of which one GPU holds two periods
 MODES = ("period", "gdn", "steps", "start")
 GDN_EXPERTS = "model.num_moe_experts=16"  # they are built and not run: few take less time
 
@@ -66,9 +63,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     modes = parser.add_subparsers(required=True, metavar="mode")
     for name, measure in (("period", _compare), ("gdn", _compare)):
@@ -91,13 +86,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_comparison_options(mode: argparse.ArgumentParser) -> None:
     add = mode.add_argument
     add("--config-name", default=RECIPE, help="recipe with the dimensions")
-    add("--contestants", default="ours,stock,transformers",
-        help="ours, stock, transformers; with :PART for a precision, e.g. ours:fp8_tensorwise")  # fmt: skip
-    add("--precision", default="bf16", help="of contestants that name none")
     add(
-        "--experts",
-        help=f"experts per layer, e.g. 128,256,512; default {EXPERTS} for {RECIPE}, else the recipe's",
+        "--contestants",
+        default="ours,stock,transformers",
+        help="ours, stock, transformers; with :PART for a precision, e.g. ours:fp8_tensorwise",
     )
+    add("--precision", default="bf16", help="of contestants that name none")
+    add("--experts", help=f"experts per layer, e.g. 128,256,512; default {EXPERTS} for {RECIPE}, else the recipe's")
     add("--sequence-length", default="4096")
     add("--tokens", help="tokens of a micro-batch, e.g. 4096,16384; default one sequence")
     add("--vocabulary", type=int, default=4096, help="small, as it drops out of the difference")
@@ -107,8 +102,13 @@ def _add_comparison_options(mode: argparse.ArgumentParser) -> None:
     add("--warmup", type=int, default=3, help="steps before them")
     add("--profile", action="store_true", help="kernel time by group, launches, gaps")
     add("--transformers-gradients", choices=("bf16", "fp32"), default="bf16")
-    add("--stock", action="append", default=[], metavar="FIELD=VALUE",
-        help="a TransformerConfig field for stock, as JSON, e.g. moe_router_fusion=false")  # fmt: skip
+    add(
+        "--stock",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a TransformerConfig field for stock, as JSON, e.g. moe_router_fusion=false",
+    )
     add("--logs", type=Path, help="folder for what the contestants print; default a temporary one")
 
 
@@ -119,13 +119,9 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> tuple[int, dict[st
     alone = options.part == "gated_delta_net"
     who = cases.contestants_named(options.contestants, options.precision)
     if alone and any("fp8" in one.precision for one in who):
-        raise UserError(
-            "gdn measures the layers outside the model's FP8 context; use bf16 or fp32."
-        )
+        raise UserError("gdn measures the layers outside the model's FP8 context; use bf16 or fp32.")
     overrides = [*([GDN_EXPERTS] if alone else []), *rest]
-    setting = cases.Setting(
-        options.config_name, options.routing, options.vocabulary, tuple(overrides)
-    )
+    setting = cases.Setting(options.config_name, options.routing, options.vocabulary, tuple(overrides))
     experts = options.experts or (EXPERTS if options.config_name == RECIPE and not alone else None)
     shapes = cases.cases_of(experts, options.sequence_length, options.tokens)
     configurations = {
@@ -135,9 +131,14 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> tuple[int, dict[st
         for periods in cases.PERIODS
     }
     played = referee.Options(
-        options.part, options.rounds, options.iterations, options.warmup,
-        2 if options.profile else 0, _fields(options.stock), options.transformers_gradients,
-    )  # fmt: skip
+        options.part,
+        options.rounds,
+        options.iterations,
+        options.warmup,
+        2 if options.profile else 0,
+        _fields(options.stock),
+        options.transformers_gradients,
+    )
     with tempfile.TemporaryDirectory() as folder:
         logs = options.logs or Path(folder)
         logs.mkdir(parents=True, exist_ok=True)
@@ -163,9 +164,7 @@ def _conclude(
     )
     counted = {f"{row['parameters']:,}" for row in rows if row.get("parameters")}
     if counted and not wrong:
-        console.print(
-            f"all contestants agree on a period's parameters: {', '.join(sorted(counted))}"
-        )
+        console.print(f"all contestants agree on a period's parameters: {', '.join(sorted(counted))}")
     for line in wrong:
         console.print(f"NOT COMPARABLE: {line}", style="bold red")
     figures = {
@@ -204,9 +203,12 @@ def _steps(options: argparse.Namespace, rest: list[str]) -> tuple[int, dict[str,
     if options.steps < 1 or options.warmup < 0:
         raise UserError("--steps must be at least 1, and --warmup at least 0.")
     figures = steps.measure(
-        configure(rest), process_start=PROCESS_START, warmup=options.warmup, steps=options.steps,
+        configure(rest),
+        process_start=PROCESS_START,
+        warmup=options.warmup,
+        steps=options.steps,
         profiled_steps=2 if options.profile else 0,
-    )  # fmt: skip
+    )
     tables.show_figures(figures, tables.console())
     return 0, figures
 

@@ -59,9 +59,7 @@ def main() -> int:
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Load the model, and measure both."""
     register_defaults()
-    config = configure(
-        ["--config-name", "generate", "checkpoint.load=?", f"precision={given.precision}"]
-    )
+    config = configure(["--config-name", "generate", "checkpoint.load=?", f"precision={given.precision}"])
     tree = config.model_dump(mode="json")
     tree["checkpoint"]["load"] = given.source
     config = validate(tree)
@@ -92,9 +90,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def contexts(
-    model: Any, given: argparse.Namespace, synchronize: Callable[[], None]
-) -> list[dict[str, Any]]:
+def contexts(model: Any, given: argparse.Namespace, synchronize: Callable[[], None]) -> list[dict[str, Any]]:
     """Time one token of every sequence behind a context of each length, filled with noise."""
     import torch
 
@@ -106,14 +102,10 @@ def contexts(
     rows: list[dict[str, Any]] = []
     for context in given.contexts:
         with generating(model), torch.no_grad():
-            launched = timed(
-                step(model, noise(model, given.sequences, context), False), synchronize
-            )
+            launched = timed(step(model, noise(model, given.sequences, context), False), synchronize)
             graph = None
             if torch.cuda.is_available():
-                graph = timed(
-                    step(model, noise(model, given.sequences, context), None), synchronize
-                )
+                graph = timed(step(model, noise(model, given.sequences, context), None), synchronize)
             kinds = by_kind(model, noise(model, given.sequences, context), synchronize)
         rows.append({"context": context, "launched": launched, "graph": graph, **kinds})
         print(
@@ -122,9 +114,7 @@ def contexts(
         )
     whole = "launched" if rows[0]["graph"] is None else "graph"
     delta, token = (rows[-1][name] / rows[0][name] - 1 for name in ("gated_delta_net", whole))
-    print(
-        f"from {rows[0]['context']} to {rows[-1]['context']}: Gated DeltaNet {delta:+.1%}, a token {token:+.1%}"
-    )
+    print(f"from {rows[0]['context']} to {rows[-1]['context']}: Gated DeltaNet {delta:+.1%}, a token {token:+.1%}")
     return rows
 
 
@@ -150,11 +140,7 @@ def step(model: Any, state: Any, cuda_graph: bool | None) -> Callable[[], None]:
     from megatron_q3n.inference.sampling import Sampling
 
     rounds = Rounds(Passes(model, 0), Sampling(1, 0.0), 0)
-    graphs, longest, rows = (
-        RoundGraphs(rounds, cuda_graph),
-        state.lengths[0] + ROOM,
-        len(state.lengths),
-    )
+    graphs, longest, rows = (RoundGraphs(rounds, cuda_graph), state.lengths[0] + ROOM, len(state.lengths))
     none = rounds.passes.numbers([[]] * rows)
     running = rounds.begin(state, rounds.passes.tokens([1] * rows), none, none)
 
@@ -190,9 +176,7 @@ def by_kind(model: Any, state: Any, synchronize: Callable[[], None]) -> dict[str
         for layer, memory in layers:
             run_layer(layer, hidden, memory, span, rotary, False)
 
-    return {
-        name: timed(replayed(partial(run, layers)), synchronize) for name, layers in kinds.items()
-    }
+    return {name: timed(replayed(partial(run, layers)), synchronize) for name, layers in kinds.items()}
 
 
 def replayed(work: Callable[[], None]) -> Callable[[], None]:
@@ -274,9 +258,7 @@ def continued(
     groups = [prompts[i : i + given.sequences] for i in range(0, len(prompts), given.sequences)]
     for number, group in enumerate([groups[0], *groups]):
         seeds = [f"{number}.{i}" for i in range(len(group))]
-        generation = start(
-            model, group, sampling, seed=seeds, draft_depth=depth, cuda_graph=cuda_graph
-        )
+        generation = start(model, group, sampling, seed=seeds, draft_depth=depth, cuda_graph=cuda_graph)
         coming = iter(generation)
         first = sum(len(next(coming).tokens) for _ in group)
         began = time.perf_counter()
@@ -353,9 +335,7 @@ def held_out(source: Path, given: argparse.Namespace) -> list[list[int]]:
 
     path = source.parent.parent / CONFIG
     if not path.is_file():
-        raise UserError(
-            f"{source} lies in no run directory, whose held-out text is continued here."
-        )
+        raise UserError(f"{source} lies in no run directory, whose held-out text is continued here.")
     config: RunConfig = validate(yaml.safe_load(path.read_text()))
     data = build_pretrain_data(config, is_leader=True, barrier=lambda: None)
     rows = list(itertools.islice(data.validation_sample_tokens(), given.prompts))

@@ -60,9 +60,7 @@ class Bench:
             print(f"{group:9} {what:44} not run: {type(problem).__name__}: {str(problem)[:90]}")
             return
         self.rows.append((group, what, ms, gb, gflop))
-        rates = (f"{gb / ms * 1e3:8.0f} GB/s" if gb else " " * 13) + (
-            f"{gflop / ms:8.0f} TFLOP/s" if gflop else ""
-        )
+        rates = (f"{gb / ms * 1e3:8.0f} GB/s" if gb else " " * 13) + (f"{gflop / ms:8.0f} TFLOP/s" if gflop else "")
         shown = f"{ms:8.3f} ms" if ms > 0.1 else f"{1e3 * ms:8.2f} µs"
         print(f"{group:9} {what:44} {shown} {rates}", flush=True)
 
@@ -125,7 +123,7 @@ def gdn(bench: Bench) -> None:
     dx = torch.empty_like(x)
     bench.time(
         "gdn", "inputs: ours backward", lambda: fused.delta_inputs_backward(x, taps, None, shape, q, k, v, dx), 3 * gb
-    )  # fmt: skip
+    )
 
     def composed(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
         mixed = causal_conv(x.transpose(0, 1)[..., : shape.channels], taps)
@@ -139,26 +137,19 @@ def gdn(bench: Bench) -> None:
         from fla.modules.convolution import causal_conv1d
         from fla.modules.l2norm import l2_norm as fla_l2_norm
 
-        mixed = causal_conv1d(
-            x.transpose(0, 1)[..., : shape.channels].contiguous(), taps, activation="silu"
-        )[0]
+        mixed = causal_conv1d(x.transpose(0, 1)[..., : shape.channels].contiguous(), taps, activation="silu")[0]
         parts = mixed.split([KEY_HEADS * DIM, KEY_HEADS * DIM, value], -1)
         q, k = (fla_l2_norm(y.unflatten(-1, (-1, DIM)).contiguous()) for y in parts[:2])
         return torch.cat([q.flatten(-2), k.flatten(-2), parts[2]], -1)
 
     bench.forward_backward("gdn", "inputs: fla", library, [x, taps], 2 * gb)
-    o, weight = (
-        bench.random(bench.batch, bench.sequence, VALUE_HEADS, DIM),
-        torch.zeros(DIM, device="cuda"),
-    )
+    o, weight = (bench.random(bench.batch, bench.sequence, VALUE_HEADS, DIM), torch.zeros(DIM, device="cuda"))
     gb = bench.tokens * value * 2 / 1e9
-    bench.time(
-        "gdn", "gated norm: ours forward", lambda: fused_norm.gated_norm(o, x, weight, 1e-6), 3 * gb
-    )
+    bench.time("gdn", "gated norm: ours forward", lambda: fused_norm.gated_norm(o, x, weight, 1e-6), 3 * gb)
     y = bench.random(bench.sequence, bench.batch, value)
     bench.time(
         "gdn", "gated norm: ours backward", lambda: fused_norm.gated_norm_backward(o, x, weight, 1e-6, y, dx), 5 * gb
-    )  # fmt: skip
+    )
 
     def composed_norm(o: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         z = x.transpose(0, 1)[..., shape.channels :].unflatten(-1, (-1, DIM))
@@ -170,9 +161,7 @@ def gdn(bench: Bench) -> None:
     gates = lambda: fused.delta_gates(ba, heads, heads, torch.bfloat16)
     bench.time("gdn", "gates: ours forward", gates)
     g, beta = gates()
-    bench.time(
-        "gdn", "gates: ours backward", lambda: fused.delta_gates_backward(ba, heads, heads, g, beta)
-    )
+    bench.time("gdn", "gates: ours backward", lambda: fused.delta_gates_backward(ba, heads, heads, g, beta))
     delta_rule(bench, q, k, v, g, beta)
 
 
@@ -197,47 +186,30 @@ def moe(bench: Bench) -> None:
     tokens, experts, rows = bench.tokens, bench.experts, bench.tokens * TOPK
     logits = bench.random(tokens, experts, dtype=torch.float32)
     top = logits.topk(TOPK, 1)
-    routing = torch.zeros(tokens, experts, dtype=torch.bool, device="cuda").scatter_(
-        1, top.indices, True
-    )
+    routing = torch.zeros(tokens, experts, dtype=torch.bool, device="cuda").scatter_(1, top.indices, True)
     probs = torch.zeros_like(logits).scatter_(1, top.indices, top.values.softmax(-1))
     x = bench.random(tokens, HIDDEN)
     bench.time("moe", "plan: ours", lambda: permutation_triton.plan(routing, probs, TOPK))
     row, expert, _, gates, counts = permutation_triton.plan(routing, probs, TOPK)
     small, large = tokens * HIDDEN * 2 / 1e9, rows * HIDDEN * 2 / 1e9
-    bench.time(
-        "moe", "permute: ours", lambda: permutation_triton.scatter_rows(x, row), small + large
-    )
+    bench.time("moe", "permute: ours", lambda: permutation_triton.scatter_rows(x, row), small + large)
     permuted = permutation_triton.scatter_rows(x, row)
-    bench.time(
-        "moe",
-        "unpermute: ours",
-        lambda: permutation_triton.gather_rows(permuted, row),
-        small + large,
-    )
+    bench.time("moe", "unpermute: ours", lambda: permutation_triton.gather_rows(permuted, row), small + large)
     summed = lambda: permutation_triton.gather_rows(permuted, row, x)
     bench.time("moe", "unpermute and sum: ours", summed, 2 * small + large)
-    bench.time(
-        "moe",
-        "gate gradient: ours",
-        lambda: permutation_triton.gate_gradient(gates, row, expert, experts),
-    )
+    bench.time("moe", "gate gradient: ours", lambda: permutation_triton.gate_gradient(gates, row, expert, experts))
 
     def te_permute(x: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         from transformer_engine.pytorch.permutation import moe_permute_with_probs
 
         return moe_permute_with_probs(x, probs, routing, num_out_tokens=rows)[0]
 
-    bench.forward_backward(
-        "moe", "permute: TransformerEngine", te_permute, [x, probs], small + large
-    )
+    bench.forward_backward("moe", "permute: TransformerEngine", te_permute, [x, probs], small + large)
 
     def router(logits: torch.Tensor) -> torch.Tensor:
         from transformer_engine.pytorch.router import fused_topk_with_score_function
 
-        return fused_topk_with_score_function(
-            logits, TOPK, False, None, None, None, "softmax", None
-        )[0]
+        return fused_topk_with_score_function(logits, TOPK, False, None, None, None, "softmax", None)[0]
 
     bench.forward_backward("moe", "top-k: TransformerEngine", router, [logits])
     bench.time("moe", "top-k: torch", lambda: logits.topk(TOPK, 1))
@@ -268,8 +240,8 @@ def expert_products(bench: Bench, counts: torch.Tensor, gates: torch.Tensor) -> 
             "weight gradient: torch, added in fp32": lambda dy=dy, x=x, main=main: main.add_(
                 torch._grouped_mm(dy.T, x, offs=ends)
             ),
-            "weight gradient: ours, added in fp32": lambda dy=dy, x=x, main=main: (
-                grouped_weight_gradient(dy, x, ends, main, True)
+            "weight gradient: ours, added in fp32": lambda dy=dy, x=x, main=main: grouped_weight_gradient(
+                dy, x, ends, main, True
             ),
         }
         for what, run in products.items():
@@ -295,9 +267,7 @@ def attention(bench: Bench) -> None:
             with torch.nn.attention.sdpa_kernel(kind):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-        bench.forward_backward(
-            "attention", f"torch {backend.lower()}", attend, [q, k, v], gflop=gflop
-        )
+        bench.forward_backward("attention", f"torch {backend.lower()}", attend, [q, k, v], gflop=gflop)
 
     def te(q: Any, k: Any, v: Any) -> torch.Tensor:
         return core(q, k, v)
@@ -306,12 +276,7 @@ def attention(bench: Bench) -> None:
         from transformer_engine.pytorch import DotProductAttention
 
         core = DotProductAttention(
-            16,
-            256,
-            num_gqa_groups=2,
-            attention_dropout=0.0,
-            qkv_format="sbhd",
-            attn_mask_type="causal",
+            16, 256, num_gqa_groups=2, attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal"
         )
     except ImportError:
         return
@@ -332,9 +297,7 @@ GROUPS = {
 
 def main() -> int:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--sequence", type=int, default=4096)
     parser.add_argument("--experts", type=int, default=128)
@@ -346,9 +309,7 @@ def main() -> int:
         print(f"error: --only {unknown[0]}: allowed are {', '.join(GROUPS)}", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
-        print(
-            "error: tools/benchmarks/bench_kernels.py needs a GPU; torch sees none", file=sys.stderr
-        )
+        print("error: tools/benchmarks/bench_kernels.py needs a GPU; torch sees none", file=sys.stderr)
         return 2
     bench = Bench(options.tokens, options.sequence, options.experts)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options}")

@@ -22,9 +22,8 @@ from typing import Any
 from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, UserError, validate
 from megatron_q3n.recipe import configure, register_defaults
 
-WARMUP_STEPS = (
-    6  # kernels compile, the third step is captured, and one look at least has been taken
-)
+# kernels compile, the third step is captured, and one look at least has been taken
+WARMUP_STEPS = 6
 PROMISED_SHARE = 0.01
 
 
@@ -36,9 +35,7 @@ def main() -> int:
         config = configure(["--config-name", options.config_name, *rest])
         interval = config.instruments.interval_steps
         if interval == 0:
-            raise UserError(
-                "instruments.interval_steps=0 never looks: there is nothing to measure."
-            )
+            raise UserError("instruments.interval_steps=0 never looks: there is nothing to measure.")
         if min(options.looks, options.every) < 1:
             raise UserError("--looks and --every must be at least 1.")
     except UserError as error:
@@ -54,9 +51,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config-name", required=True, metavar="RECIPE")
     parser.add_argument("--looks", type=int, default=12)
@@ -81,9 +76,7 @@ def measure(config: RunConfig, looks: int, every: int) -> dict[str, list[float]]
     qualification = importlib.import_module("megatron_q3n.kernels.startup.qualification")
     build = importlib.import_module("megatron_q3n.model.build")
     qualification.qualify(config, device.torch_device, build.compute_dtype(config))
-    state = importlib.import_module("megatron_q3n.training.state").build_state(
-        config, device, group
-    )
+    state = importlib.import_module("megatron_q3n.training.state").build_state(config, device, group)
     instruments = importlib.import_module("megatron_q3n.instruments").Instruments(state)
     take = Steps(state, instruments)
     for _ in range(max(WARMUP_STEPS, every + 1)):

@@ -38,14 +38,34 @@ from tools.checks.layout_runs import Data, Run, import_everything, launch
 
 SINGLE = "single"
 LAYOUTS = (
-    "tp2", "tp2-etp2", "pp2", "pp2-vpp2", "ep2", "dp2", "dp2-overlap", "cp2", "cp2-passing",
-    "tp2-ep2", "tp2-pp2", "tp2-cp2", "cp2-ep2", "pp2-ep2-overlap",
-)  # fmt: skip
+    "tp2",
+    "tp2-etp2",
+    "pp2",
+    "pp2-vpp2",
+    "ep2",
+    "dp2",
+    "dp2-overlap",
+    "cp2",
+    "cp2-passing",
+    "tp2-ep2",
+    "tp2-pp2",
+    "tp2-cp2",
+    "cp2-ep2",
+    "pp2-ep2-overlap",
+)
 RESHARDS = (
-    "single:tp2", "tp2:pp2", "single:ep2", "ep2:single", "dp2:cp2", "pp2:single", "pp2-vpp2:tp2",
-    "tp2:tp2-etp2", "tp2-etp2:ep2", "ep2:pp2-ep2-overlap",
+    "single:tp2",
+    "tp2:pp2",
+    "single:ep2",
+    "ep2:single",
+    "dp2:cp2",
+    "pp2:single",
+    "pp2-vpp2:tp2",
+    "tp2:tp2-etp2",
+    "tp2-etp2:ep2",
+    "ep2:pp2-ep2-overlap",
     "dp2-overlap:single",
-)  # fmt: skip
+)
 SIZES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -63,11 +83,20 @@ WORDS = {
 # Small, and divisible by all of the above, under a strong balance loss. A large epsilon keeps Adam
 # from turning the last bit of a vanishing gradient into a whole step, which no layout could repeat.
 TINY = (
-    "model.hidden_size=64", "model.kv_channels=16", "model.init_method_std=0.05", "model.moe_aux_loss_coeff=0.5",
-    "training.sequence_length=64", "training.micro_batch_size=2", "training.global_batch_size=8",
-    "training.steps=1000", "optimizer.adam_eps=1e-5", "schedule.lr=1e-3", "schedule.warmup_steps=2",
-    "instruments.interval_steps=0", "instruments.microbatches=1000",
-)  # fmt: skip
+    "model.hidden_size=64",
+    "model.kv_channels=16",
+    "model.init_method_std=0.05",
+    "model.moe_aux_loss_coeff=0.5",
+    "training.sequence_length=64",
+    "training.micro_batch_size=2",
+    "training.global_batch_size=8",
+    "training.steps=1000",
+    "optimizer.adam_eps=1e-5",
+    "schedule.lr=1e-3",
+    "schedule.warmup_steps=2",
+    "instruments.interval_steps=0",
+    "instruments.microbatches=1000",
+)
 # what a step reports -> largest relative difference allowed
 TOLERANCES = {"loss": 1e-5, "grad norm": 1e-4, "mtp": 1e-5, "balance": 1e-5, "inside": 1e-4}
 ONE_ROW = ("training.micro_batch_size=1", "training.global_batch_size=4")  # as packing wants it
@@ -100,9 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s [LAYOUT …] [PARALLEL_SETTING=value …] [setting=value …] [options]",
     )
     parser.add_argument("--all", action="store_true", help=f"layouts: {', '.join(LAYOUTS)}")
-    parser.add_argument(
-        "--reshard", nargs="*", metavar="A:B", help=f"without names: {', '.join(RESHARDS)}"
-    )
+    parser.add_argument("--reshard", nargs="*", metavar="A:B", help=f"without names: {', '.join(RESHARDS)}")
     parser.add_argument("--steps", type=int, default=10, help="save for --reshard halfway")
     parser.add_argument("--config-name", metavar="RECIPE", help="instead of a tiny model")
     parser.add_argument("--masked", type=float, default=0.0, help="share of targets masked out")
@@ -126,10 +153,7 @@ def check(options: argparse.Namespace, words: list[str]) -> tuple[list[Run], lis
     recipe = ["--config-name", options.config_name or "pretrain-tiny"]
     base = [*recipe, "parallel=single", *(() if options.config_name else TINY)]
     base += [*(ONE_ROW if options.packed else ()), *settings]
-    configs = {
-        name: configure([*base, *_overrides(name)])
-        for name in [*needed, *(target for _, target in pairs)]
-    }
+    configs = {name: configure([*base, *_overrides(name)]) for name in [*needed, *(target for _, target in pairs)]}
     data = Data(options.masked, options.packed)
     import_everything(configs[SINGLE])
     with tempfile.TemporaryDirectory(prefix="check_layout-") as folder:
@@ -146,10 +170,7 @@ def check(options: argparse.Namespace, words: list[str]) -> tuple[list[Run], lis
             run.start = single.save[0]
         launch(list(layouts.values()), options.processes, root)
         layouts[SINGLE] = single
-        resumed = [
-            Run(f"{a} → {b}", configs[b], data, half, options.steps, root / a, resume=True)
-            for a, b in pairs
-        ]
+        resumed = [Run(f"{a} → {b}", configs[b], data, half, options.steps, root / a, resume=True) for a, b in pairs]
         launch(resumed, options.processes, root)
     verdicts = [compare(run, single) for run in layouts.values() if run is not single]
     verdicts += [
@@ -241,9 +262,7 @@ def show(verdicts: list[dict[str, Any]]) -> None:
     table = Table(title="largest relative difference over all steps")
     for column in ("layout", "processes", *TOLERANCES, "verdict"):
         limit = f"\n≤ {TOLERANCES[column]:.0e}" if column in TOLERANCES else ""
-        table.add_column(
-            column + limit, justify="left" if column in ("layout", "verdict") else "right"
-        )
+        table.add_column(column + limit, justify="left" if column in ("layout", "verdict") else "right")
     for verdict in verdicts:
         figures = [f"{verdict[kind]:.1e}" for kind in TOLERANCES]
         words = "ok" if verdict["ok"] else "did not run" if verdict["failed"] else "DIFFERS"

@@ -66,14 +66,7 @@ def import_everything(config: RunConfig) -> None:
     logging.disable(logging.WARNING)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork cannot share a CUDA context
     device.choose_device(config)
-    rooms = (
-        "parallel",
-        "checkpoint",
-        "data.batch",
-        "training.state",
-        "training.step",
-        "instruments",
-    )
+    rooms = ("parallel", "checkpoint", "data.batch", "training.state", "training.step", "instruments")
     for room in rooms:
         importlib.import_module(f"megatron_q3n.{room}")
     gc.freeze()  # a collection in a fork would touch, and so copy, every page
@@ -86,9 +79,7 @@ def launch(runs: list[Run], processes: int, folder: Path) -> None:
     try:
         while waiting or working:
             while waiting and (not working or len(working) + waiting[0].world_size <= processes):
-                working |= _start(
-                    waiting.pop(0), fork, folder / f"meeting-{len(waiting)}-{runs[0].name}"
-                )
+                working |= _start(waiting.pop(0), fork, folder / f"meeting-{len(waiting)}-{runs[0].name}")
             for end in wait(list(working)):
                 assert isinstance(end, Connection)
                 run, process, siblings = working.pop(end)
@@ -207,11 +198,7 @@ def batches(run: Run, step: int, group: Any) -> Iterator[Any]:
     from megatron_q3n.data.batch import batch_of_documents, batch_of_rows
 
     training, vocab = run.config.training, run.config.model.vocab_size
-    rows, length, size = (
-        training.global_batch_size,
-        training.sequence_length,
-        training.micro_batch_size,
-    )
+    rows, length, size = (training.global_batch_size, training.sequence_length, training.micro_batch_size)
     random = torch.Generator().manual_seed(step)
     jumps = torch.randint(1, 4, (rows, length + 1), generator=random)
     jumps[:, 0] = torch.randint(0, vocab, (rows,), generator=random)

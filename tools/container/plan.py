@@ -83,9 +83,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def main() -> int:
     """Write a plan, or check that it was kept."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--write", type=Path, metavar="DIR")
     task.add_argument("--check", type=Path, metavar="DIR")

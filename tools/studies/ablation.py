@@ -90,24 +90,18 @@ def main() -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--all", action="store_true", help="every study of recipes/")
     parser.add_argument("--seeds", type=_positive, help="of each variant; else the study's own")
     parser.add_argument("--workers", type=_positive, default=1, help="runs at once")
     parser.add_argument("--output", type=Path, metavar="DIR")
-    parser.add_argument(
-        "--only", type=lambda text: text.split(","), default=[], metavar="VARIANT,…"
-    )
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[], metavar="VARIANT,…")
     parser.add_argument("--minutes", type=float, help="then save what runs, and stop")
     parser.add_argument("--keep-checkpoints", action="store_true", help="gigabytes a run")
     parser.add_argument("--retry", action="store_true", help="begin runs that failed anew")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="leave a .tar.xz without weights")
-    parser.add_argument(
-        "--publish", action="store_true", help="write docs/evidence.md; run nothing"
-    )
+    parser.add_argument("--publish", action="store_true", help="write docs/evidence.md; run nothing")
     parser.add_argument("words", nargs="*", metavar="RECIPE … setting=value …")
     options = parser.parse_intermixed_args(arguments)
     options.settings = [word for word in options.words if "=" in word]

@@ -64,7 +64,7 @@ class Way(Trial):
     def evaluation(self) -> list[str]:
         """The command line of its evaluation, in the format it was trained in."""
         own = (f"checkpoint.load={self.run_dir}", f"precision={self.config.precision.compute}")
-        return ["--config-name", "evaluate", *own, f"evaluate.draft_depth={DEPTH}", *QUIET, *self.asked]  # fmt: skip
+        return ["--config-name", "evaluate", *own, f"evaluate.draft_depth={DEPTH}", *QUIET, *self.asked]
 
 
 def main() -> int:
@@ -88,9 +88,7 @@ def main() -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--config-name", default="mtp-small", metavar="RECIPE")
@@ -169,9 +167,7 @@ def conclude(options: argparse.Namespace, trunk: Trial | None, ways: list[Way]) 
         "command": "tools/studies/compare_mtp.py " + " ".join(sys.argv[1:]),
         "made_on": made_on(ways),
         "trunk": options.checkpoint or " ".join(trunk.arguments if trunk else ()),
-        "trunk_tokens": trunk.config.training.steps * trunk.config.tokens_per_step
-        if trunk
-        else None,
+        "trunk_tokens": trunk.config.training.steps * trunk.config.tokens_per_step if trunk else None,
         "tokens": config.training.steps * config.tokens_per_step,
         "ways": found,
         "verdict": verdict(found),
@@ -273,10 +269,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     """Write the picture: what greedy drafts bring by how many are drafted, and how many are kept by depth."""
     figure = Figure(figsize=(9.0, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
-    titles = {
-        "tokens_per_pass": "tokens per pass, by drafts",
-        "acceptance": "drafts kept, by depth",
-    }
+    titles = {"tokens_per_pass": "tokens per pass, by drafts", "acceptance": "drafts kept, by depth"}
     for axes, (what, title) in zip(panels, titles.items()):
         for name, way in found.items():
             points = way["greedy"][what]
@@ -286,9 +279,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         axes.set_title(title, fontsize=10)
         axes.set_xticks(range(1, DEPTH + 1))
         axes.grid(alpha=0.3)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-    )
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=100)
 
 

@@ -25,14 +25,7 @@ from megatron_q3n.config import EXIT_BAD_INPUT, EXIT_REQUEUE, UserError
 from tools.studies.ablations import evidence
 from tools.studies.ablations.processes import ROOT
 from tools.studies.rl_studies import accuracy, mismatch
-from tools.studies.rl_studies.runs import (
-    Bench,
-    Interrupted,
-    cost,
-    drop_checkpoints,
-    has_ended,
-    records,
-)
+from tools.studies.rl_studies.runs import Bench, Interrupted, cost, drop_checkpoints, has_ended, records
 
 STUDY = "rl-gpu"
 START = "sft"
@@ -71,9 +64,7 @@ def main() -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--variants", type=_variants, default=list(CHOSEN), metavar="NAME,…")
     parser.add_argument("--workers", type=int, default=len(CHOSEN), help="runs at once")
@@ -82,14 +73,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sft-loss", type=float, default=0.8, help="nats a token, held out")
     for stage in ("sft", "rl"):
         parser.add_argument(
-            f"--{stage}", action="append", default=[], metavar="setting=value",
+            f"--{stage}",
+            action="append",
+            default=[],
+            metavar="setting=value",
             help=f"a setting of {stage} alone; repeatable",
-        )  # fmt: skip
+        )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / STUDY)
     parser.add_argument("--keep-checkpoints", action="store_true", help="gigabytes a variant")
-    parser.add_argument(
-        "--publish", action="store_true", help="write docs/evidence.md; run nothing"
-    )
+    parser.add_argument("--publish", action="store_true", help="write docs/evidence.md; run nothing")
     parser.add_argument("settings", nargs="*", metavar="setting=value")
     return parser.parse_intermixed_args(arguments)
 

@@ -33,10 +33,15 @@ EXAMINED = 6  # checkpoints of the continued fine-tuning
 ENDLESS = "training.steps=100000"
 # at the learning rate it ended with
 CONTINUED = (
-    "checkpoint.load_optimizer=true", "schedule.warmup_steps=0", "schedule.decay_steps=1",
-    "sft.tokenizer_vocab_size=null", "sft.chat_template=null", "checkpoint.interval_steps=100",
-    "checkpoint.keep_last=1000", "validation.interval_steps=0",
-)  # fmt: skip
+    "checkpoint.load_optimizer=true",
+    "schedule.warmup_steps=0",
+    "schedule.decay_steps=1",
+    "sft.tokenizer_vocab_size=null",
+    "sft.chat_template=null",
+    "checkpoint.interval_steps=100",
+    "checkpoint.keep_last=1000",
+    "validation.interval_steps=0",
+)
 
 
 def main() -> int:
@@ -68,18 +73,14 @@ def main() -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / STUDY)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--run-minutes", type=float, default=11.6, help="of each after sft-tiny")
     parser.add_argument("--workers", type=int, default=1, help="runs at once")
     parser.add_argument("--minutes", type=float, help="then save what runs, and stop")
-    parser.add_argument(
-        "--publish", action="store_true", help="write docs/evidence.md; run nothing"
-    )
+    parser.add_argument("--publish", action="store_true", help="write docs/evidence.md; run nothing")
     parser.add_argument("settings", nargs="*", metavar="setting=value")
     return parser.parse_intermixed_args(arguments)
 
@@ -106,9 +107,7 @@ class Study:
             "control": partial(self.learnt, f"control-{seed}", *common, random),
             "sft": partial(self.continued, f"sft_more-{seed}", start, *common, ENDLESS),
         }
-        runs: dict[str, Future[Curve]] = {
-            kind: self.threads.submit(way) for kind, way in ways.items()
-        }
+        runs: dict[str, Future[Curve]] = {kind: self.threads.submit(way) for kind, way in ways.items()}
         return {kind: curve for kind, run in runs.items() if (curve := run.result())}
 
     def learnt(self, name: str, *settings: str) -> Curve:
@@ -141,19 +140,11 @@ class Study:
         return accuracy.before(run_dir)
 
 
-def conclude(
-    output: Path, options: argparse.Namespace, results: dict[str, dict[str, Curve]]
-) -> None:
+def conclude(output: Path, options: argparse.Namespace, results: dict[str, dict[str, Curve]]) -> None:
     """Write results, table, picture and report of what there is."""
     directories = runs_in(output)
     found = {
-        "command": " ".join(
-            [
-                "tools/studies/rl_study.py",
-                f"--run-minutes {options.run_minutes:g}",
-                *options.settings,
-            ]
-        ),
+        "command": " ".join(["tools/studies/rl_study.py", f"--run-minutes {options.run_minutes:g}", *options.settings]),
         "machine": accuracy.machine(directories[0]),
         "curves": results,
         "costs": {d.name: cost(d) for d in directories},

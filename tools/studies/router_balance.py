@@ -28,14 +28,12 @@ FIGURES = {
     "fullest / mean": lambda load: load.max().item() * len(load),
     "emptiest / mean": lambda load: load.min().item() * len(load),
     "entropy / log(experts)": lambda load: torch.special.entr(load).sum().item() / math.log(len(load)),
-}  # fmt: skip
+}
 
 
 def main() -> int:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-name", default="pretrain-tiny", metavar="RECIPE")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=16, help="of training.sequence_length tokens")
@@ -48,35 +46,26 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     model = config.model
-    show(
-        f"{model.num_moe_experts} experts, top {model.moe_router_topk}, {model.hidden_size} wide",
-        loads,
-    )
+    show(f"{model.num_moe_experts} experts, top {model.moe_router_topk}, {model.hidden_size} wide", loads)
     return 0
 
 
 def measure(config: RunConfig, seeds: int, rows: int) -> dict[str, list[torch.Tensor]]:
     """Return under each init the load [E] of every layer of every seed's model, over the same rows of training text."""
-    from megatron_q3n import (
-        parallel,
-    )  # late: imports megatron-core, and a bad option should not wait
+    from megatron_q3n import parallel  # late: imports megatron-core, and a bad option should not wait
     from megatron_q3n.data.pretrain import build_pretrain_data
     from megatron_q3n.device import choose_device, quiet_known_warnings
 
     quiet_known_warnings()
     device = choose_device(config)
     group = parallel.initialize(config, device)
-    text = torch.stack(
-        [torch.as_tensor(row[:-1]) for row in build_pretrain_data(config).train_sample_tokens(rows)]
-    )
+    text = torch.stack([torch.as_tensor(row[:-1]) for row in build_pretrain_data(config).train_sample_tokens(rows)])
     try:
         return {
             init: [
                 load
                 for seed in range(seeds)
-                for load in fresh_loads(
-                    _with_init(config, init == "equal norms"), seed, text, (device, group)
-                )
+                for load in fresh_loads(_with_init(config, init == "equal norms"), seed, text, (device, group))
             ]
             for init in ("plain", "equal norms")
         }
@@ -90,9 +79,7 @@ def _with_init(config: RunConfig, normalized: bool) -> RunConfig:
     return validate(tree)
 
 
-def fresh_loads(
-    config: RunConfig, seed: int, text_BT: torch.Tensor, alone: Any
-) -> Iterator[torch.Tensor]:
+def fresh_loads(config: RunConfig, seed: int, text_BT: torch.Tensor, alone: Any) -> Iterator[torch.Tensor]:
     """Yield each trunk layer's load [E] over the text, of a model freshly drawn from the seed."""
     from megatron_q3n import parallel  # late, as above
     from megatron_q3n.model.build import build_model

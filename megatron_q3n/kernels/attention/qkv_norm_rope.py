@@ -23,9 +23,15 @@ def serves(qkv_TBX: Tensor, head_dim: int) -> bool:
 
 
 def attention_inputs(
-    qkv_TBX: Tensor, angles_TR: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, groups: int, is_gated: bool,
-    eps: float, fused: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    qkv_TBX: Tensor,
+    angles_TR: Tensor,
+    q_weight_D: Tensor,
+    k_weight_D: Tensor,
+    groups: int,
+    is_gated: bool,
+    eps: float,
+    fused: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Split, normalise and turn.
 
     Shapes: angles [T, turned channels] fp32, the second half as the first. `fused` forces the choice that `choices`
@@ -34,20 +40,13 @@ def attention_inputs(
     """
     if registry.is_fused(OPERATION, qkv_TBX, fused):
         cos, sin = angles_TR.cos(), angles_TR.sin()
-        query, key, value, *gate = _Fused.apply(
-            qkv_TBX, cos, sin, q_weight_D, k_weight_D, groups, is_gated, eps
-        )
+        query, key, value, *gate = _Fused.apply(qkv_TBX, cos, sin, q_weight_D, k_weight_D, groups, is_gated, eps)
         return query, key, value, gate[0] if gate else None
     dim = q_weight_D.numel()
-    parts = qkv_TBX.unflatten(-1, (groups, -1)).split(
-        _shape(qkv_TBX, groups, dim, is_gated).parts, -1
-    )
+    parts = qkv_TBX.unflatten(-1, (groups, -1)).split(_shape(qkv_TBX, groups, dim, is_gated).parts, -1)
     query, gate, key, value = parts
     query = query.unflatten(-1, (-1, dim)).flatten(2, 3)
-    query, key = (
-        turn(rms_norm(x, weight, eps), angles_TR)
-        for x, weight in ((query, q_weight_D), (key, k_weight_D))
-    )
+    query, key = (turn(rms_norm(x, weight, eps), angles_TR) for x, weight in ((query, q_weight_D), (key, k_weight_D)))
     return query, key, value, gate if is_gated else None
 
 
@@ -71,9 +70,16 @@ def _shape(qkv_TBX: Tensor, groups: int, dim: int, is_gated: bool) -> Any:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor, groups: int,
-        is_gated: bool, eps: float,
-    ) -> Any:  # fmt: skip
+        ctx: Any,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        groups: int,
+        is_gated: bool,
+        eps: float,
+    ) -> Any:
         from megatron_q3n.kernels.attention import qkv_norm_rope_triton as fused  # late: Triton
 
         qkv = qkv.contiguous()
@@ -93,6 +99,6 @@ class _Fused(torch.autograd.Function):
         qkv, cos, sin, q_weight, k_weight = ctx.saved_tensors
         dqkv, dq_weight, dk_weight = fused.attention_inputs_backward(
             qkv, cos, sin, q_weight, k_weight, ctx.shape, ctx.eps, dquery, dgate[0] if dgate else None, dkey, dvalue
-        )  # fmt: skip
+        )
         weights = dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
         return dqkv, None, None, *weights, None, None, None

@@ -39,9 +39,8 @@ class AttentionShape:
 
 @triton.jit
 def _copy(
-    source_ptr, source_stride, target_ptr, target_stride, first, rows, d,
-    BLOCK: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
+    source_ptr, source_stride, target_ptr, target_stride, first, rows, d, BLOCK: tl.constexpr, TILES: tl.constexpr
+):
     for tile in range(TILES):
         r = first + tile * BLOCK + tl.arange(0, BLOCK)
         exists, r = (r < rows)[:, None], r.to(tl.int64)[:, None]
@@ -51,10 +50,25 @@ def _copy(
 
 @triton.jit
 def _attention_inputs_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_ptr, v_ptr, rows, batch, eps,
-    GROUPS: tl.constexpr, QUERIES: tl.constexpr, GATED: tl.constexpr, DIM: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    rows,
+    batch,
+    eps,
+    GROUPS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    GATED: tl.constexpr,
+    DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
     group, head = tl.program_id(0) // (QUERIES + 2), tl.program_id(0) % (QUERIES + 2)
     gates: tl.constexpr = QUERIES if GATED else 0
     width: tl.constexpr = GROUPS * (QUERIES + gates + 2) * DIM
@@ -79,9 +93,7 @@ def _attention_inputs_kernel(
             exists, t = (r < rows)[:, None], (r // batch)[:, None] * TURNED
             r = r.to(tl.int64)[:, None]
             x = tl.load(qkv_ptr + r * width + d, mask=exists, other=0.0).to(tl.float32)
-            x_other = tl.load(qkv_ptr + r * width + other, mask=exists & turns, other=0.0).to(
-                tl.float32
-            )
+            x_other = tl.load(qkv_ptr + r * width + other, mask=exists & turns, other=0.0).to(tl.float32)
             cos = tl.load(cos_ptr + t + d, mask=exists & turns, other=1.0)
             sin = tl.load(sin_ptr + t + d, mask=exists & turns, other=0.0)
             scale = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None]
@@ -92,11 +104,28 @@ def _attention_inputs_kernel(
 
 @triton.jit
 def _attention_inputs_backward_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, dq_ptr, dgate_ptr, dk_ptr, dv_ptr, dqkv_ptr, dweight_ptr,
-    rows, batch, eps,
-    GROUPS: tl.constexpr, QUERIES: tl.constexpr, GATED: tl.constexpr, DIM: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    dq_ptr,
+    dgate_ptr,
+    dk_ptr,
+    dv_ptr,
+    dqkv_ptr,
+    dweight_ptr,
+    rows,
+    batch,
+    eps,
+    GROUPS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    GATED: tl.constexpr,
+    DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
     gates: tl.constexpr = QUERIES if GATED else 0
     each: tl.constexpr = QUERIES + gates + 2
     group, place = tl.program_id(0) // each, tl.program_id(0) % each
@@ -130,9 +159,7 @@ def _attention_inputs_backward_kernel(
             r = r.to(tl.int64)[:, None]
             x = tl.load(qkv_ptr + r * width + d, mask=exists, other=0.0).to(tl.float32)
             dout = tl.load(d_ptr + r * d_width + d, mask=exists, other=0.0).to(tl.float32)
-            dout_other = tl.load(d_ptr + r * d_width + other, mask=exists & turns, other=0.0).to(
-                tl.float32
-            )
+            dout_other = tl.load(d_ptr + r * d_width + other, mask=exists & turns, other=0.0).to(tl.float32)
             cos = tl.load(cos_ptr + t + d, mask=exists & turns, other=1.0)
             sin = tl.load(sin_ptr + t + d, mask=exists & turns, other=0.0)
             across = dout_other * sin
@@ -148,9 +175,14 @@ def _attention_inputs_backward_kernel(
 
 
 def attention_inputs(
-    qkv_TBX: Tensor, cos_TR: Tensor, sin_TR: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, shape: AttentionShape,
+    qkv_TBX: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    q_weight_D: Tensor,
+    k_weight_D: Tensor,
+    shape: AttentionShape,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split, normalise and turn.
 
     Shapes: projection [T,B,X] contiguous; cos and sin [T, turned channels] fp32, the second half as the first.
@@ -163,35 +195,70 @@ def attention_inputs(
     query, key, value = new(shape.groups * shape.queries), new(shape.groups), new(shape.groups)
     blocks = triton.cdiv(tokens * batch, _FORWARD["BLOCK"] * _FORWARD["TILES"])
     _attention_inputs_kernel[(shape.groups * (shape.queries + 2), blocks)](
-        qkv_TBX, cos_TR, sin_TR, q_weight_D, k_weight_D, query, key, value, tokens * batch, batch, eps,
-        **_constants(shape, cos_TR), **_FORWARD,
-    )  # fmt: skip
+        qkv_TBX,
+        cos_TR,
+        sin_TR,
+        q_weight_D,
+        k_weight_D,
+        query,
+        key,
+        value,
+        tokens * batch,
+        batch,
+        eps,
+        **_constants(shape, cos_TR),
+        **_FORWARD,
+    )
     return query, key, value
 
 
 def attention_inputs_backward(
-    qkv_TBX: Tensor, cos_TR: Tensor, sin_TR: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, shape: AttentionShape,
-    eps: float, dquery: Tensor, dgate: Tensor | None, dkey: Tensor, dvalue: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    qkv_TBX: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    q_weight_D: Tensor,
+    k_weight_D: Tensor,
+    shape: AttentionShape,
+    eps: float,
+    dquery: Tensor,
+    dgate: Tensor | None,
+    dkey: Tensor,
+    dvalue: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the projection [T,B,X], and of both norms' weights (fp32)."""
     tokens, batch = qkv_TBX.shape[:2]
     assert shape.is_gated == (dgate is not None)
     dqkv = torch.empty_like(qkv_TBX)
     blocks = triton.cdiv(tokens * batch, _BACKWARD["BLOCK"] * _BACKWARD["TILES"])
-    shares = qkv_TBX.new_empty(
-        blocks, shape.groups, shape.queries + 1, shape.head_dim, dtype=torch.float32
-    )
+    shares = qkv_TBX.new_empty(blocks, shape.groups, shape.queries + 1, shape.head_dim, dtype=torch.float32)
     heads = sum(shape.parts) // shape.head_dim
     _attention_inputs_backward_kernel[(shape.groups * heads, blocks)](
-        qkv_TBX, cos_TR, sin_TR, q_weight_D, k_weight_D, dquery, dgate, dkey, dvalue, dqkv, shares,
-        tokens * batch, batch, eps, **_constants(shape, cos_TR), **_BACKWARD,
-    )  # fmt: skip
+        qkv_TBX,
+        cos_TR,
+        sin_TR,
+        q_weight_D,
+        k_weight_D,
+        dquery,
+        dgate,
+        dkey,
+        dvalue,
+        dqkv,
+        shares,
+        tokens * batch,
+        batch,
+        eps,
+        **_constants(shape, cos_TR),
+        **_BACKWARD,
+    )
     of_heads = shares.sum((0, 1))
     return dqkv, of_heads[:-1].sum(0), of_heads[-1]
 
 
 def _constants(shape: AttentionShape, cos_TR: Tensor) -> dict[str, int | bool]:
     return {
-        "GROUPS": shape.groups, "QUERIES": shape.queries, "GATED": shape.is_gated, "DIM": shape.head_dim,
+        "GROUPS": shape.groups,
+        "QUERIES": shape.queries,
+        "GATED": shape.is_gated,
+        "DIM": shape.head_dim,
         "TURNED": cos_TR.shape[1],
-    }  # fmt: skip
+    }

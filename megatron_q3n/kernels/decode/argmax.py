@@ -61,9 +61,7 @@ def judge_likeliest(
     return Judged(packed, chosen_NT, kept_N + 1, row_N)
 
 
-def take_likeliest(
-    logits_NV: Tensor, out_N: Tensor, vocab_size: int | None = None, fused: bool | None = None
-) -> None:
+def take_likeliest(logits_NV: Tensor, out_N: Tensor, vocab_size: int | None = None, fused: bool | None = None) -> None:
     """Write the likeliest token of each row, below `vocab_size`, where `out` lies, at whatever stride."""
     limit = min(vocab_size or logits_NV.shape[-1], logits_NV.shape[-1])
     if registry.is_fused(OPERATION, logits_NV, fused) and limit <= _MOST_AT_ONCE:

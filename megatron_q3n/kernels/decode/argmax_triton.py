@@ -16,9 +16,7 @@ PIECE, WARPS_OF_PIECES = 4096, 8
 
 
 @triton.jit
-def _pieces_kernel(
-    logits_ptr, top_ptr, total_ptr, best_ptr, token_ptr, V, limit, pieces, PIECE: tl.constexpr
-):
+def _pieces_kernel(logits_ptr, top_ptr, total_ptr, best_ptr, token_ptr, V, limit, pieces, PIECE: tl.constexpr):
     row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     v = piece * PIECE + tl.arange(0, PIECE)
     logits = tl.load(logits_ptr + row * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
@@ -37,10 +35,24 @@ def _pieces_kernel(
 
 @triton.jit
 def _judge_kernel(
-    logits_ptr, drafts_ptr, top_ptr, total_ptr, best_ptr, token_ptr,
-    packed_ptr, chosen_ptr, grown_ptr, row_ptr, V, limit, pieces, draft_stride,
-    T: tl.constexpr, TP: tl.constexpr, PP: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    drafts_ptr,
+    top_ptr,
+    total_ptr,
+    best_ptr,
+    token_ptr,
+    packed_ptr,
+    chosen_ptr,
+    grown_ptr,
+    row_ptr,
+    V,
+    limit,
+    pieces,
+    draft_stride,
+    T: tl.constexpr,
+    TP: tl.constexpr,
+    PP: tl.constexpr,
+):
     n = tl.program_id(0).to(tl.int64)
     t, p = tl.arange(0, TP), tl.arange(0, PP)
     row = n * T + t
@@ -88,14 +100,17 @@ def take_likeliest(logits_NV: Tensor, out_N: Tensor, limit: int) -> None:
     """Choose, as `kernels.take_likeliest`: a program has a whole row."""
     assert logits_NV.stride(1) == 1
     _likeliest_kernel[(len(logits_NV),)](
-        logits_NV, out_N, logits_NV.stride(0), out_N.stride(0), limit,
-        BLOCK=triton.next_power_of_2(limit), num_warps=WARPS_OF_PIECES,
-    )  # fmt: skip
+        logits_NV,
+        out_N,
+        logits_NV.stride(0),
+        out_N.stride(0),
+        limit,
+        BLOCK=triton.next_power_of_2(limit),
+        num_warps=WARPS_OF_PIECES,
+    )
 
 
-def judge_likeliest(
-    logits_NTV: Tensor, drafts_ND: Tensor, limit: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def judge_likeliest(logits_NTV: Tensor, drafts_ND: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Judge; shapes as `kernels.judge_likeliest`, tokens below `limit` may be taken.
 
     Returns: packed, chosen, grown and row, as `Judged` has them.
@@ -108,23 +123,29 @@ def judge_likeliest(
     total, best = torch.empty_like(top), torch.empty_like(top)
     token = torch.empty_like(top, dtype=torch.int32)
     _pieces_kernel[(rows * tokens, pieces)](
-        logits_NTV,
-        top,
-        total,
-        best,
-        token,
-        vocab,
-        limit,
-        pieces,
-        PIECE=PIECE,
-        num_warps=WARPS_OF_PIECES,
+        logits_NTV, top, total, best, token, vocab, limit, pieces, PIECE=PIECE, num_warps=WARPS_OF_PIECES
     )
     packed = top.new_empty(rows, 1 + 3 * tokens, dtype=torch.float64)
     chosen = drafts_ND.new_empty(rows, tokens)
     grown, row = drafts_ND.new_empty(rows), drafts_ND.new_empty(rows)
     _judge_kernel[(rows,)](
-        logits_NTV, drafts_ND, top, total, best, token, packed, chosen, grown, row,
-        vocab, limit, pieces, drafts_ND.stride(0),
-        T=tokens, TP=triton.next_power_of_2(tokens), PP=triton.next_power_of_2(pieces), num_warps=4,
-    )  # fmt: skip
+        logits_NTV,
+        drafts_ND,
+        top,
+        total,
+        best,
+        token,
+        packed,
+        chosen,
+        grown,
+        row,
+        vocab,
+        limit,
+        pieces,
+        drafts_ND.stride(0),
+        T=tokens,
+        TP=triton.next_power_of_2(tokens),
+        PP=triton.next_power_of_2(pieces),
+        num_warps=4,
+    )
     return packed, chosen, grown, row

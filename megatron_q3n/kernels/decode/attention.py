@@ -53,9 +53,16 @@ def fits(heads: AttentionHeads, tokens: int) -> bool:
 
 
 def few_queries(
-    qkv_TNX: Tensor, heads: AttentionHeads, norms: HeadNorms | None, rotary_LW: Tensor,
-    start_N: Tensor, room: int, key_NGCD: Tensor, value_NGCD: Tensor, fused: bool | None = None,
-) -> Tensor:  # fmt: skip
+    qkv_TNX: Tensor,
+    heads: AttentionHeads,
+    norms: HeadNorms | None,
+    rotary_LW: Tensor,
+    start_N: Tensor,
+    room: int,
+    key_NGCD: Tensor,
+    value_NGCD: Tensor,
+    fused: bool | None = None,
+) -> Tensor:
     """Attend, and write the new tokens' keys and values into the cache.
 
     Shapes: qkv [T,N,X]; rotary [L,2W], of each position the cosine, then the sine with the sign that each half of
@@ -68,15 +75,19 @@ def few_queries(
 
         given = qkv_TNX, heads, norms, rotary_LW, start_N, room, key_NGCD, value_NGCD
         return kernel.few_queries(*given)
-    return composed_few_queries(
-        qkv_TNX, heads, norms, rotary_LW, start_N, room, key_NGCD, value_NGCD
-    )
+    return composed_few_queries(qkv_TNX, heads, norms, rotary_LW, start_N, room, key_NGCD, value_NGCD)
 
 
 def composed_few_queries(
-    qkv_TNX: Tensor, heads: AttentionHeads, norms: HeadNorms | None, rotary_LW: Tensor,
-    start_N: Tensor, room: int, key_NGCD: Tensor, value_NGCD: Tensor,
-) -> Tensor:  # fmt: skip
+    qkv_TNX: Tensor,
+    heads: AttentionHeads,
+    norms: HeadNorms | None,
+    rotary_LW: Tensor,
+    start_N: Tensor,
+    room: int,
+    key_NGCD: Tensor,
+    value_NGCD: Tensor,
+) -> Tensor:
     """Do it from torch operations."""
     (tokens, rows, _), groups, dim = qkv_TNX.shape, heads.groups, heads.dim
     each = heads.queries * dim
@@ -103,11 +114,7 @@ def hidden_positions(position_NT: Tensor, end: int, window: int | None) -> Tenso
     """Return which positions below `end` come after each token, or so long before that a window ends [N,T,end]."""
     positions_L = torch.arange(end, device=position_NT.device)
     hidden_NTL = positions_L > position_NT[..., None]
-    return (
-        hidden_NTL
-        if window is None
-        else hidden_NTL | (positions_L <= position_NT[..., None] - window)
-    )
+    return hidden_NTL if window is None else hidden_NTL | (positions_L <= position_NT[..., None] - window)
 
 
 def turned(x_TNHD: Tensor, rotation_TN1W: Tensor) -> Tensor:
@@ -118,9 +125,7 @@ def turned(x_TNHD: Tensor, rotation_TN1W: Tensor) -> Tensor:
     return torch.cat([first * cos + first.roll(width // 2, -1) * signed_sin, rest], -1)
 
 
-def read(
-    query_TNHD: Tensor, key_NGLD: Tensor, value_NGLD: Tensor, hidden_NTL: Tensor, scale: float
-) -> Tensor:
+def read(query_TNHD: Tensor, key_NGLD: Tensor, value_NGLD: Tensor, hidden_NTL: Tensor, scale: float) -> Tensor:
     """Let T tokens of every sequence ask at once: the query heads of a group are rows of one product.
 
     Shapes: hidden [N,T,L], true where a token does not see a key.

@@ -33,9 +33,17 @@ LAUNCH = {"num_warps": 4, "num_stages": 3}  # of one that reads
 
 @triton.jit
 def _prepared(
-    x_ptr, there, position, norm_ptr, rotary_ptr, eps,
-    D: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    there,
+    position,
+    norm_ptr,
+    rotary_ptr,
+    eps,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
     """Load heads that begin at some places, norm and turn them."""
     d = tl.arange(0, D)
     is_turned = d < 2 * HALF
@@ -81,13 +89,35 @@ def _take_in(q, k, v, visible, top, total, core, scale):
 
 @triton.jit(do_not_specialize=["tokens"])  # one compilation for all depths of drafts
 def _read_kernel(
-    qkv_ptr, query_norm_ptr, key_norm_ptr, rotary_ptr, start_ptr, key_ptr, value_ptr,
-    core_ptr, top_ptr, total_ptr, tokens, stride_t, stride_n, cache_stride_n, cache_stride_g,
-    scale, eps, window,
-    G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, GATED: tl.constexpr,
-    HAS_NORM: tl.constexpr, OFFSET: tl.constexpr, WINDOWED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    qkv_ptr,
+    query_norm_ptr,
+    key_norm_ptr,
+    rotary_ptr,
+    start_ptr,
+    key_ptr,
+    value_ptr,
+    core_ptr,
+    top_ptr,
+    total_ptr,
+    tokens,
+    stride_t,
+    stride_n,
+    cache_stride_n,
+    cache_stride_g,
+    scale,
+    eps,
+    window,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     piece, pieces, rows = tl.program_id(0), tl.num_programs(0), tl.num_programs(1) * ROWS
     place = tl.program_id(2).to(tl.int64)
     n, g = place // G, place % G
@@ -104,9 +134,8 @@ def _read_kernel(
     t, head = row // R, row % R
     exists = t < tokens
     q = _prepared(
-        qkv_ptr + t * stride_t + head * D, exists, start + t, query_norm_ptr, rotary_ptr, eps,
-        D, HALF, HAS_NORM, OFFSET,
-    )  # fmt: skip
+        qkv_ptr + t * stride_t + head * D, exists, start + t, query_norm_ptr, rotary_ptr, eps, D, HALF, HAS_NORM, OFFSET
+    )
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     core = tl.zeros([ROWS, D], tl.float32)
@@ -114,9 +143,7 @@ def _read_kernel(
         new = tl.arange(0, _NEW)
         there = new < tokens
         new_ptr = qkv_ptr + new * stride_t + own * D
-        k = _prepared(
-            new_ptr, there, start + new, key_norm_ptr, rotary_ptr, eps, D, HALF, HAS_NORM, OFFSET
-        )
+        k = _prepared(new_ptr, there, start + new, key_norm_ptr, rotary_ptr, eps, D, HALF, HAS_NORM, OFFSET)
         v = tl.load(new_ptr[:, None] + D + d[None, :], mask=there[:, None], other=0.0)
         if tl.program_id(1) == 0:
             at = (start + new)[:, None] * D + d[None, :]
@@ -145,11 +172,27 @@ def _read_kernel(
 
 @triton.jit(do_not_specialize=["sequences", "pieces", "rows"])
 def _join_kernel(
-    core_ptr, top_ptr, total_ptr, qkv_ptr, start_ptr, out_ptr, sequences, pieces, rows,
-    stride_t, stride_n, window,
-    G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr,
-    BLOCK: tl.constexpr, PIECES: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+    core_ptr,
+    top_ptr,
+    total_ptr,
+    qkv_ptr,
+    start_ptr,
+    out_ptr,
+    sequences,
+    pieces,
+    rows,
+    stride_t,
+    stride_n,
+    window,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    GATED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     head = tl.program_id(0) % (G * R)
     n = (tl.program_id(0) // (G * R) % sequences).to(tl.int64)
     t = tl.program_id(0) // (G * R) // sequences
@@ -183,9 +226,15 @@ def _join_kernel(
 
 
 def few_queries(
-    qkv_TNX: Tensor, heads: AttentionHeads, norms: HeadNorms | None, rotary_LW: Tensor,
-    start_N: Tensor, room: int, key_NGCD: Tensor, value_NGCD: Tensor,
-) -> Tensor:  # fmt: skip
+    qkv_TNX: Tensor,
+    heads: AttentionHeads,
+    norms: HeadNorms | None,
+    rotary_LW: Tensor,
+    start_N: Tensor,
+    room: int,
+    key_NGCD: Tensor,
+    value_NGCD: Tensor,
+) -> Tensor:
     """Attend, and write the cache; shapes and returns as `kernels.few_queries`."""
     (tokens, sequences, _), dim = qkv_TNX.shape, heads.dim
     assert qkv_TNX.stride(2) == rotary_LW.stride(1) == 1
@@ -202,26 +251,60 @@ def few_queries(
     top, total = torch.empty_like(core[..., 0]), torch.empty_like(core[..., 0])
     strides, window = (qkv_TNX.stride(0), qkv_TNX.stride(1)), heads.window or 0
     shared = {
-        "G": heads.groups, "R": heads.queries, "D": dim, "GATED": heads.is_gated,
-        "WINDOWED": heads.window is not None, "BLOCK": sizes["BLOCK"],
-    }  # fmt: skip
+        "G": heads.groups,
+        "R": heads.queries,
+        "D": dim,
+        "GATED": heads.is_gated,
+        "WINDOWED": heads.window is not None,
+        "BLOCK": sizes["BLOCK"],
+    }
     query_norm, key_norm, eps, offset = (
-        (None, None, 0.0, 0.0)
-        if norms is None
-        else (norms.query_D, norms.key_D, norms.eps, norms.offset)
+        (None, None, 0.0, 0.0) if norms is None else (norms.query_D, norms.key_D, norms.eps, norms.offset)
     )
     _read_kernel[(pieces, row_blocks, sequences * heads.groups)](
-        qkv_TNX, query_norm, key_norm, rotary_LW, start_N, key_NGCD, value_NGCD, core, top, total,
-        tokens, *strides, key_NGCD.stride(0), key_NGCD.stride(1), heads.scale, eps, window,
-        HALF=rotary_LW.shape[1] // 4, HAS_NORM=norms is not None, OFFSET=offset, ROWS=sizes["ROWS"], **shared,
+        qkv_TNX,
+        query_norm,
+        key_norm,
+        rotary_LW,
+        start_N,
+        key_NGCD,
+        value_NGCD,
+        core,
+        top,
+        total,
+        tokens,
+        *strides,
+        key_NGCD.stride(0),
+        key_NGCD.stride(1),
+        heads.scale,
+        eps,
+        window,
+        HALF=rotary_LW.shape[1] // 4,
+        HAS_NORM=norms is not None,
+        OFFSET=offset,
+        ROWS=sizes["ROWS"],
+        **shared,
         **LAUNCH,
-    )  # fmt: skip
+    )
     out = qkv_TNX.new_empty(tokens, sequences, heads.groups * heads.queries * dim)
     channels = min(CHANNELS, dim)
     _join_kernel[(tokens * sequences * heads.groups * heads.queries, dim // channels)](
-        core, top, total, qkv_TNX, start_N, out, sequences, pieces, rows, *strides, window,
-        PIECES=PIECES, CHANNELS=channels, **shared, num_warps=4,
-    )  # fmt: skip
+        core,
+        top,
+        total,
+        qkv_TNX,
+        start_N,
+        out,
+        sequences,
+        pieces,
+        rows,
+        *strides,
+        window,
+        PIECES=PIECES,
+        CHANNELS=channels,
+        **shared,
+        num_warps=4,
+    )
     return out
 
 

@@ -31,9 +31,13 @@ class ExpertWeights:
 
 
 def add_few_experts(
-    x_TX: Tensor, residual_TX: Tensor, experts_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights,
+    x_TX: Tensor,
+    residual_TX: Tensor,
+    experts_TK: Tensor,
+    gates_TK: Tensor,
+    weights: ExpertWeights,
     fused: bool | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Add what the chosen experts and the shared one make of each token to the residual.
 
     Shapes: x and residual [T,X]; experts and gates [T,K]. `fused` forces the choice that `choices` makes otherwise.

@@ -23,10 +23,23 @@ _INPUTS_AT_ONCE = 512
 
 @triton.jit
 def _inside_kernel(
-    x_ptr, experts_ptr, gates_ptr, fc1_ptr, shared_fc1_ptr, shared_gate_ptr, out_ptr, X,
-    SLOTS: tl.constexpr, F: tl.constexpr, FS: tl.constexpr, WIDEST: tl.constexpr, HAS_GATE: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    experts_ptr,
+    gates_ptr,
+    fc1_ptr,
+    shared_fc1_ptr,
+    shared_gate_ptr,
+    out_ptr,
+    X,
+    SLOTS: tl.constexpr,
+    F: tl.constexpr,
+    FS: tl.constexpr,
+    WIDEST: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token, slot = tl.program_id(0) // (SLOTS + (FS > 0)), tl.program_id(0) % (SLOTS + (FS > 0))
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     routed = token * SLOTS + tl.minimum(slot, SLOTS - 1)
@@ -64,10 +77,20 @@ def _inside_kernel(
 
 @triton.jit
 def _outside_kernel(
-    inner_ptr, experts_ptr, fc2_ptr, shared_fc2_ptr, residual_ptr, out_ptr, X,
-    SLOTS: tl.constexpr, F: tl.constexpr, FS: tl.constexpr, WIDEST: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    inner_ptr,
+    experts_ptr,
+    fc2_ptr,
+    shared_fc2_ptr,
+    residual_ptr,
+    out_ptr,
+    X,
+    SLOTS: tl.constexpr,
+    F: tl.constexpr,
+    FS: tl.constexpr,
+    WIDEST: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0)
     out = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
     mask_x = (out < X)[:, None]
@@ -76,17 +99,13 @@ def _outside_kernel(
         expert = tl.load(experts_ptr + token * SLOTS + slot).to(tl.int64)
         for start in tl.static_range(0, F, BLOCK):
             f = start + tl.arange(0, BLOCK)
-            inner = tl.load(
-                inner_ptr + (token * (SLOTS + (FS > 0)) + slot) * WIDEST + f, mask=f < F, other=0.0
-            )
+            inner = tl.load(inner_ptr + (token * (SLOTS + (FS > 0)) + slot) * WIDEST + f, mask=f < F, other=0.0)
             place = fc2_ptr + expert * X * F + out[:, None] * F + f[None, :]
             weight = tl.load(place, mask=mask_x & (f < F)[None, :], other=0.0)
             total += weight.to(tl.float32) * inner.to(tl.float32)[None, :]
     for start in tl.static_range(0, FS, BLOCK):
         f = start + tl.arange(0, BLOCK)
-        inner = tl.load(
-            inner_ptr + (token * (SLOTS + 1) + SLOTS) * WIDEST + f, mask=f < FS, other=0.0
-        )
+        inner = tl.load(inner_ptr + (token * (SLOTS + 1) + SLOTS) * WIDEST + f, mask=f < FS, other=0.0)
         place = shared_fc2_ptr + out[:, None] * FS + f[None, :]
         weight = tl.load(place, mask=mask_x & (f < FS)[None, :], other=0.0)
         total += weight.to(tl.float32) * inner.to(tl.float32)[None, :]
@@ -110,13 +129,31 @@ def add_few_experts(
     inner = x_TX.new_empty(tokens * each, widest)
     sizes = {"SLOTS": slots, "F": hidden, "FS": shared_hidden, "WIDEST": widest, "num_warps": 4}
     _inside_kernel[(tokens * each, triton.cdiv(widest, _BLOCK_F))](
-        x_TX, experts_TK, gates_TK, weights.fc1, weights.shared_fc1, weights.shared_gate, inner, width,
-        HAS_GATE=weights.shared_gate is not None, ALIGNED=width * x_TX.element_size() % 16 == 0, BLOCK_F=_BLOCK_F,
-        BLOCK=min(_INPUTS_AT_ONCE, triton.next_power_of_2(width)), **sizes,
-    )  # fmt: skip
+        x_TX,
+        experts_TK,
+        gates_TK,
+        weights.fc1,
+        weights.shared_fc1,
+        weights.shared_gate,
+        inner,
+        width,
+        HAS_GATE=weights.shared_gate is not None,
+        ALIGNED=width * x_TX.element_size() % 16 == 0,
+        BLOCK_F=_BLOCK_F,
+        BLOCK=min(_INPUTS_AT_ONCE, triton.next_power_of_2(width)),
+        **sizes,
+    )
     out = torch.empty_like(residual_TX)
     _outside_kernel[(tokens, triton.cdiv(width, _BLOCK_X))](
-        inner, experts_TK, weights.fc2, weights.shared_fc2, residual_TX, out, width,
-        BLOCK_X=_BLOCK_X, BLOCK=min(_INPUTS_AT_ONCE, triton.next_power_of_2(hidden)), **sizes,
-    )  # fmt: skip
+        inner,
+        experts_TK,
+        weights.fc2,
+        weights.shared_fc2,
+        residual_TX,
+        out,
+        width,
+        BLOCK_X=_BLOCK_X,
+        BLOCK=min(_INPUTS_AT_ONCE, triton.next_power_of_2(hidden)),
+        **sizes,
+    )
     return out

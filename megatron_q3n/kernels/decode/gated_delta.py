@@ -19,10 +19,15 @@ OPERATION = "gated delta net, few tokens"
 
 
 def delta_steps(
-    qkvz_TBX: Tensor, beta_alpha_TBX: Tensor, weights: DeltaWeights, heads: DeltaHeads,
-    conv_BCK: Tensor, delta_BHKV: Tensor, fused: bool | None = None,
+    qkvz_TBX: Tensor,
+    beta_alpha_TBX: Tensor,
+    weights: DeltaWeights,
+    heads: DeltaHeads,
+    conv_BCK: Tensor,
+    delta_BHKV: Tensor,
+    fused: bool | None = None,
     out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mix T tokens of B sequences; `fused` forces the choice that `choices` makes otherwise.
 
     Shapes: the state is conv [B,C,taps-1] and delta [B,Hv,K,V] fp32. `out` is contiguous room for the states
@@ -34,21 +39,21 @@ def delta_steps(
     if registry.is_fused(OPERATION, qkvz_TBX, fused) and fits:
         from megatron_q3n.kernels.decode import gated_delta_triton as kernel  # late: Triton
 
-        return kernel.delta_steps(
-            qkvz_TBX, beta_alpha_TBX, weights, heads, conv_BCK, delta_BHKV, out
-        )
-    mixed, *states = composed_delta_steps(
-        qkvz_TBX, beta_alpha_TBX, weights, heads, conv_BCK, delta_BHKV
-    )
+        return kernel.delta_steps(qkvz_TBX, beta_alpha_TBX, weights, heads, conv_BCK, delta_BHKV, out)
+    mixed, *states = composed_delta_steps(qkvz_TBX, beta_alpha_TBX, weights, heads, conv_BCK, delta_BHKV)
     if out is not None:
         states = [room.copy_(state) for room, state in zip(out, states, strict=True)]
     return mixed, states[0], states[1]
 
 
 def composed_delta_steps(
-    qkvz_TBX: Tensor, beta_alpha_TBX: Tensor, weights: DeltaWeights, heads: DeltaHeads,
-    conv_BCK: Tensor, delta_BHKV: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    qkvz_TBX: Tensor,
+    beta_alpha_TBX: Tensor,
+    weights: DeltaWeights,
+    heads: DeltaHeads,
+    conv_BCK: Tensor,
+    delta_BHKV: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Do it from torch operations, token by token as the rule is defined (kernels/gated_delta/delta_rule.py)."""
     qkv_BTC, z, inputs = delta_rule_inputs(
         qkvz_TBX.transpose(0, 1), beta_alpha_TBX.transpose(0, 1), weights, heads, conv_BCK, None
@@ -57,11 +62,7 @@ def composed_delta_steps(
     gated = gated_rms_norm(output, z, weights.norm_V, heads.eps)
     history = torch.cat([conv_BCK.transpose(1, 2).to(qkv_BTC.dtype), qkv_BTC], 1)
     windows_BTCK = history.unfold(1, conv_BCK.shape[2], 1)[:, 1:]
-    return (
-        gated.flatten(2).transpose(0, 1).contiguous(),
-        windows_BTCK.flatten(0, 1),
-        states_BTHKV.flatten(0, 1),
-    )
+    return (gated.flatten(2).transpose(0, 1).contiguous(), windows_BTCK.flatten(0, 1), states_BTHKV.flatten(0, 1))
 
 
 def _recurrence(inputs: list[Tensor], state_BHKV: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,12 +89,32 @@ def _over_rows(x):
 
 @triton.jit(do_not_specialize=["tokens"])
 def _kernel(
-    x_ptr, ba_ptr, taps_ptr, a_log_ptr, dt_bias_ptr, norm_ptr, conv_ptr, delta_ptr,
-    out_ptr, conv_out_ptr, delta_out_ptr,
-    tokens, stride_t, stride_b, ba_stride_t, ba_stride_b, scale, eps,
-    KEY_HEADS: tl.constexpr, VALUE_HEADS: tl.constexpr, DIM: tl.constexpr, TAPS: tl.constexpr,
-    LANES: tl.constexpr, WARPS: tl.constexpr, SHARES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    ba_ptr,
+    taps_ptr,
+    a_log_ptr,
+    dt_bias_ptr,
+    norm_ptr,
+    conv_ptr,
+    delta_ptr,
+    out_ptr,
+    conv_out_ptr,
+    delta_out_ptr,
+    tokens,
+    stride_t,
+    stride_b,
+    ba_stride_t,
+    ba_stride_b,
+    scale,
+    eps,
+    KEY_HEADS: tl.constexpr,
+    VALUE_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    TAPS: tl.constexpr,
+    LANES: tl.constexpr,
+    WARPS: tl.constexpr,
+    SHARES: tl.constexpr,
+):
     share, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group: tl.constexpr = VALUE_HEADS // KEY_HEADS
     channels: tl.constexpr = (2 * KEY_HEADS + VALUE_HEADS) * DIM
@@ -167,9 +187,14 @@ def _kernel(
 
 
 def delta_steps(
-    qkvz_TBX: Tensor, beta_alpha_TBX: Tensor, weights: DeltaWeights, heads: DeltaHeads,
-    conv_BCK: Tensor, delta_BHKV: Tensor, states: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    qkvz_TBX: Tensor,
+    beta_alpha_TBX: Tensor,
+    weights: DeltaWeights,
+    heads: DeltaHeads,
+    conv_BCK: Tensor,
+    delta_BHKV: Tensor,
+    states: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mix T tokens of B sequences; shapes and returns as `kernels.delta_steps`, whose `out` is `states`."""
     tokens, batch, _ = qkvz_TBX.shape
     dim, taps = heads.value_dim, weights.taps_CK.shape[1]
@@ -177,10 +202,7 @@ def delta_steps(
     out = qkvz_TBX.new_empty(tokens, batch, heads.value_heads * dim)
     if states is None:
         each = batch * tokens
-        states = (
-            conv_BCK.new_empty(each, *conv_BCK.shape[1:]),
-            delta_BHKV.new_empty(each, *delta_BHKV.shape[1:]),
-        )
+        states = (conv_BCK.new_empty(each, *conv_BCK.shape[1:]), delta_BHKV.new_empty(each, *delta_BHKV.shape[1:]))
     conv_out, delta_out = states
     for given, written in ((conv_BCK, conv_out), (delta_BHKV, delta_out)):
         apart = written.data_ptr() != given.data_ptr() or not len(given)
@@ -189,13 +211,31 @@ def delta_steps(
     assert delta_out.is_contiguous()
     sizes = block_sizes(dim, heads.value_heads * batch)
     _kernel[(sizes["SHARES"], heads.value_heads, batch)](
-        qkvz_TBX, beta_alpha_TBX, weights.taps_CK.contiguous(), weights.a_log_H, weights.dt_bias_H,
-        weights.norm_V, conv_BCK.contiguous(), delta_BHKV.contiguous(), out, conv_out, delta_out,
-        tokens, qkvz_TBX.stride(0), qkvz_TBX.stride(1), beta_alpha_TBX.stride(0), beta_alpha_TBX.stride(1),
-        dim**-0.5, heads.eps,
-        KEY_HEADS=heads.key_heads, VALUE_HEADS=heads.value_heads, DIM=dim, TAPS=taps, **sizes,
+        qkvz_TBX,
+        beta_alpha_TBX,
+        weights.taps_CK.contiguous(),
+        weights.a_log_H,
+        weights.dt_bias_H,
+        weights.norm_V,
+        conv_BCK.contiguous(),
+        delta_BHKV.contiguous(),
+        out,
+        conv_out,
+        delta_out,
+        tokens,
+        qkvz_TBX.stride(0),
+        qkvz_TBX.stride(1),
+        beta_alpha_TBX.stride(0),
+        beta_alpha_TBX.stride(1),
+        dim**-0.5,
+        heads.eps,
+        KEY_HEADS=heads.key_heads,
+        VALUE_HEADS=heads.value_heads,
+        DIM=dim,
+        TAPS=taps,
+        **sizes,
         num_warps=sizes["WARPS"],
-    )  # fmt: skip
+    )
     return out, conv_out, delta_out
 
 

@@ -79,9 +79,16 @@ def serves(x: Tensor, *weights: Tensor | None) -> bool:
 
 
 def few_rows(
-    rows: Rows, weight_NK: Tensor, *, then: Rows | None = None, beside_MK: Tensor | None = None,
-    sum_RN: Tensor | None = None, keeps: bool = False, wide: bool = False, fused: bool | None = None,
-) -> Products:  # fmt: skip
+    rows: Rows,
+    weight_NK: Tensor,
+    *,
+    then: Rows | None = None,
+    beside_MK: Tensor | None = None,
+    sum_RN: Tensor | None = None,
+    keeps: bool = False,
+    wide: bool = False,
+    fused: bool | None = None,
+) -> Products:
     """Multiply rows with a weight.
 
     `then` is an input whose columns [R,Y] follow the first's, `beside_MK` a second weight for the same input,
@@ -96,9 +103,14 @@ def few_rows(
 
 
 def composed_few_rows(
-    rows: Rows, weight_NK: Tensor, then: Rows | None, beside_MK: Tensor | None,
-    sum_RN: Tensor | None, keeps: bool, wide: bool,
-) -> Products:  # fmt: skip
+    rows: Rows,
+    weight_NK: Tensor,
+    then: Rows | None,
+    beside_MK: Tensor | None,
+    sum_RN: Tensor | None,
+    keeps: bool,
+    wide: bool,
+) -> Products:
     """Do it from torch operations."""
     normed = _normed(rows)
     x = normed if then is None else torch.cat([normed, _normed(then)], -1)

@@ -48,9 +48,19 @@ def _scales(x_ptr, stride, eps, R: tl.constexpr, X: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _add_products(
-    sums, x_ptr, stride, norm_ptr, eps, weight_ptr, exists,
-    R: tl.constexpr, X: tl.constexpr, HAS_NORM: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    sums,
+    x_ptr,
+    stride,
+    norm_ptr,
+    eps,
+    weight_ptr,
+    exists,
+    R: tl.constexpr,
+    X: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Add to each row's sums its products with some rows of a weight, given by where they begin [BLOCK_N,1]."""
     if X <= BLOCK:  # a single piece is under way while the norm is taken
         k = tl.arange(0, BLOCK)
@@ -80,9 +90,16 @@ def _add_products(
 
 @triton.jit
 def _keep_normed(
-    x_ptr, stride, norm_ptr, eps, normed_ptr,
-    R: tl.constexpr, X: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    stride,
+    norm_ptr,
+    eps,
+    normed_ptr,
+    R: tl.constexpr,
+    X: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     scales = _scales(x_ptr, stride, eps, R, X, BLOCK)
     for start in range(0, X, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -95,12 +112,34 @@ def _keep_normed(
 
 @triton.jit
 def _few_rows_kernel(
-    x_ptr, norm_ptr, y_ptr, y_norm_ptr, weight_ptr, beside_ptr, sum_ptr, out_ptr, beside_out_ptr, normed_ptr,
-    N, M, x_stride, y_stride, sum_stride, eps,
-    R: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, HAS_NORM: tl.constexpr, OFFSET: tl.constexpr,
-    HAS_BESIDE: tl.constexpr, HAS_SUM: tl.constexpr, KEEPS: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    norm_ptr,
+    y_ptr,
+    y_norm_ptr,
+    weight_ptr,
+    beside_ptr,
+    sum_ptr,
+    out_ptr,
+    beside_out_ptr,
+    normed_ptr,
+    N,
+    M,
+    x_stride,
+    y_stride,
+    sum_stride,
+    eps,
+    R: tl.constexpr,
+    X: tl.constexpr,
+    Y: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    HAS_BESIDE: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    KEEPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     block = tl.program_id(0)
     if KEEPS:  # noqa: SIM102  this one is the compiler's
         if block == tl.num_programs(0) - 1:
@@ -121,13 +160,11 @@ def _few_rows_kernel(
     sums = ()
     for _ in tl.static_range(R):
         sums += (tl.zeros([BLOCK_N], tl.float32),)  # type: ignore[assignment]
-    sums = _add_products(
-        sums, x_ptr, x_stride, norm_ptr, eps, begin_ptr, exists, R, X, HAS_NORM, OFFSET, BLOCK_K
-    )
+    sums = _add_products(sums, x_ptr, x_stride, norm_ptr, eps, begin_ptr, exists, R, X, HAS_NORM, OFFSET, BLOCK_K)
     if Y > 0:
         sums = _add_products(
             sums, y_ptr, y_stride, y_norm_ptr, eps, begin_ptr + X, exists, R, Y, HAS_NORM, OFFSET, BLOCK_K
-        )  # fmt: skip
+        )
     for r in tl.static_range(R):
         out = sums[r]
         if HAS_SUM:
@@ -136,9 +173,14 @@ def _few_rows_kernel(
 
 
 def few_rows(
-    rows: Rows, weight_NK: Tensor, then: Rows | None, beside_MK: Tensor | None,
-    sum_RN: Tensor | None, keeps: bool, wide: bool,
-) -> Products:  # fmt: skip
+    rows: Rows,
+    weight_NK: Tensor,
+    then: Rows | None,
+    beside_MK: Tensor | None,
+    sum_RN: Tensor | None,
+    keeps: bool,
+    wide: bool,
+) -> Products:
     """Multiply; shapes, arguments and returns as `kernels.few_rows`."""
     x_RX, (num_rows, columns) = rows.x_RX, weight_NK.shape
     (count, width), norm = x_RX.shape, rows.norm
@@ -153,13 +195,34 @@ def few_rows(
     programs = sum(triton.cdiv(n, sizes["BLOCK_N"]) for n in (num_rows, more)) + keeps
     aligned = all(w is None or w.data_ptr() % 16 == 0 for w in (weight_NK, beside_MK))
     _few_rows_kernel[(programs,)](
-        x_RX, _weight(norm), second, _weight(y_norm), weight_NK, beside_MK, sum_RN, out, beside, normed,
-        num_rows, more, x_RX.stride(0), 0 if second is None else second.stride(0),
-        0 if sum_RN is None else sum_RN.stride(0), 0.0 if norm is None else norm.eps,
-        R=count, X=width, Y=columns - width, HAS_NORM=norm is not None, OFFSET=0.0 if norm is None else norm.offset,
-        HAS_BESIDE=beside is not None, HAS_SUM=sum_RN is not None, KEEPS=keeps, ALIGNED=aligned,
-        **sizes, num_warps=WARPS,
-    )  # fmt: skip
+        x_RX,
+        _weight(norm),
+        second,
+        _weight(y_norm),
+        weight_NK,
+        beside_MK,
+        sum_RN,
+        out,
+        beside,
+        normed,
+        num_rows,
+        more,
+        x_RX.stride(0),
+        0 if second is None else second.stride(0),
+        0 if sum_RN is None else sum_RN.stride(0),
+        0.0 if norm is None else norm.eps,
+        R=count,
+        X=width,
+        Y=columns - width,
+        HAS_NORM=norm is not None,
+        OFFSET=0.0 if norm is None else norm.offset,
+        HAS_BESIDE=beside is not None,
+        HAS_SUM=sum_RN is not None,
+        KEEPS=keeps,
+        ALIGNED=aligned,
+        **sizes,
+        num_warps=WARPS,
+    )
     return Products(out, beside, normed)
 
 
@@ -178,7 +241,7 @@ def _weight(norm: RowNorm | None) -> Tensor | None:
 
 def _check(
     rows: Rows, then: Rows | None, weight_NK: Tensor, beside_MK: Tensor | None, sum_RN: Tensor | None, keeps: bool
-) -> None:  # fmt: skip
+) -> None:
     """Hold what the kernel takes for granted."""
     inputs = [rows] if then is None else [rows, then]
     norms = [each.norm for each in inputs]

@@ -38,9 +38,7 @@ def fits(choice: Choice, num_experts: int) -> bool:
     return known and num_experts <= MOST_EXPERTS and choice.topk <= min(MOST_CHOSEN, num_experts)
 
 
-def route_few(
-    x_TX: Tensor, weight_EX: Tensor, choice: Choice, fused: bool | None = None
-) -> tuple[Tensor, Tensor]:
+def route_few(x_TX: Tensor, weight_EX: Tensor, choice: Choice, fused: bool | None = None) -> tuple[Tensor, Tensor]:
     """Score the experts and choose; `fused` forces the choice that `choices` makes otherwise.
 
     Returns: gates fp32 and experts int64 [T,K], the highest score first.

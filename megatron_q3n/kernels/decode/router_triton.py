@@ -30,11 +30,29 @@ def _ranked(scores, e, EP: tl.constexpr):
 
 @triton.jit
 def _few_routes_kernel(
-    logits_ptr, x_ptr, norm_ptr, normed_ptr, weight_ptr, bias_ptr, gates_ptr, experts_ptr, scaling, eps,
-    X: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
-    PRODUCT: tl.constexpr, HAS_NORM: tl.constexpr, OFFSET: tl.constexpr,
-    SIGMOID: tl.constexpr, PRE_SOFTMAX: tl.constexpr, BIASED: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    x_ptr,
+    norm_ptr,
+    normed_ptr,
+    weight_ptr,
+    bias_ptr,
+    gates_ptr,
+    experts_ptr,
+    scaling,
+    eps,
+    X: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    EP: tl.constexpr,
+    KP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    PRE_SOFTMAX: tl.constexpr,
+    BIASED: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     e, k = tl.arange(0, EP), tl.arange(0, KP)
     exists = e < E
@@ -106,9 +124,19 @@ def choose_few(logits_TE: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     (tokens, experts), logits_TE = logits_TE.shape, logits_TE.contiguous()
     gates, chosen = _results(logits_TE, tokens, choice)
     _few_routes_kernel[(tokens,)](
-        logits_TE, None, None, None, None, choice.bias_E, gates, chosen, choice.scaling_factor or 1.0, 0.0,
-        **constants(experts, choice), num_warps=WARPS,
-    )  # fmt: skip
+        logits_TE,
+        None,
+        None,
+        None,
+        None,
+        choice.bias_E,
+        gates,
+        chosen,
+        choice.scaling_factor or 1.0,
+        0.0,
+        **constants(experts, choice),
+        num_warps=WARPS,
+    )
     return gates, chosen
 
 
@@ -117,24 +145,41 @@ def route_few(x_TX: Tensor, weight_EX: Tensor, choice: Choice) -> tuple[Tensor, 
     tokens, width = x_TX.shape
     gates, chosen = _results(x_TX, tokens, choice)
     _few_routes_kernel[(tokens,)](
-        None, x_TX, None, None, weight_EX, choice.bias_E, gates, chosen, choice.scaling_factor or 1.0, 0.0,
-        **constants(len(weight_EX), choice, width), num_warps=WARPS_OF_PRODUCT,
-    )  # fmt: skip
+        None,
+        x_TX,
+        None,
+        None,
+        weight_EX,
+        choice.bias_E,
+        gates,
+        chosen,
+        choice.scaling_factor or 1.0,
+        0.0,
+        **constants(len(weight_EX), choice, width),
+        num_warps=WARPS_OF_PRODUCT,
+    )
     return gates, chosen
 
 
-def norm_and_route_few(
-    x_TX: Tensor, norm: RowNorm, weight_EX: Tensor, choice: Choice
-) -> tuple[Tensor, Tensor, Tensor]:
+def norm_and_route_few(x_TX: Tensor, norm: RowNorm, weight_EX: Tensor, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
     """Norm, score and choose; shapes and returns as `kernels.norm_and_route_few`, both tensors contiguous."""
     tokens, width = x_TX.shape
     gates, chosen = _results(x_TX, tokens, choice)
     normed = torch.empty_like(x_TX)
     _few_routes_kernel[(tokens,)](
-        None, x_TX, norm.weight_X, normed, weight_EX, choice.bias_E, gates, chosen,
-        choice.scaling_factor or 1.0, norm.eps,
-        **constants(len(weight_EX), choice, width, norm), num_warps=WARPS_OF_PRODUCT,
-    )  # fmt: skip
+        None,
+        x_TX,
+        norm.weight_X,
+        normed,
+        weight_EX,
+        choice.bias_E,
+        gates,
+        chosen,
+        choice.scaling_factor or 1.0,
+        norm.eps,
+        **constants(len(weight_EX), choice, width, norm),
+        num_warps=WARPS_OF_PRODUCT,
+    )
     return normed, gates, chosen
 
 
@@ -152,9 +197,16 @@ def constants(
     padded = max(16, triton.next_power_of_2(num_experts))
     is_sigmoid = choice.score_function == "sigmoid"
     return {
-        "E": num_experts, "K": choice.topk, "EP": padded, "KP": triton.next_power_of_2(choice.topk),
-        "X": width, "BLOCK": min(_WEIGHTS_AT_ONCE // padded, triton.next_power_of_2(max(16, width))),
-        "PRODUCT": width > 0, "SIGMOID": is_sigmoid,
-        "HAS_NORM": norm is not None, "OFFSET": 0.0 if norm is None else norm.offset,
-        "PRE_SOFTMAX": choice.use_pre_softmax and not is_sigmoid, "BIASED": choice.bias_E is not None,
-    }  # fmt: skip
+        "E": num_experts,
+        "K": choice.topk,
+        "EP": padded,
+        "KP": triton.next_power_of_2(choice.topk),
+        "X": width,
+        "BLOCK": min(_WEIGHTS_AT_ONCE // padded, triton.next_power_of_2(max(16, width))),
+        "PRODUCT": width > 0,
+        "SIGMOID": is_sigmoid,
+        "HAS_NORM": norm is not None,
+        "OFFSET": 0.0 if norm is None else norm.offset,
+        "PRE_SOFTMAX": choice.use_pre_softmax and not is_sigmoid,
+        "BIASED": choice.bias_E is not None,
+    }

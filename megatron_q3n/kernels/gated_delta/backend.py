@@ -42,25 +42,18 @@ def choose(device: torch.device, dtype: torch.dtype, problems: Sequence[DeltaRul
     if device.type != "cuda":
         return "torch: chunked reference, the only one without a GPU"
     if dtype not in (torch.bfloat16, torch.float16):
-        return (
-            f"torch: the fused kernels take bf16 or fp16, not {str(dtype).removeprefix('torch.')}"
-        )
+        return f"torch: the fused kernels take bf16 or fp16, not {str(dtype).removeprefix('torch.')}"
     if importlib.util.find_spec("fla") is None:
         return "torch: flash-linear-attention is not installed (pip install -r requirements-gpu.txt); expect slow steps"
     try:
         _fla_rule()  # its imports take seconds, which go by while the kernels are compiled
         compile_ahead.finish()
-        errors = {
-            str(problem): gradient_error(fused_gated_delta_rule, problem, device, dtype)
-            for problem in problems
-        }
+        errors = {str(problem): gradient_error(fused_gated_delta_rule, problem, device, dtype) for problem in problems}
     except _PROBLEMS as found:
         return f"torch: the fla kernel does not run here ({type(found).__name__}: {found}); expect slow steps"
     said = ", ".join(f"{error:.1e} for {problem}" for problem, error in errors.items())
     if not all(error < _TOLERANCE for error in errors.values()):
-        return (
-            f"torch: the fla kernel FAILED its gradient check on this GPU (relative error {said})"
-        )
+        return f"torch: the fla kernel FAILED its gradient check on this GPU (relative error {said})"
     _backend = fused_gated_delta_rule
     registry.allow(OPERATION)
     return f"fla: gradients checked against the reference on this GPU (relative error {said})"
@@ -81,10 +74,15 @@ def fused_gated_delta_rule(
     """Run flash-linear-attention's kernel, which hands on to FlashQLA where that is installed."""
     assert chunk_size == 64, "the fused kernels have a chunk of 64"
     output, state = _fla_rule()(
-        query_BTHK, key_BTHK, value_BTHV, g=decay_BTH, beta=beta_BTH.to(value_BTHV.dtype),
-        initial_state=initial_state_DHKV, output_final_state=output_final_state,
+        query_BTHK,
+        key_BTHK,
+        value_BTHV,
+        g=decay_BTH,
+        beta=beta_BTH.to(value_BTHV.dtype),
+        initial_state=initial_state_DHKV,
+        output_final_state=output_final_state,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
-    )  # fmt: skip
+    )
     return output, state
 
 
@@ -95,9 +93,7 @@ def _fla_rule() -> Callable[..., tuple[Tensor, Tensor | None]]:
     return rule
 
 
-def gradient_error(
-    candidate: Rule, problem: DeltaRuleProblem, device: torch.device, dtype: torch.dtype
-) -> float:
+def gradient_error(candidate: Rule, problem: DeltaRuleProblem, device: torch.device, dtype: torch.dtype) -> float:
     """Return the worst relative error of output and gradients on random tokens."""
     generator = torch.Generator(device).manual_seed(0)
     bounds = None
@@ -108,10 +104,7 @@ def gradient_error(
         whole = problem.rows, problem.tokens, *shape
         return torch.randn(*whole, generator=generator, device=device)
 
-    q, k = (
-        torch.nn.functional.normalize(random(problem.key_heads, problem.key_dim), dim=-1).to(dtype)
-        for _ in "qk"
-    )
+    q, k = (torch.nn.functional.normalize(random(problem.key_heads, problem.key_dim), dim=-1).to(dtype) for _ in "qk")
     v = random(problem.value_heads, problem.value_dim).to(dtype)
     g = -torch.nn.functional.softplus(random(problem.value_heads))
     inputs = [x.requires_grad_() for x in (q, k, v, g, random(problem.value_heads).sigmoid())]

@@ -15,11 +15,7 @@ from torch import Tensor
 
 
 def causal_conv(
-    x_BTC: Tensor,
-    weight_CK: Tensor,
-    *,
-    initial_state_DCK: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    x_BTC: Tensor, weight_CK: Tensor, *, initial_state_DCK: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """Convolve each channel causally and apply SiLU.
 
@@ -44,11 +40,7 @@ def causal_conv(
 
 
 def next_conv_state(
-    x_BTC: Tensor,
-    taps: int,
-    *,
-    initial_state_DCK: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    x_BTC: Tensor, taps: int, *, initial_state_DCK: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """Return what a continuation needs: the last K-1 inputs of each document, [D,C,K-1], oldest first."""
     if cu_seqlens is None:
@@ -75,9 +67,7 @@ def _prefix(x_BTC: Tensor, length: int, state_DCK: Tensor | None) -> Tensor:
     return x_BTC.new_zeros(x_BTC.shape[0], length, x_BTC.shape[2])
 
 
-def _add_carried(
-    out_BTC: Tensor, weight_CK: Tensor, state_DCK: Tensor, cu_seqlens: Tensor
-) -> Tensor:
+def _add_carried(out_BTC: Tensor, weight_CK: Tensor, state_DCK: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Add what reaches over each packed document's start from its carried inputs."""
     taps = weight_CK.shape[1]
     bounds = cu_seqlens.tolist()

@@ -51,17 +51,22 @@ def chunk_gated_delta_rule(
     """
     if cu_seqlens is not None:
         output_BTHV, final = _packed(
-            query_BTHK, key_BTHK, value_BTHV, decay_BTH, beta_BTH,
-            initial_state_DHKV, cu_seqlens, chunk_size, output_final_state,
-        )  # fmt: skip
+            query_BTHK,
+            key_BTHK,
+            value_BTHV,
+            decay_BTH,
+            beta_BTH,
+            initial_state_DHKV,
+            cu_seqlens,
+            chunk_size,
+            output_final_state,
+        )
         return output_BTHV, final
     tokens = query_BTHK.shape[1]
     chunk = min(chunk_size, max(1, tokens))
     pad = -tokens % chunk
     inputs = [_pad_tokens(x, pad) for x in (query_BTHK, key_BTHK, value_BTHV, decay_BTH, beta_BTH)]
-    output_BTHV, states = _chunked(
-        *inputs, chunk=chunk, initial_state=initial_state_DHKV, starts=None
-    )
+    output_BTHV, states = _chunked(*inputs, chunk=chunk, initial_state=initial_state_DHKV, starts=None)
     final = states[-1] if output_final_state else None
     return output_BTHV[:, :tokens].to(value_BTHV.dtype), final
 
@@ -181,9 +186,7 @@ def _starts(sizes: list[int]) -> list[int]:
     return [0, *itertools.accumulate(sizes)][: len(sizes)]
 
 
-def _within_chunks(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, *, chunk: int
-) -> Tensor:
+def _within_chunks(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, *, chunk: int) -> Tensor:
     """Run chunks that begin without a state and hand none on: short documents, of which a row may hold hundreds.
 
     What a state would take part in, which is most of the work at a few tokens a document, falls away.
@@ -244,9 +247,8 @@ def _chunked(
     between = _decay_between(total)
     lower = ((k @ k.transpose(-1, -2)) * between * beta_).tril(-1)
     solved = torch.linalg.solve_triangular(
-        lower, torch.cat([v * beta_, (k * beta_) * total.exp()[..., None]], -1),
-        upper=False, unitriangular=True,
-    )  # fmt: skip
+        lower, torch.cat([v * beta_, (k * beta_) * total.exp()[..., None]], -1), upper=False, unitriangular=True
+    )
     u, w = solved.split([value_dim, key_dim], -1)
     local = (q @ k.transpose(-1, -2)) * between
     q_in = q * total.exp()[..., None]
@@ -284,9 +286,7 @@ def _pad_tokens(x: Tensor, pad: int) -> Tensor:
 
 
 def _zero_state(key: Tensor, value: Tensor) -> Tensor:
-    return value.new_zeros(
-        value.shape[0], value.shape[2], key.shape[-1], value.shape[-1], dtype=_compute_dtype(value)
-    )
+    return value.new_zeros(value.shape[0], value.shape[2], key.shape[-1], value.shape[-1], dtype=_compute_dtype(value))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -27,9 +27,19 @@ def _rows(start, tokens, batch, HEADS: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _gated_norm_kernel(
-    o_ptr, z_ptr, weight_ptr, out_ptr, tokens, batch, stride_t, stride_b, eps,
-    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    o_ptr,
+    z_ptr,
+    weight_ptr,
+    out_ptr,
+    tokens,
+    batch,
+    stride_t,
+    stride_b,
+    eps,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     r, exists, place, t, b, h = _rows(tl.program_id(0) * BLOCK_R, tokens, batch, HEADS, BLOCK_R)
     dim = tl.arange(0, DIM)
     mask = exists[:, None]
@@ -44,10 +54,22 @@ def _gated_norm_kernel(
 
 @triton.jit
 def _gated_norm_backward_kernel(
-    o_ptr, z_ptr, weight_ptr, dout_ptr, do_ptr, dz_ptr, dweight_ptr,
-    tokens, batch, stride_t, stride_b, eps,
-    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    o_ptr,
+    z_ptr,
+    weight_ptr,
+    dout_ptr,
+    do_ptr,
+    dz_ptr,
+    dweight_ptr,
+    tokens,
+    batch,
+    stride_t,
+    stride_b,
+    eps,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     r, exists, place, t, b, h = _rows(tl.program_id(0) * BLOCK_R, tokens, batch, HEADS, BLOCK_R)
     dim = tl.arange(0, DIM)
     mask = exists[:, None]
@@ -78,9 +100,20 @@ def gated_norm(o_BTHV: Tensor, qkvz_TBX: Tensor, weight_V: Tensor, eps: float) -
     z_TBX = qkvz_TBX[..., -heads * dim :]
     out = qkvz_TBX.new_empty(tokens, batch, heads * dim)
     _gated_norm_kernel[(triton.cdiv(batch * tokens * heads, _BLOCK_R),)](
-        o_BTHV.contiguous(), z_TBX, weight_V, out, tokens, batch, z_TBX.stride(0), z_TBX.stride(1), eps,
-        HEADS=heads, DIM=dim, BLOCK_R=_BLOCK_R, num_warps=4,
-    )  # fmt: skip
+        o_BTHV.contiguous(),
+        z_TBX,
+        weight_V,
+        out,
+        tokens,
+        batch,
+        z_TBX.stride(0),
+        z_TBX.stride(1),
+        eps,
+        HEADS=heads,
+        DIM=dim,
+        BLOCK_R=_BLOCK_R,
+        num_warps=4,
+    )
     return out
 
 
@@ -99,8 +132,21 @@ def gated_norm_backward(
     blocks = triton.cdiv(batch * tokens * heads, _BLOCK_R)
     shares = o.new_empty(blocks, dim, dtype=torch.float32)
     _gated_norm_backward_kernel[(blocks,)](
-        o, z_TBX, weight_V, dout.contiguous(), do, dz_TBX, shares,
-        tokens, batch, z_TBX.stride(0), z_TBX.stride(1), eps,
-        HEADS=heads, DIM=dim, BLOCK_R=_BLOCK_R, num_warps=4,
-    )  # fmt: skip
+        o,
+        z_TBX,
+        weight_V,
+        dout.contiguous(),
+        do,
+        dz_TBX,
+        shares,
+        tokens,
+        batch,
+        z_TBX.stride(0),
+        z_TBX.stride(1),
+        eps,
+        HEADS=heads,
+        DIM=dim,
+        BLOCK_R=_BLOCK_R,
+        num_warps=4,
+    )
     return do, shares.sum(0)

@@ -52,9 +52,13 @@ class DeltaHeads:
 
 
 def delta_mixer(
-    qkvz_TBX: Tensor, beta_alpha_TBX: Tensor, weights: DeltaWeights, heads: DeltaHeads, rule: Rule,
+    qkvz_TBX: Tensor,
+    beta_alpha_TBX: Tensor,
+    weights: DeltaWeights,
+    heads: DeltaHeads,
+    rule: Rule,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Mix rows (or packed documents) from zero states.
 
     Returns: [T,B,Hv·V], normed and gated, contiguous.
@@ -67,23 +71,40 @@ def delta_mixer(
 
 
 def fused_delta_mixer(
-    qkvz_TBX: Tensor, beta_alpha_TBX: Tensor, weights: DeltaWeights, heads: DeltaHeads, rule: Rule,
+    qkvz_TBX: Tensor,
+    beta_alpha_TBX: Tensor,
+    weights: DeltaWeights,
+    heads: DeltaHeads,
+    rule: Rule,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Do it with the fused passes; key and value heads of one size, a power of two."""
     position = None
     if cu_seqlens is not None:
         position = positions_in_documents(cu_seqlens, qkvz_TBX.shape[0]).to(torch.int32)
     return _Fused.apply(
-        qkvz_TBX, beta_alpha_TBX, weights.taps_CK, weights.a_log_H, weights.dt_bias_H, weights.norm_V,
-        heads, rule, cu_seqlens, position, torch.is_grad_enabled(),
-    )  # fmt: skip
+        qkvz_TBX,
+        beta_alpha_TBX,
+        weights.taps_CK,
+        weights.a_log_H,
+        weights.dt_bias_H,
+        weights.norm_V,
+        heads,
+        rule,
+        cu_seqlens,
+        position,
+        torch.is_grad_enabled(),
+    )
 
 
 def composed_delta_mixer(
-    qkvz_TBX: Tensor, beta_alpha_TBX: Tensor, weights: DeltaWeights, heads: DeltaHeads, rule: Rule,
+    qkvz_TBX: Tensor,
+    beta_alpha_TBX: Tensor,
+    weights: DeltaWeights,
+    heads: DeltaHeads,
+    rule: Rule,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Do the same from torch operations."""
     qkvz, beta_alpha = qkvz_TBX.transpose(0, 1), beta_alpha_TBX.transpose(0, 1)
     _, z, inputs = delta_rule_inputs(qkvz, beta_alpha, weights, heads, None, cu_seqlens)
@@ -93,18 +114,20 @@ def composed_delta_mixer(
 
 
 def delta_rule_inputs(
-    qkvz_BTX: Tensor, beta_alpha_BTX: Tensor, weights: DeltaWeights, heads: DeltaHeads,
-    conv_state_DCK: Tensor | None, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    qkvz_BTX: Tensor,
+    beta_alpha_BTX: Tensor,
+    weights: DeltaWeights,
+    heads: DeltaHeads,
+    conv_state_DCK: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Split, convolve, normalise.
 
     Returns: raw q|k|v, the gate z [B,T,Hv,V], and the rule's query, key, value, decay, beta.
     """
     sections = heads.sections
     qkv, z = qkvz_BTX.split([sum(sections[:3]), sections[3]], -1)
-    mixed = causal_conv(
-        qkv, weights.taps_CK, cu_seqlens=cu_seqlens, initial_state_DCK=conv_state_DCK
-    )
+    mixed = causal_conv(qkv, weights.taps_CK, cu_seqlens=cu_seqlens, initial_state_DCK=conv_state_DCK)
     query, key, value = mixed.split(sections[:3], -1)
     query, key = (l2_norm(x.unflatten(-1, (-1, heads.key_dim))) for x in (query, key))
     value, z = (x.unflatten(-1, (-1, heads.value_dim)) for x in (value, z))
@@ -118,14 +141,20 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkvz: Tensor, beta_alpha: Tensor, taps: Tensor, a_log: Tensor, dt_bias: Tensor, norm: Tensor,
-        heads: DeltaHeads, rule: Rule, cu_seqlens: Tensor | None, position: Tensor | None,
+        ctx: Any,
+        qkvz: Tensor,
+        beta_alpha: Tensor,
+        taps: Tensor,
+        a_log: Tensor,
+        dt_bias: Tensor,
+        norm: Tensor,
+        heads: DeltaHeads,
+        rule: Rule,
+        cu_seqlens: Tensor | None,
+        position: Tensor | None,
         trains: bool,  # ctx.needs_input_grad is true of parameters even where no gradients are kept
-    ) -> Tensor:  # fmt: skip
-        from megatron_q3n.kernels.gated_delta import (  # late: Triton
-            gated_norm_triton,
-            mixer_inputs_triton,
-        )
+    ) -> Tensor:
+        from megatron_q3n.kernels.gated_delta import gated_norm_triton, mixer_inputs_triton  # late: Triton
 
         shape = mixer_inputs_triton.DeltaShape(heads.key_heads, heads.value_heads, heads.key_dim)
         leaves = [
@@ -142,10 +171,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dmixed: Tensor) -> tuple[Any, ...]:
-        from megatron_q3n.kernels.gated_delta import (  # late: Triton
-            gated_norm_triton,
-            mixer_inputs_triton,
-        )
+        from megatron_q3n.kernels.gated_delta import gated_norm_triton, mixer_inputs_triton  # late: Triton
 
         qkvz, beta_alpha, taps, a_log, dt_bias, norm, position = ctx.saved_tensors
         dqkvz = torch.empty_like(qkvz, memory_format=torch.contiguous_format)
@@ -155,11 +181,7 @@ class _Fused(torch.autograd.Function):
         )
         dq, dk, dv, ddecay, dbeta = torch.autograd.grad(ctx.output, ctx.leaves, doutput)
         ctx.leaves = ctx.output = None
-        dtaps = mixer_inputs_triton.delta_inputs_backward(
-            qkvz, taps, position, ctx.shape, dq, dk, dv, dqkvz
-        )
-        dba, da_log, ddt_bias = mixer_inputs_triton.delta_gates_backward(
-            beta_alpha, a_log, dt_bias, ddecay, dbeta
-        )
+        dtaps = mixer_inputs_triton.delta_inputs_backward(qkvz, taps, position, ctx.shape, dq, dk, dv, dqkvz)
+        dba, da_log, ddt_bias = mixer_inputs_triton.delta_gates_backward(beta_alpha, a_log, dt_bias, ddecay, dbeta)
         gradients = dqkvz, dba, dtaps.to(taps.dtype), da_log, ddt_bias, dnorm
         return (*gradients, None, None, None, None, None)

@@ -90,9 +90,21 @@ def _within(position, x1, x2, x3, PACKED: tl.constexpr):
 
 @triton.jit
 def _forward_walk(
-    x_ptr, weight_ptr, position_ptr, out_ptr, channel, start, tokens, stride_t, out_stride_t, eps,
-    NORMED: tl.constexpr, PACKED: tl.constexpr, WALK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    position_ptr,
+    out_ptr,
+    channel,
+    start,
+    tokens,
+    stride_t,
+    out_stride_t,
+    eps,
+    NORMED: tl.constexpr,
+    PACKED: tl.constexpr,
+    WALK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     w0, w1, w2, w3 = _taps(weight_ptr, channel)
     x1, x2, x3 = _inputs_before(x_ptr, start, stride_t)
     for step in tl.range(0, WALK, num_stages=STAGES):
@@ -111,10 +123,24 @@ def _forward_walk(
 
 @triton.jit
 def _delta_inputs_kernel(
-    x_ptr, weight_ptr, position_ptr, q_ptr, k_ptr, v_ptr, tokens, stride_t, stride_b, eps,
-    KEY_HEADS: tl.constexpr, VALUE_HEADS: tl.constexpr, DIM: tl.constexpr, PACKED: tl.constexpr,
-    HEADS: tl.constexpr, WALK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    position_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    tokens,
+    stride_t,
+    stride_b,
+    eps,
+    KEY_HEADS: tl.constexpr,
+    VALUE_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    HEADS: tl.constexpr,
+    WALK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     first, is_normed, in_kind = _programs_heads(KEY_HEADS, HEADS)
     row, start = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64) * WALK
     place = tl.arange(0, HEADS)[:, None] * DIM + tl.arange(0, DIM)[None, :]
@@ -124,23 +150,62 @@ def _delta_inputs_kernel(
         out_ptr = tl.where(first < KEY_HEADS, q_ptr, k_ptr)
         out_ptr += (row * tokens * KEY_HEADS + in_kind) * DIM + place
         _forward_walk(
-            x_ptr, weight_ptr, position_ptr, out_ptr, channel, start, tokens, stride_t, KEY_HEADS * DIM, eps,
-            True, PACKED, WALK, STAGES,
-        )  # fmt: skip
+            x_ptr,
+            weight_ptr,
+            position_ptr,
+            out_ptr,
+            channel,
+            start,
+            tokens,
+            stride_t,
+            KEY_HEADS * DIM,
+            eps,
+            True,
+            PACKED,
+            WALK,
+            STAGES,
+        )
     else:
         out_ptr = v_ptr + (row * tokens * VALUE_HEADS + in_kind) * DIM + place
         _forward_walk(
-            x_ptr, weight_ptr, position_ptr, out_ptr, channel, start, tokens, stride_t, VALUE_HEADS * DIM, eps,
-            False, PACKED, WALK, STAGES,
-        )  # fmt: skip
+            x_ptr,
+            weight_ptr,
+            position_ptr,
+            out_ptr,
+            channel,
+            start,
+            tokens,
+            stride_t,
+            VALUE_HEADS * DIM,
+            eps,
+            False,
+            PACKED,
+            WALK,
+            STAGES,
+        )
 
 
 @triton.jit
 def _backward_walk(
-    x_ptr, weight_ptr, position_ptr, d_ptr, dx_ptr, share_ptr, channel, channels, start, tokens,
-    x_stride_t, d_stride_t, dx_stride_t, eps,
-    NORMED: tl.constexpr, PACKED: tl.constexpr, WALK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    position_ptr,
+    d_ptr,
+    dx_ptr,
+    share_ptr,
+    channel,
+    channels,
+    start,
+    tokens,
+    x_stride_t,
+    d_stride_t,
+    dx_stride_t,
+    eps,
+    NORMED: tl.constexpr,
+    PACKED: tl.constexpr,
+    WALK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     w0, w1, w2, w3 = _taps(weight_ptr, channel)
     x1, x2, x3 = _inputs_before(x_ptr, start, x_stride_t)
     sum0 = tl.zeros(channel.shape, tl.float32)
@@ -165,9 +230,10 @@ def _backward_walk(
         d1, d2, d3 = _within(position, d, d, d, PACKED)
         behind = t - 3
         tl.store(
-            dx_ptr + behind * dx_stride_t, (due3 + d3 * w3).to(dx_ptr.dtype.element_ty),
+            dx_ptr + behind * dx_stride_t,
+            (due3 + d3 * w3).to(dx_ptr.dtype.element_ty),
             mask=(step >= 3) & (behind < tokens),
-        )  # fmt: skip
+        )
         due3, due2, due1 = due2 + d2 * w2, due1 + d1 * w1, d * w0
         mine = tl.where(step < WALK, d, 0.0)
         sum0 += mine * x0
@@ -183,11 +249,28 @@ def _backward_walk(
 
 @triton.jit
 def _delta_inputs_backward_kernel(
-    x_ptr, weight_ptr, position_ptr, dq_ptr, dk_ptr, dv_ptr, dx_ptr, dweight_ptr,
-    tokens, x_stride_t, x_stride_b, dx_stride_t, dx_stride_b, eps,
-    KEY_HEADS: tl.constexpr, VALUE_HEADS: tl.constexpr, DIM: tl.constexpr, PACKED: tl.constexpr,
-    HEADS: tl.constexpr, WALK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    position_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    dx_ptr,
+    dweight_ptr,
+    tokens,
+    x_stride_t,
+    x_stride_b,
+    dx_stride_t,
+    dx_stride_b,
+    eps,
+    KEY_HEADS: tl.constexpr,
+    VALUE_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    HEADS: tl.constexpr,
+    WALK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """From d(q, k, v) to d(x): that of the convolution's output at t goes to t, t-1, t-2 and t-3, by the taps."""
     first, is_normed, in_kind = _programs_heads(KEY_HEADS, HEADS)
     row, start = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64) * WALK
@@ -202,22 +285,62 @@ def _delta_inputs_backward_kernel(
         d_ptr = tl.where(first < KEY_HEADS, dq_ptr, dk_ptr)
         d_ptr += (row * tokens * KEY_HEADS + in_kind) * DIM + place
         _backward_walk(
-            x_ptr, weight_ptr, position_ptr, d_ptr, dx_ptr, share_ptr, channel, channels, start, tokens,
-            x_stride_t, KEY_HEADS * DIM, dx_stride_t, eps, True, PACKED, WALK, STAGES,
-        )  # fmt: skip
+            x_ptr,
+            weight_ptr,
+            position_ptr,
+            d_ptr,
+            dx_ptr,
+            share_ptr,
+            channel,
+            channels,
+            start,
+            tokens,
+            x_stride_t,
+            KEY_HEADS * DIM,
+            dx_stride_t,
+            eps,
+            True,
+            PACKED,
+            WALK,
+            STAGES,
+        )
     else:
         d_ptr = dv_ptr + (row * tokens * VALUE_HEADS + in_kind) * DIM + place
         _backward_walk(
-            x_ptr, weight_ptr, position_ptr, d_ptr, dx_ptr, share_ptr, channel, channels, start, tokens,
-            x_stride_t, VALUE_HEADS * DIM, dx_stride_t, eps, False, PACKED, WALK, STAGES,
-        )  # fmt: skip
+            x_ptr,
+            weight_ptr,
+            position_ptr,
+            d_ptr,
+            dx_ptr,
+            share_ptr,
+            channel,
+            channels,
+            start,
+            tokens,
+            x_stride_t,
+            VALUE_HEADS * DIM,
+            dx_stride_t,
+            eps,
+            False,
+            PACKED,
+            WALK,
+            STAGES,
+        )
 
 
 @triton.jit
 def _delta_gates_kernel(
-    ba_ptr, a_log_ptr, dt_bias_ptr, decay_ptr, beta_ptr, tokens, rows,
-    HEADS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    ba_ptr,
+    a_log_ptr,
+    dt_bias_ptr,
+    decay_ptr,
+    beta_ptr,
+    tokens,
+    rows,
+    HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     h = tl.arange(0, BLOCK_H)
     mask = (n < tokens * rows)[:, None] & (h < HEADS)[None, :]
@@ -234,9 +357,20 @@ def _delta_gates_kernel(
 
 @triton.jit
 def _delta_gates_backward_kernel(
-    ba_ptr, a_log_ptr, dt_bias_ptr, ddecay_ptr, dbeta_ptr, dba_ptr, da_log_ptr, ddt_bias_ptr, tokens, rows,
-    HEADS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    ba_ptr,
+    a_log_ptr,
+    dt_bias_ptr,
+    ddecay_ptr,
+    dbeta_ptr,
+    dba_ptr,
+    da_log_ptr,
+    ddt_bias_ptr,
+    tokens,
+    rows,
+    HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     h = tl.arange(0, BLOCK_H)
     mask = (n < tokens * rows)[:, None] & (h < HEADS)[None, :]
@@ -259,7 +393,7 @@ def _delta_gates_backward_kernel(
 
 def delta_inputs(
     qkvz_TBX: Tensor, conv_weight_CK: Tensor, position_T: Tensor | None, shape: DeltaShape, eps: float = 1e-6
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Convolve, activate, split and normalise.
 
     Shapes: projection [T,B,X] with X ≥ C contiguous; taps [C,K]; position in the document [T] int32, for packed rows.
@@ -272,29 +406,65 @@ def delta_inputs(
     query, key, value = new(shape.key_heads), new(shape.key_heads), new(shape.value_heads)
     heads = _heads_together(shape)
     _delta_inputs_kernel[(shape.heads // heads, triton.cdiv(tokens, _FORWARD["WALK"]), rows)](
-        qkvz_TBX, conv_weight_CK, position_T, query, key, value,
-        tokens, qkvz_TBX.stride(0), qkvz_TBX.stride(1), eps,
-        KEY_HEADS=shape.key_heads, VALUE_HEADS=shape.value_heads, DIM=shape.head_dim,
-        PACKED=position_T is not None, HEADS=heads, num_warps=min(heads, _WARPS), **_FORWARD,
-    )  # fmt: skip
+        qkvz_TBX,
+        conv_weight_CK,
+        position_T,
+        query,
+        key,
+        value,
+        tokens,
+        qkvz_TBX.stride(0),
+        qkvz_TBX.stride(1),
+        eps,
+        KEY_HEADS=shape.key_heads,
+        VALUE_HEADS=shape.value_heads,
+        DIM=shape.head_dim,
+        PACKED=position_T is not None,
+        HEADS=heads,
+        num_warps=min(heads, _WARPS),
+        **_FORWARD,
+    )
     return query, key, value
 
 
 def delta_inputs_backward(
-    qkvz_TBX: Tensor, conv_weight_CK: Tensor, position_T: Tensor | None, shape: DeltaShape,
-    dquery: Tensor, dkey: Tensor, dvalue: Tensor, dqkvz_TBX: Tensor, eps: float = 1e-6,
-) -> Tensor:  # fmt: skip
+    qkvz_TBX: Tensor,
+    conv_weight_CK: Tensor,
+    position_T: Tensor | None,
+    shape: DeltaShape,
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+    dqkvz_TBX: Tensor,
+    eps: float = 1e-6,
+) -> Tensor:
     """Write the gradient of q|k|v into the first C channels of `dqkvz`; return that of the taps [C,K] in fp32."""
     tokens, rows = qkvz_TBX.shape[:2]
     walks, heads = triton.cdiv(tokens, _BACKWARD["WALK"]), _heads_together(shape)
     shares = qkvz_TBX.new_empty(rows * walks, 4, shape.channels, dtype=torch.float32)
     _delta_inputs_backward_kernel[(shape.heads // heads, walks, rows)](
-        qkvz_TBX, conv_weight_CK, position_T, dquery.contiguous(), dkey.contiguous(), dvalue.contiguous(),
-        dqkvz_TBX, shares,
-        tokens, qkvz_TBX.stride(0), qkvz_TBX.stride(1), dqkvz_TBX.stride(0), dqkvz_TBX.stride(1), eps,
-        KEY_HEADS=shape.key_heads, VALUE_HEADS=shape.value_heads, DIM=shape.head_dim,
-        PACKED=position_T is not None, HEADS=heads, num_warps=min(heads, _WARPS), **_BACKWARD,
-    )  # fmt: skip
+        qkvz_TBX,
+        conv_weight_CK,
+        position_T,
+        dquery.contiguous(),
+        dkey.contiguous(),
+        dvalue.contiguous(),
+        dqkvz_TBX,
+        shares,
+        tokens,
+        qkvz_TBX.stride(0),
+        qkvz_TBX.stride(1),
+        dqkvz_TBX.stride(0),
+        dqkvz_TBX.stride(1),
+        eps,
+        KEY_HEADS=shape.key_heads,
+        VALUE_HEADS=shape.value_heads,
+        DIM=shape.head_dim,
+        PACKED=position_T is not None,
+        HEADS=heads,
+        num_warps=min(heads, _WARPS),
+        **_BACKWARD,
+    )
     return shares.sum(0).T
 
 
@@ -312,9 +482,17 @@ def delta_gates(
     decay = beta_alpha_TBX.new_empty(rows, tokens, heads, dtype=torch.float32)
     beta = beta_alpha_TBX.new_empty(rows, tokens, heads, dtype=beta_dtype)
     _delta_gates_kernel[(triton.cdiv(tokens * rows, 64),)](
-        beta_alpha_TBX, a_log_H, dt_bias_H, decay, beta, tokens, rows,
-        HEADS=heads, BLOCK_H=triton.next_power_of_2(heads), BLOCK_N=64,
-    )  # fmt: skip
+        beta_alpha_TBX,
+        a_log_H,
+        dt_bias_H,
+        decay,
+        beta,
+        tokens,
+        rows,
+        HEADS=heads,
+        BLOCK_H=triton.next_power_of_2(heads),
+        BLOCK_N=64,
+    )
     return decay, beta
 
 
@@ -327,7 +505,18 @@ def delta_gates_backward(
     dba = torch.empty_like(beta_alpha_TBX)
     da_log, ddt_bias = (beta_alpha_TBX.new_empty(blocks, heads, dtype=torch.float32) for _ in "at")
     _delta_gates_backward_kernel[(blocks,)](
-        beta_alpha_TBX, a_log_H, dt_bias_H, ddecay.contiguous(), dbeta.contiguous(), dba, da_log, ddt_bias,
-        tokens, rows, HEADS=heads, BLOCK_H=triton.next_power_of_2(heads), BLOCK_N=64,
-    )  # fmt: skip
+        beta_alpha_TBX,
+        a_log_H,
+        dt_bias_H,
+        ddecay.contiguous(),
+        dbeta.contiguous(),
+        dba,
+        da_log,
+        ddt_bias,
+        tokens,
+        rows,
+        HEADS=heads,
+        BLOCK_H=triton.next_power_of_2(heads),
+        BLOCK_N=64,
+    )
     return dba, da_log.sum(0), ddt_bias.sum(0)

@@ -31,9 +31,15 @@ OPERATION = "fp8 experts"
 
 
 def fp8_experts(
-    x_TH: Tensor, gates_R: Tensor, fc1_EXH: Tensor, fc2_EHF: Tensor, routes: Routes | None,
-    rows_per_expert_E: Tensor, add_TH: Tensor | None = None, checking: bool = False,
-) -> Tensor:  # fmt: skip
+    x_TH: Tensor,
+    gates_R: Tensor,
+    fc1_EXH: Tensor,
+    fc2_EHF: Tensor,
+    routes: Routes | None,
+    rows_per_expert_E: Tensor,
+    add_TH: Tensor | None = None,
+    checking: bool = False,
+) -> Tensor:
     """Run the experts, and add `add` where given, which takes routes.
 
     Shapes: tokens [T,H] with routes, or sorted rows [R,H] without; gates [R]; weights [E,2F,H] and [E,H,F].
@@ -42,9 +48,15 @@ def fp8_experts(
     assert checking or registry.lacking((OPERATION,)) == []
     assert add_TH is None or routes is not None
     return _Fp8Experts.apply(
-        x_TH.contiguous(), gates_R.contiguous(), fc1_EXH, fc2_EHF, routes,
-        rows_per_expert_E.to(x_TH.device), add_TH, torch.is_grad_enabled(),
-    )  # fmt: skip
+        x_TH.contiguous(),
+        gates_R.contiguous(),
+        fc1_EXH,
+        fc2_EHF,
+        routes,
+        rows_per_expert_E.to(x_TH.device),
+        add_TH,
+        torch.is_grad_enabled(),
+    )
 
 
 @dataclass
@@ -102,23 +114,26 @@ def _quantised(weight: Tensor, trains: bool) -> tuple[Tensor, Tensor, Tensor]:
 class _Fp8Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gates: Tensor, fc1: Tensor, fc2: Tensor, routes: Routes | None, counts: Tensor,
-        add: Tensor | None, trains: bool,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        gates: Tensor,
+        fc1: Tensor,
+        fc2: Tensor,
+        routes: Routes | None,
+        counts: Tensor,
+        add: Tensor | None,
+        trains: bool,
+    ) -> Tensor:
         from megatron_q3n.kernels.moe import fp8_quantize_triton, permutation_triton  # late: Triton
         from megatron_q3n.kernels.moe.grouped_gemm_triton import row_blocks
 
         row, token = _each_its_own(x) if routes is None else (routes.row_TK, routes.token_R)
-        narrow, scale, kept = fp8_quantize_triton.scatter_quantised(
-            x, row, keep=trains and routes is not None
-        )
+        narrow, scale, kept = fp8_quantize_triton.scatter_quantised(x, row, keep=trains and routes is not None)
         blocks = row_blocks(counts, narrow.shape[0])
         gate_up = _product(narrow, scale, _quantised(fc1, trains), blocks)
         hidden, hidden_scale = fp8_quantize_triton.swiglu_quantised(gate_up, gates)
         out = _product(hidden, hidden_scale, _quantised(fc2, trains), blocks)
-        ctx.save_for_backward(
-            kept, scale, gates, row, token, gate_up, hidden, hidden_scale, *blocks.tensors
-        )
+        ctx.save_for_backward(kept, scale, gates, row, token, gate_up, hidden, hidden_scale, *blocks.tensors)
         ctx.weights, ctx.routes = (fc1, fc2), routes
         if routes is None:
             return out
@@ -133,21 +148,14 @@ class _Fp8Experts(torch.autograd.Function):
         x, x_scale, gates, row, token, gate_up, hidden, hidden_scale, *lists = ctx.saved_tensors
         blocks = RowBlocks(*lists)
         fc1, fc2 = ctx.weights
-        narrow, scale, kept = fp8_quantize_triton.scatter_quantised(
-            dout.contiguous(), row, keep=ctx.routes is not None
-        )
+        narrow, scale, kept = fp8_quantize_triton.scatter_quantised(dout.contiguous(), row, keep=ctx.routes is not None)
         dhidden = _product(narrow, scale, _quantised(fc2, True), blocks, turned=True)
         needs_fc1, needs_fc2 = ctx.needs_input_grad[2:4]
         dfc1 = dfc2 = None
         if needs_fc2:
-            operands = (
-                turned(kept, scale, token, blocks),
-                turned(hidden, hidden_scale, None, blocks),
-            )
+            operands = (turned(kept, scale, token, blocks), turned(hidden, hidden_scale, None, blocks))
             dfc2 = _weight_gradient(fc2, *operands, blocks)
-        narrow, scale, dgates = fp8_quantize_triton.swiglu_backward_quantised(
-            gate_up, gates, dhidden
-        )
+        narrow, scale, dgates = fp8_quantize_triton.swiglu_backward_quantised(gate_up, gates, dhidden)
         dx = _product(narrow, scale, _quantised(fc1, True), blocks, turned=True)
         if needs_fc1:
             operands = turned(narrow, scale, None, blocks), turned(x, x_scale, token, blocks)
@@ -159,7 +167,7 @@ class _Fp8Experts(torch.autograd.Function):
 
 def _product(
     rows: Tensor, row_scale: Tensor, weight: tuple[Tensor, Tensor, Tensor], blocks: Any, turned: bool = False
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Multiply rows by a quantised weight, or by its transpose; both lie with their inputs last, as FP8 wants them."""
     from megatron_q3n.kernels.moe.grouped_gemm_triton import grouped_product  # late: Triton
 

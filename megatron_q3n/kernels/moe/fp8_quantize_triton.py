@@ -30,9 +30,7 @@ def _scale_of(x, axis: tl.constexpr):
     largest = tl.maximum(tl.max(tl.abs(x), axis=axis), _SMALLEST)
     exponent = (largest.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23  # one more beyond 1.75
     scale = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
-    return tl.where(
-        largest < float("inf"), scale, largest
-    )  # whatever becomes of an infinite row is not finite
+    return tl.where(largest < float("inf"), scale, largest)  # whatever becomes of an infinite row is not finite
 
 
 @triton.jit
@@ -43,9 +41,16 @@ def _inverse(scale):
 
 @triton.jit
 def _scatter_kernel(
-    x_ptr, row_ptr, out_ptr, scale_ptr, token_ptr,
-    WIDTH: tl.constexpr, TOPK: tl.constexpr, BLOCK_H: tl.constexpr, KEEPS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    row_ptr,
+    out_ptr,
+    scale_ptr,
+    token_ptr,
+    WIDTH: tl.constexpr,
+    TOPK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    KEEPS: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     x = tl.load(x_ptr + t * WIDTH + h, mask=h < WIDTH, other=0.0).to(tl.float32)
@@ -61,9 +66,15 @@ def _scatter_kernel(
 
 @triton.jit
 def _swiglu_kernel(
-    gate_up_ptr, weight_ptr, quantised_ptr, scale_ptr, rows,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
+    gate_up_ptr,
+    weight_ptr,
+    quantised_ptr,
+    scale_ptr,
+    rows,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     f = tl.arange(0, BLOCK_F)
     mask = (r < rows)[:, None] & (f < WIDTH)[None, :]
@@ -80,9 +91,17 @@ def _swiglu_kernel(
 
 @triton.jit
 def _swiglu_backward_kernel(
-    gate_up_ptr, weight_ptr, dout_ptr, quantised_ptr, scale_ptr, dweight_ptr, rows,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
+    gate_up_ptr,
+    weight_ptr,
+    dout_ptr,
+    quantised_ptr,
+    scale_ptr,
+    dweight_ptr,
+    rows,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     f = tl.arange(0, BLOCK_F)
     mask = (r < rows)[:, None] & (f < WIDTH)[None, :]
@@ -116,7 +135,7 @@ def _amax_kernel(w_ptr, amax_ptr, size, BLOCK: tl.constexpr):
 @triton.jit
 def _both_ways_kernel(
     w_ptr, amax_ptr, straight_ptr, turned_ptr, scale_ptr, N, K, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr
-):  # fmt: skip
+):
     """Write [N,K] and its transpose [K,N], divided by the expert's scale, and that."""
     expert = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -143,9 +162,17 @@ def scatter_quantised(x_TH: Tensor, row_TK: Tensor, *, keep: bool) -> tuple[Tens
     out, scale = x_TH.new_empty(rows, width, dtype=E4M3), x_TH.new_empty(rows, dtype=torch.float32)
     kept = torch.empty_like(x_TH, dtype=E4M3) if keep else out
     _scatter_kernel[(tokens,)](
-        x_TH, row_TK, out, scale, kept, WIDTH=width, TOPK=row_TK.shape[1],
-        BLOCK_H=triton.next_power_of_2(width), KEEPS=keep, num_warps=8,
-    )  # fmt: skip
+        x_TH,
+        row_TK,
+        out,
+        scale,
+        kept,
+        WIDTH=width,
+        TOPK=row_TK.shape[1],
+        BLOCK_H=triton.next_power_of_2(width),
+        KEEPS=keep,
+        num_warps=8,
+    )
     return out, scale, kept
 
 
@@ -159,17 +186,13 @@ def swiglu_quantised(gate_up_RF: Tensor, weight_R: Tensor) -> tuple[Tensor, Tens
     return quantised, scale
 
 
-def swiglu_backward_quantised(
-    gate_up_RF: Tensor, weight_R: Tensor, dout_RF: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_backward_quantised(gate_up_RF: Tensor, weight_R: Tensor, dout_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of gate|up [R,2F] in e4m3 and its scales [R], and the weights' gradient [R]."""
     rows, width = dout_RF.shape
     quantised, dweight = torch.empty_like(gate_up_RF, dtype=E4M3), torch.empty_like(weight_R)
     scale = gate_up_RF.new_empty(rows, dtype=torch.float32)
     blocks, grid = _swiglu_blocks(rows, width)
-    _swiglu_backward_kernel[grid](
-        gate_up_RF, weight_R, dout_RF, quantised, scale, dweight, rows, **blocks
-    )
+    _swiglu_backward_kernel[grid](gate_up_RF, weight_R, dout_RF, quantised, scale, dweight, rows, **blocks)
     return quantised, scale, dweight
 
 

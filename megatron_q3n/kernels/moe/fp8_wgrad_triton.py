@@ -58,9 +58,20 @@ def _line_bytes(x_ptr, scale_ptr, source_ptr, r, end, c, WIDTH, scale):
 
 @triton.jit
 def _turn_kernel(
-    x_ptr, scale_ptr, source_ptr, out_ptr, out_scale_ptr, ends_ptr, expert_ptr, row_ptr, count_ptr, WIDTH,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    scale_ptr,
+    source_ptr,
+    out_ptr,
+    out_scale_ptr,
+    ends_ptr,
+    expert_ptr,
+    row_ptr,
+    count_ptr,
+    WIDTH,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
     block = tl.program_id(0)
     if block < tl.load(count_ptr):
         expert = tl.load(expert_ptr + block)
@@ -104,10 +115,22 @@ def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _gradient_kernel(
-    dy_desc, x_desc, out_ptr, first_ptr, dy_scale_ptr, x_scale_ptr, experts, N, K,
-    ACCUMULATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
-    TILES_EACH: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
+    dy_desc,
+    x_desc,
+    out_ptr,
+    first_ptr,
+    dy_scale_ptr,
+    x_scale_ptr,
+    experts,
+    N,
+    K,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    TILES_EACH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
     tiles_k = tl.cdiv(K, BLOCK_K)
     tiles = tl.cdiv(N, BLOCK_N) * tiles_k
     mine = tl.program_id(0) + tl.arange(0, TILES_EACH) * PROGRAMS
@@ -150,9 +173,7 @@ def _gradient_kernel(
             total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
 
 
-def turned(
-    narrow_TC: Tensor, scale_R: Tensor, source_R: Tensor | None, blocks: RowBlocks
-) -> Turned:
+def turned(narrow_TC: Tensor, scale_R: Tensor, source_R: Tensor | None, blocks: RowBlocks) -> Turned:
     """Turn quantised rows; with `source`, row r is line source[r] of `narrow`.
 
     Shapes: narrow [R,C], or [T,C] with source [R]; the rows' scales [R], powers of two.
@@ -161,16 +182,25 @@ def turned(
     pieces = narrow_TC.new_empty(room * width, BLOCK_R)
     scale_E = torch.empty_like(blocks.ends_E, dtype=torch.float32)
     _turn_kernel[(room, triton.cdiv(width, _TURNED_COLUMNS))](
-        narrow_TC, scale_R, source_R, pieces.view(torch.int32), scale_E, blocks.ends_E, blocks.expert_B, blocks.row_B,
-        blocks.count, width, ROWS=BLOCK_R, COLUMNS=_TURNED_COLUMNS, AT_ONCE=_SCALES_AT_ONCE,
+        narrow_TC,
+        scale_R,
+        source_R,
+        pieces.view(torch.int32),
+        scale_E,
+        blocks.ends_E,
+        blocks.expert_B,
+        blocks.row_B,
+        blocks.count,
+        width,
+        ROWS=BLOCK_R,
+        COLUMNS=_TURNED_COLUMNS,
+        AT_ONCE=_SCALES_AT_ONCE,
         num_warps=_TURNED_WARPS,
-    )  # fmt: skip
+    )
     return Turned(pieces, scale_E)
 
 
-def fp8_weight_gradient(
-    dy: Turned, x: Turned, blocks: RowBlocks, out_ENK: Tensor, accumulate: bool
-) -> None:
+def fp8_weight_gradient(dy: Turned, x: Turned, blocks: RowBlocks, out_ENK: Tensor, accumulate: bool) -> None:
     """Compute every expert's weight gradient into `out`, adding to what is there if asked."""
     assert out_ENK.is_contiguous()
     experts, outputs, inputs = out_ENK.shape
@@ -178,9 +208,21 @@ def fp8_weight_gradient(
     count = programs(out_ENK.device)
     all_tiles = experts * triton.cdiv(outputs, block_n) * triton.cdiv(inputs, block_k)
     _gradient_kernel[(count,)](
-        tiles(dy.pieces, block_n, BLOCK_R), tiles(x.pieces, block_k, BLOCK_R), out_ENK,
-        blocks.first_E, dy.scale_E, x.scale_E, experts, outputs, inputs, ACCUMULATE=accumulate,
-        BLOCK_N=block_n, BLOCK_K=block_k, PROGRAMS=count,
-        TILES_EACH=triton.next_power_of_2(triton.cdiv(all_tiles, count)), AT_ONCE=_BLOCKS_AT_ONCE,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+        tiles(dy.pieces, block_n, BLOCK_R),
+        tiles(x.pieces, block_k, BLOCK_R),
+        out_ENK,
+        blocks.first_E,
+        dy.scale_E,
+        x.scale_E,
+        experts,
+        outputs,
+        inputs,
+        ACCUMULATE=accumulate,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        PROGRAMS=count,
+        TILES_EACH=triton.next_power_of_2(triton.cdiv(all_tiles, count)),
+        AT_ONCE=_BLOCKS_AT_ONCE,
+        num_warps=warps,
+        num_stages=stages,
+    )

@@ -54,9 +54,17 @@ class RowBlocks:
 
 @triton.jit
 def _list_kernel(
-    counts_ptr, ends_ptr, expert_ptr, row_ptr, count_ptr, first_ptr, EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
+    counts_ptr,
+    ends_ptr,
+    expert_ptr,
+    row_ptr,
+    count_ptr,
+    first_ptr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
     expert = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + e, mask=e < EXPERTS, other=0).to(tl.int32)
@@ -84,11 +92,26 @@ def _scales(row_scale_ptr, weight_scale_ptr, row, end, expert, ROWS: tl.constexp
 
 @triton.jit
 def _product_kernel(
-    rows_desc, weight_desc, out_desc, out_ptr, ends_ptr, expert_ptr, row_ptr, count_ptr,
-    row_scale_ptr, weight_scale_ptr, N, K,
-    TURNED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr, HALVES: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
+    rows_desc,
+    weight_desc,
+    out_desc,
+    out_ptr,
+    ends_ptr,
+    expert_ptr,
+    row_ptr,
+    count_ptr,
+    row_scale_ptr,
+    weight_scale_ptr,
+    N,
+    K,
+    TURNED: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
     across = tl.cdiv(N, COLUMNS)
     element = out_ptr.dtype.element_ty
     for tile in tl.range(tl.program_id(0), tl.load(count_ptr) * across, PROGRAMS, flatten=True):
@@ -110,9 +133,7 @@ def _product_kernel(
                 total = total * _scales(row_scale_ptr, weight_scale_ptr, row, end, expert, ROWS)
             if HALVES:
                 # in two stores, which need half the shared memory; the stages of the loop need the rest
-                left, right = tl.split(
-                    tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
-                )
+                left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
                 out_desc.store([row, n], left.to(element))
                 out_desc.store([row, n + COLUMNS // 2], right.to(element))
             else:
@@ -141,16 +162,24 @@ def row_blocks(rows_per_expert_E: Tensor, rows: int) -> RowBlocks:
     room = rows // BLOCK_R + experts  # each expert's last block may be partly filled
     listed = RowBlocks(new(experts), new(room), new(room), new(1), new(experts + 1))
     _list_kernel[(experts,)](
-        rows_per_expert_E, *listed.tensors, EXPERTS=experts,
-        BLOCK_E=triton.next_power_of_2(experts), ROWS=BLOCK_R, AT_ONCE=_LISTED_AT_ONCE,
-    )  # fmt: skip
+        rows_per_expert_E,
+        *listed.tensors,
+        EXPERTS=experts,
+        BLOCK_E=triton.next_power_of_2(experts),
+        ROWS=BLOCK_R,
+        AT_ONCE=_LISTED_AT_ONCE,
+    )
     return listed
 
 
 def grouped_product(
-    rows_RK: Tensor, weight: Tensor, blocks: RowBlocks, *, turned: bool = False,
+    rows_RK: Tensor,
+    weight: Tensor,
+    blocks: RowBlocks,
+    *,
+    turned: bool = False,
     scales: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Multiply. Operands must fit (`fits`), contiguous.
 
     Shapes: rows [R,K]; weight [E,N,K], or [E,K,N] if `turned`; scales of e4m3 operands: of rows [R] and experts [E].
@@ -169,10 +198,22 @@ def grouped_product(
         tiles(rows_RK, BLOCK_R, block_k),
         tiles(weight.flatten(0, 1), *((block_k, columns) if turned else (columns, block_k))),
         tiles(out, BLOCK_R, columns // 2 if halves else columns),
-        out, *blocks.listed, row_scale, weight_scale, outputs, inputs,
-        TURNED=turned, SCALED=scales is not None, ROWS=BLOCK_R, COLUMNS=columns, BLOCK_K=block_k,
-        HALVES=halves, PROGRAMS=walking, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+        out,
+        *blocks.listed,
+        row_scale,
+        weight_scale,
+        outputs,
+        inputs,
+        TURNED=turned,
+        SCALED=scales is not None,
+        ROWS=BLOCK_R,
+        COLUMNS=columns,
+        BLOCK_K=block_k,
+        HALVES=halves,
+        PROGRAMS=walking,
+        num_warps=warps,
+        num_stages=stages,
+    )
     return out
 
 

@@ -20,9 +20,7 @@ from megatron_q3n.kernels import registry
 OPERATION = "grouped products"
 
 
-def grouped_linear(
-    rows_TK: Tensor, weight_ENK: Tensor, rows_per_expert_E: Tensor, fused: bool | None = None
-) -> Tensor:
+def grouped_linear(rows_TK: Tensor, weight_ENK: Tensor, rows_per_expert_E: Tensor, fused: bool | None = None) -> Tensor:
     """Multiply each expert's block of rows with its own matrix.
 
     Shapes: rows [T,K], the first rows_per_expert[0] of them for expert 0, and so on; weight [E,N,K].
@@ -38,9 +36,7 @@ def grouped_linear(
         ends_E = counts_E.cumsum(0).to(torch.int32)
         return torch._grouped_mm(rows_TK, weight_ENK.transpose(1, 2), offs=ends_E)
     blocks = rows_TK.split(rows_per_expert_E.tolist())
-    return torch.cat(
-        [F.linear(block, weight) for block, weight in zip(blocks, weight_ENK.unbind())]
-    )
+    return torch.cat([F.linear(block, weight) for block, weight in zip(blocks, weight_ENK.unbind())])
 
 
 def mark_stale(weights: list[Tensor]) -> None:

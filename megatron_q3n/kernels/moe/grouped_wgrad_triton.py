@@ -27,9 +27,18 @@ _PROGRAMS_EACH, _INTERPRETED_PROGRAMS = 2, 3
 
 @triton.jit
 def _kernel(
-    dy_desc, x_desc, out_ptr, ends_ptr, experts, N, K,
-    ACCUMULATE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    dy_desc,
+    x_desc,
+    out_ptr,
+    ends_ptr,
+    experts,
+    N,
+    K,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     tiles_k = tl.cdiv(K, BLOCK_K)
     tiles = tl.cdiv(N, BLOCK_N) * tiles_k
     for tile in tl.range(tl.program_id(0), tiles * experts, tl.num_programs(0)):
@@ -60,9 +69,7 @@ def _kernel(
             tl.store(place, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def grouped_weight_gradient(
-    dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, out_ENK: Tensor, accumulate: bool
-) -> None:
+def grouped_weight_gradient(dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, out_ENK: Tensor, accumulate: bool) -> None:
     """Compute every expert's weight gradient into `out`, adding to what is there if asked.
 
     Shapes: dY [R,N], X [R,K] contiguous, rows of a multiple of 16 bytes; ends [E] int32, the row behind each expert's
@@ -73,10 +80,20 @@ def grouped_weight_gradient(
     block_r, block_n, block_k, warps, stages = _TILE
     tiles = experts * triton.cdiv(outputs, block_n) * triton.cdiv(inputs, block_k)
     _kernel[(min(_programs(dy_RN.device), tiles),)](
-        _blocks_of(dy_RN, block_r, block_n), _blocks_of(x_RK, block_r, block_k), out_ENK, ends_E,
-        experts, outputs, inputs, ACCUMULATE=accumulate, BLOCK_R=block_r, BLOCK_N=block_n,
-        BLOCK_K=block_k, num_warps=warps, num_stages=stages if dy_RN.dtype == torch.bfloat16 else 1,
-    )  # fmt: skip
+        _blocks_of(dy_RN, block_r, block_n),
+        _blocks_of(x_RK, block_r, block_k),
+        out_ENK,
+        ends_E,
+        experts,
+        outputs,
+        inputs,
+        ACCUMULATE=accumulate,
+        BLOCK_R=block_r,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=warps,
+        num_stages=stages if dy_RN.dtype == torch.bfloat16 else 1,
+    )
 
 
 def _programs(device: torch.device) -> int:

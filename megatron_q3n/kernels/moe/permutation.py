@@ -31,9 +31,7 @@ class Routes:
     rows_per_expert_E: Tensor
 
 
-def plan_routes(
-    map_TE: Tensor, probs_TE: Tensor, topk: int, fused: bool | None = None
-) -> tuple[Routes, Tensor]:
+def plan_routes(map_TE: Tensor, probs_TE: Tensor, topk: int, fused: bool | None = None) -> tuple[Routes, Tensor]:
     """Number the rows of a routing map in which every token has exactly `topk` experts.
 
     Returns: the routes, and the router gate of each row [R], differentiable in `probs`.
@@ -53,9 +51,7 @@ def scatter_rows(x_TH: Tensor, routes: Routes, fused: bool | None = None) -> Ten
     return x_TH.index_select(0, routes.token_R)
 
 
-def gather_rows(
-    rows_RH: Tensor, routes: Routes, add_TH: Tensor | None = None, fused: bool | None = None
-) -> Tensor:
+def gather_rows(rows_RH: Tensor, routes: Routes, add_TH: Tensor | None = None, fused: bool | None = None) -> Tensor:
     """Add up each token's rows in fp32, and `add` where given. Returns: [T,H] in the rows' format."""
     if registry.is_fused(OPERATION, rows_RH, fused):
         return _Gather.apply(rows_RH, routes.row_TK, add_TH)
@@ -69,9 +65,7 @@ class _Plan(torch.autograd.Function):
     def forward(ctx: Any, map_TE: Tensor, probs_TE: Tensor, topk: int) -> tuple[Tensor, ...]:
         from megatron_q3n.kernels.moe import permutation_triton as fused  # late: Triton
 
-        row, expert, token, gates, counts = fused.plan(
-            map_TE.contiguous(), probs_TE.contiguous(), topk
-        )
+        row, expert, token, gates, counts = fused.plan(map_TE.contiguous(), probs_TE.contiguous(), topk)
         ctx.save_for_backward(row, expert)
         ctx.experts = map_TE.shape[1]
         ctx.mark_non_differentiable(row, expert, token, counts)

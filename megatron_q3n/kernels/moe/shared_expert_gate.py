@@ -13,7 +13,7 @@ OPERATION = "shared expert gate"
 
 def row_gate(
     x: Tensor, hidden: Tensor, weight_1H: Tensor, add: Tensor | None = None, fused: bool | None = None
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return x · sigmoid(hidden wᵀ), plus `add` where given.
 
     Shapes: x, hidden, add [...,H], weight [1,H]. `fused` forces the choice that `choices` makes otherwise.
@@ -29,9 +29,7 @@ def row_gate(
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_TH: Tensor, hidden_TH: Tensor, weight_1H: Tensor, add_TH: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x_TH: Tensor, hidden_TH: Tensor, weight_1H: Tensor, add_TH: Tensor | None) -> Tensor:
         from megatron_q3n.kernels.moe import shared_expert_gate_triton as fused  # late: Triton
 
         x_TH, hidden_TH = x_TH.contiguous(), hidden_TH.contiguous()
@@ -45,8 +43,6 @@ class _Fused(torch.autograd.Function):
         from megatron_q3n.kernels.moe import shared_expert_gate_triton as fused  # late: Triton
 
         x, hidden, weight, gate = ctx.saved_tensors
-        dx, dhidden, dweight = fused.row_gate_backward(
-            x, hidden, weight, gate, dout_TH.contiguous()
-        )
+        dx, dhidden, dweight = fused.row_gate_backward(x, hidden, weight, gate, dout_TH.contiguous())
         dadd = dout_TH if ctx.needs_input_grad[3] else None
         return dx, dhidden, dweight.to(weight.dtype).view_as(weight), dadd

@@ -18,9 +18,18 @@ _TOKENS = 16  # per program
 
 @triton.jit
 def _row_gate_kernel(
-    x_ptr, hidden_ptr, weight_ptr, add_ptr, out_ptr, gate_ptr, tokens,
-    HAS_ADD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    hidden_ptr,
+    weight_ptr,
+    add_ptr,
+    out_ptr,
+    gate_ptr,
+    tokens,
+    HAS_ADD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     h = tl.arange(0, BLOCK_H)
     known = h < WIDTH
     weight = tl.load(weight_ptr + h, mask=known, other=0.0).to(tl.float32)
@@ -39,9 +48,19 @@ def _row_gate_kernel(
 
 @triton.jit
 def _row_gate_backward_kernel(
-    x_ptr, hidden_ptr, weight_ptr, gate_ptr, dout_ptr, dx_ptr, dhidden_ptr, dweight_ptr, tokens,
-    WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    hidden_ptr,
+    weight_ptr,
+    gate_ptr,
+    dout_ptr,
+    dx_ptr,
+    dhidden_ptr,
+    dweight_ptr,
+    tokens,
+    WIDTH: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     h = tl.arange(0, BLOCK_H)
     known = h < WIDTH
     weight = tl.load(weight_ptr + h, mask=known, other=0.0).to(tl.float32)
@@ -61,22 +80,12 @@ def _row_gate_backward_kernel(
     tl.store(dweight_ptr + tl.program_id(0) * WIDTH + h, dweight, mask=known)
 
 
-def row_gate(
-    x_TH: Tensor, hidden_TH: Tensor, weight_H: Tensor, add_TH: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def row_gate(x_TH: Tensor, hidden_TH: Tensor, weight_H: Tensor, add_TH: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return x · sigmoid(hidden · w), plus `add` where given, [T,H], and the gates [T] in fp32."""
     tokens, width = x_TH.shape
     out, gate = torch.empty_like(x_TH), x_TH.new_empty(tokens, dtype=torch.float32)
     _row_gate_kernel[(triton.cdiv(tokens, _TOKENS),)](
-        x_TH,
-        hidden_TH,
-        weight_H,
-        add_TH,
-        out,
-        gate,
-        tokens,
-        HAS_ADD=add_TH is not None,
-        **_blocks(width),
+        x_TH, hidden_TH, weight_H, add_TH, out, gate, tokens, HAS_ADD=add_TH is not None, **_blocks(width)
     )
     return out, gate
 
@@ -96,6 +105,4 @@ def row_gate_backward(
 
 
 def _blocks(width: int) -> dict[str, int]:
-    return {
-        "WIDTH": width, "BLOCK_H": triton.next_power_of_2(width), "TOKENS": _TOKENS, "num_warps": 8,
-    }  # fmt: skip
+    return {"WIDTH": width, "BLOCK_H": triton.next_power_of_2(width), "TOKENS": _TOKENS, "num_warps": 8}

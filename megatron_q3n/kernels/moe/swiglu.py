@@ -11,9 +11,7 @@ from megatron_q3n.kernels import registry
 OPERATION = "weighted swiglu"
 
 
-def weighted_swiglu(
-    gate_up_RF: Tensor, weight_R: Tensor | None, fused: bool | None = None
-) -> Tensor:
+def weighted_swiglu(gate_up_RF: Tensor, weight_R: Tensor | None, fused: bool | None = None) -> Tensor:
     """Return SiLU(gate) · up · weight.
 
     Shapes: gate|up [R,2F], one weight per row [R] or None; returns [R,F] in gate|up's format.

@@ -15,9 +15,15 @@ _ELEMENTS = 4096  # per program
 
 @triton.jit
 def _weighted_swiglu_kernel(
-    gate_up_ptr, weight_ptr, out_ptr, rows,
-    WEIGHTED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
+    gate_up_ptr,
+    weight_ptr,
+    out_ptr,
+    rows,
+    WEIGHTED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     f = tl.arange(0, BLOCK_F)
     mask = (r < rows)[:, None] & (f < WIDTH)[None, :]
@@ -32,9 +38,17 @@ def _weighted_swiglu_kernel(
 
 @triton.jit
 def _weighted_swiglu_backward_kernel(
-    gate_up_ptr, weight_ptr, dout_ptr, dgate_up_ptr, dweight_ptr, rows,
-    WEIGHTED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
+    gate_up_ptr,
+    weight_ptr,
+    dout_ptr,
+    dgate_up_ptr,
+    dweight_ptr,
+    rows,
+    WEIGHTED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     f = tl.arange(0, BLOCK_F)
     mask = (r < rows)[:, None] & (f < WIDTH)[None, :]
@@ -70,9 +84,15 @@ def weighted_swiglu_backward(
     dgate_up = gate_up_RF.new_empty(gate_up_RF.shape)
     dweight = None if weight_R is None else weight_R.new_empty(rows)
     _weighted_swiglu_backward_kernel[_grid(rows, width)](
-        gate_up_RF, weight_R, dout_RF.contiguous(), dgate_up, dweight, rows,
-        WEIGHTED=weight_R is not None, **_blocks(width),
-    )  # fmt: skip
+        gate_up_RF,
+        weight_R,
+        dout_RF.contiguous(),
+        dgate_up,
+        dweight,
+        rows,
+        WEIGHTED=weight_R is not None,
+        **_blocks(width),
+    )
     return dgate_up, dweight
 
 

@@ -152,9 +152,7 @@ def _cache() -> Path:
     return Path(os.environ.get("TILELANG_CACHE_DIR") or Path.home() / ".tilelang" / "cache")
 
 
-def _spawn(
-    request: dict[str, object], command: Sequence[str], helper: _Helper
-) -> subprocess.Popen[bytes]:
+def _spawn(request: dict[str, object], command: Sequence[str], helper: _Helper) -> subprocess.Popen[bytes]:
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         command,

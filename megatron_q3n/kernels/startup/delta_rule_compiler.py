@@ -126,9 +126,15 @@ def compile_all(calls: Sequence[KernelCall]) -> tuple[list[tuple[str, float]], l
     def compiled(call: KernelCall, function: Any) -> None:
         begun, kernel = time.monotonic(), call.kernel
         tilelang.compile(
-            function, kernel.out_idx, kernel.execution_backend, kernel.target, kernel.target_host,
-            kernel.verbose, kernel.pass_configs, kernel.compile_flags,
-        )  # fmt: skip
+            function,
+            kernel.out_idx,
+            kernel.execution_backend,
+            kernel.target,
+            kernel.target_host,
+            kernel.verbose,
+            kernel.pass_configs,
+            kernel.compile_flags,
+        )
         seconds.append((call.name, time.monotonic() - begun))
 
     in_order = sorted(calls, key=lambda call: len(call.kernel.func_source), reverse=True)

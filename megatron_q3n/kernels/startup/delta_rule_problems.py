@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from megatron_q3n.config import RunConfig
 
-CHECKED_TOKENS = (
-    8192  # of all rows of a check: enough for every kernel, some 5 GiB of reference at 32 heads
-)
+# of all rows of a check: enough for every kernel, some 5 GiB of reference at 32 heads
+CHECKED_TOKENS = 8192
 _SMALL_TOKENS = 192  # no multiple of the chunk's 64 tokens in every row, and three documents
 _SMALL_BOUNDS = (0, 1, 70, _SMALL_TOKENS)
 _TRAINING = ("pretrain", "longcontext", "sft", "mtp", "rl")
@@ -54,13 +53,9 @@ def problems_to_compile(config: RunConfig) -> list[DeltaRuleProblem]:
 
 def _problems(config: RunConfig, tokens: int) -> list[DeltaRuleProblem]:
     packed, heads = packs_documents(config), _heads(config)
-    small = DeltaRuleProblem(
-        1 if packed else 4, _SMALL_TOKENS, *heads, _SMALL_BOUNDS if packed else None
-    )
+    small = DeltaRuleProblem(1 if packed else 4, _SMALL_TOKENS, *heads, _SMALL_BOUNDS if packed else None)
     layout = config.parallel
-    walks_chunks = (
-        layout.context_parallel_size > 1 and layout.linear_context_parallel == "state_passing"
-    )
+    walks_chunks = layout.context_parallel_size > 1 and layout.linear_context_parallel == "state_passing"
     if config.stage not in _TRAINING or walks_chunks:
         return [small]
     if not packed:
@@ -77,6 +72,8 @@ def _heads(config: RunConfig) -> tuple[int, int, int, int]:
     if layout.linear_context_parallel == "all_to_all":
         share *= layout.context_parallel_size
     return (
-        model.linear_num_key_heads // share, model.linear_num_value_heads // share,
-        model.linear_key_head_dim, model.linear_value_head_dim,
-    )  # fmt: skip
+        model.linear_num_key_heads // share,
+        model.linear_num_value_heads // share,
+        model.linear_key_head_dim,
+        model.linear_value_head_dim,
+    )

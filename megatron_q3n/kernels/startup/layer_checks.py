@@ -57,9 +57,7 @@ def attention_inputs_check(config: RunConfig) -> tuple[Results, Results]:
     angles = 3 * torch.cat([half, half], 1)
 
     def run(fused: bool, x: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
-        made = qkv_norm_rope.attention_inputs(
-            x, angles, q_norm, k_norm, groups, is_gated, 1e-6, fused=fused
-        )
+        made = qkv_norm_rope.attention_inputs(x, angles, q_norm, k_norm, groups, is_gated, 1e-6, fused=fused)
         return torch.cat([part.flatten() for part in made if part is not None])
 
     inputs = [random(_TOKENS, 2, groups * each), 0.1 * random(dim), 0.1 * random(dim + 1)[1:]]

@@ -24,33 +24,15 @@ from torch import Tensor
 from megatron_q3n.config import RunConfig
 from megatron_q3n.kernels import registry, residual_norm
 from megatron_q3n.kernels.attention import qkv_norm_rope
-from megatron_q3n.kernels.decode import (
-    argmax as decode_argmax,
-)
-from megatron_q3n.kernels.decode import (
-    attention as decode_attention,
-)
-from megatron_q3n.kernels.decode import (
-    experts as decode_experts,
-)
-from megatron_q3n.kernels.decode import (
-    gated_delta as decode_gated_delta,
-)
-from megatron_q3n.kernels.decode import (
-    gemm as decode_gemm,
-)
-from megatron_q3n.kernels.decode import (
-    router as decode_router,
-)
+from megatron_q3n.kernels.decode import argmax as decode_argmax
+from megatron_q3n.kernels.decode import attention as decode_attention
+from megatron_q3n.kernels.decode import experts as decode_experts
+from megatron_q3n.kernels.decode import gated_delta as decode_gated_delta
+from megatron_q3n.kernels.decode import gemm as decode_gemm
+from megatron_q3n.kernels.decode import router as decode_router
 from megatron_q3n.kernels.gated_delta import backend as delta_rule_backend
 from megatron_q3n.kernels.gated_delta import mixer as delta_mixer
-from megatron_q3n.kernels.moe import (
-    fp8_experts,
-    grouped_linear,
-    permutation,
-    shared_expert_gate,
-    swiglu,
-)
+from megatron_q3n.kernels.moe import fp8_experts, grouped_linear, permutation, shared_expert_gate, swiglu
 from megatron_q3n.kernels.startup import compile_ahead, layer_checks
 from megatron_q3n.kernels.startup.delta_rule_problems import checked_problems, packs_documents
 from megatron_q3n.kernels.startup.layer_checks import Results
@@ -73,14 +55,9 @@ def qualify(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict
     _seconds.clear()
     heads = _heads_at_hand(config)
     if device.type != "cuda" or dtype != torch.bfloat16:
-        why = (
-            "without a GPU" if device.type != "cuda" else f"in {str(dtype).removeprefix('torch.')}"
-        )
+        why = "without a GPU" if device.type != "cuda" else f"in {str(dtype).removeprefix('torch.')}"
         reference = delta_rule_backend.choose(device, dtype, ())
-        return {
-            "gated_delta_rule": reference,
-            "other fused kernels": f"torch: there are none {why}",
-        }
+        return {"gated_delta_rule": reference, "other fused kernels": f"torch: there are none {why}"}
     packed = packs_documents(config)
     checks = {
         delta_mixer.OPERATION: partial(_mixer, heads, config.model.linear_conv_kernel_dim, packed),
@@ -122,9 +99,12 @@ def _heads_at_hand(config: RunConfig) -> delta_mixer.DeltaHeads:
     if layout.linear_context_parallel == "all_to_all":
         share *= layout.context_parallel_size
     return delta_mixer.DeltaHeads(
-        model.linear_num_key_heads // share, model.linear_num_value_heads // share,
-        model.linear_key_head_dim, model.linear_value_head_dim, model.layernorm_epsilon,
-    )  # fmt: skip
+        model.linear_num_key_heads // share,
+        model.linear_num_value_heads // share,
+        model.linear_key_head_dim,
+        model.linear_value_head_dim,
+        model.layernorm_epsilon,
+    )
 
 
 def _on(device: torch.device, name: str, work: Callable[[], str]) -> str:
@@ -158,10 +138,11 @@ def _fp8_experts(config: RunConfig) -> tuple[Results, Results]:
     routing = torch.zeros_like(logits, dtype=torch.bool)
     routing.scatter_(1, logits.topk(2, 1).indices, True)
     inputs = [
-        _random(tokens, model.hidden_size), logits.sigmoid() * routing,
+        _random(tokens, model.hidden_size),
+        logits.sigmoid() * routing,
         model.hidden_size**-0.5 * _random(4, 2 * width, model.hidden_size),
         width**-0.5 * _random(4, model.hidden_size, width),
-    ]  # fmt: skip
+    ]
 
     def run(fp8: bool, x: Tensor, probs: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
         routes, gates = permutation.plan_routes(routing, probs, 2, fused=True)
@@ -183,9 +164,7 @@ def _mixer(heads: delta_mixer.DeltaHeads, taps: int, packed: bool) -> tuple[Resu
     repeat = heads.value_heads // heads.key_heads
     bounds = torch.tensor([0, 1, 70, _TOKENS], dtype=torch.int32, device="cuda") if packed else None
 
-    def rule(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **_: object
-    ) -> tuple[Tensor, None]:
+    def rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **_: object) -> tuple[Tensor, None]:
         share = (g.exp() * beta.float())[..., None]
         return (v * share + (q * k).repeat_interleave(repeat, 2) * 9).to(v.dtype), None
 
@@ -194,10 +173,13 @@ def _mixer(heads: delta_mixer.DeltaHeads, taps: int, packed: bool) -> tuple[Resu
 
     fp32 = torch.float32
     inputs = [
-        _random(_TOKENS, 1 if packed else 2, width), _random(_TOKENS, 1 if packed else 2, 2 * heads.value_heads),
-        _random(channels, taps), _random(heads.value_heads, dtype=fp32),
-        _random(heads.value_heads, dtype=fp32) + 1, 0.1 * _random(heads.value_dim, dtype=fp32),
-    ]  # fmt: skip
+        _random(_TOKENS, 1 if packed else 2, width),
+        _random(_TOKENS, 1 if packed else 2, 2 * heads.value_heads),
+        _random(channels, taps),
+        _random(heads.value_heads, dtype=fp32),
+        _random(heads.value_heads, dtype=fp32) + 1,
+        0.1 * _random(heads.value_dim, dtype=fp32),
+    ]
     fused = _with_gradients(partial(run, delta_mixer.fused_delta_mixer), inputs)
     return fused, _with_gradients(partial(run, delta_mixer.composed_delta_mixer), inputs)
 
@@ -206,17 +188,20 @@ def _steps(heads: delta_mixer.DeltaHeads, taps: int) -> tuple[Results, Results]:
     """Check decoding, which has no gradients: outputs and states of a few tokens of a few sequences."""
     fp32, sequences = torch.float32, 3
     weights = delta_mixer.DeltaWeights(
-        _random(sum(heads.sections[:3]), taps), _random(heads.value_heads, dtype=fp32),
-        _random(heads.value_heads, dtype=fp32) + 1, 0.1 * _random(heads.value_dim, dtype=fp32),
-    )  # fmt: skip
+        _random(sum(heads.sections[:3]), taps),
+        _random(heads.value_heads, dtype=fp32),
+        _random(heads.value_heads, dtype=fp32) + 1,
+        0.1 * _random(heads.value_dim, dtype=fp32),
+    )
     inputs = (
-        _random(4, sequences, sum(heads.sections)), _random(4, sequences, 2 * heads.value_heads),
-        weights, heads, _random(sequences, sum(heads.sections[:3]), taps - 1),
+        _random(4, sequences, sum(heads.sections)),
+        _random(4, sequences, 2 * heads.value_heads),
+        weights,
+        heads,
+        _random(sequences, sum(heads.sections[:3]), taps - 1),
         _random(sequences, heads.value_heads, heads.key_dim, heads.value_dim, dtype=fp32),
-    )  # fmt: skip
-    return decode_gated_delta.delta_steps(
-        *inputs, fused=True
-    ), decode_gated_delta.composed_delta_steps(*inputs)
+    )
+    return decode_gated_delta.delta_steps(*inputs, fused=True), decode_gated_delta.composed_delta_steps(*inputs)
 
 
 def _few_experts(config: RunConfig) -> tuple[Results, Results]:
@@ -253,9 +238,7 @@ def _few_queries(config: RunConfig) -> tuple[Results, Results]:
     start = torch.tensor([0, 3, reach], device="cuda")
     results: tuple[list[Tensor], list[Tensor]] = ([], [])
     for window, tokens in product({None, model.attention_window_tokens}, (1, 5)):
-        heads = decode_attention.AttentionHeads(
-            groups, queries, dim, model.gate_lies_with_queries, dim**-0.5, window
-        )
+        heads = decode_attention.AttentionHeads(groups, queries, dim, model.gate_lies_with_queries, dim**-0.5, window)
         each = (1 + heads.is_gated) * queries + 2
         qkv = _random(tokens, 3, groups * each * dim)
         cache = [_random(3, groups, reach + 8, dim), _random(3, groups, reach + 8, dim).flip(2)]
@@ -271,10 +254,12 @@ def _few_routes(config: RunConfig) -> tuple[Results, Results]:
     model, given = config.model, config.model.megatron
     experts, width = model.num_moe_experts, model.hidden_size
     choice = decode_router.Choice(
-        model.moe_router_topk, given.get("moe_router_score_function", "softmax"),
-        given.get("moe_router_pre_softmax", False), given.get("moe_router_topk_scaling_factor"),
+        model.moe_router_topk,
+        given.get("moe_router_score_function", "softmax"),
+        given.get("moe_router_pre_softmax", False),
+        given.get("moe_router_topk_scaling_factor"),
         _random(experts, dtype=torch.float32) if model.moe_router_enable_expert_bias else None,
-    )  # fmt: skip
+    )
     x, weight = _random(3, width), width**-0.5 * _random(experts, width)
     norm = decode_gemm.RowNorm(0.1 * _random(width), model.layernorm_epsilon)
 

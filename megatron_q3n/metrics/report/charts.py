@@ -17,13 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    EngFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullLocator,
-    StrMethodFormatter,
-)
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from megatron_q3n.metrics.expert_load_image import LOAD_COLOURS, over_even_share
 from megatron_q3n.metrics.report.series import Array, Series, thin
@@ -89,9 +83,7 @@ def line_chart(
     doublings, and every place that was measured is named. `is_share`: of something, so from 0 to 1.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(
-            figsize=(WIDTH / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), layout="constrained"
-        )
+        figure = Figure(figsize=(WIDTH / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), layout="constrained")
         axes = figure.subplots()
         for curve in curves:
             _draw(axes, curve)
@@ -119,12 +111,8 @@ def heat_map(shares: Sequence[Sequence[float]], row_names: Sequence[str], *, tit
         axes = figure.subplots()
         most = max(2.0, float(load.max()))
         norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=most)
-        image = axes.imshow(
-            load, cmap=LOAD_COLOURS, norm=norm, aspect="auto", interpolation="nearest"
-        )
-        bar = figure.colorbar(
-            image, ax=axes, pad=0.01, aspect=cells_height / 10, ticks=[0, 1, most]
-        )
+        image = axes.imshow(load, cmap=LOAD_COLOURS, norm=norm, aspect="auto", interpolation="nearest")
+        bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=cells_height / 10, ticks=[0, 1, most])
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.ax.set_yticklabels(["0", "even", f"{most:.2g}×"])
         axes.set_xlabel("expert")
@@ -150,9 +138,7 @@ def layer_map(table: Array, steps: Sequence[float], row_names: Sequence[str], *,
         size = (WIDTH / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
-        image = axes.imshow(
-            table, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest"
-        )
+        image = axes.imshow(table, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
         bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=30, ticks=[low, high])
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.ax.minorticks_off()
@@ -183,9 +169,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
     lost = curve.series.x[~np.isfinite(curve.series.y)][:MAX_MARKED]
     if len(lost):  # ticks on the x axis where there was no number
         along_axis = axes.get_xaxis_transform()
-        axes.plot(
-            lost, np.zeros(len(lost)), "|", color=COLOUR["c5"], transform=along_axis, clip_on=False
-        )
+        axes.plot(lost, np.zeros(len(lost)), "|", color=COLOUR["c5"], transform=along_axis, clip_on=False)
 
 
 def _draw_level(axes: Axes, level: float, label: str) -> None:

@@ -28,30 +28,17 @@ from megatron_q3n.metrics.report.panels import (
 from megatron_q3n.metrics.report.run_files import RunFiles, load
 from megatron_q3n.metrics.report.series import Series, pick, smooth
 from megatron_q3n.metrics.report.single import VALIDATION, active_seconds, compact, status_text
-from megatron_q3n.metrics.report.variants import (
-    Variant,
-    group,
-    mean_and_spread,
-    mean_curve,
-    settings,
-    spread_text,
-)
+from megatron_q3n.metrics.report.variants import Variant, group, mean_and_spread, mean_curve, settings, spread_text
 
 # heading -> where a run ended in that respect; what no run has a number of is left out
 _FINAL: dict[str, Callable[[RunFiles], float | None]] = {
     "validation, bits/byte": lambda run: pick(run.records, VALIDATION).last,
     "validation, nats/token": lambda run: pick(run.records, "loss/validation").last,
     "training, nats/token, smoothed": lambda run: smooth(pick(run.records, "loss/train")).last,
-    "attention to the first token, most": lambda run: (
-        pick(run.records, "sinks/first_token_max").last
-    ),
-    "largest activation over the median": lambda run: (
-        pick(run.records, "activations/max_over_median").last
-    ),
+    "attention to the first token, most": lambda run: pick(run.records, "sinks/first_token_max").last,
+    "largest activation over the median": lambda run: pick(run.records, "activations/max_over_median").last,
     "largest norm scale": lambda run: pick(run.records, "norms/max").last,
-    "fullest expert over the mean, smoothed": lambda run: (
-        smooth(pick(run.records, "experts/max_over_mean")).last
-    ),
+    "fullest expert over the mean, smoothed": lambda run: smooth(pick(run.records, "experts/max_over_mean")).last,
     "dead experts": lambda run: pick(run.records, "experts/dead").last,
     "tokens/s, median": lambda run: _median(pick(run.records, "throughput/tokens_per_second")),
     "alerts": lambda run: float(len(alerts_in(run.records, run.config))),
@@ -75,8 +62,7 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
     panels = [p for p in panels_for([r for run in runs for r in run.records]) if not p.is_by_layer]
     first = [_overview(variants), _differences(variants), _single_runs(variants)]
     charts = (
-        page.section(name, [_card(panel, variants) for panel in panels if panel.section == name])
-        for name in SECTIONS
+        page.section(name, [_card(panel, variants) for panel in panels if panel.section == name]) for name in SECTIONS
     )
     title = f"{len(runs)} runs compared"
     subtitle = "curves over tokens" if len(variants) == len(runs) else _subtitle(variants)
@@ -162,9 +148,7 @@ def _curves(panel: Panel, variant: Variant) -> Iterator[Curve]:
     by_metric: dict[str, list[Series]] = {}
     for run in variant.runs:
         for name in _shown(panel, run):
-            found = curves_of(
-                pick(run.records, name, "tokens"), short(name), variant.colour, panel.noisy
-            )
+            found = curves_of(pick(run.records, name, "tokens"), short(name), variant.colour, panel.noisy)
             by_metric.setdefault(name, []).append(found[-1].series)
     for name, every in by_metric.items():
         mean = mean_curve(every)

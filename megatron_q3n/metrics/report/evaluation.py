@@ -18,9 +18,7 @@ def evaluation_cards(found: Any) -> list[str]:
         cards.append(page.card(f"Held-out text: {name}", text, note="By position in the context."))
         if "drafts" in results:
             drafts = page.table(_draft_rows(results), _draft_header(results))
-            note = (
-                "Share kept by the model itself at each depth, where all drafts before were kept."
-            )
+            note = "Share kept by the model itself at each depth, where all drafts before were kept."
             cards.append(page.card(f"Drafts: {name}", drafts, note=note))
     cards += recall_cards(found)
     tasks = [
@@ -50,7 +48,7 @@ def _text_comparison(name: str, variants: Sequence[Variant]) -> str:
     rows = [
         (place, *(spread_text(*mean_and_spread([run.get(place) for run in runs])) for runs in losses))
         for place in places
-    ]  # fmt: skip
+    ]
     table = page.table(rows, ("tokens", *(variant.name for variant in variants)), numbers=True)
     title, note = f"Held-out text: {name}", "By position in the context."
     return page.card(title, table, unit="nats/token", note=note, wide=len(variants) > 3)

@@ -87,15 +87,11 @@ def sentence(text: str) -> str:
     return f'<p class="absent">{escape(text)}</p>'
 
 
-def table(
-    rows: Iterable[Sequence[Any]], header: Sequence[str] = (), *, numbers: bool = False
-) -> str:
+def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = (), *, numbers: bool = False) -> str:
     """Return a table; the first column is the row's name. Numbers stay in one piece, and names break instead."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
-        f"<tr><th>{escape(str(name))}</th>"
-        + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
-        + "</tr>"
+        f"<tr><th>{escape(str(name))}</th>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
         for name, *cells in rows
     )
     kind = '<table class="numbers">' if numbers else "<table>"

@@ -53,15 +53,9 @@ PANELS = (
     Panel(LEARNING, "Multi-token prediction loss", ("loss/mtp_<k>",), noisy=True, always=True),
     Panel(LEARNING, "Drafts kept, greedy", ("acceptance/greedy_<k>",)),
     Panel(LEARNING, "Drafts kept, drawn", ("acceptance/sampled_<k>",)),
-    Panel(
-        LEARNING,
-        "Tokens per pass of the trunk",
-        ("acceptance/greedy_length", "acceptance/sampled_length"),
-    ),
+    Panel(LEARNING, "Tokens per pass of the trunk", ("acceptance/greedy_length", "acceptance/sampled_length")),
     Panel(LEARNING, "Expert balance loss", ("loss/balance",), True, True, 1.0, "even"),
-    Panel(
-        EXPERTS, "Fullest expert, worst layer", ("experts/max_over_mean",), True, False, 1.0, "even"
-    ),
+    Panel(EXPERTS, "Fullest expert, worst layer", ("experts/max_over_mean",), True, False, 1.0, "even"),
     Panel(EXPERTS, "Dead experts", ("experts/dead",)),
     Panel(
         EXPERTS,
@@ -86,11 +80,7 @@ PANELS = (
         labels=("mean of layers", "most"),
         note="Share of what later tokens attend to; an even spread over T tokens is about ln(T)/T.",
     ),
-    Panel(
-        ATTENTION,
-        "Attention to the first token by layer",
-        ("sinks/first_token_layer_<k>", "sinks/first_token_mtp"),
-    ),
+    Panel(ATTENTION, "Attention to the first token by layer", ("sinks/first_token_layer_<k>", "sinks/first_token_mtp")),
     Panel(
         ATTENTION,
         "Largest activation over the median",
@@ -103,15 +93,9 @@ PANELS = (
         ("activations/max_over_median_layer_<k>", "activations/max_over_median_mtp"),
     ),
     Panel(ATTENTION, "Largest activation", ("activations/max",)),
+    Panel(ATTENTION, "Largest activation by layer", ("activations/max_layer_<k>", "activations/max_mtp")),
     Panel(
-        ATTENTION,
-        "Largest activation by layer",
-        ("activations/max_layer_<k>", "activations/max_mtp"),
-    ),
-    Panel(
-        ATTENTION,
-        "Residual stream by layer, root mean square",
-        ("activations/rms_layer_<k>", "activations/rms_mtp"),
+        ATTENTION, "Residual stream by layer, root mean square", ("activations/rms_layer_<k>", "activations/rms_mtp")
     ),
     Panel(
         DELTA,
@@ -121,20 +105,11 @@ PANELS = (
         note="Tokens until a head's state has faded to half, by its mean decay.",
     ),
     Panel(DELTA, "Half-life by layer, median head", ("delta/half_life_layer_<k>",)),
-    Panel(
-        DELTA,
-        "State norm",
-        ("delta/state_norm",),
-        note="Frobenius norm at the end of a sequence, mean over heads.",
-    ),
+    Panel(DELTA, "State norm", ("delta/state_norm",), note="Frobenius norm at the end of a sequence, mean over heads."),
     Panel(DELTA, "State norm by layer", ("delta/state_norm_layer_<k>",)),
     Panel(OPTIMIZER, "Learning rate", ("learning_rate",), always=True),
     Panel(OPTIMIZER, "Gradient norm", ("grad_norm",), noisy=True, always=True),
-    Panel(
-        OPTIMIZER,
-        "Gradient norm by layer",
-        ("gradients/norm_layer_<k>",),
-    ),
+    Panel(OPTIMIZER, "Gradient norm by layer", ("gradients/norm_layer_<k>",)),
     Panel(
         OPTIMIZER,
         "Gradient norm elsewhere",
@@ -150,13 +125,7 @@ PANELS = (
         line_label="at the start",
         note="1 + weight, in magnitude.",
     ),
-    Panel(
-        OPTIMIZER,
-        "Largest norm scale by layer",
-        ("norms/max_layer_<k>",),
-        line_at=1.0,
-        line_label="at the start",
-    ),
+    Panel(OPTIMIZER, "Largest norm scale by layer", ("norms/max_layer_<k>",), line_at=1.0, line_label="at the start"),
     Panel(OPTIMIZER, "Parameter norm", ("params_norm",)),
     Panel(OPTIMIZER, "Skipped steps", ("skipped_steps",)),
     Panel(SPEED, "Throughput", ("throughput/tokens_per_second",), True, True, usual_range=True),
@@ -195,13 +164,7 @@ def logged_names(panel: Panel, records: Sequence[Record]) -> list[str]:
     return [name for row in panel.metrics for name in present if row in (name, row_name(name))]
 
 
-def panel_card(
-    panel: Panel,
-    records: Sequence[Record],
-    *,
-    line_at: float | None = None,
-    line_label: str = "",
-) -> str:
+def panel_card(panel: Panel, records: Sequence[Record], *, line_at: float | None = None, line_label: str = "") -> str:
     """Return the card of one panel for one run; empty when it has nothing. `line_at` overrides the panel's."""
     present = [name for name in logged_names(panel, records) if _says_something(name, records)]
     if not present or (panel.is_by_layer and len(present) == 1):  # one layer is the whole already
@@ -284,8 +247,4 @@ def _absent(panel: Panel) -> str:
 
 def _lost(curves: Sequence[Curve]) -> str:
     lost = max(curve.series.num_not_finite for curve in curves)
-    return (
-        f"{lost:,} {'value was' if lost == 1 else 'values were'} not finite (marked on the axis)"
-        if lost
-        else ""
-    )
+    return f"{lost:,} {'value was' if lost == 1 else 'values were'} not finite (marked on the axis)" if lost else ""

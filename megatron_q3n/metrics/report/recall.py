@@ -38,7 +38,7 @@ def recall_cards(found: Any) -> Iterator[str]:
         rows = [
             (f"{length:,}", f"{s['accuracy']:.1%}", f"{s['loss']:.3f}", f"{s['loss of the first copy']:.3f}")
             for length, s in scores.items()
-        ]  # fmt: skip
+        ]
         numbers = page.table(rows, ("tokens", "right", "nats/token", "of the first copy"))
         title = f"{TITLE}: {name}" if name else TITLE
         curve = Curve(_accuracy(scores), "right", "c0", markers=True)
@@ -54,10 +54,7 @@ def recall_comparison(variants: Sequence[Variant]) -> Iterator[str]:
             sets = [recalled(run.evaluation) for run in variant.runs]
             runs = [_accuracy(found[name]) for found in sets if name in found]
             mean = mean_curve(runs)
-            curves += [
-                Curve(series, "right", variant.colour, mean is not None, mean is None)
-                for series in runs
-            ]
+            curves += [Curve(series, "right", variant.colour, mean is not None, mean is None) for series in runs]
             curves += [] if mean is None else [Curve(mean, "right", variant.colour, markers=True)]
         title = f"{TITLE}: {name}" if name else TITLE
         keys = [(variant.name, variant.colour, "") for variant in variants]
@@ -69,6 +66,4 @@ def _accuracy(scores: dict[int, Scores]) -> Series:
 
 
 def _chart(curves: Sequence[Curve], title: str) -> str:
-    return line_chart(
-        curves, title=title, x_label="tokens to recall", doubling_x=True, is_share=True
-    )
+    return line_chart(curves, title=title, x_label="tokens to recall", doubling_x=True, is_share=True)

@@ -88,11 +88,7 @@ def not_default(config: dict[str, Any]) -> dict[str, Any]:
     # without validation: defaults need not be legal under this process's WORLD_SIZE
     defaults = flatten(RunConfig.model_construct().model_dump(mode="json"))
     missing = object()
-    return {
-        name: value
-        for name, value in flatten(config).items()
-        if name and defaults.get(name, missing) != value
-    }
+    return {name: value for name, value in flatten(config).items() if name and defaults.get(name, missing) != value}
 
 
 def _text(path: Path) -> str | None:

@@ -6,10 +6,7 @@ from typing import Any
 from megatron_q3n.metrics import sample_tables
 from megatron_q3n.metrics.report import page
 
-CARDS = {
-    sample_tables.HELD_OUT: "Answers to held-out prompts",
-    sample_tables.ROLLOUT: "The last rollout",
-}
+CARDS = {sample_tables.HELD_OUT: "Answers to held-out prompts", sample_tables.ROLLOUT: "The last rollout"}
 SHOWN_COLUMNS = ("question", "answer", "text", "score", "reward", "advantage", "tokens", "failure")
 SHOWN_ROWS = 24
 

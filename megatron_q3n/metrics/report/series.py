@@ -40,9 +40,7 @@ class Series:
 
 def pick(records: Sequence[Record], name: str, x_name: str = "step") -> Series:
     """Return the metric `name` over the records that hold it."""
-    rows = [
-        (record[x_name], record[name]) for record in records if name in record and x_name in record
-    ]
+    rows = [(record[x_name], record[name]) for record in records if name in record and x_name in record]
     table = np.asarray(rows, dtype=np.float64).reshape(-1, 2)
     return Series(table[:, 0], table[:, 1])
 
@@ -85,10 +83,7 @@ def thin(series: Series, max_points: int = MAX_POINTS) -> Series:
     for bucket in np.array_split(np.arange(len(series)), max_points // 2):
         finite = bucket[np.isfinite(series.y[bucket])]
         if len(finite):
-            ends = {
-                int(finite[np.argmin(series.y[finite])]),
-                int(finite[np.argmax(series.y[finite])]),
-            }
+            ends = {int(finite[np.argmin(series.y[finite])]), int(finite[np.argmax(series.y[finite])])}
             kept += sorted(ends)
         else:
             kept.append(int(bucket[0]))

@@ -37,9 +37,7 @@ def write_report(run_dir: Path) -> Path:
         *(page.section(section, _charts(run, section)) for section in SECTIONS),
         page.section("Evaluation", evaluation_cards(run.evaluation)),
         page.section("Generated text", sample_cards(run.path) or [_samples(run)]),
-        page.section(
-            "Settings and environment", [_settings(run), _environment(run), _backends(run)]
-        ),
+        page.section("Settings and environment", [_settings(run), _environment(run), _backends(run)]),
     ]
     return page.write(run_dir / REPORT_FILE, page.document(run.name, _subtitle(run), body))
 
@@ -140,9 +138,7 @@ def alerts_card(alerts: Sequence[Alert]) -> str:
 def _baseline(run: RunFiles) -> tuple[str, float] | None:
     found = run.baseline if isinstance(run.baseline, dict) else {}
     bits = found.get("bits_per_byte")
-    return (
-        (str(found.get("name", "baseline")), float(bits)) if isinstance(bits, int | float) else None
-    )
+    return (str(found.get("name", "baseline")), float(bits)) if isinstance(bits, int | float) else None
 
 
 def _expert_load(run: RunFiles) -> str:

@@ -33,8 +33,7 @@ def group(runs: Sequence[RunFiles]) -> list[Variant]:
         members.setdefault(key, []).append(run)
     names = _names([group[0] for group in members.values()])
     return [
-        Variant(name, f"c{index}", tuple(group))
-        for index, (name, group) in enumerate(zip(names, members.values()))
+        Variant(name, f"c{index}", tuple(group)) for index, (name, group) in enumerate(zip(names, members.values()))
     ]
 
 
@@ -82,7 +81,4 @@ def _names(firsts: Sequence[RunFiles]) -> list[str]:
     differing = [n for n in known if any(one.get(n) != every[0].get(n) for one in every)]
     if not 0 < len(differing) <= MAX_NAMED_SETTINGS:
         return [run.name for run in firsts]
-    return [
-        ", ".join(f"{name.rsplit('.', 1)[-1]}={one.get(name, '–')}" for name in differing)
-        for one in every
-    ]
+    return [", ".join(f"{name.rsplit('.', 1)[-1]}={one.get(name, '–')}" for name in differing) for one in every]

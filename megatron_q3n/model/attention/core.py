@@ -63,9 +63,7 @@ class TorchCausalAttention(nn.Module):
         cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
         if cu_seqlens is not None:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        mask = visible_keys(
-            cu_seqlens, query.shape[0], self.cp_group, query.device, self.window_tokens
-        )
+        mask = visible_keys(cu_seqlens, query.shape[0], self.cp_group, query.device, self.window_tokens)
         if self.cp_group.size() > 1:
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
@@ -83,11 +81,7 @@ def window_tokens(config: TransformerConfig) -> int | None:
 
 
 def visible_keys(
-    cu_seqlens: Tensor | None,
-    local: int,
-    group: Any,
-    device: torch.device,
-    window: int | None = None,
+    cu_seqlens: Tensor | None, local: int, group: Any, device: torch.device, window: int | None = None
 ) -> Tensor | None:
     """Return which keys, gathered over context-parallel ranks, each local query may see; None for plain causal
     attention.

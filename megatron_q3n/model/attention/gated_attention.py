@@ -42,14 +42,17 @@ class GatedAttention(SelfAttention):
         """
         angles, self._angles = self._angles, None
         if angles is None:
-            return super().get_query_key_value_tensors(
-                hidden_states, key_value_states, output_gate, split_qkv
-            )
+            return super().get_query_key_value_tensors(hidden_states, key_value_states, output_gate, split_qkv)
         qkv_TBX, _ = self.linear_qkv(hidden_states)
         query, key, value, gate = qkv_norm_rope.attention_inputs(
-            qkv_TBX, angles, self.q_layernorm.weight, self.k_layernorm.weight,
-            self.num_query_groups_per_partition, output_gate, self.config.layernorm_epsilon,
-        )  # fmt: skip
+            qkv_TBX,
+            angles,
+            self.q_layernorm.weight,
+            self.k_layernorm.weight,
+            self.num_query_groups_per_partition,
+            output_gate,
+            self.config.layernorm_epsilon,
+        )
         return (query, key, value, gate) if output_gate else (query, key, value)
 
     def _fuses(self, hidden: Tensor, rotary: Any, named: dict[str, Any]) -> bool:

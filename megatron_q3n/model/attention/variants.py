@@ -114,9 +114,16 @@ class VariantAttention(SelfAttention):
 def _head_gates(config: TransformerConfig, rows: int, tp_group: Any) -> ColumnParallelLinear:
     """Return the gates of all heads, cut over ranks as the heads are."""
     return ColumnParallelLinear(
-        config.hidden_size, rows, config=config, init_method=config.init_method, bias=False, gather_output=False,
-        skip_bias_add=False, is_expert=False, tp_group=tp_group,
-    )  # fmt: skip
+        config.hidden_size,
+        rows,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        gather_output=False,
+        skip_bias_add=False,
+        is_expert=False,
+        tp_group=tp_group,
+    )
 
 
 class SharedGate(nn.Module):

@@ -91,12 +91,7 @@ class RotaryRows:
 
 
 def attend(
-    mixer: Any,
-    hidden: Tensor,
-    cache: KeyValueCache,
-    span: Span,
-    rotary: Rotary | RotaryRows,
-    norm: Any = None,
+    mixer: Any, hidden: Tensor, cache: KeyValueCache, span: Span, rotary: Rotary | RotaryRows, norm: Any = None
 ) -> Tensor:
     """Run gated attention on new tokens up to its last projection, and add them to the cache.
 
@@ -201,19 +196,13 @@ def _norms(mixer: Any) -> decode_attention.HeadNorms | None:
     return decode_attention.HeadNorms(*weights, config.layernorm_epsilon, offset)
 
 
-def _attend_each(
-    query_SHD: Tensor, cache: KeyValueCache, span: Span, scale: float, window: int | None
-) -> Tensor:
+def _attend_each(query_SHD: Tensor, cache: KeyValueCache, span: Span, scale: float, window: int | None) -> Tensor:
     """Let the tokens of one sequence after the other ask. Returns [S,H,D]."""
     outputs = []
     for row, (query, end) in enumerate(zip(query_SHD.split(span.counts), span.ends)):
         first = 0 if window is None else max(0, end - len(query) - window + 1)
         key, value = (x[row : row + 1, :, first:end] for x in (cache.key, cache.value))
-        mask = (
-            causal_lower_right(len(query), end)
-            if window is None
-            else _band(query, end - first, window)
-        )
+        mask = causal_lower_right(len(query), end) if window is None else _band(query, end - first, window)
         out = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None], key, value, attn_mask=mask, scale=scale, enable_gqa=True
         )

@@ -63,9 +63,7 @@ def _chooses_alone(router: Any) -> bool:
     return is_idle and not (router.forces_balance or changes_scores or balances)
 
 
-def add_few_experts(
-    moe: Any, hidden: Tensor, residual: Tensor, norm: nn.Module | None = None
-) -> Tensor:
+def add_few_experts(moe: Any, hidden: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
     """Add what the MoE layer returns for a few tokens to the residual, where that lies if formats agree.
 
     Shapes: hidden, residual [...,X]; returns the same. `norm` is the layer's, or None where it was done.
@@ -99,9 +97,7 @@ def _weights(moe: Any) -> kernels.ExpertWeights:
     return kernels.ExpertWeights(*own, *linears, shared.gate_weight)
 
 
-def _choose(
-    router: Any, choice: decode_router.Choice | None, hidden: Tensor
-) -> tuple[Tensor, Tensor]:
+def _choose(router: Any, choice: decode_router.Choice | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Return gates and experts [T,K], as GlobalBatchRouter chooses."""
     config = router.config
     if choice is not None and registry.is_fused(decode_router.OPERATION, hidden):

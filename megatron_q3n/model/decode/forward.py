@@ -31,12 +31,7 @@ from megatron_q3n.kernels.decode import gated_delta as steps
 from megatron_q3n.kernels.gated_delta.mixer import DeltaHeads, DeltaWeights
 from megatron_q3n.model.decode import experts as decode_experts
 from megatron_q3n.model.decode.attention import Rotary, RotaryRows, attend
-from megatron_q3n.model.decode.fused_linear import (
-    add_projected,
-    join_embeddings,
-    project_normed,
-    raw_logits_of,
-)
+from megatron_q3n.model.decode.fused_linear import add_projected, join_embeddings, project_normed, raw_logits_of
 from megatron_q3n.model.decode.span import Span
 from megatron_q3n.model.decode.state import DecodeState, KeyValueCache, Memory, mtp_layers
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetState
@@ -46,9 +41,7 @@ from megatron_q3n.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetState
 _PROMPT_STEPS = 128
 _PROMPT_STATE_BYTES = 256 * 2**20
 _FIRST_ROTATIONS = 1024  # positions
-_SEQUENCE_PARALLEL = (
-    "sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings",
-)  # fmt: skip
+_SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
 
 @contextmanager
@@ -59,10 +52,7 @@ def generating(model: Any) -> Iterator[None]:
     """
     parts = [part for module in model.modules() for part in (module, getattr(module, "config", 0))]
     switched = {
-        (id(part), name): part
-        for part in parts
-        for name in _SEQUENCE_PARALLEL
-        if getattr(part, name, False) is True
+        (id(part), name): part for part in parts for name in _SEQUENCE_PARALLEL if getattr(part, name, False) is True
     }
     trained = model.training
     model.eval()
@@ -77,13 +67,7 @@ def generating(model: Any) -> Iterator[None]:
 
 
 def extend(
-    model: Any,
-    tokens_S: Tensor,
-    span: Span,
-    state: DecodeState,
-    *,
-    each_prefix: bool = False,
-    normed: bool = True,
+    model: Any, tokens_S: Tensor, span: Span, state: DecodeState, *, each_prefix: bool = False, normed: bool = True
 ) -> Tensor:
     """Run new tokens through the trunk, and remember them in `state`.
 
@@ -96,9 +80,7 @@ def extend(
     room = state.begin_trial(span.counts[0]) if each_prefix else {}
     for number, layer in enumerate(model.decoder.layers):
         memory = state.layers[number]
-        hidden, after = run_layer(
-            layer, hidden, memory, span, rotary, each_prefix, room.get(number)
-        )
+        hidden, after = run_layer(layer, hidden, memory, span, rotary, each_prefix, room.get(number))
         if each_prefix and isinstance(after, GatedDeltaNetState):
             state.pending[number] = after
         else:
@@ -107,13 +89,7 @@ def extend(
 
 
 def extend_mtp(
-    model: Any,
-    hidden_SX: Tensor,
-    next_tokens_S: Tensor,
-    span: Span,
-    state: DecodeState,
-    *,
-    normed: bool = True,
+    model: Any, hidden_SX: Tensor, next_tokens_S: Tensor, span: Span, state: DecodeState, *, normed: bool = True
 ) -> Tensor:
     """Run the MTP layer at the span's positions, and write its keys and values.
 
@@ -177,9 +153,7 @@ def run_layer(
         mixed, group = attend(mixer, hidden, memory, span, rotary, norm), mixer.pg_collection.tp
         return add_projected(mixer.linear_proj, mixed, residual, layer.config, group), memory
     if not each_prefix and not _goes_step_by_step(hidden, memory, span):
-        mixed, memory = mixer.mix(
-            norm(hidden), memory, cu_seqlens=span.cu_seqlens, return_state=True
-        )
+        mixed, memory = mixer.mix(norm(hidden), memory, cu_seqlens=span.cu_seqlens, return_state=True)
         return residual + mixed, memory
     mixed, memory = _mix_few(mixer, norm, hidden, memory, room)
     if not each_prefix:
@@ -201,9 +175,7 @@ def _last_of_each(states: GatedDeltaNetState, span: Span) -> GatedDeltaNetState:
     tokens = span.counts[0]
     if tokens == 1:
         return states
-    return GatedDeltaNetState(
-        *(x.unflatten(0, (-1, tokens))[:, -1].clone() for x in (states.conv, states.delta))
-    )
+    return GatedDeltaNetState(*(x.unflatten(0, (-1, tokens))[:, -1].clone() for x in (states.conv, states.delta)))
 
 
 def _mix_few(
@@ -217,9 +189,7 @@ def _mix_few(
 
     Returns: the output [T,N,Hv·V], and states of N·T rows, those of a sequence together.
     """
-    weights = DeltaWeights(
-        mixer.conv1d.weight.squeeze(1), mixer.A_log, mixer.dt_bias, mixer.out_norm.weight
-    )
+    weights = DeltaWeights(mixer.conv1d.weight.squeeze(1), mixer.A_log, mixer.dt_bias, mixer.out_norm.weight)
     heads = DeltaHeads(
         mixer.key_dim // mixer.key_head_dim,
         mixer.value_heads,
@@ -231,7 +201,6 @@ def _mix_few(
         norm, (mixer.in_proj, mixer.beta_alpha_proj), hidden_TNX, mixer.config, mixer.tp_group
     )
     mixed, conv, delta = steps.delta_steps(
-        qkvz, beta_alpha, weights, heads, state.conv, state.delta,
-        out=None if room is None else (room.conv, room.delta),
-    )  # fmt: skip
+        qkvz, beta_alpha, weights, heads, state.conv, state.delta, out=None if room is None else (room.conv, room.delta)
+    )
     return mixed, GatedDeltaNetState(conv, delta)

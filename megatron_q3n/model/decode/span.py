@@ -73,9 +73,7 @@ class Span:
                 return self.start_N
             steps = torch.arange(self.counts[0], device=self.device)
             return (self.start_N[:, None] + steps).flatten()
-        positions = [
-            start + i for start, count in zip(self.starts, self.counts) for i in range(count)
-        ]
+        positions = [start + i for start, count in zip(self.starts, self.counts) for i in range(count)]
         return torch.tensor(positions).to(self.device, non_blocking=True)
 
     def slots(self, heads: int, capacity: int) -> Tensor:

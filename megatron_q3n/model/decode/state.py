@@ -83,9 +83,7 @@ class DeltaStack:
 
     def room(self, each: int) -> "DeltaStack":
         """Return memory for `each` times as many rows."""
-        conv, delta = (
-            x.new_empty(len(x), each * x.shape[1], *x.shape[2:]) for x in _tensors(self.whole)
-        )
+        conv, delta = (x.new_empty(len(x), each * x.shape[1], *x.shape[2:]) for x in _tensors(self.whole))
         return DeltaStack.of(conv, delta, list(self.parts))
 
 
@@ -155,11 +153,7 @@ class DecodeState:
         if self.trial and self.stack:
             return [(self.stack.whole, self.trial.whole, 1)]
         own = {number: self.layers[number] for number in self.pending}
-        return [
-            (x, self.pending[number], 0)
-            for number, x in own.items()
-            if isinstance(x, GatedDeltaNetState)
-        ]
+        return [(x, self.pending[number], 0) for number, x in own.items() if isinstance(x, GatedDeltaNetState)]
 
     def count(self, kept: list[int]) -> None:
         """Note how many of the last call's tokens stayed."""
@@ -247,9 +241,7 @@ def _empty_memory(layer: Any, num_sequences: int) -> Memory:
     if isinstance(mixer, SelfAttention):
         weight = mixer.linear_proj.weight
         heads, head_dim = mixer.num_query_groups_per_partition, mixer.hidden_size_per_attention_head
-        nothing = torch.empty(
-            num_sequences, heads, 0, head_dim, dtype=weight.dtype, device=weight.device
-        )
+        nothing = torch.empty(num_sequences, heads, 0, head_dim, dtype=weight.dtype, device=weight.device)
         return KeyValueCache(nothing, nothing)
     return None
 
@@ -259,10 +251,9 @@ def _empty_delta_state(mixer: GatedDeltaNet, num_sequences: int) -> GatedDeltaNe
     return GatedDeltaNetState(
         weight.new_zeros(num_sequences, weight.shape[0], mixer.taps - 1),
         weight.new_zeros(
-            num_sequences, mixer.value_heads, mixer.key_head_dim, mixer.value_head_dim,
-            dtype=torch.float32,
+            num_sequences, mixer.value_heads, mixer.key_head_dim, mixer.value_head_dim, dtype=torch.float32
         ),
-    )  # fmt: skip
+    )
 
 
 def _tensors(memory: GatedDeltaNetState | KeyValueCache) -> tuple[Tensor, Tensor]:

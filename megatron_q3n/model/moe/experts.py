@@ -27,12 +27,7 @@ class StackedExperts(MegatronModule):
     """SwiGLU experts over tokens sorted by expert; fits megatron-core's `experts` slot of an MoELayer."""
 
     def __init__(
-        self,
-        num_local_experts: int,
-        config: TransformerConfig,
-        *,
-        pg_collection: Any,
-        name: str | None = None,
+        self, num_local_experts: int, config: TransformerConfig, *, pg_collection: Any, name: str | None = None
     ) -> None:
         super().__init__(config=config)
         self.ep_group, self.etp_group = pg_collection.ep, pg_collection.expt_tp
@@ -40,9 +35,7 @@ class StackedExperts(MegatronModule):
         ffn = config.moe_ffn_hidden_size // self.etp_group.size()
         hidden = config.hidden_size
         self.linear_fc1 = _Stack(num_local_experts, 2 * ffn, hidden, config, config.init_method, 1)
-        self.linear_fc2 = _Stack(
-            num_local_experts, hidden, ffn, config, config.output_layer_init_method, 2
-        )
+        self.linear_fc2 = _Stack(num_local_experts, hidden, ffn, config, config.output_layer_init_method, 2)
         selective = config.recompute_granularity == "selective"
         self.recompute_activation = selective and "moe_act" in config.recompute_modules
         self.addend: Tensor | None = None
@@ -52,9 +45,7 @@ class StackedExperts(MegatronModule):
         """Whether `forward` wants tokens and routes instead of sorted rows: in FP8, which sorts while it quantises."""
         return bool(self.config.fp8) and registry.lacking((fp8_experts.OPERATION,)) == []
 
-    def forward(
-        self, rows_TH: Tensor, where: Tensor | Routes, gates_R: Tensor
-    ) -> tuple[Tensor, None]:
+    def forward(self, rows_TH: Tensor, where: Tensor | Routes, gates_R: Tensor) -> tuple[Tensor, None]:
         """Run each expert on its rows and weigh the result by the router's gate.
 
         Shapes: rows [R,H] sorted by local expert, with counts [local experts]; or, where `takes_tokens`, tokens
@@ -72,9 +63,7 @@ class StackedExperts(MegatronModule):
         return self._run_rows(rows_TH, where, gates_R), None
 
     def _run_rows(self, rows_TH: Tensor, rows_per_expert_E: Tensor, gates_R: Tensor) -> Tensor:
-        if (
-            rows_TH.shape[0] == 0
-        ):  # nobody chose this rank's experts; keep the graph, so that DDP hears from us
+        if rows_TH.shape[0] == 0:  # nobody chose this rank's experts; keep the graph, so that DDP hears from us
             for stack in (self.linear_fc1, self.linear_fc2):
                 settle(stack.weight)
             touched = self.linear_fc1.weight.sum() * 0 + self.linear_fc2.weight.sum() * 0
@@ -96,12 +85,7 @@ class StackedExperts(MegatronModule):
         assert not sharded_offsets
         return {
             f"{prefix}{name}.weight": stacked_experts(
-                f"{prefix}{name}.weight",
-                stack.weight,
-                self.ep_group,
-                self.etp_group,
-                self.edp_rank,
-                cut=cut,
+                f"{prefix}{name}.weight", stack.weight, self.ep_group, self.etp_group, self.edp_rank, cut=cut
             )
             for name, stack, cut in (
                 ("linear_fc1", self.linear_fc1, "gated_outputs"),
@@ -117,19 +101,11 @@ class _Stack(nn.Module):
     """One linear's weights for all local experts, [experts, out, in], marked for megatron-core's gradient reduction."""
 
     def __init__(
-        self,
-        experts: int,
-        outputs: int,
-        inputs: int,
-        config: TransformerConfig,
-        init_method: Any,
-        partition_dim: int,
+        self, experts: int, outputs: int, inputs: int, config: TransformerConfig, init_method: Any, partition_dim: int
     ) -> None:
         super().__init__()
         device = torch.cuda.current_device()
-        self.weight = nn.Parameter(
-            torch.empty(experts, outputs, inputs, dtype=config.params_dtype, device=device)
-        )
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs, dtype=config.params_dtype, device=device))
         # Reduced over the expert data parallel group, by an optimizer of their own. Always, though only
         # some layouts cut experts unlike dense weights: an optimizer state of two parts does not load
         # into an optimizer of one (optimizer.py:1579), and a checkpoint must load into any layout.

@@ -80,11 +80,7 @@ class GlobalBatchRouter(TopKRouter):
         Not megatron-core's random logits: they switch the generator's state, which a CUDA graph cannot.
         The gradient goes through as if the scores were the router's own, as upstream's does.
         """
-        logits = (
-            router_linear(input, self.weight)
-            if self.config.moe_router_dtype == "fp32"
-            else super().gating(input)
-        )
+        logits = router_linear(input, self.weight) if self.config.moe_router_dtype == "fp32" else super().gating(input)
         if self.forces_balance:
             logits = logits + (torch.randn_like(logits) - logits).detach()
         return logits
@@ -142,9 +138,7 @@ class BiasedChoice:
     def __init__(self, router: GlobalBatchRouter) -> None:
         self._router = router
 
-    def get_replay_topk(
-        self, scores: Tensor, topk: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
+    def get_replay_topk(self, scores: Tensor, topk: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Return the chosen experts' own logits [T,K], without the bias, and the experts."""
         chosen_TK = (scores.detach() + self._router.expert_bias).topk(topk, dim=1).indices
         return scores.gather(1, chosen_TK), chosen_TK

@@ -26,14 +26,10 @@ class RouteTape:
     def __init__(self) -> None:
         self.given_TK: Tensor | None = None
         self.is_recording = False
-        self.own: list[
-            Tensor
-        ] = []  # what the router would choose, a tensor [T,K] per recorded pass
+        self.own: list[Tensor] = []  # what the router would choose, a tensor [T,K] per recorded pass
         self.used: list[Tensor] = []  # what was used
 
-    def run(
-        self, router: Any, logits: Tensor, probs: Tensor, used_map: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, router: Any, logits: Tensor, probs: Tensor, used_map: Tensor) -> tuple[Tensor, Tensor]:
         """Replay and record one pass, given the router's own choice.
 
         Returns: gates and routing map [T,E].

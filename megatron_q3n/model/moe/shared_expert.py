@@ -13,12 +13,7 @@ from megatron_q3n.kernels.moe.shared_expert_gate import row_gate
 class GatedSharedExpert(SharedExpertMLP):
     """SwiGLU expert for every token, times a gate of its own."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        for_gate: Tensor | None = None,
-        add: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, for_gate: Tensor | None = None, add: Tensor | None = None) -> Tensor:
         """Return sigmoid(hidden · w) · expert(hidden), plus `add` where given, shaped like hidden.
 
         `for_gate` is hidden under another name, whose gradient comes from the gate alone.

@@ -25,9 +25,7 @@ class LocalDispatcher(MoETokenDispatcher):
         self.topk, self.experts = config.moe_router_topk, experts
         self.addend: Tensor | None = None
 
-    def dispatch_preprocess(
-        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Copy tokens to their experts' rows, or leave that to experts that do it themselves.
 
         Returns: rows [T·K,H] (or tokens [T,H]), and the rows' router gates [T·K].
@@ -42,9 +40,7 @@ class LocalDispatcher(MoETokenDispatcher):
         """Nothing to exchange."""
         return hidden_states, probs
 
-    def dispatch_postprocess(
-        self, hidden_states: Tensor, probs: Tensor
-    ) -> tuple[Tensor, Tensor | Routes, Tensor]:
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | Routes, Tensor]:
         """Hand over rows, rows per expert and gates (the rows are sorted already); or tokens, routes and gates."""
         if not self.hands_over_tokens:
             return hidden_states, self.routes.rows_per_expert_E, probs

@@ -60,14 +60,18 @@ class DraftingMTP(MultiTokenPredictionBlock):
         ledger = self.config.mtp_losses
         if ledger.settings.method == "stock" and self.training:
             return super().forward(
-                input_ids=input_ids, position_ids=position_ids, hidden_states=hidden_states,
-                attention_mask=attention_mask, packed_seq_params=packed_seq_params, embedding=embedding,
+                input_ids=input_ids,
+                position_ids=position_ids,
+                hidden_states=hidden_states,
+                attention_mask=attention_mask,
+                packed_seq_params=packed_seq_params,
+                embedding=embedding,
                 **options,
-            )  # fmt: skip
+            )
         cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
         ledger.chain = DraftChain(
             self.layers[0], self.rotary, embedding, input_ids, position_ids, cu_seqlens, self.cp_group
-        )  # fmt: skip
+        )
         return hidden_states
 
 
@@ -117,9 +121,7 @@ class DraftChain:
             hidden = experts(hidden_states=hidden, attention_mask=None)[0]
         return self._layer._postprocess(hidden), key, value
 
-    def _mix(
-        self, layer: Any, hidden: Tensor, seen: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _mix(self, layer: Any, hidden: Tensor, seen: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Run the attention sublayer. Returns: hidden; this depth's keys [·,B,Hkv,D] and values."""
         mixer, normed = layer.self_attention, layer.input_layernorm(hidden)
         residual = hidden.float() if layer.config.fp32_residual_connection else hidden
@@ -131,8 +133,7 @@ class DraftChain:
         query, key = rotary.turn(torch.cat([query, key], 2)).split(heads, 2)
         if not seen and self._cp_group.size() > 1:
             key, value = (
-                gather_from_sequence_parallel_region(x.contiguous(), group=self._cp_group)
-                for x in (key, value)
+                gather_from_sequence_parallel_region(x.contiguous(), group=self._cp_group) for x in (key, value)
             )
         scale = mixer.config.softmax_scale or mixer.hidden_size_per_attention_head**-0.5
         mask = self._mask(query.shape[0], len(seen) // 2, query.device)
@@ -145,11 +146,7 @@ class DraftChain:
         if gated:
             core = mixer._apply_output_gate(core, gate[0])
         mixed = mixer.linear_proj(core)[0]
-        return (
-            layer.self_attn_bda(self._layer.training, False)((mixed, None), residual, 0.0),
-            key,
-            value,
-        )
+        return (layer.self_attn_bda(self._layer.training, False)((mixed, None), residual, 0.0), key, value)
 
     def _mask(self, local: int, num_own: int, device: torch.device) -> Tensor | None:
         """Return what each anchor sees, [S, T + num_own·S]: the prefix, then its own drafts."""
@@ -162,22 +159,12 @@ class DraftChain:
         return torch.cat([prefix, own.repeat(1, num_own)], 1)
 
 
-def _attend(
-    query_SBHD: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
+def _attend(query_SBHD: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Return softmax attention [S, B, H·D]; keys and values [·,B,Hkv,D], fewer heads than queries."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query_SBHD, key, value))
-    if (
-        q.is_cuda and mask is not None
-    ):  # torch's fused kernels take a mask or grouped heads, not both
+    if q.is_cuda and mask is not None:  # torch's fused kernels take a mask or grouped heads, not both
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.permute(2, 0, 1, 3).flatten(2)

@@ -25,32 +25,26 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, 
 from torch import Tensor
 
 from megatron_q3n.model.mtp.draft_chain import DraftChain
-from megatron_q3n.model.mtp.vocab_parallel import (
-    Divergence,
-    coin,
-    likeliest_tokens,
-    overlap,
-    probabilities,
-)
+from megatron_q3n.model.mtp.vocab_parallel import Divergence, coin, likeliest_tokens, overlap, probabilities
 
 
 class DraftPass:
     """One micro-batch: its chain, the head, and the layout it is cut by."""
 
     def __init__(
-        self, chain: DraftChain, head: Callable[[Tensor, bool], Tensor], config: Any, groups: tuple[Any, Any],
+        self,
+        chain: DraftChain,
+        head: Callable[[Tensor, bool], Tensor],
+        config: Any,
+        groups: tuple[Any, Any],
         packing: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.chain, self.head, self.config = chain, head, config
         self.cp_group, self.tp_group = groups
         self.packing, self.ledger = packing, config.mtp_losses
 
     def attach_losses(
-        self,
-        trunk_SBX: Tensor,
-        labels_BS: Tensor,
-        mask_BS: Tensor,
-        cross_entropy: Callable[..., Tensor],
+        self, trunk_SBX: Tensor, labels_BS: Tensor, mask_BS: Tensor, cross_entropy: Callable[..., Tensor]
     ) -> Tensor:
         """Attach every depth's loss to the trunk's states. Returns: these."""
         settings, own_tokens = self.ledger.settings, mask_BS.sum()
@@ -73,16 +67,19 @@ class DraftPass:
             if not self.ledger.never_drafts:  # before the cross-entropy, which overwrites logits
                 own_BS = likeliest_tokens(logits, self.tp_group).transpose(0, 1)
             losses = self._losses(logits, target_SBV, labels_BS, mask_BS, right_BS, cross_entropy)
-            trunk_SBX = MTPLossAutoScaler.apply(
-                trunk_SBX, losses * self.ledger.scale(depth, own_tokens, mask_BS)
-            )
+            trunk_SBX = MTPLossAutoScaler.apply(trunk_SBX, losses * self.ledger.scale(depth, own_tokens, mask_BS))
             self.ledger.add(depth, losses, mask_BS)
         return trunk_SBX
 
     def _losses(
-        self, logits: Tensor, target: Tensor | None, labels: Tensor, mask: Tensor, right: Tensor,
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        labels: Tensor,
+        mask: Tensor,
+        right: Tensor,
         cross_entropy: Callable[..., Tensor],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return each anchor's loss at one depth, [B,S]."""
         settings, total = self.ledger.settings, torch.zeros_like(mask)
         if target is not None:
@@ -104,15 +101,11 @@ class DraftPass:
             if logits is not None:
                 own_BS = likeliest_tokens(logits, self.tp_group).transpose(0, 1)
                 kept_BS = kept_BS * (own_BS == text_BS)
-            hidden = self.chain.advance(
-                hidden, text_BS
-            )  # where it is not the draft, nothing counts
+            hidden = self.chain.advance(hidden, text_BS)  # where it is not the draft, nothing counts
             logits = self.head(hidden, False)
             p, q = (probabilities(x, self.tp_group)[0] for x in (target_SBV, logits))
             judged_BS = kept_BS * mask_BS
-            agrees_SB = likeliest_tokens(logits, self.tp_group) == likeliest_tokens(
-                target_SBV, self.tp_group
-            )
+            agrees_SB = likeliest_tokens(logits, self.tp_group) == likeliest_tokens(target_SBV, self.tp_group)
             shared_BS = overlap(p, q, self.tp_group).transpose(0, 1)
             agrees_BS = agrees_SB.transpose(0, 1).float()
             self.ledger.note(depth, judged_BS, agrees_BS, shared_BS)

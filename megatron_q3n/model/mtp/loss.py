@@ -35,9 +35,7 @@ class MTPLosses:
     (drafts judged, kept greedily, Σ min(p, q)) of validation.
     """
 
-    def __init__(
-        self, depths: int, settings: MtpConfig | None = None, total_steps: int = 1
-    ) -> None:
+    def __init__(self, depths: int, settings: MtpConfig | None = None, total_steps: int = 1) -> None:
         device = torch.cuda.current_device()
         self.settings, self._total_steps = settings or MtpConfig(), total_steps
         weights = self.settings.depth_weights or [1.0] * depths
@@ -47,9 +45,7 @@ class MTPLosses:
         self.totals = torch.zeros(depths, 2, dtype=torch.float64, device=device)
         self.own_drafts = torch.full((1,), self.settings.own_drafts_start, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        self.kept = torch.zeros(
-            self.settings.acceptance_depth, 3, dtype=torch.float64, device=device
-        )
+        self.kept = torch.zeros(self.settings.acceptance_depth, 3, dtype=torch.float64, device=device)
         # left by the block for the loss of the same pass
         self.chain: DraftChain | None = None
 
@@ -115,8 +111,7 @@ def count_predictions(loss_mask_BT: Tensor, cu_seqlens: Tensor | None, depths: i
     bounds = [0, mask.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     ends = list(pairwise(bounds))
     counts = [
-        torch.stack([mask[:, start + depth : end].sum() for start, end in ends]).sum()
-        for depth in range(1 + depths)
+        torch.stack([mask[:, start + depth : end].sum() for start, end in ends]).sum() for depth in range(1 + depths)
     ]
     return torch.stack(counts)
 
@@ -145,9 +140,7 @@ class _NoGradient(torch.autograd.Function):
         return None, torch.zeros_like(gradients[0])
 
 
-def _run_frozen(
-    decoder: Any, forward: Callable[..., Tensor], *inputs: Any, **options: Any
-) -> Tensor:
+def _run_frozen(decoder: Any, forward: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
     """Run a stage's part of a frozen trunk, keeping nothing for a backward pass."""
     with torch.no_grad():
         hidden = forward(*inputs, **options)

@@ -80,9 +80,7 @@ def rotate(x_BTND: Tensor, rotary_dim: int, base: float) -> Tensor:
     return torch.cat((turned.to(x_BTND.dtype), unturned), -1)
 
 
-def causal_attention(
-    query_BTND: Tensor, key_BTGD: Tensor, value_BTGD: Tensor, window: int | None = None
-) -> Tensor:
+def causal_attention(query_BTND: Tensor, key_BTGD: Tensor, value_BTGD: Tensor, window: int | None = None) -> Tensor:
     """Average the values of all tokens up to each one, weighted by softmax(q . k / sqrt(D)).
 
     With a window only the last so many of these tokens count, itself included. Each key/value head
@@ -156,11 +154,7 @@ class GatedAttention(nn.Module):
 
 
 def gated_delta_rule(
-    query_BTNK: Tensor,
-    key_BTNK: Tensor,
-    value_BTNW: Tensor,
-    log_decay_BTN: Tensor,
-    beta_BTN: Tensor,
+    query_BTNK: Tensor, key_BTNK: Tensor, value_BTNW: Tensor, log_decay_BTN: Tensor, beta_BTN: Tensor
 ) -> Tensor:
     """Run the gated delta rule, token by token, from an empty state.
 
@@ -204,9 +198,7 @@ class GatedDeltaNet(nn.Module):
         num_values = config.linear_num_value_heads
         self.in_proj_qkvz = nn.Linear(hidden, channels + config.value_dim, bias=False)
         self.in_proj_ba = nn.Linear(hidden, 2 * num_values, bias=False)
-        self.conv1d = nn.Conv1d(
-            channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False
-        )
+        self.conv1d = nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
         self.A_log = nn.Parameter(torch.zeros(num_values))
         self.dt_bias = nn.Parameter(torch.ones(num_values))
         self.norm = GatedRMSNorm(config.linear_value_head_dim, config.layernorm_epsilon)
@@ -292,9 +284,7 @@ class MixtureOfExperts(nn.Module):
         hidden, num_experts = config.hidden_size, config.num_moe_experts
         self.gate = nn.Linear(hidden, num_experts, bias=False)
         self.register_buffer("expert_bias_E", torch.zeros(num_experts), persistent=False)
-        self.experts = nn.ModuleList(
-            SwiGLU(hidden, config.moe_ffn_hidden_size) for _ in range(num_experts)
-        )
+        self.experts = nn.ModuleList(SwiGLU(hidden, config.moe_ffn_hidden_size) for _ in range(num_experts))
         self.shared_expert = SwiGLU(hidden, config.moe_shared_expert_intermediate_size)
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
 

@@ -42,13 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_q3n.config import (
-    GATED_ATTENTION,
-    GATED_DELTA_NET,
-    SLIDING_ATTENTION,
-    ModelConfig,
-    UserError,
-)
+from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, SLIDING_ATTENTION, ModelConfig, UserError
 from megatron_q3n.model.reference.layers import (
     GatedAttention,
     GatedDeltaNet,
@@ -201,9 +195,7 @@ class ReferenceModel(nn.Module):
             router_loads=[routing.load_E for routing in routings],
         )
 
-    def predict_further(
-        self, tokens_BT: Tensor, hidden_BTH: Tensor
-    ) -> tuple[list[Tensor], list[Routing]]:
+    def predict_further(self, tokens_BT: Tensor, hidden_BTH: Tensor) -> tuple[list[Tensor], list[Routing]]:
         """Return per depth k = 1, 2, … the logits of token t+1+k at position t, and the routing.
 
         Tokens move left by one per depth, positions stay. What moves in at the end is token 0: the
@@ -218,9 +210,7 @@ class ReferenceModel(nn.Module):
             routings.append(routing)
         return logits, routings
 
-    def mtp_losses(
-        self, mtp_logits: list[Tensor], labels_BT: Tensor, loss_mask_BT: Tensor
-    ) -> list[Tensor]:
+    def mtp_losses(self, mtp_logits: list[Tensor], labels_BT: Tensor, loss_mask_BT: Tensor) -> list[Tensor]:
         """Return the cross-entropy per depth, against labels and mask moved left with the tokens."""
         losses = []
         for logits_BTV in mtp_logits:

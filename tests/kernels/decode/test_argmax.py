@@ -9,9 +9,7 @@ import torch
 from megatron_q3n.kernels.decode.argmax import judge_likeliest, take_likeliest
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     ("rows", "drafts", "vocab", "limit"),
     [(1, 0, 64, None), (3, 1, 5000, 4990), (2, 3, 9000, 100), (4, 6, 97, 96), (1, 15, 4096, None)],

@@ -14,14 +14,10 @@ from megatron_q3n.kernels.decode.attention import AttentionHeads, HeadNorms, few
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 
-pytestmark = pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-)
+pytestmark = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 
 
-def case(
-    heads: AttentionHeads, tokens: int, starts: list[int], room: int, device: str, dtype: Any
-) -> list[Any]:
+def case(heads: AttentionHeads, tokens: int, starts: list[int], room: int, device: str, dtype: Any) -> list[Any]:
     """Return random arguments, the cache of NaN where nothing was written."""
     generator = torch.Generator().manual_seed(tokens + sum(starts))
 
@@ -84,9 +80,15 @@ def check(given: list[Any], dtype: torch.dtype) -> None:
     ],
 )
 def test_few_queries(
-    dim: int, groups: int, tokens: int, queries: int, starts: list[int], room: int,
-    dtype: torch.dtype, triton_device: str,
-) -> None:  # fmt: skip
+    dim: int,
+    groups: int,
+    tokens: int,
+    queries: int,
+    starts: list[int],
+    room: int,
+    dtype: torch.dtype,
+    triton_device: str,
+) -> None:
     heads = AttentionHeads(groups, queries, dim, True, dim**-0.5)
     check(case(heads, tokens, starts, room, triton_device, dtype), dtype)
 
@@ -115,9 +117,7 @@ def test_more_pieces_than_are_added_up_at_once(dtype: torch.dtype, triton_device
         check(case(heads, 2, starts, 10_000, triton_device, dtype), dtype)
 
 
-def test_a_room_does_not_change_what_is_said_within_it(
-    dtype: torch.dtype, triton_device: str
-) -> None:
+def test_a_room_does_not_change_what_is_said_within_it(dtype: torch.dtype, triton_device: str) -> None:
     heads = AttentionHeads(2, 4, 64, True, 0.125)
     given = case(heads, 2, [100, 3], 5000, triton_device, dtype)
     roomy = few_queries(*given, fused=True)
@@ -125,9 +125,7 @@ def test_a_room_does_not_change_what_is_said_within_it(
     torch.testing.assert_close(roomy, tight, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def test_sizes_that_no_kernel_has_take_the_reference(
-    dtype: torch.dtype, triton_device: str
-) -> None:
+def test_sizes_that_no_kernel_has_take_the_reference(dtype: torch.dtype, triton_device: str) -> None:
     heads = AttentionHeads(1, 2, 24, True, 0.2)
     assert not module.fits(heads, 1)
     assert not module.fits(AttentionHeads(1, 2, 32, True, 0.2), 17)

@@ -22,9 +22,7 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def problem(
-    tokens: int, batch: int, dtype: torch.dtype, device: str = "cpu", heads: DeltaHeads = HEADS
-) -> tuple:
+def problem(tokens: int, batch: int, dtype: torch.dtype, device: str = "cpu", heads: DeltaHeads = HEADS) -> tuple:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     sizes = (2, heads.value_heads), (3, heads.value_heads), (4, heads.value_dim)
     weights = DeltaWeights(
@@ -52,9 +50,7 @@ def test_pieces_give_what_the_whole_rule_gives(cut: list[int]) -> None:
     outputs, start = [], 0
     for count in cut:
         piece = slice(start, start + count)
-        out, convs, deltas = composed_delta_steps(
-            qkvz[piece], ba[piece], weights, HEADS, conv, delta
-        )
+        out, convs, deltas = composed_delta_steps(qkvz[piece], ba[piece], weights, HEADS, conv, delta)
         conv, delta = convs[count - 1 :: count], deltas[count - 1 :: count]
         outputs.append(out)
         start += count
@@ -67,19 +63,13 @@ def test_states_after_each_token_are_those_of_shorter_calls() -> None:
     conv, delta = normal(7, 2, CHANNELS, TAPS - 1).to(dtype), normal(8, 2, 4, 16, 16).to(dtype)
     _, convs, deltas = composed_delta_steps(qkvz, ba, weights, HEADS, conv, delta)
     for count in range(1, 6):
-        _, short_conv, short_delta = composed_delta_steps(
-            qkvz[:count], ba[:count], weights, HEADS, conv, delta
-        )
+        _, short_conv, short_delta = composed_delta_steps(qkvz[:count], ba[:count], weights, HEADS, conv, delta)
         assert_near(convs[count - 1 :: 5], short_conv[count - 1 :: count], dtype)
         assert_near(deltas[count - 1 :: 5], short_delta[count - 1 :: count], dtype)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "batch", "heads"), [(1, 1, HEADS), (1, 3, WIDER), (2, 3, HEADS), (5, 2, WIDER)]
-)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-)
+@pytest.mark.parametrize(("tokens", "batch", "heads"), [(1, 1, HEADS), (1, 3, WIDER), (2, 3, HEADS), (5, 2, WIDER)])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def test_fused_form_equals_the_composed_one(
     tokens: int, batch: int, heads: DeltaHeads, dtype: torch.dtype, triton_device: str
 ) -> None:

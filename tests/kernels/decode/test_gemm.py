@@ -14,9 +14,7 @@ from megatron_q3n.kernels.decode.gemm import Products, RowNorm, Rows, composed_f
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # of single numbers too, from rounded rows
 # rows, width, rows of the weight: pieces that do not come out even, widths of several pieces, one of everything
 SIZES = [(1, 512, 40), (2, 40, 1), (3, 1030, 67), (5, 16, 300), (8, 96, 20), (16, 70, 9)]
-each_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 
 
 def normal(seed: int, *shape: int, device: str, dtype: torch.dtype) -> Tensor:
@@ -96,9 +94,7 @@ def test_two_weights_and_the_normed_rows(
 
 @each_dtype
 @pytest.mark.parametrize("normed", [True, False])
-def test_a_second_input_of_another_width(
-    normed: bool, dtype: torch.dtype, triton_device: str
-) -> None:
+def test_a_second_input_of_another_width(normed: bool, dtype: torch.dtype, triton_device: str) -> None:
     kind = {"device": triton_device, "dtype": dtype}
     for rows, first, second, outputs in ((1, 96, 96, 12), (4, 33, 600, 7), (9, 600, 5, 30)):
         given = some_rows(1, rows, first, normed, **kind)
@@ -123,9 +119,7 @@ def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.zeros(5, 1, 96), torch.nn.Parameter(torch.zeros(40, 96))
     with torch.no_grad():
         assert not kernels.serves(x, weight), "nothing is qualified"
-        monkeypatch.setattr(
-            kernels.choices, "is_fused", lambda operation, _: operation == kernels.OPERATION
-        )
+        monkeypatch.setattr(kernels.choices, "is_fused", lambda operation, _: operation == kernels.OPERATION)
         assert kernels.serves(x, weight)
         assert not kernels.serves(x, weight, None)
         assert not kernels.serves(torch.zeros(6, 96), weight), "tensor cores' work"
@@ -136,10 +130,16 @@ def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("width", "outputs", "most"),
     [
-        (512, 3072, 5), (1024, 512, 5), (512, 8192, 5), (2048, 12288, 3), (2048, 512, 3),
-        (4096, 2048, 0), (2048, 9216, 1), (2048, 151936, 1),
+        (512, 3072, 5),
+        (1024, 512, 5),
+        (512, 8192, 5),
+        (2048, 12288, 3),
+        (2048, 512, 3),
+        (4096, 2048, 0),
+        (2048, 9216, 1),
+        (2048, 151936, 1),
     ],
-)  # fmt: skip
+)
 def test_rows_up_to_which_it_was_measured_to_be_faster(width: int, outputs: int, most: int) -> None:
     """The small model's projections and head, the released one's in_proj and router; then what is slower."""
     weight = torch.zeros(1, 1).expand(outputs, width)

@@ -18,17 +18,46 @@ from tests.inference.tiny_model import random_prompts, tiny_model
 
 # operators that launch nothing on a GPU
 FREE = {
-    "view", "_unsafe_view", "transpose", "unsqueeze", "squeeze", "expand", "slice", "select", "split",
-    "split_with_sizes", "t", "permute", "as_strided", "detach", "unbind", "alias", "_reshape_alias", "unfold",
-    "empty", "empty_like", "new_empty", "lift_fresh",
-}  # fmt: skip
+    "view",
+    "_unsafe_view",
+    "transpose",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "slice",
+    "select",
+    "split",
+    "split_with_sizes",
+    "t",
+    "permute",
+    "as_strided",
+    "detach",
+    "unbind",
+    "alias",
+    "_reshape_alias",
+    "unfold",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "lift_fresh",
+}
 # one layer of each kind, as small as kernels have them: the interpreter takes a millisecond for a dozen operations
 SMALL = {
-    "mixer_pattern": "G*", "num_layers": 2, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
-    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "num_attention_heads": 2, "num_query_groups": 1,
-    "kv_channels": 16, "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 16,
-    "moe_shared_expert_intermediate_size": 16, "vocab_size": 16,
-}  # fmt: skip
+    "mixer_pattern": "G*",
+    "num_layers": 2,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "num_attention_heads": 2,
+    "num_query_groups": 1,
+    "kv_channels": 16,
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "vocab_size": 16,
+}
 
 
 def on_plain_torch(alone: Any, **settings: Any) -> Any:
@@ -44,12 +73,11 @@ def let_run(monkeypatch: pytest.MonkeyPatch, *operations: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("depth", "operations"),
-    [(0, (decode_gemm.OPERATION,)), (1, (decode_gemm.OPERATION, decode_router.OPERATION))],
+    ("depth", "operations"), [(0, (decode_gemm.OPERATION,)), (1, (decode_gemm.OPERATION, decode_router.OPERATION))]
 )
 def test_few_rows_in_all_their_places_change_nothing(
     alone: Any, depth: int, operations: tuple[str, ...], triton_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     """Norms far from 1, into mixers, experts, draft layer and head: the same tokens, and log probabilities.
 
     Two sequences of a token and a draft are four rows; six would be more than the kernel is chosen for.
@@ -93,12 +121,7 @@ def test_attention_at_once_is_the_layers_own(
     alone: Any, settings: dict[str, Any], tokens: int, triton_device: str
 ) -> None:
     """Between its projections as one operation: as torch says it, and the fused kernels."""
-    from megatron_q3n.model.decode.attention import (
-        RotaryRows,
-        attend,
-        attend_at_once,
-        serves,
-    )
+    from megatron_q3n.model.decode.attention import RotaryRows, attend, attend_at_once, serves
     from megatron_q3n.model.decode.forward import generating
     from megatron_q3n.model.decode.span import Span
     from megatron_q3n.model.decode.state import KeyValueCache
@@ -134,17 +157,10 @@ def test_attention_at_once_is_the_layers_own(
     [
         {"num_moe_experts": 8, "moe_router_topk": 3},
         {"moe_router_enable_expert_bias": True},
-        {
-            "megatron": {
-                "moe_router_score_function": "sigmoid",
-                "moe_router_topk_scaling_factor": 2.0,
-            }
-        },
+        {"megatron": {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.0}},
     ],
 )
-def test_routes_of_few_tokens_are_the_routers_own(
-    alone: Any, settings: dict[str, Any], triton_device: str
-) -> None:
+def test_routes_of_few_tokens_are_the_routers_own(alone: Any, settings: dict[str, Any], triton_device: str) -> None:
     from megatron_q3n.kernels.decode.router import norm_and_route_few, route_few
     from megatron_q3n.model.decode.experts import plain_choice
 
@@ -194,9 +210,7 @@ class Launches(TorchDispatchMode):
 
         monkeypatch.setattr(GridExecutor, "__call__", launch)
 
-    def __torch_dispatch__(
-        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operator._schema.name.split("::")[1]
         if not self._inside and name not in FREE:
             self.counts[name] += 1
@@ -204,9 +218,7 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for CPUs")
-def test_launches_of_a_greedy_round(
-    alone: Any, monkeypatch: pytest.MonkeyPatch, triton_device: str
-) -> None:
+def test_launches_of_a_greedy_round(alone: Any, monkeypatch: pytest.MonkeyPatch, triton_device: str) -> None:
     """3 a Gated DeltaNet layer, 4 an attention, 3 experts; 12 a draft. With every kernel that a GPU may have.
 
     A round by graph has one more, which keeps padding in bounds.

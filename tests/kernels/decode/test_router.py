@@ -31,27 +31,29 @@ def upstream(logits_TE: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
 
     by_sigmoid = choice.score_function == "sigmoid"
     return topk_routing_with_score_function(
-        logits_TE, choice.topk, use_pre_softmax=choice.use_pre_softmax, scaling_factor=choice.scaling_factor,
-        score_function=choice.score_function, expert_bias=choice.bias_E if by_sigmoid else None,
-        router_replay=None if by_sigmoid or choice.bias_E is None else Biased(), dense_output=True,
-    )  # fmt: skip
+        logits_TE,
+        choice.topk,
+        use_pre_softmax=choice.use_pre_softmax,
+        scaling_factor=choice.scaling_factor,
+        score_function=choice.score_function,
+        expert_bias=choice.bias_E if by_sigmoid else None,
+        router_replay=None if by_sigmoid or choice.bias_E is None else Biased(),
+        dense_output=True,
+    )
 
 
 def by_expert(gates_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:
-    return torch.zeros(len(gates_TK), num_experts, device=gates_TK.device).scatter(
-        1, experts_TK, gates_TK
-    )
+    return torch.zeros(len(gates_TK), num_experts, device=gates_TK.device).scatter(1, experts_TK, gates_TK)
 
 
 @pytest.mark.parametrize("settings", CHOICES)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "experts", "topk", "width"),
-    [(1, 64, 4, 96), (5, 24, 1, 40), (16, 512, 10, 192), (3, 16, 16, 1030)],
+    ("tokens", "experts", "topk", "width"), [(1, 64, 4, 96), (5, 24, 1, 40), (16, 512, 10, 192), (3, 16, 16, 1030)]
 )
 def test_it_chooses_as_megatron_core(
     tokens: int, experts: int, topk: int, width: int, biased: bool, settings: dict[str, Any], triton_device: str
-) -> None:  # fmt: skip
+) -> None:
     generator = torch.Generator().manual_seed(tokens)
     x, weight, bias = (
         torch.randn(*shape, generator=generator).to(triton_device)

@@ -37,9 +37,7 @@ def wrong_by(change: Callable[[Tensor], Tensor], *inputs: Tensor, **options: Any
 
 
 @pytest.mark.parametrize("problem", [ROWS, DOCUMENTS], ids=str)
-def test_the_same_rule_in_other_chunks_is_right_and_faults_are_seen(
-    problem: DeltaRuleProblem,
-) -> None:
+def test_the_same_rule_in_other_chunks_is_right_and_faults_are_seen(problem: DeltaRuleProblem) -> None:
     error = partial(gradient_error, problem=problem, device=CPU, dtype=torch.float32)
     assert error(partial(chunk_gated_delta_rule, chunk_size=16)) < 1e-4
     assert error(partial(wrong_by, lambda g: 1.1 * g)) > 0.02

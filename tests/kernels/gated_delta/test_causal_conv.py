@@ -11,14 +11,11 @@ from megatron_q3n.kernels.gated_delta.causal_conv import causal_conv, next_conv_
 def test_equals_conv1d() -> None:
     x = torch.randn(2, 20, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    theirs = F.conv1d(x.transpose(1, 2), weight[:, None], padding=3, groups=6)[..., :20].transpose(
-        1, 2
-    )
+    theirs = F.conv1d(x.transpose(1, 2), weight[:, None], padding=3, groups=6)[..., :20].transpose(1, 2)
     ours = causal_conv(x, weight)
     torch.testing.assert_close(ours, F.silu(theirs), rtol=0, atol=1e-12)
     for a, b in zip(
-        torch.autograd.grad(ours.sin().sum(), (x, weight)),
-        torch.autograd.grad(F.silu(theirs).sin().sum(), (x, weight)),
+        torch.autograd.grad(ours.sin().sum(), (x, weight)), torch.autograd.grad(F.silu(theirs).sin().sum(), (x, weight))
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 

@@ -8,21 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_q3n.kernels.gated_delta.delta_rule import (
-    chunk_gated_delta_rule,
-    recurrent_gated_delta_rule,
-)
+from megatron_q3n.kernels.gated_delta.delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from megatron_q3n.kernels.norms import l2_norm
 
 
 def problem(
-    batch: int,
-    tokens: int,
-    key_heads: int,
-    value_heads: int,
-    key_dim: int,
-    value_dim: int,
-    seed: int = 0,
+    batch: int, tokens: int, key_heads: int, value_heads: int, key_dim: int, value_dim: int, seed: int = 0
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -39,15 +30,9 @@ def problem(
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
 @pytest.mark.parametrize(("key_heads", "value_heads"), [(1, 1), (2, 6)])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_chunked_equals_recurrent(
-    tokens: int, key_heads: int, value_heads: int, with_state: bool
-) -> None:
+def test_chunked_equals_recurrent(tokens: int, key_heads: int, value_heads: int, with_state: bool) -> None:
     inputs = problem(2, tokens, key_heads, value_heads, 8, 5)
-    state = (
-        torch.randn(2, value_heads, 8, 5, dtype=torch.float64).requires_grad_()
-        if with_state
-        else None
-    )
+    state = torch.randn(2, value_heads, 8, 5, dtype=torch.float64).requires_grad_() if with_state else None
     leaves = inputs + ([state] if state is not None else [])
     results = []
     for rule in (chunk_gated_delta_rule, recurrent_gated_delta_rule):
@@ -74,7 +59,7 @@ def test_packed_documents_equal_single_ones(
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     output, finals = chunk_gated_delta_rule(
         *inputs, initial_state_DHKV=state, cu_seqlens=bounds, chunk_size=chunk, output_final_state=finals_wanted
-    )  # fmt: skip
+    )
     assert (finals is not None) == finals_wanted
     packed_grads = torch.autograd.grad(output.sin().sum(), inputs)
     singles = []
@@ -83,14 +68,10 @@ def test_packed_documents_equal_single_ones(
         if start == end and not finals_wanted:
             continue
         if start == end:
-            expected = (
-                before if before is not None else torch.zeros(1, 4, 4, 3, dtype=torch.float64)
-            )
+            expected = before if before is not None else torch.zeros(1, 4, 4, 3, dtype=torch.float64)
             torch.testing.assert_close(finals[d : d + 1], expected, rtol=0, atol=0)
             continue
-        alone, final = recurrent_gated_delta_rule(
-            *(x[:, start:end] for x in inputs), initial_state_DHKV=before
-        )
+        alone, final = recurrent_gated_delta_rule(*(x[:, start:end] for x in inputs), initial_state_DHKV=before)
         if finals_wanted:
             torch.testing.assert_close(finals[d : d + 1], final, rtol=0, atol=1e-12)
         singles.append(alone)

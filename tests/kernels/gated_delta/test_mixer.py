@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_q3n.kernels.gated_delta.delta_rule import chunk_gated_delta_rule
-from megatron_q3n.kernels.gated_delta.mixer import (
-    DeltaHeads,
-    DeltaWeights,
-    composed_delta_mixer,
-    fused_delta_mixer,
-)
+from megatron_q3n.kernels.gated_delta.mixer import DeltaHeads, DeltaWeights, composed_delta_mixer, fused_delta_mixer
 
 HEADS = DeltaHeads(key_heads=2, value_heads=4, key_dim=16, value_dim=16, eps=1e-6)
 

@@ -19,13 +19,9 @@ def normal(seed: int, *shape: int, device: str, dtype: torch.dtype = torch.float
 
 
 def assert_keeps(narrow: Tensor, scale: Tensor, exact: Tensor, fills: float = 400) -> None:
-    error = (
-        narrow.float() * (scale[..., None] if scale.dim() else scale) - exact
-    ).norm() / exact.norm()
+    error = (narrow.float() * (scale[..., None] if scale.dim() else scale) - exact).norm() / exact.norm()
     assert error < (ROUNDED if narrow.is_cuda else CUT)
-    assert narrow.float().abs().amax(-1).gt(fills).all(), (
-        "a row (or matrix) does not use the format's range"
-    )
+    assert narrow.float().abs().amax(-1).gt(fills).all(), "a row (or matrix) does not use the format's range"
 
 
 def assert_keeps_rows(narrow: Tensor, scale: Tensor, exact: Tensor) -> None:
@@ -56,14 +52,10 @@ def test_rows_are_quantised_where_they_are_made(triton_device: str) -> None:
     assert narrow.view(torch.uint8).equal(tokens[routes.token_R].view(torch.uint8))
     gate_up = normal(3, 74, 48, device=triton_device).requires_grad_()
     exact = weighted_swiglu(gate_up, gates, fused=False)
-    assert_keeps_rows(
-        *fp8_quantize_triton.swiglu_quantised(gate_up.detach(), gates), exact.detach()
-    )
+    assert_keeps_rows(*fp8_quantize_triton.swiglu_quantised(gate_up.detach(), gates), exact.detach())
     upstream = normal(4, 74, 24, device=triton_device)
     wanted = torch.autograd.grad(exact, gate_up, upstream)[0]
-    narrow, scale, _ = fp8_quantize_triton.swiglu_backward_quantised(
-        gate_up.detach(), gates, upstream
-    )
+    narrow, scale, _ = fp8_quantize_triton.swiglu_backward_quantised(gate_up.detach(), gates, upstream)
     assert_keeps_rows(narrow, scale, wanted)
 
 
@@ -114,12 +106,10 @@ def test_turned_rows_lose_nothing(counts: list[int], gathers: bool, triton_devic
 
 
 @pytest.mark.parametrize("counts", [[70, 0, 300, 1], [0, 0, 0, 256], [3, 2, 1, 0]])
-@pytest.mark.parametrize(
-    ("accumulate", "at_once"), [(False, 16), (True, 16), (False, 1), (True, 2)]
-)
+@pytest.mark.parametrize(("accumulate", "at_once"), [(False, 16), (True, 16), (False, 1), (True, 2)])
 def test_fp8_weight_gradient_walks_all_tiles(
     counts: list[int], accumulate: bool, at_once: int, triton_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     """Sums in one piece and in several. Operands in fp32 without a GPU: the interpreter has no e4m3 products."""
     from megatron_q3n.kernels.moe import fp8_wgrad_triton as module
     from megatron_q3n.kernels.moe.fp8_wgrad_triton import Turned, fp8_weight_gradient
@@ -220,9 +210,7 @@ def test_fp8_experts_are_bf16_experts_to_a_few_percent(sorted_already: bool) -> 
 
     bf16 = torch.bfloat16
     routes, gates = routed("cuda", 300, 8, 2)
-    routes = Routes(
-        routes.row_TK.int(), routes.expert_TK.int(), routes.token_R.int(), routes.rows_per_expert_E
-    )
+    routes = Routes(routes.row_TK.int(), routes.expert_TK.int(), routes.token_R.int(), routes.rows_per_expert_E)
     x = normal(2, 600 if sorted_already else 300, 256, device="cuda", dtype=bf16)
     fc1 = normal(3, 8, 128, 256, device="cuda", dtype=bf16) / 16
     fc2 = normal(4, 8, 256, 64, device="cuda", dtype=bf16) / 8

@@ -10,10 +10,7 @@ from megatron_q3n.kernels.moe.router_linear import router_linear
 def test_bf16_scores_and_gradients_are_as_good_as_fp32(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator).to(device)
-    x, weight = (
-        random(3, 50, 96).bfloat16().requires_grad_(),
-        random(24, 96).bfloat16().requires_grad_(),
-    )
+    x, weight = (random(3, 50, 96).bfloat16().requires_grad_(), random(24, 96).bfloat16().requires_grad_())
     scores = router_linear(x, weight)
     exact = [y.detach().double().requires_grad_() for y in (x, weight)]
     wanted = exact[0] @ exact[1].T

@@ -17,11 +17,7 @@ import pytest
 
 from megatron_q3n.config import RunConfig, validate
 from megatron_q3n.kernels.startup import compile_ahead
-from megatron_q3n.kernels.startup.delta_rule_problems import (
-    DeltaRuleProblem,
-    checked_problems,
-    problems_to_compile,
-)
+from megatron_q3n.kernels.startup.delta_rule_problems import DeltaRuleProblem, checked_problems, problems_to_compile
 
 ROOT = Path(__file__).parents[3]
 HEADS = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
@@ -84,9 +80,7 @@ def test_a_row_of_documents_is_checked_as_one_document_and_as_several() -> None:
 
 
 def test_heads_are_those_of_one_rank() -> None:
-    shared = config_of(
-        parallel={"world_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
-    )
+    shared = config_of(parallel={"world_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True})
     assert {(one.key_heads, one.value_heads) for one in problems_to_compile(shared)} == {(2, 4)}
 
 
@@ -148,9 +142,7 @@ def test_the_helper_ends_with_a_killed_parent_and_takes_its_compilers_along(tmp_
     """And meanwhile the other ranks of the machine wait for it: its lock is held by it alone."""
     number = tmp_path / "compiler"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
-    parent = subprocess.Popen(
-        program(STARTS_ONE, "-c", HANGS, number), env=environment, stdout=subprocess.PIPE
-    )
+    parent = subprocess.Popen(program(STARTS_ONE, "-c", HANGS, number), env=environment, stdout=subprocess.PIPE)
     _until(lambda: number.exists() and bool(number.read_text()))
     compiler = int(number.read_text())
     os.environ["LOCAL_RANK"] = "1"
@@ -214,20 +206,13 @@ assert before and found() == before, f"compiled by the check: {set(found()) - se
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [(), ("data.mask_document_boundaries=true", "training.micro_batch_size=1")]
-)
+@pytest.mark.parametrize("settings", [(), ("data.mask_document_boundaries=true", "training.micro_batch_size=1")])
 def test_the_check_finds_every_kernel_compiled(tmp_path: Path, settings: tuple[str, ...]) -> None:
     """From an empty cache; a minute each."""
     pytest.importorskip("flash_qla")
     given = [str(tmp_path / "cache"), "--config-name", "pretrain-small", *settings]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(
-        program(COMPILES_AHEAD, *given), env=environment, cwd=ROOT, capture_output=True, text=True
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(program(COMPILES_AHEAD, *given), env=environment, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -27,11 +27,20 @@ ROUTES = [(64, 4, True, False), (64, 4, True, True), (512, 10, False, False)]
 # input rows, widths of the inputs, rows of the weight, what stands around: of the small model the projections into and
 # out of a mixer, the draft layer's and the head; of the released one those, and the router
 ROWS = [
-    (1, 512, 0, 3072, "norm beside"), (5, 512, 0, 3072, "norm beside"), (16, 512, 0, 2560, "norm"),
-    (1, 1024, 0, 512, "sum"), (8, 1024, 0, 512, "sum"), (5, 512, 512, 512, "norm"), (5, 512, 0, 8192, "norm keeps"),
-    (6, 2048, 0, 12288, "norm beside"), (6, 4096, 0, 2048, "sum"), (6, 2048, 2048, 2048, "norm"),
-    (1, 2048, 0, 151936, "norm keeps"), (6, 2048, 0, 151936, "norm keeps"), (16, 2048, 0, 512, "norm keeps wide"),
-]  # fmt: skip
+    (1, 512, 0, 3072, "norm beside"),
+    (5, 512, 0, 3072, "norm beside"),
+    (16, 512, 0, 2560, "norm"),
+    (1, 1024, 0, 512, "sum"),
+    (8, 1024, 0, 512, "sum"),
+    (5, 512, 512, 512, "norm"),
+    (5, 512, 0, 8192, "norm keeps"),
+    (6, 2048, 0, 12288, "norm beside"),
+    (6, 4096, 0, 2048, "sum"),
+    (6, 2048, 2048, 2048, "norm"),
+    (1, 2048, 0, 151936, "norm keeps"),
+    (6, 2048, 0, 151936, "norm keeps"),
+    (16, 2048, 0, 512, "norm keeps wide"),
+]
 HERE = Path(__file__)
 HOPPERS_SHARED_BYTES = 227 * 1024
 
@@ -39,14 +48,8 @@ HOPPERS_SHARED_BYTES = 227 * 1024
 def run_in_a_compiling_process(function: str) -> list[str]:
     """Return what a function of this file prints: the interpreter is chosen when Triton is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-c",
-        f"import runpy; runpy.run_path({str(HERE)!r})[{function!r}]()",
-    ]
-    done = subprocess.run(
-        command, env=environment, cwd=HERE.parents[3], capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", f"import runpy; runpy.run_path({str(HERE)!r})[{function!r}]()"]
+    done = subprocess.run(command, env=environment, cwd=HERE.parents[3], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.split()
 
@@ -94,9 +97,7 @@ def compile_around_mixers() -> None:
         (mixer_inputs_triton._delta_inputs_backward_kernel, mixer_inputs_triton._BACKWARD),
     ):
         constants = {**heads, **launch, "PACKED": False, "position_ptr": None}
-        made = _compiled(
-            kernel, constants, types, strides, {"num_warps": mixer_inputs_triton._WARPS}
-        )
+        made = _compiled(kernel, constants, types, strides, {"num_warps": mixer_inputs_triton._WARPS})
         print("ahead" if "cp.async.cg" in made.asm["ptx"] else "waits")
         _say_fits(made)
     row = {"WIDTH": 2048, "BLOCK_H": 2048}
@@ -110,10 +111,7 @@ def compile_around_mixers() -> None:
     group = {"GROUPS": 2, "QUERIES": 8, "GATED": True, "DIM": 256, "TURNED": 64}
     for kernel, launch in (
         (qkv_norm_rope_triton._attention_inputs_kernel, dict(qkv_norm_rope_triton._FORWARD)),
-        (
-            qkv_norm_rope_triton._attention_inputs_backward_kernel,
-            dict(qkv_norm_rope_triton._BACKWARD),
-        ),
+        (qkv_norm_rope_triton._attention_inputs_backward_kernel, dict(qkv_norm_rope_triton._BACKWARD)),
     ):
         options = {"num_warps": launch.pop("num_warps")}
         _say_fits(_compiled(kernel, {**group, **launch}, types, ("rows",), options))
@@ -132,14 +130,20 @@ def compile_fp8_weight_gradients() -> None:
 
     outputs, inputs, warps, stages = module._TILE
     types = {
-        "dy_desc": f"tensordesc<fp8e4nv[{outputs}, 128]>", "x_desc": f"tensordesc<fp8e4nv[{inputs}, 128]>",
-        **dict.fromkeys(("out_ptr", "dy_scale_ptr", "x_scale_ptr"), "*fp32"), "first_ptr": "*i32",
-    }  # fmt: skip
+        "dy_desc": f"tensordesc<fp8e4nv[{outputs}, 128]>",
+        "x_desc": f"tensordesc<fp8e4nv[{inputs}, 128]>",
+        **dict.fromkeys(("out_ptr", "dy_scale_ptr", "x_scale_ptr"), "*fp32"),
+        "first_ptr": "*i32",
+    }
     for accumulate in (False, True):
         constants = {
-            "ACCUMULATE": accumulate, "BLOCK_N": outputs, "BLOCK_K": inputs, "PROGRAMS": 132, "TILES_EACH": 64,
+            "ACCUMULATE": accumulate,
+            "BLOCK_N": outputs,
+            "BLOCK_K": inputs,
+            "PROGRAMS": 132,
+            "TILES_EACH": 64,
             "AT_ONCE": module._BLOCKS_AT_ONCE,
-        }  # fmt: skip
+        }
         options = {"num_warps": warps, "num_stages": stages}
         kernel = _compiled(module._gradient_kernel, constants, types, ("N", "K"), options)
         _say_fits(kernel)
@@ -170,22 +174,29 @@ def compile_few_rows() -> None:
     types = {"eps": "fp32"}
     for rows, width, more, outputs, around in ROWS:
         constants: dict[str, Any] = {
-            "R": rows, "X": width, "Y": more, "HAS_NORM": "norm" in around, "OFFSET": 1.0, "ALIGNED": True,
-            "HAS_BESIDE": "beside" in around, "HAS_SUM": "sum" in around, "KEEPS": "keeps" in around,
+            "R": rows,
+            "X": width,
+            "Y": more,
+            "HAS_NORM": "norm" in around,
+            "OFFSET": 1.0,
+            "ALIGNED": True,
+            "HAS_BESIDE": "beside" in around,
+            "HAS_SUM": "sum" in around,
+            "KEEPS": "keeps" in around,
             **module.block_sizes(rows, outputs, width),
-        }  # fmt: skip
+        }
         wanted = {
-            "norm_ptr": "norm", "beside_ptr": "beside", "beside_out_ptr": "beside", "sum_ptr": "sum",
+            "norm_ptr": "norm",
+            "beside_ptr": "beside",
+            "beside_out_ptr": "beside",
+            "sum_ptr": "sum",
             "normed_ptr": "keeps",
-        }  # fmt: skip
+        }
         constants |= {name: None for name, what in wanted.items() if what not in around}
         if not more:
             constants |= {"y_ptr": None, "y_norm_ptr": None}
         made = {"out_ptr": "*fp32"} if "wide" in around else {}
-        aligned, options = (
-            ("N", "M", "x_stride", "y_stride", "sum_stride"),
-            {"num_warps": module.WARPS},
-        )
+        aligned, options = (("N", "M", "x_stride", "y_stride", "sum_stride"), {"num_warps": module.WARPS})
         kernel = _compiled(module._few_rows_kernel, constants, {**types, **made}, aligned, options)
         ptx = kernel.asm["ptx"]
         piece = constants["BLOCK_N"] * constants["BLOCK_K"] // 256  # loads of 16 bytes by 32 lanes
@@ -295,29 +306,32 @@ def _grouped_product(turned: bool, columns: int, scaled: bool) -> Any:
     block_k = 128 // size
     tile = (block_k, columns) if turned else (columns, block_k)
     constants = {
-        "TURNED": turned, "SCALED": scaled, "ROWS": module.BLOCK_R, "COLUMNS": columns,
-        "BLOCK_K": block_k, "HALVES": wide, "PROGRAMS": 132,
-    }  # fmt: skip
+        "TURNED": turned,
+        "SCALED": scaled,
+        "ROWS": module.BLOCK_R,
+        "COLUMNS": columns,
+        "BLOCK_K": block_k,
+        "HALVES": wide,
+        "PROGRAMS": 132,
+    }
     if not scaled:
         constants |= {"row_scale_ptr": None, "weight_scale_ptr": None}
     types = {
         "rows_desc": f"tensordesc<{element}[{module.BLOCK_R}, {block_k}]>",
         "weight_desc": f"tensordesc<{element}[{tile[0]}, {tile[1]}]>",
         "out_desc": f"tensordesc<bf16[{module.BLOCK_R}, {columns // 2 if wide else columns}]>",
-        "out_ptr": "*bf16", "row_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32",
+        "out_ptr": "*bf16",
+        "row_scale_ptr": "*fp32",
+        "weight_scale_ptr": "*fp32",
         **dict.fromkeys(("ends_ptr", "expert_ptr", "row_ptr", "count_ptr"), "*i32"),
-    }  # fmt: skip
+    }
     warps, stages = (module._WIDE if wide else module._NARROW)[1:]
     options = {"num_warps": warps, "num_stages": stages}
     return _compiled(module._product_kernel, constants, types, ("N", "K"), options)
 
 
 def _compiled(
-    kernel: Any,
-    constants: dict[str, Any],
-    types: dict[str, str],
-    aligned: tuple[str, ...],
-    options: dict[str, int],
+    kernel: Any, constants: dict[str, Any], types: dict[str, str], aligned: tuple[str, ...], options: dict[str, int]
 ) -> Any:
     """Compile for compute capability 9.0; pointers are to bf16, the rest i32, unless `types` says otherwise."""
     import triton
@@ -326,9 +340,7 @@ def _compiled(
 
     names = kernel.arg_names
     signature = {
-        name: "constexpr"
-        if name in constants
-        else types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        name: "constexpr" if name in constants else types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
         for name in names
     }
     attributes = {
@@ -338,7 +350,5 @@ def _compiled(
     }
     places = {(names.index(name),): value for name, value in constants.items()}
     return triton.compile(
-        ASTSource(kernel, signature, places, attributes),
-        target=GPUTarget("cuda", 90, 32),
-        options=options,
+        ASTSource(kernel, signature, places, attributes), target=GPUTarget("cuda", 90, 32), options=options
     )

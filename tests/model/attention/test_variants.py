@@ -21,19 +21,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "shared silu": {"attention_gate_shared": True, "attention_gate_activation": "silu"},
     "values": {"attention_gate_position": "value"},
     "one number for all values": {
-        "attention_gate": "headwise", "attention_gate_position": "value", "attention_gate_shared": True,
+        "attention_gate": "headwise",
+        "attention_gate_position": "value",
+        "attention_gate_shared": True,
     },
     "windows": WINDOW,
     "only attention": {"mixer_pattern": "*"},
     "only Gated DeltaNet": {"mixer_pattern": "G", "mtp_num_layers": 0},
     "expert bias": {"moe_router_enable_expert_bias": True},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_built_with_the_weights_that_sizes_count_and_generates_as_it_trains(
-    name: str, alone: Any
-) -> None:
+def test_built_with_the_weights_that_sizes_count_and_generates_as_it_trains(name: str, alone: Any) -> None:
     """Prompts in chunks and token by token, side by side and packed, against the training forward pass."""
     model = tiny_model(alone, **MODELS[name])
     for module in model.modules():
@@ -76,9 +76,7 @@ def test_ranks_see_together_what_one_process_sees(lengths: list[int] | None, win
     for rank in range(2):
         mine = visible_keys(bounds, 24, group(2, rank), device, window)
         torch.testing.assert_close(mine, whole[order[rank]][:, order.flatten()])
-    starts = torch.arange(48) - (
-        0 if lengths is None else bounds[:-1].repeat_interleave(torch.tensor(lengths))
-    )
+    starts = torch.arange(48) - (0 if lengths is None else bounds[:-1].repeat_interleave(torch.tensor(lengths)))
     assert whole.sum(1).tolist() == (starts + 1).clamp(max=window).tolist()
 
 
@@ -113,7 +111,7 @@ def test_flops_of_a_window_are_those_of_the_tokens_it_sees() -> None:
         ({"megatron": {"window_size": [8, 0]}}, "set model.attention_window_tokens instead"),
         ({"megatron": {"attention_output_gate": False}}, "set model.attention_gate instead"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_take_effect_is_refused(model: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         validate({"model": model})

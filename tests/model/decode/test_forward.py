@@ -92,10 +92,7 @@ def test_drafts_are_taken_back(model: Any, kept: list[int]) -> None:
     state = DecodeState.empty(model, 3)
     run(model, [p[:n] for p, n in zip(truth, lengths)], state)
     state.settle(lengths)
-    drafts = [
-        p[n : n + k] + [(t + 1) % 64 for t in p[n + k : n + 4]]
-        for p, n, k in zip(truth, lengths, kept)
-    ]
+    drafts = [p[n : n + k] + [(t + 1) % 64 for t in p[n + k : n + 4]] for p, n, k in zip(truth, lengths, kept)]
     run(model, drafts, state, each_prefix=True)
     state.settle(kept)
     rest = [p[n + k : n + 8] for p, n, k in zip(truth, lengths, kept)]
@@ -153,12 +150,7 @@ def test_the_draft_layer_is_the_one_that_was_trained(model: Any) -> None:
     hook = model.mtp.register_forward_hook(lambda _m, _i, out: grabbed.append(out))
     with torch.no_grad():
         model.train()  # an evaluation without labels leaves the layer out
-        model(
-            tokens[None, :-1],
-            torch.arange(40, device=device)[None],
-            None,
-            runtime_gather_output=True,
-        )
+        model(tokens[None, :-1], torch.arange(40, device=device)[None], None, runtime_gather_output=True)
     hook.remove()
     wanted = grabbed[0].chunk(2)[1][:, 0]
     state = DecodeState.empty(model, 1)

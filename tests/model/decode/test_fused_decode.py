@@ -16,10 +16,17 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py h
 
 # heads of 128, for which the kernel of a few steps of the delta rule exists; the rest small, for the interpreter's sake
 MODEL = {
-    "num_layers": 2, "mixer_pattern": "G*", "moe_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 16,
-    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
-    "kv_channels": 32, "vocab_size": 16,
-}  # fmt: skip
+    "num_layers": 2,
+    "mixer_pattern": "G*",
+    "moe_ffn_hidden_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "kv_channels": 32,
+    "vocab_size": 16,
+}
 FUSED = [
     "attention of a few tokens",
     "experts of a few tokens",
@@ -56,9 +63,7 @@ def asked(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
         ([6, 4, 9], [[4, 6], [2, 4], [7, 9]]),
     ],
 )
-def test_equals_the_whole_forward_pass(
-    alone: Any, asked: set[str], lengths: list[int], cuts: list[list[int]]
-) -> None:
+def test_equals_the_whole_forward_pass(alone: Any, asked: set[str], lengths: list[int], cuts: list[list[int]]) -> None:
     model = tiny_model(alone, **MODEL)
     prompts = random_prompts(lengths, 16)
     logits = decoded(model, prompts, cuts)

@@ -30,9 +30,7 @@ def test_balance_does_not_depend_on_micro_batches(alone: Any) -> None:
     results = []
     for size in (4, 2, 1):
         training = {"micro_batch_size": size, "global_batch_size": 4, "sequence_length": 64}
-        state = build_state(
-            validate({"training": training, "model": {"moe_aux_loss_coeff": 0.1}}), *alone
-        )
+        state = build_state(validate({"training": training, "model": {"moe_aux_loss_coeff": 0.1}}), *alone)
         weights = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in state.models[0].parameters():
@@ -40,13 +38,10 @@ def test_balance_does_not_depend_on_micro_batches(alone: Any) -> None:
         steps = []
         for rows in tokens:
             batches = [
-                batch_of_rows(part[:, :-1], part[:, 1:].contiguous(), torch.ones(size, 64))
-                for part in rows.split(size)
+                batch_of_rows(part[:, :-1], part[:, 1:].contiguous(), torch.ones(size, 64)) for part in rows.split(size)
             ]
             report = train_step(state, batches)
-            steps.append(
-                [report.loss, report.grad_norm, *report.balance_losses.values(), *report.mtp_losses]
-            )
+            steps.append([report.loss, report.grad_norm, *report.balance_losses.values(), *report.mtp_losses])
         results.append(torch.tensor(steps))
     for split in results[1:]:
         torch.testing.assert_close(split, results[0], rtol=1e-5, atol=0)
@@ -61,16 +56,9 @@ def test_text_starts_more_evenly_spread_from_rows_of_one_norm(alone: Any) -> Non
     from megatron_q3n.data.pretrain import build_pretrain_data
     from tools.studies.router_balance import FIGURES, fresh_loads
 
-    size = {
-        "num_moe_experts": 64,
-        "moe_router_topk": 4,
-        "hidden_size": 64,
-        "embedding_init_method_std": 1.0,
-    }
+    size = {"num_moe_experts": 64, "moe_router_topk": 4, "hidden_size": 64, "embedding_init_method_std": 1.0}
     config = validate({"model": size, "training": {"sequence_length": 256}})
-    text = torch.stack(
-        [torch.as_tensor(row[:-1]) for row in build_pretrain_data(config).train_sample_tokens(8)]
-    )
+    text = torch.stack([torch.as_tensor(row[:-1]) for row in build_pretrain_data(config).train_sample_tokens(8)])
     figures = {}
     for normalized in (False, True):
         config = validate({"model": size | {"moe_router_normalized_init": normalized}})
@@ -78,12 +66,7 @@ def test_text_starts_more_evenly_spread_from_rows_of_one_norm(alone: Any) -> Non
         assert len(loads) == 3 * 4
         for name, figure in FIGURES.items():
             figures[name, normalized] = sum(map(figure, loads)) / len(loads)
-    print(
-        {
-            f"{name}, {'one norm' if one else 'plain'}": f"{x:.4f}"
-            for (name, one), x in figures.items()
-        }
-    )
+    print({f"{name}, {'one norm' if one else 'plain'}": f"{x:.4f}" for (name, one), x in figures.items()})
     assert 1 < figures["fullest / mean", True] < figures["fullest / mean", False]
     assert 1 > figures["emptiest / mean", True] > figures["emptiest / mean", False]
     entropy = "entropy / log(experts)"
@@ -175,18 +158,20 @@ def test_bias_balances_without_a_loss(alone: Any) -> None:
     from megatron_q3n.training.step import train_step
 
     model = {
-        "mixer_pattern": "*", "num_layers": 1, "mtp_num_layers": 0, "moe_router_enable_expert_bias": True,
-        "moe_router_bias_update_rate": 0.01, "moe_aux_loss_coeff": 0, "moe_router_load_balancing_type": "none",
-    }  # fmt: skip
+        "mixer_pattern": "*",
+        "num_layers": 1,
+        "mtp_num_layers": 0,
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.01,
+        "moe_aux_loss_coeff": 0,
+        "moe_router_load_balancing_type": "none",
+    }
     training = {"micro_batch_size": 2, "global_batch_size": 4, "sequence_length": 64}
     state = build_state(validate({"model": model, "training": training}), *alone)
     state.optimizer.step = lambda: (True, None, None)
     (router,) = routers_of(state.models).values()
     tokens = torch.randint(0, 512, (4, 65), generator=torch.Generator().manual_seed(5))
-    batches = [
-        batch_of_rows(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(2, 64))
-        for rows in tokens.split(2)
-    ]
+    batches = [batch_of_rows(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(2, 64)) for rows in tokens.split(2)]
     fullest = []
     for _ in range(40):
         before = router.expert_bias.clone()

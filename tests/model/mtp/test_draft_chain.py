@@ -26,9 +26,7 @@ def model(alone: Any) -> Any:
 def heads(model: Any) -> Any:
     """Collect what the head puts out, call by call."""
     calls: list[Tensor] = []
-    hook = model.output_layer.register_forward_hook(
-        lambda *call: calls.append(call[2][0].detach().clone())
-    )
+    hook = model.output_layer.register_forward_hook(lambda *call: calls.append(call[2][0].detach().clone()))
     yield calls
     hook.remove()
 
@@ -82,11 +80,7 @@ def test_packed_documents_draft_as_if_alone(model: Any, heads: list[Tensor]) -> 
     documents = random_prompts([13, 30, 21], 64, seed=4)
     bounds = torch.tensor([0, 13, 43, 64], dtype=torch.int32)
     packing = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=30,
-        max_seqlen_kv=30,
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=30, max_seqlen_kv=30
     )
     tokens = torch.tensor([[token for document in documents for token in document]])
     positions = torch.cat([torch.arange(len(d)) for d in documents])[None]
@@ -95,9 +89,7 @@ def test_packed_documents_draft_as_if_alone(model: Any, heads: list[Tensor]) -> 
     for document, start in zip(documents, bounds.tolist()):
         for anchor in (0, 5, len(document) - 2):
             wanted = drafted(model, document[: anchor + 2])
-            torch.testing.assert_close(
-                by_depth[:, start + anchor, 0], wanted, rtol=0, atol=TOLERANCE
-            )
+            torch.testing.assert_close(by_depth[:, start + anchor, 0], wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_stock_training_differs_from_decoding(model: Any, heads: list[Tensor]) -> None:

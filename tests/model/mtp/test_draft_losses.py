@@ -19,9 +19,7 @@ TOKENS = torch.tensor(random_prompts([32, 32], 64, seed=6))
 @pytest.fixture(scope="module")
 def model(alone: Any) -> Any:
     # without balance loss, whose gradient no option keeps from the trunk
-    return tiny_model(
-        alone, mtp_num_layers=DEPTHS, mtp_use_repeated_layer=True, moe_aux_loss_coeff=0
-    )
+    return tiny_model(alone, mtp_num_layers=DEPTHS, mtp_use_repeated_layer=True, moe_aux_loss_coeff=0)
 
 
 def settings(**changes: Any) -> MtpConfig:
@@ -86,9 +84,7 @@ def test_successors_of_wrong_drafts_can_be_left_out(model: Any) -> None:
 def test_distillation_towards_the_model_itself(model: Any) -> None:
     """The divergence at depth 1, by hand from the two sets of logits."""
     heads: list[Tensor] = []
-    hook = model.output_layer.register_forward_hook(
-        lambda *call: heads.append(call[2][0].detach().clone())
-    )
+    hook = model.output_layer.register_forward_hook(lambda *call: heads.append(call[2][0].detach().clone()))
     found = losses(model, label_weight=0.0, distillation_weight=2.0, own_drafts_end=0.0)
     hook.remove()
     target_SBV, drafts_SBV = heads[0][1:], heads[1][:-1]
@@ -107,11 +103,7 @@ def test_depths_weigh_as_asked(alone: Any) -> None:
 
 
 def test_recomputing_gives_the_same_gradients(model: Any) -> None:
-    full = {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    }
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     before = {name: getattr(model.config, name) for name in full}
     try:
         for name, value in full.items():

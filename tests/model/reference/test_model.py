@@ -37,10 +37,7 @@ VARIANTS = {
     ),
     "value heads = key heads": ModelConfig(linear_num_value_heads=4, num_query_groups=4),
     "five experts of twelve": ModelConfig(
-        num_moe_experts=12,
-        moe_router_topk=5,
-        moe_ffn_hidden_size=24,
-        moe_shared_expert_intermediate_size=40,
+        num_moe_experts=12, moe_router_topk=5, moe_ffn_hidden_size=24, moe_shared_expert_intermediate_size=40
     ),
     "eight layers, one mixer in two": ModelConfig(num_layers=8, mixer_pattern="G*"),
 }
@@ -136,10 +133,7 @@ def one_by_one(fused: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for number, expert in enumerate(tensor) if prefix else ():
             gate, up = expert.chunk(2)
             parts = {"gate": gate, "up": up} if kind == "gate_up_proj" else {"down": expert}
-            split |= {
-                f"{prefix}.experts.{number}.{part}_proj.weight": weight
-                for part, weight in parts.items()
-            }
+            split |= {f"{prefix}.experts.{number}.{part}_proj.weight": weight for part, weight in parts.items()}
         if not prefix:
             split[name] = tensor
     return split
@@ -215,10 +209,7 @@ def test_multi_token_prediction_matches_one_built_of_transformers_parts() -> Non
         final_state = norm("model.norm")(trunk_before_norm(ours, tokens))
         next_tokens = torch.cat((tokens[:, 1:], torch.zeros_like(tokens[:, :1])), 1)
         embedding = state["model.embed_tokens.weight"][next_tokens]
-        both = (
-            norm("mtp.pre_fc_norm_embedding")(embedding),
-            norm("mtp.pre_fc_norm_hidden")(final_state),
-        )
+        both = (norm("mtp.pre_fc_norm_embedding")(embedding), norm("mtp.pre_fc_norm_hidden")(final_state))
         hidden = torch.cat(both, -1) @ state["mtp.fc.weight"].T
         positions = torch.arange(NUM_TOKENS)[None]
         rotary = modeling.Qwen3NextRotaryEmbedding(settings)(hidden, positions)
@@ -252,10 +243,7 @@ def test_each_depth_sees_one_token_further_and_no_more() -> None:
 @pytest.mark.parametrize("repeated", [False, True])
 def test_loss_is_the_sum_of_its_parts(repeated: bool) -> None:
     config = ModelConfig(
-        mtp_num_layers=2,
-        mtp_use_repeated_layer=repeated,
-        mtp_loss_scaling_factor=0.3,
-        moe_aux_loss_coeff=0.05,
+        mtp_num_layers=2, mtp_use_repeated_layer=repeated, mtp_loss_scaling_factor=0.3, moe_aux_loss_coeff=0.05
     )
     model = reference(config)
     text = some_tokens(config, num_tokens=21)
@@ -372,10 +360,7 @@ def test_half_precision_rounds_no_router_and_no_loss() -> None:
     assert out.loss.isfinite()
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [{"moe_router_load_balancing_type": "seq_aux_loss"}],
-)
+@pytest.mark.parametrize("setting", [{"moe_router_load_balancing_type": "seq_aux_loss"}])
 def test_refuses_what_it_does_not_compute(setting: dict[str, object]) -> None:
     with pytest.raises(UserError, match=next(iter(setting))):
         ReferenceModel(ModelConfig(**setting))

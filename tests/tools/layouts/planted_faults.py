@@ -27,24 +27,37 @@ def main() -> None:
     faults: dict[str, tuple[list[str], Any, str, Any]] = {
         "none": (["dp2"], step, "finish_balance", balance),
         "expert counts stay on their rank": (
-            ["dp2"], step, "finish_balance", lambda routers, group: balance(routers, ALONE),
+            ["dp2"],
+            step,
+            "finish_balance",
+            lambda routers, group: balance(routers, ALONE),
         ),
         "norms' gradients are not summed over tensor-parallel ranks": (
-            ["tp2"], gradients, "_allreduce_non_tensor_model_parallel_grads", lambda *_, **__: None,
+            ["tp2"],
+            gradients,
+            "_allreduce_non_tensor_model_parallel_grads",
+            lambda *_, **__: None,
         ),
-        "experts do not wait for their weights": (
-            ["dp2-overlap"], state, "_wait_where_parts_are_read", lambda _: None,
-        ),
+        "experts do not wait for their weights": (["dp2-overlap"], state, "_wait_where_parts_are_read", lambda _: None),
         "gradients of MTP's embedding stay on their stage": (
-            ["pp2"], gradients, "_allreduce_word_embedding_grads", lambda *_, **__: None,
+            ["pp2"],
+            gradients,
+            "_allreduce_word_embedding_grads",
+            lambda *_, **__: None,
         ),
         "what instruments see stays on its rank": (
-            ["cp2", "instruments.interval_steps=2"], tally.Tally, "share", lambda *_: None,
+            ["cp2", "instruments.interval_steps=2"],
+            tally.Tally,
+            "share",
+            lambda *_: None,
         ),
         "a checkpoint takes weights that are not gathered yet": (
-            ["--reshard", "dp2-overlap:single"], state.TrainState, "gather_parameters", lambda _: None,
+            ["--reshard", "dp2-overlap:single"],
+            state.TrainState,
+            "gather_parameters",
+            lambda _: None,
         ),
-    }  # fmt: skip
+    }
     verdicts = {}
     for fault, (words, module, name, wrong) in faults.items():
         with patch.object(module, name, wrong):

@@ -11,17 +11,7 @@ import pytest
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
-LAYOUTS = [
-    "tp2",
-    "pp2",
-    "pp2-vpp2",
-    "ep2",
-    "dp2-overlap",
-    "cp2",
-    "cp2-passing",
-    "tp2-etp2",
-    "tp2-pp2",
-]
+LAYOUTS = ["tp2", "pp2", "pp2-vpp2", "ep2", "dp2-overlap", "cp2", "cp2-passing", "tp2-etp2", "tp2-pp2"]
 PACKED = ["cp2", "cp2-passing", "tp2"]
 OPTIONS = ["--steps", "4", "--masked", "0.3", "instruments.interval_steps=2"]
 

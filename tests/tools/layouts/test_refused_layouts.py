@@ -13,10 +13,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tensor_model_parallel_size": 4}, r"num_query_groups=2 .*\.tensor_model_parallel_size=4"),
     ({"pipeline_model_parallel_size": 3}, r"world size=8 .*\.pipeline_model_parallel_size=3"),
     ({"expert_model_parallel_size": 3}, r"num_moe_experts=8 .*\.expert_model_parallel_size=3"),
-    (
-        {"expert_tensor_parallel_size": 3},
-        r"moe_ffn_hidden_size=64 .*\.expert_tensor_parallel_size=3",
-    ),
+    ({"expert_tensor_parallel_size": 3}, r"moe_ffn_hidden_size=64 .*\.expert_tensor_parallel_size=3"),
     ({"context_parallel_size": 8}, r"linear_num_key_heads=4 .*\.context_parallel_size=8"),
     (
         {"tensor_model_parallel_size": 2, "sequence_parallel": False},
@@ -45,9 +42,5 @@ def test_impossible_layout_is_refused_by_name(layout: dict[str, Any], message: s
 
 
 def test_state_passing_lifts_the_limit_of_heads() -> None:
-    layout = {
-        "world_size": 8,
-        "context_parallel_size": 8,
-        "linear_context_parallel": "state_passing",
-    }
+    layout = {"world_size": 8, "context_parallel_size": 8, "linear_context_parallel": "state_passing"}
     assert validate({"parallel": layout}).parallel.context_parallel_size == 8

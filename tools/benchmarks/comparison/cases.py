@@ -67,9 +67,7 @@ def contestants_named(names: str, default_precision: str = "bf16") -> list[Conte
     for name in names.split(","):
         kind, _, precision = name.strip().partition(":")
         if kind not in KINDS:
-            raise UserError(
-                f"--contestants {name}: no such contestant; there are {', '.join(KINDS)}."
-            )
+            raise UserError(f"--contestants {name}: no such contestant; there are {', '.join(KINDS)}.")
         if precision and precision not in precisions:
             raise UserError(
                 f"--contestants {name}: there is no recipes/precision/{precision}.yaml; "
@@ -107,11 +105,7 @@ def config_of(setting: Setting, case: Case, contestant: Contestant, periods: int
     Raises: UserError for what does not fit together.
     """
     arguments = ["--config-name", setting.recipe]
-    alone = [
-        "parallel=single",
-        "training.recompute_granularity=null",
-        "training.recompute_modules=[]",
-    ]
+    alone = ["parallel=single", "training.recompute_granularity=null", "training.recompute_modules=[]"]
     pattern = configure([*arguments, *alone, *setting.overrides]).model.mixer_pattern
     rows = case.tokens // case.sequence_length
     fixed = [

@@ -18,9 +18,7 @@ from tools.benchmarks.comparison.worker import Reading
 Row = dict[str, Any]
 
 
-def rows_of(
-    players: list[Player], configurations: Configurations, options: Options, flops: float | None
-) -> list[Row]:
+def rows_of(players: list[Player], configurations: Configurations, options: Options, flops: float | None) -> list[Row]:
     """Make one row for each case and contestant, in the order played; a failed one says why."""
     rows: list[Row] = []
     for case in dict.fromkeys(case for case, _, _ in configurations):
@@ -39,12 +37,7 @@ def rows_of(
 
 
 def _row(
-    player: Player,
-    case: Case,
-    config: RunConfig,
-    configurations: Configurations,
-    options: Options,
-    flops: float | None,
+    player: Player, case: Case, config: RunConfig, configurations: Configurations, options: Options, flops: float | None
 ) -> Row:
     row: Row = {
         "case": case.label,
@@ -68,20 +61,13 @@ def _row(
 
 
 def _period(
-    one: list[Reading],
-    two: list[Reading],
-    case: Case,
-    configs: tuple[RunConfig, RunConfig],
-    flops: float | None,
+    one: list[Reading], two: list[Reading], case: Case, configs: tuple[RunConfig, RunConfig], flops: float | None
 ) -> Row:
     """Take the difference of two periods and one."""
     medians = [_median(one), _median(two)]
     seconds = medians[1] - medians[0]
     each = [(b.median - a.median) * 1000 for a, b in zip(one, two)]
-    work = [
-        flops_per_token(config.model, case.sequence_length).total * case.tokens
-        for config in configs
-    ]
+    work = [flops_per_token(config.model, case.sequence_length).total * case.tokens for config in configs]
     counts = [parameters(config.model).total for config in configs]
     peaks = [max(r.peak_allocated_gib for r in part) for part in (one, two)]
     return {
@@ -127,10 +113,7 @@ def _renewing(one: list[Reading], two: list[Reading], seconds: float) -> Row:
     if not all(times):
         return {}
     apart = statistics.median(times[1]) - statistics.median(times[0])
-    return {
-        "renewing_milliseconds": apart * 1000,
-        "milliseconds_and_renewing": (seconds + apart) * 1000,
-    }
+    return {"renewing_milliseconds": apart * 1000, "milliseconds_and_renewing": (seconds + apart) * 1000}
 
 
 def _alone(readings: list[Reading], case: Case, config: RunConfig, flops: float | None) -> Row:
@@ -183,8 +166,7 @@ def _profile(one: Reading | None, two: Reading, seconds: float, divisor: int = 1
     less = one.profile if one else None
     subtract = lambda name: getattr(less, name) if less else 0.0
     groups = {
-        group: (ms - (less.groups_ms if less else zero)[group]) / divisor
-        for group, ms in two.profile.groups_ms.items()
+        group: (ms - (less.groups_ms if less else zero)[group]) / divisor for group, ms in two.profile.groups_ms.items()
     }
     busy = (two.profile.busy_ms - subtract("busy_ms")) / divisor
     return {

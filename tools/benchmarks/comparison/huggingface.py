@@ -52,10 +52,7 @@ class HuggingFace:
         dtype = torch.bfloat16 if config.precision.compute == "bf16" else torch.float32
         with torch.device(self.device.torch_device):
             self.model = Qwen3NextForCausalLM._from_config(
-                published,
-                dtype=dtype,
-                attn_implementation="sdpa",
-                experts_implementation="grouped_mm",
+                published, dtype=dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
             )
         self.model.train()
         if config.model.megatron.get("moe_router_force_load_balancing"):

@@ -53,9 +53,7 @@ class Profile:
     busy_ms: float
     kernels: float
     launches: float
-    longest: list[tuple[str, float, float]] = field(
-        default_factory=list
-    )  # name, ms, count per step
+    longest: list[tuple[str, float, float]] = field(default_factory=list)  # name, ms, count per step
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,5 @@ def _device_spans(recorded: profile) -> tuple[list[Span], int]:
 def _host_spans(recorded: profile) -> tuple[list[Span], int]:
     """Operators by the time they spent themselves, which does not overlap."""
     events = [event for event in recorded.events() or [] if event.device_type == DeviceType.CPU]
-    spans = [
-        Span(event.name, event.time_range.start, event.self_cpu_time_total) for event in events
-    ]
+    spans = [Span(event.name, event.time_range.start, event.self_cpu_time_total) for event in events]
     return spans, len(spans)

@@ -40,9 +40,8 @@ class Ours:
         chunks = build_chunks(config, self.device, self.group)
         for chunk in chunks:
             chunk.train()
-            chunk.ddp_config.check_for_nan_in_grad = (
-                False  # as in a run, whose guard looks at the norm
-            )
+            # as in a run, whose guard looks at the norm
+            chunk.ddp_config.check_for_nan_in_grad = False
         self.state = connect(config, self.device, self.group, chunks, None, None)
         tokens_BT, labels_BT = random_rows(config, self.device.torch_device)
         mask_BT = tokens_BT.new_ones(tokens_BT.shape).float()

@@ -91,9 +91,7 @@ def play(
     return players, flops
 
 
-def _play_case(
-    case: Case, players: list[Player], configurations: Configurations, options: Options, tell: Any
-) -> None:
+def _play_case(case: Case, players: list[Player], configurations: Configurations, options: Options, tell: Any) -> None:
     sizes = PERIODS if options.part == "step" else PERIODS[:1]
     for turn in range(options.rounds):
         for periods in sizes:
@@ -121,17 +119,13 @@ def _note_first_step(player: Player, reading: Reading) -> None:
         player.first_step_seconds = player.ready.seconds + first
 
 
-def _started(
-    contestant: Contestant, configurations: Configurations, options: Options, logs: Path
-) -> Player:
+def _started(contestant: Contestant, configurations: Configurations, options: Options, logs: Path) -> Player:
     context = multiprocessing.get_context("spawn")  # a fork cannot share a CUDA context
     here, there = context.Pipe()
     log = logs / f"{contestant.label.replace(':', '-')}.log"
     log.unlink(missing_ok=True)
     config = next(c for (_, whose, _), c in configurations.items() if whose == contestant)
-    process = context.Process(
-        target=serve, args=(there, contestant, config, options, log), daemon=True
-    )
+    process = context.Process(target=serve, args=(there, contestant, config, options, log), daemon=True)
     process.start()
     there.close()
     return Player(contestant, process, here, log)

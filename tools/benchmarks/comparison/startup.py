@@ -40,9 +40,7 @@ def measure(arguments: list[str], warm_starts: int) -> dict[str, Any]:
         "warm_seconds": min(start["time_to_first_step"] for start in starts[1:]),
         "caches_mib": size / 2**20,
     }
-    for name, start in zip(
-        ("cold_phases", *(f"warm_phases_{i + 1}" for i in range(warm_starts))), starts
-    ):
+    for name, start in zip(("cold_phases", *(f"warm_phases_{i + 1}" for i in range(warm_starts))), starts):
         figures[name] = start["phases_seconds"]
         figures[name.replace("phases", "checks")] = start["checks_seconds"]
     figures["cold_kernels"], figures["warm_kernels"] = (start["kernels"] for start in starts[:2])
@@ -61,9 +59,7 @@ def _start(arguments: list[str], caches: dict[str, str], folder: Path) -> dict[s
         text=True,
     )
     if done.returncode:
-        raise UserError(
-            f"the run to be timed failed with {done.returncode}:\n{done.stdout[-3000:]}"
-        )
+        raise UserError(f"the run to be timed failed with {done.returncode}:\n{done.stdout[-3000:]}")
     figures = json.loads(result.read_text())
     phases = ", ".join(f"{name} {took:.1f}" for name, took in figures["phases_seconds"].items())
     print(f"first step after {figures['time_to_first_step']:.1f} s: {phases}", flush=True)

@@ -10,9 +10,7 @@ from megatron_q3n.config import RunConfig
 from megatron_q3n.config.sizes import flops_per_token
 
 
-def measure(
-    config: RunConfig, *, process_start: float, warmup: int, steps: int, profiled_steps: int
-) -> dict[str, Any]:
+def measure(config: RunConfig, *, process_start: float, warmup: int, steps: int, profiled_steps: int) -> dict[str, Any]:
     """Train and return the figures; seconds unless the name says otherwise.
 
     process_start: time.perf_counter() when the process began, for the time to the first step.

@@ -11,11 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
     get_transformer_block_with_experimental_attention_variant_spec,
 )
@@ -66,13 +62,8 @@ class Stock:
         self.chunk.train()
         megatron.finalize_model_grads_func = finalize_model_grads
         tokens_BT, labels_BT = random_rows(config, self.device.torch_device)
-        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(
-            tokens_BT
-        )
-        self.batch, self.training = (
-            (tokens_BT, positions_BT.contiguous(), labels_BT),
-            config.training,
-        )
+        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        self.batch, self.training = ((tokens_BT, positions_BT.contiguous(), labels_BT), config.training)
 
     def step(self) -> None:
         """Zero the gradients, run forward and backward."""
@@ -192,9 +183,7 @@ def stock_fields(config: RunConfig) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_router_force_load_balancing": bool(
-            model.megatron.get("moe_router_force_load_balancing", False)
-        ),
+        "moe_router_force_load_balancing": bool(model.megatron.get("moe_router_force_load_balancing", False)),
         "moe_token_dispatcher_type": "alltoall",  # what upstream's recipes use
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,

@@ -38,14 +38,12 @@ class Reading:
 
     seconds: list[float] = field(default_factory=list)  # of each step, device clock on a GPU
     wall_seconds: float = 0.0  # per step, host clock
-    renewing_seconds: float | None = (
-        None  # quantising weights, once per optimizer step; None: not apart from the steps
-    )
+    # quantising weights, once per optimizer step; None: not apart from the steps
+    renewing_seconds: float | None = None
     parameters: int = 0
     mixers: int = 0
-    peak_allocated_gib: float = (
-        0.0  # since before the build, so that captured graphs' memory counts
-    )
+    # since before the build, so that captured graphs' memory counts
+    peak_allocated_gib: float = 0.0
     peak_reserved_gib: float = 0.0
     left_gib: float = 0.0  # still allocated after letting go
     build_seconds: float = 0.0
@@ -72,9 +70,7 @@ class Ready:
 MATMUL = "measure the matmul rate"  # asked for once, while nobody else is on the device
 
 
-def serve(
-    connection: Connection, contestant: Contestant, config: RunConfig, options: Any, log: Path
-) -> None:
+def serve(connection: Connection, contestant: Contestant, config: RunConfig, options: Any, log: Path) -> None:
     """Answer orders, a Visit or MATMUL, until told to stop (None). Runs in the new process."""
     started = time.perf_counter()
     _write_to(log)
@@ -162,9 +158,7 @@ def _measure(runner: Any, visit: Visit, device: Any, reading: Reading) -> None:
     for _ in range(visit.warmup - 1):
         step()
     reading.seconds, reading.wall_seconds = timed(step, visit.iterations, device)
-    if visit.config.precision.fp8 and hasattr(
-        runner, "renew_weights"
-    ):  # the others do it within their steps
+    if visit.config.precision.fp8 and hasattr(runner, "renew_weights"):  # the others do it within their steps
         renewing, _ = timed(runner.renew_weights, visit.iterations, device)
         reading.renewing_seconds = statistics.median(renewing)
     reading.peak_allocated_gib = device.peak_memory_gib()

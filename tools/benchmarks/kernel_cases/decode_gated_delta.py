@@ -11,9 +11,11 @@ from tools.benchmarks.kernel_cases.decode_gemm import replayed
 
 # model, key and value heads, sequences, tokens of each
 STEPS = (
-    ("small", 4, 8, 1, (1, 2, 3, 5)), ("small", 4, 8, 8, (1, 5)),
-    ("80b", 16, 32, 1, (1, 3, 5)), ("80b", 16, 32, 8, (1,)),
-)  # fmt: skip
+    ("small", 4, 8, 1, (1, 2, 3, 5)),
+    ("small", 4, 8, 8, (1, 5)),
+    ("80b", 16, 32, 1, (1, 3, 5)),
+    ("80b", 16, 32, 8, (1,)),
+)
 
 
 def delta_steps(bench: Any) -> None:
@@ -23,7 +25,7 @@ def delta_steps(bench: Any) -> None:
         channels = sum(heads.sections[:3])
         weights = DeltaWeights(
             bench.random(channels, 4), *(bench.random(size, dtype=f32) for size in (value_heads, value_heads, 128))
-        )  # fmt: skip
+        )
         conv = bench.random(batch, channels, 3)
         delta = bench.random(batch, value_heads, 128, 128, dtype=f32)
         for count in counts:

@@ -27,9 +27,7 @@ def _norms(bench: Any) -> None:
     gradients, gb = [bench.random(bench.tokens, HIDDEN) for _ in range(5)], x.numel() * 2 / 1e9
     bench.time("heads", "norm: ours forward", lambda: fused.residual_norm(x, weight, 1e-6), 2 * gb)
     for readers in (1, 2, 4):
-        given = partial(
-            fused.residual_norm_backward, x, weight, 1e-6, gradients[0], gradients[1 : readers + 1]
-        )
+        given = partial(fused.residual_norm_backward, x, weight, 1e-6, gradients[0], gradients[1 : readers + 1])
         what = f"norm and {readers + 1} gradients: ours backward"
         bench.time("heads", what, given, (readers + 3) * gb)
 

@@ -32,9 +32,7 @@ def fill(study: str, text: str, picture: Path, page: Path = PAGE) -> None:
     before, found_begin, rest = page.read_text().partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
-        raise UserError(
-            f"{page} has no place for {study}: add the lines {begin} and {end} where its results belong."
-        )
+        raise UserError(f"{page} has no place for {study}: add the lines {begin} and {end} where its results belong.")
     page.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")
     target = page.parent / picture_of(study)
     target.parent.mkdir(exist_ok=True)

@@ -33,8 +33,11 @@ class Processes:
                 return None
             process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_q3n.train", *arguments],
-                env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
             self._running.add(process)
             return process
 

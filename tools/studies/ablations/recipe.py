@@ -143,9 +143,7 @@ def _problems(recipe: AblationRecipe) -> Iterator[str]:
                 yield f"compare: {heading}: {text} needs evaluate: true"
 
 
-def trials(
-    recipe: AblationRecipe, output: Path, seeds: int, only: list[str], settings: list[str]
-) -> list[Trial]:
+def trials(recipe: AblationRecipe, output: Path, seeds: int, only: list[str], settings: list[str]) -> list[Trial]:
     """Return the runs of a study, checked, the variants of the first seed first.
 
     Raises: UserError for a variant that does not exist, or settings of one that cannot run.

@@ -55,9 +55,7 @@ def gather(
     return found
 
 
-def _numbers(
-    trial: Trial, outcomes: Outcomes, measures: dict[str, Measure]
-) -> dict[str, float | None]:
+def _numbers(trial: Trial, outcomes: Outcomes, measures: dict[str, Measure]) -> dict[str, float | None]:
     if outcomes[trial.name]["ended"] == FAILED:
         return dict.fromkeys(measures)
     run = load(trial.run_dir)

@@ -21,14 +21,7 @@ from megatron_q3n.config import EXIT_REQUEUE, UserError
 from megatron_q3n.metrics.report.run_files import load
 from slurm.progress import is_concluded
 from tools.studies.ablations.measures import has_diverged
-from tools.studies.ablations.outcomes import (
-    DIVERGED,
-    DONE,
-    FAILED,
-    NOT_EVALUATED,
-    OUTCOME,
-    outcome_of,
-)
+from tools.studies.ablations.outcomes import DIVERGED, DONE, FAILED, NOT_EVALUATED, OUTCOME, outcome_of
 from tools.studies.ablations.processes import Processes, last_words
 from tools.studies.ablations.recipe import Trial
 from tools.studies.ablations.schedule import Shared, hand_on

@@ -15,11 +15,7 @@ from megatron_q3n.metrics.report.run_files import CONFIG_FILE
 from tools.studies.ablations.outcomes import OUTCOME, outcome_of
 from tools.studies.ablations.recipe import Trial
 
-OWN_NAMES = (
-    "recipe",
-    "run_dir",
-    "evaluate",
-)  # sections in which runs that share their training may differ
+OWN_NAMES = ("recipe", "run_dir", "evaluate")  # sections in which runs that share their training may differ
 
 
 @dataclass
@@ -39,7 +35,7 @@ def schedule(studies: Sequence[Sequence[Trial]]) -> list[Shared]:
         (list(dict.fromkeys(t.variant for t in trials)).index(trial.variant), number, trial.seed, trial)
         for number, trials in enumerate(studies)
         for trial in trials
-    ]  # fmt: skip
+    ]
     queue: dict[str, Shared] = {}
     for *_, trial in sorted(ranked, key=lambda row: row[:3]):
         shared = queue.setdefault(_identity(trial, queue), Shared(trial))
@@ -77,10 +73,7 @@ def hand_on(source: Trial, twin: Trial) -> None:
     shutil.copytree(source.run_dir, twin.run_dir, ignore=kept, dirs_exist_ok=True)
     path = twin.run_dir / CONFIG_FILE
     if path.is_file():
-        config = yaml.safe_load(path.read_text()) | {
-            "recipe": twin.variant,
-            "run_dir": str(twin.run_dir),
-        }
+        config = yaml.safe_load(path.read_text()) | {"recipe": twin.variant, "run_dir": str(twin.run_dir)}
         path.write_text(yaml.safe_dump(config, sort_keys=False))
     outcome = outcome_of(source) or {}
     outcome["shared_with"] = f"{source.run_dir.parent.name}/{source.name}"

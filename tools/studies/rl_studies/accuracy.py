@@ -68,12 +68,16 @@ def rows(results: dict[str, dict[str, Curve]]) -> list[list[str]]:
     """Return for each run: seed, what it is, first, last and best accuracy, minutes."""
     return [
         [
-            seed, NAMES[kind], f"{curve[0][1]:.3f}", f"{curve[-1][1]:.3f}", f"{max(a for _, a in curve):.3f}",
+            seed,
+            NAMES[kind],
+            f"{curve[0][1]:.3f}",
+            f"{curve[-1][1]:.3f}",
+            f"{max(a for _, a in curve):.3f}",
             f"{curve[-1][0]:.1f}",
         ]
         for seed, curves in results.items()
         for kind, curve in curves.items()
-    ]  # fmt: skip
+    ]
 
 
 def draw(path: Path, results: dict[str, dict[str, Curve]]) -> None:
@@ -95,10 +99,7 @@ def page(found: dict[str, Any], picture: Path) -> str:
     """Return the report: the picture, every run's beginning and end, and what each process took."""
     heads = ["seed", "run", "accuracy before", "accuracy after", "best", "minutes between"]
     spent = [["process", "wall minutes", "CPU minutes, graders included"]]
-    spent += [
-        [name, f"{c['wall_minutes']:.1f}", f"{c['cpu_minutes']:.1f}"]
-        for name, c in found["costs"].items()
-    ]
+    spent += [[name, f"{c['wall_minutes']:.1f}", f"{c['cpu_minutes']:.1f}"] for name, c in found["costs"].items()]
     parts = ([heads, *rows(found["curves"])], spent)
     tables = "".join(f"<table>{''.join(map(_row, part))}</table>" for part in parts)
     style = "body{font:15px sans-serif;max-width:60em;margin:2em auto}td{padding:2px 12px}img{width:100%}"

@@ -149,10 +149,7 @@ def _table(rows: dict[str, dict[str, float | None]]) -> list[str]:
     return [
         f"| run | {' | '.join(heads)} |",
         f"|---|{'---:|' * len(heads)}",
-        *(
-            f"| {name} | {' | '.join(_number(row[head]) for head in heads)} |"
-            for name, row in rows.items()
-        ),
+        *(f"| {name} | {' | '.join(_number(row[head]) for head in heads)} |" for name, row in rows.items()),
     ]
 
 

@@ -91,9 +91,7 @@ class Bench:
         if interrupted and not session["is_last"]:
             raise Interrupted
 
-    def _start(
-        self, recipe: str, run_dir: Path, settings: tuple[str, ...]
-    ) -> subprocess.Popen[bytes]:
+    def _start(self, recipe: str, run_dir: Path, settings: tuple[str, ...]) -> subprocess.Popen[bytes]:
         quiet = ("logging.progress=false", "logging.wandb.mode=disabled")
         arguments = ["--config-name", recipe, f"run_dir={run_dir}", *quiet, *settings]
         process = self._processes.start(arguments, run_dir)
@@ -150,10 +148,7 @@ def drop_checkpoints(run_dir: Path) -> None:
 
 
 def _wait(
-    process: subprocess.Popen[bytes],
-    run_dir: Path,
-    began: float,
-    enough: Callable[[Path], bool] | None,
+    process: subprocess.Popen[bytes], run_dir: Path, began: float, enough: Callable[[Path], bool] | None
 ) -> tuple[int, float, bool]:
     """Wait for a process, and stop it once it is enough: not before its first step, when it listens to signals.
 
@@ -161,9 +156,7 @@ def _wait(
     """
     had_enough = False
     while True:
-        pid, status, used = os.wait4(
-            process.pid, os.WNOHANG
-        )  # Popen.wait does not tell what was used
+        pid, status, used = os.wait4(process.pid, os.WNOHANG)  # Popen.wait does not tell what was used
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
             return process.returncode, used.ru_utime + used.ru_stime, had_enough
