@@ -4,6 +4,6 @@
         -> { inference, rl } -> stages -> train
     kernels -> model        hf -> checkpoint        training -> instruments -> stages
 
-A reader who has never seen Megatron starts at `model/reference/model.py` (the whole architecture in plain torch); one who has
-starts at `model/spec.py`. `train.py` is the one door.
+A reader who has never seen Megatron starts at `model/reference/model.py` (the whole architecture in plain torch); one
+who has starts at `model/spec.py`. `train.py` is the only entry point.
 """

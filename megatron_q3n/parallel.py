@@ -1,7 +1,7 @@
-"""The process groups of a run, made once and handed on as a ProcessGroupCollection; and the seeds of every rank.
+"""Process groups of a run, created once and passed on as a ProcessGroupCollection; and the seeds of every rank.
 
-The only file that touches `megatron.core.parallel_state`, which must be initialised even though the
-groups are handed on: HybridModel's MTP placement and several utilities still ask it.
+The only file that uses `megatron.core.parallel_state`. It must be initialized although the groups are passed on,
+because HybridModel's MTP placement and several utilities of megatron-core read it.
 """
 
 import datetime
@@ -19,8 +19,8 @@ from megatron_q3n.device import Device
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """Where processes without a launcher meet: a store they share (a FileStore, say), and who this one is."""
+class Rendezvous:
+    """Rendezvous of processes without a launcher: a store that they share (e.g. a FileStore), rank and world size."""
 
     store: torch.distributed.Store
     rank: int
@@ -29,7 +29,7 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process's place in the run."""
+    """Rank, world size and process groups of this process."""
 
     rank: int
     world_size: int
@@ -37,48 +37,48 @@ class Parallel:
 
     @property
     def is_leader(self) -> bool:
-        """The one process that prints and writes shared files."""
+        """Whether this is rank 0, the only process that prints and writes shared files."""
         return self.rank == 0
 
     @property
     def data_rank(self) -> int:
-        """Which slice of the global batch this process reads (context-parallel ranks share one)."""
+        """Index of the slice of the global batch that this process reads (context-parallel ranks read the same one)."""
         return self.groups.dp.rank()
 
     @property
     def data_size(self) -> int:
-        """Slices of the global batch."""
+        """Number of slices of the global batch."""
         return self.groups.dp.size()
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether the loss is computed here."""
+        """Whether this rank is in the last pipeline stage, where the loss is computed."""
         return self.groups.pp.rank() == self.groups.pp.size() - 1
 
     def barrier(self) -> None:
-        """Wait for every process."""
+        """Wait until every process has called this."""
         torch.distributed.barrier()
 
     def any(self, flag: bool) -> bool:
-        """Say whether any process raised the flag; every process gets the same answer."""
+        """Return whether the flag is set on any process; the same on every process. A collective call."""
         if self.world_size == 1:
             return flag
-        votes = torch.tensor([float(flag)], device=torch.cuda.current_device())
-        torch.distributed.all_reduce(votes)
-        return votes.item() > 0
+        flags = torch.tensor([float(flag)], device=torch.cuda.current_device())
+        torch.distributed.all_reduce(flags)
+        return flags.item() > 0
 
     def from_leader(self, value: str | None) -> str:
-        """Return the leader's string on every process."""
+        """Return the leader's string on every process; the others' `value` is ignored. A collective call."""
         holder = [value]
         torch.distributed.broadcast_object_list(holder, src=0)
         assert holder[0] is not None
         return holder[0]
 
 
-def initialize(config: RunConfig, device: Device, meeting: Meeting | None = None) -> Parallel:
-    """Join the other processes (the launcher's, or those of a meeting), build the groups of
-    config.parallel, and seed this rank."""
-    rank, world_size = _join(device, meeting)
+def initialize(config: RunConfig, device: Device, rendezvous: Rendezvous | None = None) -> Parallel:
+    """Join the other processes (the launcher's, or those of a rendezvous), build the process groups of config.parallel,
+    and seed this rank."""
+    rank, world_size = _join(device, rendezvous)
     layout = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
@@ -87,14 +87,15 @@ def initialize(config: RunConfig, device: Device, meeting: Meeting | None = None
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-        create_gloo_process_groups=True,  # the distributed optimizer gathers its state over them
+        # the distributed optimizer gathers its state over them
+        create_gloo_process_groups=True,
     )
     seed(config.training.seed)
     return Parallel(rank, world_size, ProcessGroupCollection.use_mpu_process_groups())
 
 
 def seed(number: int) -> None:
-    """Seed every generator: Python, numpy, torch, and megatron-core's per-rank model-parallel states."""
+    """Seed the generators of Python, numpy and torch, and megatron-core's model-parallel generators of this rank."""
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)
@@ -102,21 +103,21 @@ def seed(number: int) -> None:
 
 
 def shutdown() -> None:
-    """Leave the process groups; safe to call twice."""
+    """Destroy the process groups; safe to call twice."""
     if torch.distributed.is_initialized():
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
-def _join(device: Device, meeting: Meeting | None) -> tuple[int, int]:
-    if meeting is None and not launch.has_neighbours():
-        # alone: no port to collide with a neighbour's
-        meeting = Meeting(torch.distributed.HashStore(), rank=0, world_size=1)
-    rank = meeting.rank if meeting else launch.rank()
-    world_size = meeting.world_size if meeting else launch.world_size()
+def _join(device: Device, rendezvous: Rendezvous | None) -> tuple[int, int]:
+    if rendezvous is None and not launch.has_rendezvous():
+        # one process without a launcher: no TCP port, so no collision with another run
+        rendezvous = Rendezvous(torch.distributed.HashStore(), rank=0, world_size=1)
+    rank = rendezvous.rank if rendezvous else launch.rank()
+    world_size = rendezvous.world_size if rendezvous else launch.world_size()
     torch.distributed.init_process_group(
         device.communication,
-        store=meeting.store if meeting else None,
+        store=rendezvous.store if rendezvous else None,
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(minutes=30),

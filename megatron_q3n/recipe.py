@@ -18,8 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_q3n.config import RunConfig, UserError, default_tree, known_settings, suggest, validate
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-PIPELINE = "pipeline-"  # names of files in recipes/ that chain recipes, for slurm/submit.py
-ABLATION = "ablation-"  # and of those that compare runs of a recipe, for tools/studies/ablation.py
+# prefix of the files in recipes/ that chain recipes (slurm/submit.py)
+PIPELINE = "pipeline-"
+# prefix of those that compare runs of a recipe (tools/studies/ablation.py)
+ABLATION = "ablation-"
 
 HYDRA_FLAGS = (
     "--cfg",
@@ -41,9 +43,9 @@ def has_hydra_flag(arguments: Sequence[str]) -> bool:
 
 
 def run_by_hydra(run: Callable[[RunConfig], int]) -> None:
-    """Let Hydra's own command line call `run`, once per job of a sweep.
+    """Call `run` through Hydra's own command line, once per job of a sweep.
 
-    Raises: SystemExit for a job's exit code other than 0, which Hydra cannot carry.
+    Raises: SystemExit for a job's exit code other than 0, which Hydra does not pass on.
     """
 
     def run_composed(tree: DictConfig) -> None:
@@ -55,12 +57,12 @@ def run_by_hydra(run: Callable[[RunConfig], int]) -> None:
 
 
 def register_defaults() -> None:
-    """Give Hydra the plain tree of every default, under the name recipes begin with."""
+    """Register the tree of all defaults with Hydra, under the name that recipes begin with."""
     ConfigStore.instance().store("base", default_tree())
 
 
 def configure(arguments: list[str]) -> RunConfig:
-    """Turn command-line arguments into a checked configuration.
+    """Return the checked configuration that command-line arguments describe.
 
     Raises: UserError for a wrong recipe, setting or value.
     """
@@ -75,13 +77,13 @@ def configure(arguments: list[str]) -> RunConfig:
     start.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this directory")
     parser.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder of recipes of your own")
     parser.add_argument("overrides", nargs="*", metavar="setting=value", help="e.g. training.steps=2000")
-    given = parser.parse_args(arguments)
-    if given.resume:
-        return _resumed(Path(given.resume), given.overrides)
-    return validate(_composed(given.config_name, given.config_dir, given.overrides))
+    options = parser.parse_args(arguments)
+    if options.resume:
+        return _resumed(Path(options.resume), options.overrides)
+    return validate(_composed(options.config_name, options.config_dir, options.overrides))
 
 
-def _composed(recipe: str, own_recipes: str | None, overrides: list[str]) -> dict[str, Any]:
+def _composed(recipe: str, config_dir: str | None, overrides: list[str]) -> dict[str, Any]:
     recipe = recipe.removesuffix(".yaml")
     if recipe.startswith(PIPELINE):
         raise UserError(
@@ -90,16 +92,17 @@ def _composed(recipe: str, own_recipes: str | None, overrides: list[str]) -> dic
         )
     if recipe.startswith(ABLATION):
         raise UserError(
-            f"--config-name {recipe}: an ablation compares runs of a recipe; run it with tools/studies/ablation.py {recipe}."
+            f"--config-name {recipe}: an ablation compares runs of a recipe; run it with "
+            f"tools/studies/ablation.py {recipe}."
         )
-    folders = [RECIPES] + ([Path(own_recipes).resolve()] if own_recipes else [])
+    folders = [RECIPES] + ([Path(config_dir).resolve()] if config_dir else [])
     if not any((folder / f"{recipe}.yaml").is_file() for folder in folders):
         raise UserError(
             f"--config-name {recipe}: no such recipe.{suggest(recipe, _recipes())} There are: {', '.join(_recipes())}."
         )
     home = next(folder for folder in reversed(folders) if (folder / f"{recipe}.yaml").is_file())
     search = [f"hydra.searchpath=[file://{folder}]" for folder in folders if folder != home]
-    # a new key below model.megatron is the point of the pass-through, so Hydra must not ask for a "+"
+    # the pass-through takes any field of TransformerConfig, so Hydra must not require a "+" for a new key
     prepared = [f"++{o}" if o.startswith("model.megatron.") else o for o in overrides]
     try:
         with initialize_config_dir(str(home), version_base="1.3"):
@@ -133,19 +136,24 @@ def plain_tree(tree: DictConfig) -> dict[str, Any]:
 
 
 def _explain(error: Exception, overrides: list[str]) -> str:
-    """Turn Hydra's paragraph into one line, with the setting that was probably meant."""
+    """Return Hydra's message as one line, with the setting that was probably meant."""
     known = known_settings()
     for override in overrides:
         name = override.partition("=")[0].lstrip("+~")
-        is_part = (RECIPES / name).is_dir()
-        if "=" in override and name not in known and not is_part and not name.startswith(("hydra.", "model.megatron.")):
+        is_group = (RECIPES / name).is_dir()
+        if (
+            "=" in override
+            and name not in known
+            and not is_group
+            and not name.startswith(("hydra.", "model.megatron."))
+        ):
             return f"{name}: no such setting.{suggest(name, known)} config.yaml of any run lists them all."
-        if is_part and isinstance(error, MissingConfigException):
-            parts = sorted(path.stem for path in (RECIPES / name).glob("*.yaml"))
+        if is_group and isinstance(error, MissingConfigException):
+            options = sorted(path.stem for path in (RECIPES / name).glob("*.yaml"))
             chosen = override.partition("=")[2]
             return (
-                f"{override}: there is no recipes/{name}/{chosen}.yaml.{suggest(chosen, parts)} "
-                f"There are: {', '.join(parts)}."
+                f"{override}: there is no recipes/{name}/{chosen}.yaml.{suggest(chosen, options)} "
+                f"There are: {', '.join(options)}."
             )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines) or type(error).__name__

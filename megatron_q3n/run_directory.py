@@ -1,5 +1,7 @@
-"""The run directory: config.yaml, environment.json, metrics.jsonl, checkpoints/, logs/,
-report.html. It is all a resume needs.
+"""Run directory: config.yaml, environment.json, metrics.jsonl, checkpoints/, logs/ and report.html.
+
+A run resumes from its directory alone. Here it is named, created, checked on resume, and described; `StopRequest`
+collects the reasons to stop early.
 """
 
 import contextlib
@@ -22,7 +24,8 @@ from megatron_q3n.config import RunConfig, UserError, launch
 from megatron_q3n.device import Device
 
 CONFIG, ENVIRONMENT, LATEST = "config.yaml", "environment.json", "latest"
-TOKENIZER_FOLDER = "tokenizer"  # of fine-tuned models, with the chat template
+# of fine-tuned models, with the chat template
+TOKENIZER_FOLDER = "tokenizer"
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -40,7 +43,7 @@ PACKAGES = (
 
 
 def choose(config: RunConfig) -> Path:
-    """Return the directory of this run: the given one, or a new name below config.runs_dir."""
+    """Return the directory of this run: config.run_dir, or a new name below config.runs_dir."""
     if config.run_dir:
         return Path(config.run_dir).resolve()
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
@@ -48,7 +51,7 @@ def choose(config: RunConfig) -> Path:
 
 
 def open_directory(run_dir: Path, config: RunConfig) -> None:
-    """Make the directory, write its config.yaml, and point `latest` at it. Called by the leader.
+    """Create the directory, write config.yaml, and link `latest` to it. Called by the leader.
 
     Raises: UserError if it cannot be written.
     """
@@ -64,10 +67,10 @@ def open_directory(run_dir: Path, config: RunConfig) -> None:
 
 
 def check_same_data(run_dir: Path, config: RunConfig) -> None:
-    """Refuse to resume a run with other data or batches than it began with.
+    """Check that a run is resumed with the data and batch settings it began with.
 
-    The position in the data is a function of the step: under another batch size or seed the same step
-    would silently repeat some text and skip other.
+    The position in the data is a function of the step. With another batch size or seed, the same step would silently
+    repeat some text and skip other.
 
     Raises: UserError naming the settings that differ.
     """
@@ -76,28 +79,31 @@ def check_same_data(run_dir: Path, config: RunConfig) -> None:
         return
     before = yaml.safe_load(path.read_text())
     now = config.model_dump(mode="json")
-    place = {"data": set(now["data"]) - {"cache_dir", "num_workers"}}
-    place["training"] = {"seed", "global_batch_size", "sequence_length"}
-    place |= {stage: set(now[stage]) for stage in ("sft", "rl") if stage == config.stage}
-    differ = [
+    compared = {"data": set(now["data"]) - {"cache_dir", "num_workers"}}
+    compared["training"] = {"seed", "global_batch_size", "sequence_length"}
+    compared |= {stage: set(now[stage]) for stage in ("sft", "rl") if stage == config.stage}
+    differences = [
         f"{section}.{name}: {before[section].get(name)} there, {now[section][name]} here"
-        for section, names in place.items()
+        for section, names in compared.items()
         for name in sorted(names)
         if before[section].get(name) != now[section][name]
     ]
-    if differ:
+    if differences:
         raise UserError(
-            f"{run_dir} cannot go on with other data or batches: {'; '.join(differ)}. "
-            f"Set them back, or begin a new run from its weights: checkpoint.load={run_dir}"
+            f"{run_dir} cannot be resumed with other data or batches: {'; '.join(differences)}. "
+            f"Set them back, or start a new run from its weights: checkpoint.load={run_dir}"
         )
 
 
-def record_environment(run_dir: Path, device: Device, choices: dict[str, str]) -> None:
-    """Append this start to environment.json: machine, versions, every backend chosen and why."""
+def record_environment(
+    run_dir: Path, device: Device, kernels: dict[str, str], execution_plan: dict[str, dict[str, str]]
+) -> None:
+    """Write this start to environment.json: machine, versions, and every backend, kernel and path with its reason."""
     path = run_dir / ENVIRONMENT
     sessions: list[Any] = []
     if path.is_file():
-        with contextlib.suppress(ValueError):  # a torn file from a kill: its history is not worth failing for
+        # a file that a kill left incomplete: the history of starts is dropped
+        with contextlib.suppress(ValueError):
             sessions = json.loads(path.read_text()).get("earlier_sessions", [])
             sessions.append({k: v for k, v in json.loads(path.read_text()).items() if k != "earlier_sessions"})
     environment = {
@@ -109,7 +115,8 @@ def record_environment(run_dir: Path, device: Device, choices: dict[str, str]) -
         "processes": launch.world_size(),
         "cpus": os.cpu_count(),
         "gpu": device.gpu_name,
-        "backends": {**device.choices, **choices},
+        "backends": {**device.backends, **kernels},
+        "execution_plan": execution_plan,
         "packages": {name: _version(name) for name in PACKAGES},
         "git": _git_state(),
         "earlier_sessions": sessions,
@@ -118,51 +125,54 @@ def record_environment(run_dir: Path, device: Device, choices: dict[str, str]) -
 
 
 def record_outcome(run_dir: Path, code: int, message: str = "") -> None:
-    """Leave how this process of the run ended, in logs/outcome.json, for whoever started it: launchers do not hand on
-    exit codes faithfully (torchrun makes 1 of every one, srun reports whom it killed). Only the leader writes."""
+    """Write how the run ended to logs/outcome.json, for the supervisor. Only the leader writes.
+
+    Launchers do not pass on exit codes: torchrun turns each into 1, srun reports those of processes it killed.
+    """
     if launch.rank() == 0 and (run_dir / "logs").is_dir():
         outcome = {"code": code, "message": message, "time": time.time()}
         write_json(run_dir / "logs" / "outcome.json", outcome)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a small result file for the report."""
+    """Write a result file for the report, atomically."""
     write_atomically(path, json.dumps(content, indent=1))
 
 
 def write_expert_load(run_dir: Path, step: int, loads: dict[str, list[float]]) -> None:
-    """Write each MoE layer's load over the step's global batch, for the report and wandb."""
+    """Write each MoE layer's expert load over the step's global batch, for the report and wandb."""
     layers = [{"name": name, "share": share} for name, share in loads.items()]
     write_json(run_dir / "expert_load.json", {"step": step, "layers": layers})
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a reader or a kill never meets half of it."""
+    """Replace a file atomically, so that neither a reader nor a kill can see an incomplete one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 class StopRequest:
-    """Says why the run should save and stop: a signal, or its time limit."""
+    """Reasons to save and stop early: a signal or the time limit."""
 
     def __init__(self, time_limit_minutes: float | None, started: float) -> None:
         self._deadline = None if time_limit_minutes is None else started + 60 * time_limit_minutes
         self._signal: str | None = None
 
     def signalled(self, number: int, _frame: object) -> None:
-        """Take note of a signal; the loop acts on it after the step in flight."""
+        """Record a signal; the loop stops after the current step."""
         self._signal = signal.Signals(number).name
-        if number == signal.SIGINT:  # a second Ctrl-C is meant
+        # a second Ctrl-C ends the process at once
+        if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def listen(self) -> None:
-        """Catch SIGTERM, SIGUSR1 and the first Ctrl-C."""
+        """Install handlers of SIGTERM, SIGUSR1 and the first Ctrl-C."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self.signalled)
 
     def reason(self) -> str | None:
-        """Return why to stop, or None."""
+        """Return the reason to stop, or None."""
         if self._signal:
             return f"{self._signal} received"
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -173,7 +183,8 @@ class StopRequest:
 def _point_latest(run_dir: Path) -> None:
     link = run_dir.parent / LATEST
     if link.exists() and not link.is_symlink():
-        return  # somebody's own folder of that name
+        # a folder of the user with that name
+        return
     fresh = run_dir.parent / f".{LATEST}.{os.getpid()}"
     with contextlib.suppress(FileNotFoundError):
         fresh.unlink()
@@ -189,7 +200,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_state() -> str | None:
-    """Return the commit of the code, marked if the tree differs from it; None outside a checkout."""
+    """Return the commit of the code, with -dirty if the tree differs from it; None outside of a git checkout."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

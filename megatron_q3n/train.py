@@ -1,10 +1,10 @@
-"""Training command: reads the command line, and dispatches the composed configuration to its stage.
+"""Training command: reads the command line and dispatches the checked configuration to its stage.
 
     python -m megatron_q3n.train --config-name pretrain-tiny [setting=value …]
     python -m megatron_q3n.train --resume runs/latest [setting=value …]
 
-Alone, under torchrun, or under srun. A wrong setting is refused before torch is imported. Hydra's own flags (--cfg job,
---multirun, --info, --help, --shell-completion) work too.
+Started as a single process, by torchrun or by srun. A wrong setting is rejected before torch is imported. Hydra's own
+flags (--cfg job, --multirun, --info, --help, --shell-completion) work too.
 """
 
 import importlib
@@ -24,8 +24,8 @@ STAGES = {
     "mtp": "megatron_q3n.stages.mtp",
     "evaluate": "megatron_q3n.stages.evaluate",
 }
-# a launcher ends everybody when the first process leaves: the others wait, so that the one that speaks has spoken
-LEADER_SPEAKS_SECONDS = 20.0
+# A launcher ends all processes when the first one exits. The other ranks wait, so that the leader can print its error.
+LEADER_MESSAGE_SECONDS = 20.0
 
 
 def main() -> int:
@@ -43,21 +43,21 @@ def main() -> int:
         if launch.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         else:
-            time.sleep(LEADER_SPEAKS_SECONDS)
+            time.sleep(LEADER_MESSAGE_SECONDS)
         return EXIT_BAD_INPUT
 
 
 def run(config: RunConfig) -> int:
-    """Run the stage that a configuration names, or show its plan.
+    """Run the stage of a configuration; with dry_run=true print its memory plan instead.
 
     Returns: the exit code.
     """
     if config.dry_run:
         planner = importlib.import_module("megatron_q3n.planner")
         return planner.show(config)
-    # before torch, whose import and megatron-core's leave the machine's other cores to it
+    # first: compilation uses the other cores while torch and megatron-core are imported
     importlib.import_module("megatron_q3n.kernels.startup.compile_ahead").start(config)
-    # late: torch and megatron-core are imported only for a run that will be made
+    # imported here, so that torch and megatron-core are not imported for a dry run or a refused configuration
     importlib.import_module("megatron_q3n.device").quiet_known_warnings()
     run_directory = importlib.import_module("megatron_q3n.run_directory")
     stage = importlib.import_module(STAGES[config.stage])

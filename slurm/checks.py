@@ -1,7 +1,7 @@
-"""What is refused before submission: an allocation is too dear to find it out.
+"""Checks before submission, which reject runs that would fail in the allocation.
 
-The recipe itself has been validated when these run. The data is looked at where the command runs, so on a machine
-that sees the cluster's file system.
+The recipe itself is already validated. Data files are checked on the machine where the command runs, which must
+therefore have access to the cluster's file system.
 """
 
 import shutil
@@ -15,32 +15,34 @@ from megatron_q3n.config.rl import PromptSource
 from megatron_q3n.config.sft import ConversationSource
 from megatron_q3n.config.sizes import parameters
 from megatron_q3n.data.blend import load_blends
-from megatron_q3n.planner import Card, plan
+from megatron_q3n.planner import Gpu, plan
 from slurm.site import Site
 
 GIB = 2**30
-MASTER_AND_MOMENTS_BYTES = 12  # fp32, per parameter
+# bytes per parameter: fp32 master weights and two Adam moments
+MASTER_AND_MOMENTS_BYTES = 12
 
 
 def check_run(
     config: RunConfig, site: Site, num_nodes: int, before: RunConfig | None = None, *, loads_later: bool = False
 ) -> None:
-    """Refuse a validated recipe that cannot run on this site.
+    """Check that a validated recipe can run on this site.
 
-    With `loads_later` a stage before it is yet to make its checkpoint, `before` if that is a recipe.
+    With `loads_later` its checkpoint will be written by a previous stage; `before` is that stage's configuration if the
+    stage is a recipe.
 
-    Raises: UserError.
+    Raises: UserError if ranks, data, checkpoint, GPU memory or disk space do not fit.
     """
     _check_ranks(config, site, num_nodes)
     _check_data(config)
     if config.checkpoint.load and (before is not None or not loads_later):
-        _check_beginning(config, before)
+        _check_loaded_checkpoint(config, before)
     _check_memory(config, site)
     _check_space(config)
 
 
 def checkpoint_bytes(config: RunConfig) -> float:
-    """Return the size of one checkpoint: weights in their format, master copy and two moments in fp32."""
+    """Return the size of one checkpoint in bytes: weights in their dtype, master weights and two moments in fp32."""
     weight = 2 if config.precision.compute == "bf16" else 4
     return parameters(config.model).total_with_mtp * (weight + MASTER_AND_MOMENTS_BYTES)
 
@@ -48,15 +50,15 @@ def checkpoint_bytes(config: RunConfig) -> float:
 def _check_ranks(config: RunConfig, site: Site, num_nodes: int) -> None:
     if config.world_size % num_nodes:
         raise UserError(
-            f"{config.world_size} processes do not spread evenly over {num_nodes} nodes; choose --nodes or "
-            f"parallel.world_size so that they do (this site: {site.ranks_per_node} per node)."
+            f"{config.world_size} processes cannot be divided evenly over {num_nodes} nodes; change --nodes or "
+            f"parallel.world_size (this site: {site.ranks_per_node} per node)."
         )
     if site.gpus_per_node == 0 and config.precision.fp8:
         raise UserError("precision.fp8 needs GPUs; this site has gpus_per_node: 0.")
 
 
 def _check_data(config: RunConfig) -> None:
-    """Look for the data where it can be told without reading it: folders with a manifest, files of conversations."""
+    """Check that data folders and files exist, without reading their contents."""
     if config.stage in ("pretrain", "longcontext") or (config.stage == "mtp" and not config.sft.train):
         load_blends(config)
     named: dict[str, Sequence[ConversationSource | PromptSource]] = {
@@ -69,43 +71,44 @@ def _check_data(config: RunConfig) -> None:
         for source in sources:
             if source.path is not None and not Path(source.path).expanduser().exists():
                 raise UserError(
-                    f"{setting}: there is no {source.path} on this machine. Name a file that is there; submit from a "
-                    "machine that sees the cluster's file system."
+                    f"{setting}: {source.path} does not exist on this machine. Correct the path, or submit from a "
+                    "machine with access to the cluster's file system."
                 )
 
 
-def _check_beginning(config: RunConfig, before: RunConfig | None) -> None:
+def _check_loaded_checkpoint(config: RunConfig, before: RunConfig | None) -> None:
     assert config.checkpoint.load is not None
     if before is not None:
         description = {"model": before.model.model_dump(mode="json")}
         checkpoint.check_architecture(description, config.model, Path(config.checkpoint.load))
         return
-    found = checkpoint.find(config.checkpoint.load)
-    checkpoint.check_architecture(integrity.read(found), config.model, found)
+    checkpoint_dir = checkpoint.find(config.checkpoint.load)
+    checkpoint.check_architecture(integrity.read_manifest(checkpoint_dir), config.model, checkpoint_dir)
 
 
 def _check_memory(config: RunConfig, site: Site) -> None:
     if site.gpu_memory_gib is None or site.gpus_per_node == 0:
         return
-    made = plan(config, Card("this site's GPU", site.gpu_memory_gib))
-    if not made.fits:
+    memory_plan = plan(config, Gpu("this site's GPU", site.gpu_memory_gib))
+    if not memory_plan.fits:
         raise UserError(
-            f"the largest rank needs {made.largest.total / GIB:.1f} GiB, a GPU of this site gives "
-            f"{made.card.usable_gib:.1f} GiB to tensors. See the table with dry_run=true; split the model further, "
-            "or recompute."
+            f"the largest rank needs {memory_plan.largest.total / GIB:.1f} GiB, but a GPU of this site has "
+            f"{memory_plan.gpu.usable_gib:.1f} GiB for tensors. See the table with dry_run=true; increase model "
+            "parallelism, or enable activation checkpointing (training.recompute_granularity)."
         )
 
 
 def _check_space(config: RunConfig) -> None:
-    place = Path(config.run_dir or config.runs_dir).absolute()
-    while not place.exists():
-        place = place.parent
-    checkpoints = config.checkpoint.keep_last + 1  # the next one is written before the oldest goes
-    if every := config.checkpoint.keep_every_steps:
-        checkpoints += config.training.steps // every
-    needed, free = checkpoints * checkpoint_bytes(config), shutil.disk_usage(place).free
+    folder = Path(config.run_dir or config.runs_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    # the next checkpoint is written before the oldest is deleted
+    num_checkpoints = config.checkpoint.keep_last + 1
+    if interval := config.checkpoint.keep_every_steps:
+        num_checkpoints += config.training.steps // interval
+    needed, free = num_checkpoints * checkpoint_bytes(config), shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{place}: {free / GIB:.1f} GiB free, {checkpoints} checkpoints take about {needed / GIB:.1f} GiB. Choose "
-            "another runs_dir, or lower checkpoint.keep_last or keep_every_steps."
+            f"{folder}: {free / GIB:.1f} GiB free, {num_checkpoints} checkpoints take about {needed / GIB:.1f} GiB. "
+            "Choose another runs_dir, lower checkpoint.keep_last, or raise checkpoint.keep_every_steps."
         )

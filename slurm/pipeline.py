@@ -1,4 +1,4 @@
-"""A pipeline: stages in order, each beginning with what another made. Also a single recipe, as a pipeline of one.
+"""Pipelines: ordered stages, each loading the checkpoint of an earlier one; a single recipe is a pipeline of one stage.
 
     # recipes/pipeline-tiny.yaml
     stages:
@@ -12,9 +12,9 @@
         tool: [tools/convert_hf.py, export, "{from}", --output, "{run_dir}/huggingface"]
         from: longcontext
 
-A stage runs after the one it is `from`. Its run directory is PIPELINE_DIR/<stage>; a `tool` is a command of the code's
-folder instead of a recipe. `nodes` and `time` may be given for a stage. On the command line `stage.setting=value`
-overrides a setting of one stage, `all.setting=value` of every recipe.
+A stage runs after the stage named in `from`. Its run directory is PIPELINE_DIR/<stage>. A `tool` is a command run in
+the code folder instead of a recipe. A stage may set `nodes` and `time`. On the command line `stage.setting=value`
+overrides a setting of one stage, and `all.setting=value` of every recipe.
 """
 
 import json
@@ -36,7 +36,7 @@ FILE = "pipeline.json"
 
 
 class StageRecipe(Section):
-    """One stage, as its file says it."""
+    """One stage of a pipeline file."""
 
     recipe: str | None = None
     tool: list[str] | None = None
@@ -54,7 +54,7 @@ class PipelineRecipe(Section):
 
 @dataclass
 class Stage:
-    """A stage ready to be written down and run."""
+    """A validated stage with its run directory, ready to be written and run."""
 
     name: str
     run_dir: Path
@@ -67,17 +67,17 @@ class Stage:
 
     @property
     def job_file(self) -> Path:
-        """Where the supervisor's description stands."""
+        """Path of the job description that the supervisor reads."""
         return self.run_dir / progress.SLURM_FOLDER / progress.JOB
 
     @property
     def script_file(self) -> Path:
-        """Where the sbatch script stands."""
+        """Path of the sbatch script."""
         return self.run_dir / progress.SLURM_FOLDER / "job.sbatch"
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the stage is complete."""
         steps = self.config.training.steps if self.config else None
         return progress.is_concluded(self.run_dir, steps)
 
@@ -85,58 +85,58 @@ class Stage:
 def read_recipe(path: Path) -> PipelineRecipe:
     """Read and check a pipeline file.
 
-    Raises: UserError naming the stage and what is wrong.
+    Raises: UserError that names the stage and the problem.
     """
     try:
         recipe = PipelineRecipe.model_validate(yaml.safe_load(path.read_text()))
     except ValidationError as error:
-        wrong = (f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        raise UserError(f"{path}: {'; '.join(wrong)}") from None
+        problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+        raise UserError(f"{path}: {'; '.join(problems)}") from None
     before: list[str] = []
     for name, stage in recipe.stages.items():
         if (stage.recipe is None) == (stage.tool is None):
             raise UserError(f"{path}: stage {name} needs either a recipe or a tool.")
         if stage.begins_with is not None and stage.begins_with not in before:
             raise UserError(
-                f"{path}: stage {name} is from {stage.begins_with}, which is no stage before it"
-                f"{suggest(stage.begins_with, before)} (before it: {', '.join(before) or 'none'})."
+                f"{path}: stage {name} is from {stage.begins_with}, which is not an earlier stage"
+                f"{suggest(stage.begins_with, before)} (earlier stages: {', '.join(before) or 'none'})."
             )
         before.append(name)
     return recipe
 
 
 def overrides_by_stage(overrides: list[str], stages: list[str]) -> dict[str, list[str]]:
-    """Sort `stage.setting=value` by stage; `all.` means every one.
+    """Group overrides `stage.setting=value` by stage; `all.` applies to every stage.
 
-    Raises: UserError for an override that names no stage.
+    Raises: UserError for an override that does not start with a stage.
     """
-    sorted_out: dict[str, list[str]] = {name: [] for name in stages}
+    by_stage: dict[str, list[str]] = {name: [] for name in stages}
     for override in overrides:
         stage, _, setting = override.partition(".")
         if stage != "all" and stage not in stages:
             raise UserError(
-                f"{override}: in a pipeline a setting begins with its stage, one of {', '.join(stages)}, or all."
+                f"{override}: in a pipeline a setting starts with its stage, one of {', '.join(stages)}, or all."
             )
         for name in stages if stage == "all" else [stage]:
-            sorted_out[name].append(setting)
-    return sorted_out
+            by_stage[name].append(setting)
+    return by_stage
 
 
 def new_folder(parent: str | Path, recipe: str) -> Path:
-    """Return a name nobody has for a run or pipeline directory."""
+    """Return an unused path for a run or pipeline directory."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     return Path(parent).resolve() / f"{recipe}-{stamp}-{secrets.token_hex(2)}"
 
 
 def write_lineage(folder: Path, recipe: str, stages: list[Stage]) -> None:
-    """Write pipeline.json: which stages there are, where, and what each begins with."""
-    described = [_described(stage) for stage in stages]
-    text = json.dumps({"recipe": recipe, "stages": described}, indent=1)
+    """Write pipeline.json: the stages, their run directories, and the stage that each loads from."""
+    descriptions = [_describe(stage) for stage in stages]
+    text = json.dumps({"recipe": recipe, "stages": descriptions}, indent=1)
     (folder / FILE).write_text(text + "\n")
 
 
 def read_lineage(folder: Path) -> list[dict[str, Any]]:
-    """Return the stages of a pipeline directory, in order; of a run directory, itself.
+    """Return the stages of a pipeline directory, in order, or the single stage of a run directory.
 
     Raises: UserError if it is neither.
     """
@@ -145,11 +145,12 @@ def read_lineage(folder: Path) -> list[dict[str, Any]]:
     if (folder / progress.SLURM_FOLDER / progress.JOB).is_file():
         return [{"name": folder.name, "run_dir": str(folder.resolve()), "from": None}]
     raise UserError(
-        f"{folder} was not made by slurm.submit (no {FILE}, no slurm/{progress.JOB}). Give the directory it named."
+        f"{folder} was not written by slurm.submit (no {FILE}, no slurm/{progress.JOB}). Give the directory that it "
+        "printed."
     )
 
 
-def _described(stage: Stage) -> dict[str, Any]:
+def _describe(stage: Stage) -> dict[str, Any]:
     return {
         "name": stage.name,
         "run_dir": str(stage.run_dir),

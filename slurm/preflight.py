@@ -1,10 +1,11 @@
-"""Is this node fit to train? GPUs, disk and network, before an allocation is spent on finding out.
+"""Pre-flight check of a node before training: GPUs, disk and network.
 
     srun --ntasks-per-node=1 python3 -m slurm.preflight FOLDER SETTINGS_JSON
 
-Every node writes FOLDER/<node>.json. Nodes meet through FOLDER, which also shows that they share it: each listens on a
-port, writes host and port down, and sends some MiB to the next one in a ring. GPUs are counted and their health
-read by nvidia-smi; a kernel is not run here, since this must work outside any container.
+Every node writes its report to FOLDER/<node>.json. Nodes exchange their addresses through FOLDER, which also verifies
+that it is shared: each node listens on a port, writes host and port to a file, and sends data to the next node of a
+ring. GPUs are counted and their health is read with nvidia-smi; no kernel is run, because the check must work outside
+containers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DISK_MIB = 64
 
 
 def main() -> int:
-    """Check this node and write what was found; 0 if it is fit."""
+    """Check this node and write its report; return 0 if it is fit, else 1."""
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     number, count = int(os.environ.get("SLURM_NODEID", "0")), int(os.environ["SLURM_NNODES"])
@@ -42,41 +43,41 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def gpu_problems(wanted: int, minimum_free_mib: float) -> list[str]:
-    """Count the GPUs and look at their free memory and uncorrected memory errors."""
-    if wanted == 0:
+def gpu_problems(expected: int, minimum_free_mib: float) -> list[str]:
+    """Return problems with the number of GPUs, their free memory and their uncorrected memory errors."""
+    if expected == 0:
         return []
     fields = "index,memory.free,ecc.errors.uncorrected.volatile.total"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return [f"gpu: nvidia-smi does not answer ({error})"]
-    if asked.returncode:
-        return [f"gpu: nvidia-smi failed: {(asked.stdout + asked.stderr).strip()}"]
-    return read_gpus(asked.stdout, wanted, minimum_free_mib)
+        return [f"gpu: nvidia-smi could not run or timed out ({error})"]
+    if result.returncode:
+        return [f"gpu: nvidia-smi failed: {(result.stdout + result.stderr).strip()}"]
+    return read_gpus(result.stdout, expected, minimum_free_mib)
 
 
-def read_gpus(table: str, wanted: int, minimum_free_mib: float) -> list[str]:
-    """Judge nvidia-smi's table of index, free MiB and uncorrected errors."""
+def read_gpus(table: str, expected: int, minimum_free_mib: float) -> list[str]:
+    """Return the problems in nvidia-smi's table of index, free MiB and uncorrected errors."""
     rows = [[cell.strip() for cell in row.split(",")] for row in table.strip().splitlines()]
-    problems = [] if len(rows) >= wanted else [f"gpu: {len(rows)} of {wanted} are there"]
+    problems = [] if len(rows) >= expected else [f"gpu: {len(rows)} of {expected} found"]
     for index, free, errors in rows:
         if re.fullmatch(r"\d+", free) and int(free) < minimum_free_mib:
-            problems.append(f"gpu {index}: only {free} MiB free, another process holds the rest")
+            problems.append(f"gpu {index}: only {free} MiB free, the rest is used by another process")
         if re.fullmatch(r"\d+", errors) and int(errors) > 0:
             problems.append(f"gpu {index}: {errors} uncorrected memory errors")
     return problems
 
 
 def disk_problems(folder: Path, settings: dict[str, Any]) -> list[str]:
-    """Write, force to disk and read back in the run directory, and look for room there and in /tmp."""
+    """Return problems with free space (run directory and /tmp) and with writing, fsync and reading back."""
     problems = []
-    for place, needed in ((folder, settings["minimum_free_gib"]), (tempfile.gettempdir(), 0.1)):
-        stat = os.statvfs(place)
+    for directory, needed in ((folder, settings["minimum_free_gib"]), (tempfile.gettempdir(), 0.1)):
+        stat = os.statvfs(directory)
         free = stat.f_bavail * stat.f_frsize / 2**30
         if free < needed:
-            problems.append(f"disk: {free:.1f} GiB free in {place}, {needed} needed")
+            problems.append(f"disk: {free:.1f} GiB free in {directory}, {needed} needed")
     block, began = os.urandom(2**20), time.monotonic()
     path = folder / f".disk-{socket.gethostname()}-{os.getpid()}"
     try:
@@ -87,19 +88,19 @@ def disk_problems(folder: Path, settings: dict[str, Any]) -> list[str]:
             os.fsync(file.fileno())
         rate = DISK_MIB / (time.monotonic() - began)
         with path.open("rb") as file:
-            same = all(file.read(2**20) == block for _ in range(DISK_MIB))
+            is_same = all(file.read(2**20) == block for _ in range(DISK_MIB))
         path.unlink()
     except OSError as error:
         return [*problems, f"disk: {folder} cannot be written ({error})"]
-    if not same:
-        problems.append(f"disk: {folder} gave back other bytes than were written")
+    if not is_same:
+        problems.append(f"disk: data read back from {folder} differ from the data written")
     if rate < settings["minimum_disk_mib_per_second"]:
         problems.append(f"disk: {rate:.0f} MiB/s to {folder}")
     return problems
 
 
 def network_problems(folder: Path, number: int, count: int, settings: dict[str, Any]) -> list[str]:
-    """Send to the next node in the ring and receive from the one before."""
+    """Return problems with sending to the next node of the ring and receiving from the previous one."""
     if count == 1:
         return []
     deadline = time.monotonic() + settings["timeout_seconds"]
@@ -111,12 +112,12 @@ def network_problems(folder: Path, number: int, count: int, settings: dict[str, 
         problems = _send(folder, (number + 1) % count, deadline, settings)
         receiver.join(max(0.1, deadline - time.monotonic()))
         if receiver.is_alive():
-            problems.append(f"network: nothing came from node {(number - 1) % count}")
+            problems.append(f"network: nothing received from node {(number - 1) % count}")
     return problems
 
 
 def write_address(folder: Path, number: int, text: str) -> None:
-    """Let the others find this node; whole or not there."""
+    """Write this node's address file atomically."""
     partial = folder / f".address-{number}.new"
     partial.write_text(text)
     os.replace(partial, folder / f"address-{number}")
@@ -136,7 +137,7 @@ def _receive(server: socket.socket, deadline: float) -> None:
                 left -= len(part)
             connection.sendall(b"!")
     except OSError:
-        # told by the sender, who knows how far it came; not finishing is what the caller sees
+        # keep this thread alive, which the caller reports as "nothing received"; the sender reports the error itself
         threading.Event().wait(max(0.0, deadline + 1 - time.monotonic()))
 
 
@@ -153,12 +154,12 @@ def _send(folder: Path, number: int, deadline: float, settings: dict[str, Any]) 
             block = bytes(2**20)
             for _ in range(NETWORK_MIB):
                 connection.sendall(block)
-            answered = connection.recv(1) == b"!"
+            is_acknowledged = connection.recv(1) == b"!"
     except OSError as error:
-        return [f"network: {host}:{port} (node {number}) not reached ({error})"]
+        return [f"network: {host}:{port} (node {number}) cannot be reached ({error})"]
     rate = NETWORK_MIB / (time.monotonic() - began)
-    if not answered:
-        return [f"network: node {number} broke off"]
+    if not is_acknowledged:
+        return [f"network: node {number} closed the connection"]
     if rate < settings["minimum_network_mib_per_second"]:
         return [f"network: {rate:.0f} MiB/s to node {number} ({host})"]
     return []

@@ -1,10 +1,10 @@
-"""How far a run is and what was tried: files in the run directory, read and written without any package.
+"""Progress and attempts of a run: files in the run directory, accessed with the standard library only.
 
-    logs/outcome.json      how the last training process ended by itself (written by megatron_q3n/train.py)
+    logs/outcome.json      exit code and message of the last training process (written by megatron_q3n/train.py)
     slurm/attempts.jsonl   one line when an attempt begins, one when it ends, one per submission
-    logs/events.log        the run's story, for people
+    logs/events.log        log of events for users
 
-Several attempts never run at once: Slurm starts a requeued job when the last process of the one before is gone.
+Attempts never overlap: Slurm starts a requeued job only after the last process of the previous attempt has exited.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def newest_step(run_dir: Path) -> int:
 
 
 def is_concluded(run_dir: Path, steps: int | None) -> bool:
-    """Say whether all steps are trained and their results written; a stage that does not train leaves no summary."""
+    """Return whether the run is complete: all steps in its summary, or without training (no steps) exit code 0."""
     summary = _read(run_dir / "summary.json")
     if steps is None or not summary:
         return read_outcome(run_dir).get("code") == 0
@@ -40,25 +40,25 @@ def is_concluded(run_dir: Path, steps: int | None) -> bool:
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any]:
-    """Return {code, message, time} of the last process that could say so, or nothing."""
+    """Return {code, message, time} of the last process that wrote its outcome, or an empty dict."""
     return _read(run_dir / "logs" / "outcome.json")
 
 
 def write_outcome(run_dir: Path, code: int, message: str = "") -> None:
-    """Say how a stage without a training process ended."""
+    """Write the outcome of a stage without a training process."""
     path = run_dir / "logs" / "outcome.json"
     path.write_text(json.dumps({"code": code, "message": message, "time": time.time()}))
 
 
-def forget_outcome(run_dir: Path) -> None:
-    """Make sure that the next outcome found is a new one."""
+def delete_outcome(run_dir: Path) -> None:
+    """Delete the outcome of the previous attempt."""
     path = run_dir / "logs" / "outcome.json"
     if path.exists():
         path.unlink()
 
 
 def attempts(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of attempts.jsonl, oldest first; a torn last line is left out."""
+    """Return the lines of attempts.jsonl, oldest first; a partial last line is skipped."""
     path = run_dir / SLURM_FOLDER / ATTEMPTS
     if not path.exists():
         return []
@@ -77,16 +77,16 @@ def add_attempt_line(run_dir: Path, **values: Any) -> None:
         file.write(json.dumps({"time": time.time(), **values}) + "\n")
 
 
-def begin_anew(run_dir: Path) -> None:
-    """Forget what was counted against the run and its nodes: a person looked at it and submits it again."""
+def reset_attempts(run_dir: Path) -> None:
+    """Reset the attempt count and the excluded nodes when a user resubmits the run."""
     add_attempt_line(run_dir, event="resubmitted")
     excluded = run_dir / SLURM_FOLDER / EXCLUDED
     if excluded.exists():
         excluded.unlink()
 
 
-def fruitless_starts(run_dir: Path) -> int:
-    """Count the newest attempts that began at the step the run is still at; what a person resubmits counts anew."""
+def count_attempts_without_progress(run_dir: Path) -> int:
+    """Return the number of latest attempts that began at the current step, counted since the last resubmission."""
     count, step = 0, newest_step(run_dir)
     for line in reversed(attempts(run_dir)):
         if line["event"] == "resubmitted":
@@ -98,8 +98,8 @@ def fruitless_starts(run_dir: Path) -> int:
     return count
 
 
-def tell(run_dir: Path, message: str) -> None:
-    """Add a line to the run's story and to the job's output."""
+def log_event(run_dir: Path, message: str) -> None:
+    """Append a message to logs/events.log and print it to the job's output."""
     print(f"supervise: {message}", flush=True)
     now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
     with (run_dir / "logs" / "events.log").open("a", encoding="utf-8") as file:

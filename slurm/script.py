@@ -1,4 +1,4 @@
-"""The sbatch script of one stage, and the job.json beside it that the supervisor in the job reads."""
+"""sbatch script of one stage, and job.json, the job description that the supervisor reads."""
 
 import json
 import shlex
@@ -10,7 +10,7 @@ from slurm.site import Site
 
 
 def job_description(stage: Stage, site: Site, *, local: bool) -> dict[str, Any]:
-    """Return everything slurm/supervise.py needs to know."""
+    """Return the job description for slurm/supervise.py."""
     preflight = None
     if site.preflight is not None and not local:
         expected = site.preflight.gpus_expected
@@ -47,11 +47,11 @@ def command(stage: Stage, python: str) -> list[str]:
 def sbatch_script(stage: Stage, site: Site) -> str:
     """Return the job script."""
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(stage, site))]
-    lines += ["", "# of this site", *site.setup]
+    lines += ["", "# setup of this site", *site.setup]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in _environment(stage, site).items()]
     lines += [
         "",
-        "# the code as it was at submission; what the supervisor does is in slurm/supervise.py",
+        "# snapshot of the code at submission; the supervisor is documented in slurm/supervise.py",
         f"cd {shlex.quote(str(stage.code))}",
         f"export PYTHONPATH={shlex.quote(_python_path(stage, site))}",
         f"exec {site.node_python} -m slurm.supervise {shlex.quote(str(stage.job_file))}",
@@ -67,7 +67,7 @@ def job_json(stage: Stage, site: Site, *, local: bool) -> str:
 def _options(stage: Stage, site: Site) -> list[str]:
     per_node = _processes(stage)
     tasks = 1 if site.launcher == "torchrun" else per_node
-    given = {
+    values = {
         "job-name": stage.name,
         "partition": site.partition,
         "account": site.account,
@@ -82,7 +82,7 @@ def _options(stage: Stage, site: Site) -> list[str]:
         "output": stage.run_dir / "logs" / "slurm-%j.out",
         "open-mode": "append",
     }
-    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    options = [f"--{name}={value}" for name, value in values.items() if value is not None]
     return [*options, "--requeue", *site.sbatch_arguments]
 
 

@@ -1,4 +1,4 @@
-"""The copy of the code that a run keeps and runs from: what is edited later does not reach a job in the queue."""
+"""Code snapshot in the run directory, from which the job runs: later edits do not affect a queued job."""
 
 import shutil
 import subprocess
@@ -9,7 +9,7 @@ FOLDERS = ("megatron_q3n", "slurm", "recipes", "tools")
 
 
 def take_snapshot(target: Path) -> None:
-    """Copy the checkout's code to `target`, and say in COMMIT which commit it is and what differs from it."""
+    """Copy the checkout's code to `target`, and write the commit and the changed files to `target`/COMMIT."""
     target.mkdir(parents=True)
     for name in _files():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -19,17 +19,17 @@ def take_snapshot(target: Path) -> None:
 
 
 def _files() -> list[str]:
-    """List the code's files: those of git, tracked or not ignored, else all but caches."""
-    listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *FOLDERS)
-    names = [name for name in listed.split("\0") if name]
+    """Return the code files: those in git (tracked or not ignored), or without git all except caches."""
+    output = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *FOLDERS)
+    names = [name for name in output.split("\0") if name]
     if not names:
-        every = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
-        names = [str(path.relative_to(ROOT)) for path in every if "__pycache__" not in path.parts]
+        paths = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
+        names = [str(path.relative_to(ROOT)) for path in paths if "__pycache__" not in path.parts]
     return [name for name in names if (ROOT / name).is_file()]
 
 
 def _git(*arguments: str) -> str:
-    """Return what git says, nothing where there is no git or no checkout."""
+    """Return the output of git, empty without git or outside a checkout."""
     if shutil.which("git") is None:
         return ""
     command = ["git", "-c", "safe.directory=*", *arguments]

@@ -1,4 +1,4 @@
-"""Show a run or a pipeline: which stage is where, and why one does not go on.
+"""Status of a run or pipeline: the state of each stage, and why a stage has stopped.
 
 python -m slurm.status runs/pipeline-tiny-…
 """
@@ -15,13 +15,14 @@ from rich.table import Table
 from megatron_q3n.config import EXIT_BAD_INPUT, UserError
 from slurm import jobs, pipeline, progress
 
-ENDED_BADLY = ("failed", "gave up", "stopped", "ended by Slurm")
+USAGE = "python -m slurm.status RUN_OR_PIPELINE_DIR"
+FAILED_STATES = ("failed", "gave up", "stopped", "ended by Slurm")
 
 
 def main() -> int:
-    """Print the table; 2 for a folder that is no run or pipeline."""
+    """Print the table; return 2 for a folder that is not a run or pipeline."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(f"Usage: {__doc__.split('    ')[1].strip() if __doc__ else ''}", file=sys.stderr)
+        print(f"Usage: {USAGE}", file=sys.stderr)
         return EXIT_BAD_INPUT
     try:
         stages = pipeline.read_lineage(Path(sys.argv[1]))
@@ -29,7 +30,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("stage", "state", "job", "step", "attempts", "last word"):
+    for column in ("stage", "state", "job", "step", "attempts", "last message"):
         table.add_column(column, overflow="fold")
     for row in rows(stages):
         table.add_row(*row)
@@ -38,7 +39,7 @@ def main() -> int:
 
 
 def rows(stages: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Return one row per stage: name, state, job, step, attempts, last word."""
+    """Return one row per stage: name, state, job, step, attempts, last message."""
     result: list[tuple[str, ...]] = []
     states: dict[str, str] = {}
     for stage in stages:
@@ -46,26 +47,26 @@ def rows(stages: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         lines = progress.attempts(run_dir)
         ids = [str(line["job"]) for line in lines if line.get("job")]
         queued = jobs.states(ids[-1:]).get(ids[-1]) if ids else None
-        state, word = _state(run_dir, lines, queued)
+        state, message = _state(run_dir, lines, queued)
         before = stage["from"]
-        if state == "waiting" and states.get(before) in (*ENDED_BADLY, "not started"):
-            state, word = "not started", f"{before} {states[before]}"
+        if state == "waiting" and states.get(before) in (*FAILED_STATES, "not started"):
+            state, message = "not started", f"{before} {states[before]}"
         states[stage["name"]] = state
-        begun = sum(line["event"] == "begin" for line in lines)
-        result.append((stage["name"], state, ids[-1] if ids else "", _step(run_dir), str(begun), word))
+        num_attempts = sum(line["event"] == "begin" for line in lines)
+        result.append((stage["name"], state, ids[-1] if ids else "", _step(run_dir), str(num_attempts), message))
     return result
 
 
 def _state(run_dir: Path, lines: list[dict[str, Any]], queued: tuple[str, str] | None) -> tuple[str, str]:
-    """Return the state of a stage in a word, and why."""
+    """Return the state of a stage and the reason."""
     if progress.is_concluded(run_dir, _job(run_dir).get("steps")):
         return "done", ""
     last = next((line for line in reversed(lines) if line["event"] in ("begin", "end", "resubmitted")), None)
-    if queued is not None and jobs.is_waiting_or_running(queued[0]):
+    if queued is not None and jobs.is_active(queued[0]):
         is_pending = queued[0] == "PENDING"
-        word = last["reason"] if last and last["event"] == "end" else ""
-        why = ", ".join(filter(None, [queued[1] if queued[1] != "None" else "", word]))
-        return ("waiting" if is_pending and not last else queued[0].lower(), why)
+        message = last["reason"] if last and last["event"] == "end" else ""
+        reason = ", ".join(filter(None, [queued[1] if queued[1] != "None" else "", message]))
+        return ("waiting" if is_pending and not last else queued[0].lower(), reason)
     if last is None or last["event"] == "resubmitted":
         return "waiting", "" if queued is None else f"{queued[0].lower()}: {queued[1]}"
     if last["event"] == "begin":

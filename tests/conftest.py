@@ -1,8 +1,9 @@
-"""What every test stands on: an environment that does not depend on who runs it, and one way to start a run.
+"""Pytest configuration: a reproducible environment for every test, time limits, and fixtures to start runs.
 
-One thread each (two cores are shared by many tests, and thread counts change sums), no network (wandb offline, no
-hub), no launcher's variables (a suite started inside a Slurm job must not think it is rank 3), and a time limit per
-test. The data cache stays where the user has it, so that the standard library corpus is tokenised once per machine.
+The environment has one thread (two cores are shared by many tests, and thread counts change sums), no network (wandb
+offline, no Hugging Face hub), no launcher variables (a suite started inside a Slurm job must not run as rank 3), and
+this checkout first on PYTHONPATH (programs started by tests import it, whichever checkout .venv is installed from). The
+data cache stays at the user's location, so that the standard library corpus is tokenized once per machine.
 """
 
 import importlib.util
@@ -18,7 +19,7 @@ import psutil
 import pytest
 
 from tests import forked
-from tests.backends import Backend, on_every_backend, qualify_kernels
+from tests.backends import Backend, on_every_backend
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_SECONDS = 300
@@ -29,7 +30,7 @@ LAUNCHER_VARIABLES = [
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
 ]
 
-# At import, not in a fixture: torch reads the thread count, and wandb its mode, when first imported.
+# at import, not in a fixture: torch reads the thread count, and wandb its mode, when first imported
 os.environ.update(
     OMP_NUM_THREADS="1",
     WANDB_MODE="offline",
@@ -40,20 +41,20 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 )
 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not Path("/dev/nvidiactl").exists():
-    # without a GPU, fused kernels are tested in Triton's interpreter; its own library decides when it is imported
+    # without a GPU, fused kernels are tested in Triton's interpreter; Triton's own functions choose at import
     os.environ["TRITON_INTERPRET"] = "1"
 for name in [*LAUNCHER_VARIABLES, "WANDB_API_KEY"]:
     os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give each test its time limit, skip GPU tests where there is no GPU, and put long files first.
+    """Set each test's time limit, skip GPU tests where there is no GPU, and order long files first.
 
-    Long are those that start several processes or are slow: a suite in several processes ends when the last file does.
+    Long files are those that start several processes or are slow: a suite in several processes ends with its last file.
     """
     long = {i.path for i in items if any(map(i.get_closest_marker, ("multiprocess", "slow")))}
     items.sort(key=lambda item: item.path not in long)
-    # A GPU machine may have pytest without the plugin, and then the mark would be unknown.
+    # a GPU machine may have pytest without this plugin, and then the mark would be unknown
     limited = config.pluginmanager.hasplugin("timeout") and not config.getoption("timeout")
     for item in items:
         if limited and not item.get_closest_marker("timeout"):
@@ -66,8 +67,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Return how many processes share the suite: one a core, as far as memory allows. Each imports megatron-core for
-    itself and forks programs that have it (forked.py)."""
+    """Return the number of processes of the suite: one per core, as far as memory allows.
+
+    Each imports megatron-core, and its fork server does so again (tests/forked.py).
+    """
     gib = psutil.virtual_memory().total / 2**30
     return max(1, min(os.cpu_count() or 1, int(gib / GIB_A_WORKER), MAX_WORKERS))
 
@@ -75,17 +78,17 @@ def pytest_xdist_auto_num_workers() -> int:
 def _cuda_is_available() -> bool:
     if importlib.util.find_spec("torch") is None:
         return False
-    import torch  # late: seconds that a selection without GPU tests need not spend
+    import torch  # late: takes seconds, and only GPU tests need it
 
     return torch.cuda.is_available()
 
 
 @pytest.fixture
 def run_module(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `python -m megatron_q3n.train …` as a user does, in a process of its own (see forked.py).
+    """Return a function that runs `python -m megatron_q3n.train …` as a user does, in a new process (tests/forked.py).
 
-    The call's working folder is the test's tmp_path, so that default run directories land there. Output is captured
-    as text and the exit status is the caller's to check.
+    The working folder is the test's tmp_path, so default run directories are created there. Output is captured as text;
+    the caller checks the exit status.
     """
 
     def run(
@@ -101,8 +104,10 @@ def run_module(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
 
 @pytest.fixture(autouse=True)
 def fresh_process_state() -> None:
-    """Drop what megatron-core keeps for the whole process: its trackers keep the first model's number
-    of depths, its loss scales the last caller's numbers and shapes."""
+    """Reset the process-wide state: the qualified kernels, of which models that are built take their plan, and
+    megatron-core's trackers, which keep the first model's number of depths, and loss scales of the last caller."""
+    if registry := sys.modules.get("megatron_q3n.kernels.registry"):
+        registry.clear()
     core = "megatron.core.transformer"
     if predictions := sys.modules.get(f"{core}.multi_token_prediction"):
         predictions.MTPLossLoggingHelper.tracker.clear()
@@ -114,27 +119,23 @@ def fresh_process_state() -> None:
 
 @pytest.fixture(scope="session")
 def alone() -> Iterator[Any]:
-    """Join megatron-core's process groups as a run of one process, in this process.
+    """Initialize megatron-core's process groups for a run of one process, in this process.
 
-    Returns: (Device, Parallel). Imports megatron-core late: it takes seconds, and only some tests need it.
+    Returns: (Device, Parallel). megatron-core is imported late: it takes seconds, and only some tests need it.
     """
     from megatron_q3n.config import validate
-    from megatron_q3n.device import choose_device, quiet_known_warnings
+    from megatron_q3n.device import quiet_known_warnings, select_device
 
     quiet_known_warnings()
     from megatron_q3n import parallel
 
     config = validate({})
-    device = choose_device(config)
+    device = select_device(config)
     yield device, parallel.initialize(config, device)
     parallel.shutdown()
 
 
 @pytest.fixture(params=on_every_backend())
-def backend(request: pytest.FixtureRequest, alone: Any) -> Iterator[Backend]:
-    """Prove a test on every backend: here on this machine's device, and two more where there is a GPU."""
-    import torch  # late: a selection without these tests need not wait for it
-
-    yield replace(request.param, alone=alone)
-    cpu = torch.device("cpu")  # its kernels are the references, which tests of single parts expect
-    qualify_kernels(cpu, request.param.config())
+def backend(request: pytest.FixtureRequest, alone: Any) -> Backend:
+    """Run a test on every backend: torch on this machine's device, and two more where there is a GPU."""
+    return replace(request.param, alone=alone)

@@ -1,12 +1,14 @@
-"""Programs of the project in processes of their own, without each of them importing torch and megatron-core again.
+"""Fork server for the project's programs: each runs in its own process without importing torch and megatron-core again.
 
-A server imports them when the first program is started, and forks one process per program (multiprocessing's
-forkserver): five to nine CPU-seconds less for each. From the fork on a program is what a user starts: it is `__main__`,
-with its own arguments, working folder, environment, output, signals and exit code.
+The server imports these libraries when the first program is started, and forks one process per program
+(multiprocessing's forkserver), which saves five to nine CPU-seconds each. After the fork a program behaves as if a user
+had started it: it is `__main__`, with its own arguments, working folder, environment, output, signals and exit code. A
+file started by its path imports by full names only: its folder is not on sys.path.
 
-What is decided while those libraries are imported cannot be told apart by program. So one that is given variables of
-its own gets a whole process, and so does each where there is a GPU, since a fork cannot share a CUDA context. How a
-program starts from nothing: test_bad_input.py, test_absent_packages.py, test_torchrun.py.
+Decisions made during the import of those libraries are the same for all programs. Therefore a program with environment
+variables of its own is started as a new Python process, and so is every program on a machine with a GPU, since a fork
+cannot share a CUDA context. Tests of a start from nothing: tests/test_bad_input.py, tests/test_absent_packages.py,
+tests/test_torchrun.py.
 """
 
 import atexit
@@ -27,9 +29,10 @@ HAS_GPU = os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidiactl"
 
 @dataclass(frozen=True)
 class Launch:
-    """What is started, and where its output goes."""
+    """A program to start: arguments, working folder, environment and output files."""
 
-    program: str | Path  # a module by name, or a file
+    # a module by name, or a file
+    program: str | Path
     arguments: list[str]
     cwd: Path
     environment: dict[str, str]
@@ -38,27 +41,30 @@ class Launch:
 
 
 class Program:
-    """A program that was started; like subprocess.Popen, as far as tests need it."""
+    """A started program, with the part of subprocess.Popen's interface that tests need."""
 
-    def __init__(self, launch: Launch, folder: tempfile.TemporaryDirectory[str], whole: bool) -> None:
-        """Start it, in a whole process or forked; `folder` holds its output as long as this lives."""
+    def __init__(self, launch: Launch, folder: tempfile.TemporaryDirectory[str], *, is_forked: bool) -> None:
+        """Start the program; `folder` holds its output for the lifetime of this object."""
         self._launch, self._folder = launch, folder
-        self._process: Any = _whole(launch) if whole else _forked(launch)
+        self._process: Any = _fork(launch) if is_forked else _spawn(launch)
         self.pid: int = self._process.pid
 
     def poll(self) -> int | None:
-        """Return the exit code, or None while it runs; -n if signal n ended it."""
+        """Return the exit code, -n if signal n ended the program, or None while it runs."""
         if isinstance(self._process, subprocess.Popen):
             return self._process.poll()
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
+        """Send a signal, unless the program has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def wait(self, seconds: float = 240) -> subprocess.CompletedProcess[str]:
-        """Wait for its end, and return exit code and output; one that takes longer is killed, and that is an error."""
+        """Wait for the end, and return exit code and output.
+
+        Raises: TimeoutExpired if the program takes longer; it is killed.
+        """
         deadline = time.monotonic() + seconds
         while (code := self.poll()) is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -66,33 +72,32 @@ class Program:
             self._process.kill()
         paths = (self._launch.stdout, self._launch.stderr)
         stdout, stderr = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
-        words = [str(self._launch.program), *self._launch.arguments]
+        command = [str(self._launch.program), *self._launch.arguments]
         if code is None:
-            raise subprocess.TimeoutExpired(words, seconds, stdout, stderr)
-        return subprocess.CompletedProcess(words, code, stdout, stderr)
+            raise subprocess.TimeoutExpired(command, seconds, stdout, stderr)
+        return subprocess.CompletedProcess(command, code, stdout, stderr)
 
 
 def start(program: str | Path, *arguments: object, cwd: Path = ROOT, **environment: str) -> Program:
-    """Start a module by name, or a file by path. `environment`: what differs from this process's own."""
+    """Start a module by name, or a file by path. `environment`: variables that differ from this process's."""
     folder = tempfile.TemporaryDirectory(prefix="forked.")
     stdout, stderr = (Path(folder.name) / name for name in ("stdout", "stderr"))
-    words = [str(word) for word in arguments]
-    launch = Launch(program, words, cwd, {**os.environ, **environment}, stdout, stderr)
-    return Program(launch, folder, whole=HAS_GPU or bool(environment))
+    launch = Launch(program, [str(word) for word in arguments], cwd, {**os.environ, **environment}, stdout, stderr)
+    return Program(launch, folder, is_forked=not (HAS_GPU or environment))
 
 
 def run(
     program: str | Path, *arguments: object, cwd: Path = ROOT, seconds: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a module by name, or a file by path, to its end. The exit code is the caller's to check."""
+    """Run a module by name, or a file by path, to its end. The caller checks the exit code."""
     return start(program, *arguments, cwd=cwd, **environment).wait(seconds)
 
 
-def _whole(launch: Launch) -> "subprocess.Popen[bytes]":
-    by_name = ["-m"] if isinstance(launch.program, str) else []
+def _spawn(launch: Launch) -> "subprocess.Popen[bytes]":
+    module_option = ["-m"] if isinstance(launch.program, str) else []
     with launch.stdout.open("wb") as stdout, launch.stderr.open("wb") as stderr:
         return subprocess.Popen(
-            [sys.executable, *by_name, str(launch.program), *launch.arguments],
+            [sys.executable, *module_option, str(launch.program), *launch.arguments],
             cwd=launch.cwd,
             env=launch.environment,
             stdin=subprocess.DEVNULL,
@@ -101,18 +106,18 @@ def _whole(launch: Launch) -> "subprocess.Popen[bytes]":
         )
 
 
-def _forked(launch: Launch) -> Any:
+def _fork(launch: Launch) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.forked_imports"])
     launch.stdout.touch()
     launch.stderr.touch()
-    process = context.Process(target=_become, args=(launch,))
+    process = context.Process(target=_run_program, args=(launch,))
     process.start()
     return process
 
 
-def _become(launch: Launch) -> None:
-    """Turn this fork into the program."""
+def _run_program(launch: Launch) -> None:
+    """Run the program in this forked process, as its `__main__`."""
     for number, output in enumerate((launch.stdout, launch.stderr), start=1):
         os.dup2(os.open(output, os.O_WRONLY), number)
     os.environ.clear()
@@ -121,10 +126,11 @@ def _become(launch: Launch) -> None:
     sys.argv = [str(launch.program), *launch.arguments]
     try:
         if isinstance(launch.program, str):
-            sys.modules.pop(launch.program, None)  # the server's; this one is __main__
+            # the server may have imported it; here it is __main__
+            sys.modules.pop(launch.program, None)
             runpy.run_module(launch.program, run_name="__main__", alter_sys=True)
         else:
-            sys.path.insert(0, str(launch.program.parent))
             runpy.run_path(str(launch.program), run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # which the end of a fork leaves out
+        # a forked process of multiprocessing ends without them
+        atexit._run_exitfuncs()

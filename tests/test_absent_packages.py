@@ -1,7 +1,7 @@
-"""The core runs where wandb, datasets and pyarrow are not installed, saying so once; what needs them says which.
+"""Runs without the optional packages wandb, datasets and pyarrow: one message each, and an error where one is needed.
 
-Absence is real to the programs and every process they start: importing one of these fails as it does where it is
-not there. A GPU is not covered.
+In the tested programs and every process they start, the import of these packages fails as if they were not installed.
+Not covered: a GPU.
 """
 
 import json
@@ -31,13 +31,14 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def without(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return an environment whose Pythons have none of ABSENT."""
+    """Return environment variables under which Python finds none of ABSENT."""
     folder = tmp_path_factory.mktemp("without")
     # None in sys.modules: `import` raises ModuleNotFoundError, find_spec finds nothing
     (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n")
     path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
     environment = {**os.environ, "PYTHONPATH": path}
-    environment.pop("WANDB_MODE")  # which would say that wandb is wanted
+    # this variable would request wandb
+    environment.pop("WANDB_MODE")
     return environment
 
 
@@ -64,10 +65,10 @@ def test_a_run_from_text_to_report(without: dict[str, str], tmp_path: Path) -> N
     data += [f"run_dir={run_dir}", f"data.cache_dir={tmp_path / 'cache'}"]
     done = run(without, "-m", "megatron_q3n.train", *SMALL, *data)
     assert done.returncode == 0, done.stderr
-    said = done.stdout + done.stderr
+    output = done.stdout + done.stderr
     for package in ABSENT:
-        assert said.count(f"{package}: not installed") == (package == "wandb"), said
-    assert "Traceback" not in said
+        assert output.count(f"{package}: not installed") == (package == "wandb"), output
+    assert "Traceback" not in output
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3]
     assert (run_dir / "report.html").stat().st_size > 10_000

@@ -1,8 +1,7 @@
-"""Bad input gets one clear message and exit code 2: where, what, what is allowed.
+"""Bad input: one message with the place, the value and what is allowed, and exit code 2.
 
-Settings are refused before torch is imported.
-
-Data preparation's own refusals are in tests/data, checkpoints' in tests/checkpoint.
+Bad settings are refused before torch is imported. Refusals of data preparation are tested in tests/data, those of
+checkpoints in tests/checkpoint.
 """
 
 import json
@@ -63,7 +62,7 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
 
 @pytest.fixture(scope="module")
 def refusals() -> dict[str, Any]:
-    """Configure with each bad setting, all in one fresh process; return messages, times, and whether torch came in."""
+    """Configure with each bad setting, in one new process; return the messages, the times, and the heavy imports."""
     script = (
         "import json, sys, time\n"
         "from megatron_q3n.config import UserError\n"
@@ -81,9 +80,9 @@ def refusals() -> dict[str, Any]:
         "heavy = sorted({'torch', 'megatron.core', 'transformers'} & set(sys.modules))\n"
         "print(json.dumps({'answers': answers, 'heavy': heavy}))\n"
     )
-    asked = {name: settings for name, (settings, _) in SETTINGS.items()}
+    cases = {name: settings for name, (settings, _) in SETTINGS.items()}
     done = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps(asked), capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], input=json.dumps(cases), capture_output=True, text=True, check=True
     )
     return json.loads(done.stdout)
 
@@ -108,7 +107,8 @@ def test_the_command_line_answers_in_one_line_and_exit_code_2(run_module: Callab
     assert done.stderr.splitlines() == [
         f"error: {SETTINGS['misspelt setting'][1]} config.yaml of any run lists them all."
     ]
-    assert time.monotonic() - began < 20  # two seconds on a quiet machine; this only guards against a heavy import
+    # two seconds on an idle machine; this only excludes a heavy import
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_bad_starts_are_refused(run_module: Callable[..., Any], arguments: list[
     assert "Traceback" not in done.stderr
 
 
-def test_missing_data_and_checkpoint_are_refused_before_anything_is_made(
+def test_missing_data_and_checkpoint_are_refused_before_anything_is_written(
     run_module: Callable[..., Any], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -146,7 +146,7 @@ def test_a_read_only_disk_is_refused(run_module: Callable[..., Any], tmp_path: P
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("may not mount a read-only disk here")
+        pytest.skip("no permission to mount a read-only disk")
     try:
         done = run_module("--config-name", "pretrain-tiny", f"runs_dir={folder}")
     finally:

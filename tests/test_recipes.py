@@ -1,7 +1,7 @@
-"""Every recipe composes, validates and is named by the grammar; every file says only what differs from the defaults.
+"""Recipes: each composes, validates and follows the naming grammar; no file repeats a default.
 
-Recipes are composed with Hydra's own compose API, as `train.py` composes them. Not covered: that a recipe's data exists
-and that its numbers train well.
+Recipes are composed with Hydra's compose API, as megatron_q3n/recipe.py does. Not covered: that a recipe's data exists,
+and that its hyperparameters are good.
 """
 
 import re
@@ -21,13 +21,15 @@ from megatron_q3n.config.sizes import parameters
 from megatron_q3n.planner import plan
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# chains and comparisons of recipes, no recipes: tests/slurm/test_pipeline.py, tests/tools/test_ablation.py
+# pipelines and ablations are not recipes: tests/slurm/test_pipeline.py, tests/tools/test_ablation.py
 OTHERS = ("pipeline-", "ablation-")
 PRIMARY = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith(OTHERS))
 PARTS = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
 GROUPS = ("model", "data", "precision", "parallel", "stage")
-OF_ANY_MODEL = {"generate", "serve", "evaluate"}  # the checkpoint brings it, so the name has none
-STARTED = ("longcontext", "generate", "serve", "mtp", "evaluate")  # stages that begin from a checkpoint
+# the model comes from the checkpoint, so the recipe's name has none
+OF_ANY_MODEL = {"generate", "serve", "evaluate"}
+# stages that begin from a checkpoint
+FROM_CHECKPOINT = ("longcontext", "generate", "serve", "mtp", "evaluate")
 REQUIRED = {"pretrain-tiny", "pretrain-small", "pretrain-80b_a3b", "longcontext-tiny"}
 GLOBAL_PACKAGE = "# @package _global_"
 DEFAULTS = RunConfig().model_dump(mode="json")
@@ -45,12 +47,13 @@ def composed(recipe: str, *overrides: str) -> dict[str, Any]:
 
 
 def run_config(recipe: str, *overrides: str) -> RunConfig:
-    """Validate a recipe, with the value it leaves to its user: what to continue from."""
+    """Validate a recipe, with the setting that it leaves to the user: the checkpoint to start from."""
     words = " ".join((recipe, *overrides))
-    continues = any(stage in words for stage in STARTED)
+    continues = any(stage in words for stage in FROM_CHECKPOINT)
     start = ["checkpoint.load=runs/latest"] if continues else []
     for stage, setting in (("sft", "sft.train"), ("rl", "rl.prompts")):
-        if f"stage={stage}" in overrides:  # a stage alone names no conversations
+        # a stage part alone names no conversations
+        if f"stage={stage}" in overrides:
             start.append(f"{setting}=[{{task: {{name: chain_sum}}}}]")
     return validate(composed(recipe, *start, *overrides))
 
@@ -59,7 +62,7 @@ def part_names(group: str) -> list[str]:
     return [part.split("/")[1] for part in PARTS if part.startswith(f"{group}/")]
 
 
-def test_the_promised_recipes_exist() -> None:
+def test_the_required_recipes_exist() -> None:
     assert set(PRIMARY) >= REQUIRED
     assert {part.split("/")[0] for part in PARTS} == set(GROUPS)
 
@@ -71,7 +74,7 @@ def test_recipe_composes_and_validates_under_its_own_name(recipe: str) -> None:
     assert plan(config).stages
 
 
-def test_longer_context_asks_what_to_continue() -> None:
+def test_longer_context_requires_a_checkpoint() -> None:
     with pytest.raises(UserError, match=r"checkpoint\.load=RUN_DIR"):
         validate(composed("longcontext-tiny"))
 
@@ -111,7 +114,7 @@ def test_grammar_accepts_layout_and_modifier() -> None:
 
 
 def grammar_complaint(name: str) -> str | None:
-    """Check <stage>-<model>[-<layout>][-<modifier>]: the first two are parts, a fourth word needs a layout third."""
+    """Check <stage>-<model>[-<layout>][-<modifier>]: the first two are recipe parts, with four words the third too."""
     words = name.split("-")
     if not 2 <= len(words) <= 4 or not all(re.fullmatch(r"[a-z0-9_]+", word) for word in words):
         return "two to four words of a-z, 0-9 and _, joined by -"
@@ -123,27 +126,27 @@ def grammar_complaint(name: str) -> str | None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_part_states_only_what_differs_from_the_defaults(part: str) -> None:
+def test_part_has_only_settings_that_differ_from_the_defaults(part: str) -> None:
     assert redundant(_placed(part), DEFAULTS) == []
 
 
 @pytest.mark.parametrize("recipe", PRIMARY)
-def test_recipe_states_only_what_differs_from_its_parts(recipe: str) -> None:
+def test_recipe_has_only_settings_that_differ_from_its_parts(recipe: str) -> None:
     own = _load(recipe)
     parts = [f"{group}/{name}" for group, name in chosen_parts(own).items()]
     del own["defaults"]
-    assert redundant(own, without_itself(parts)) == []
+    assert redundant(own, defaults_with_parts(parts)) == []
 
 
 def test_a_redundant_line_is_found() -> None:
     below = {"training": {"steps": 1000, "seed": 1}, "recipe": "custom"}
     assert redundant({"training": {"steps": 1000, "seed": 2}}, below) == ["training.steps"]
     assert redundant({"recipe": "custom"}, below) == ["recipe"]
-    assert redundant({"training": {"steps": 7, "unheard_of": 1}}, below) == []
+    assert redundant({"training": {"steps": 7, "unknown": 1}}, below) == []
 
 
-def without_itself(parts: list[str]) -> dict[str, Any]:
-    """Return the defaults with a recipe's parts laid over them, which is what its own lines override."""
+def defaults_with_parts(parts: list[str]) -> dict[str, Any]:
+    """Return the defaults merged with a recipe's parts: the settings that its own lines override."""
     return _plain(OmegaConf.merge(DEFAULTS, *(_placed(part) for part in parts)))
 
 
@@ -165,7 +168,7 @@ def chosen_parts(recipe: dict[str, Any]) -> dict[str, str]:
 
 
 def _placed(part: str) -> dict[str, Any]:
-    """Return a part's lines where Hydra puts them: under its folder's name, or at the top if it says so."""
+    """Return a part's settings under its folder's name, or at the top level if it declares `@package _global_`."""
     is_global = (RECIPES / f"{part}.yaml").read_text().startswith(GLOBAL_PACKAGE)
     return _load(part) if is_global else {part.split("/")[0]: _load(part)}
 
@@ -183,7 +186,7 @@ def _plain(tree: Any) -> dict[str, Any]:
     [("80b_a3b", Qwen3NextConfig(max_position_embeddings=262144)), ("qwen3_5_35b_a3b", Qwen3_5MoeTextConfig())],
 )
 def test_published_models_have_their_published_dimensions(part: str, published: Any) -> None:
-    """RoPE's base is not covered: transformers' classes default to 1e4, the released checkpoints say 1e7."""
+    """RoPE's base is not covered: transformers' classes default to 1e4, the released checkpoints have 1e7."""
     model = run_config("pretrain-tiny", f"model={part}").model
     mixers = {"linear_attention": "G", "full_attention": "*"}
     assert model.mixers == "".join(mixers[kind] for kind in published.layer_types)
@@ -215,7 +218,7 @@ def test_published_models_have_their_published_dimensions(part: str, published: 
     ("part", "total", "active"),
     [("80b_a3b", 79.67e9, 3.87e9), ("qwen3_5_35b_a3b", 34.66e9, 3.5e9), ("small", 0.23e9, 41e6)],
 )
-def test_models_have_the_sizes_they_are_named_by(part: str, total: float, active: float) -> None:
+def test_models_have_the_sizes_of_their_names(part: str, total: float, active: float) -> None:
     count = parameters(_model(part))
     assert count.total == pytest.approx(total, rel=0.01)
     assert count.active_with_embeddings == pytest.approx(active, rel=0.02)
@@ -226,7 +229,7 @@ def _model(part: str) -> ModelConfig:
 
 
 def test_small_model_can_use_the_gpu_kernels() -> None:
-    """The fused delta rule takes bf16 and heads of 128."""
+    """The fused delta rule requires bf16 and heads of 128."""
     config = run_config("pretrain-small")
     assert config.model.linear_key_head_dim == config.model.linear_value_head_dim == 128
     assert config.precision.compute == "bf16"
@@ -242,7 +245,7 @@ def test_80b_recipe_fits_32_h100() -> None:
     ).fits
 
 
-def test_long_context_recipe_is_longer_gentler_and_with_another_rope_base() -> None:
+def test_long_context_recipe_has_longer_sequences_a_smaller_rate_and_another_rope_base() -> None:
     short, long = (run_config("pretrain-tiny"), run_config("longcontext-tiny", "checkpoint.load=runs/latest"))
     assert long.training.sequence_length == 4 * short.training.sequence_length
     assert long.schedule.lr <= short.schedule.min_lr

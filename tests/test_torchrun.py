@@ -1,6 +1,6 @@
-"""The door under torchrun: two processes give the losses of one, and a wrong setting one message and exit code 2.
+"""megatron_q3n.train under torchrun: two processes give the losses of one; a wrong setting gives one message.
 
-Layouts themselves: tests/layouts.
+Parallel layouts are tested in tests/tools/layouts.
 """
 
 import json
@@ -13,7 +13,7 @@ import pytest
 
 from tests import forked
 
-DOOR = "megatron_q3n.train"
+TRAIN = "megatron_q3n.train"
 pytestmark = pytest.mark.multiprocess
 SETTINGS = [
     "--config-name",
@@ -32,7 +32,7 @@ SETTINGS = [
 
 def run(processes: int, *settings: str) -> subprocess.CompletedProcess[str]:
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command = [sys.executable, "-m", *launcher, DOOR, *SETTINGS, *settings]
+    command = [sys.executable, "-m", *launcher, TRAIN, *SETTINGS, *settings]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=240, check=False)
 
 
@@ -40,8 +40,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     losses = []
     for name in ("one", "two"):
         run_dir = tmp_path / name
-        place = f"run_dir={run_dir}"
-        done = run(2, place) if name == "two" else forked.run(DOOR, *SETTINGS, place)
+        setting = f"run_dir={run_dir}"
+        done = run(2, setting) if name == "two" else forked.run(TRAIN, *SETTINGS, setting)
         assert done.returncode == 0, done.stderr[-3000:]
         records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         losses.append([r[k] for r in records for k in ("loss/train", "grad_norm", "loss/validation") if k in r])
@@ -49,7 +49,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_a_wrong_setting_is_said_once(tmp_path: Path) -> None:
+def test_a_wrong_setting_is_reported_once(tmp_path: Path) -> None:
     done = run(2, "training.stesp=3", f"run_dir={tmp_path / 'run'}")
     assert done.returncode != 0
     assert done.stderr.count("training.stesp: no such setting") == 1

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turn a Hugging Face model folder into a checkpoint to train from, and a checkpoint into such a folder."""
+"""Conversion between Hugging Face model folders and checkpoints."""
 
 import argparse
 import re
@@ -12,59 +12,60 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_q3n.config import EXIT_BAD_INPUT, UserError
-from megatron_q3n.conversion.memory import return_freed_memory
+from megatron_q3n.conversion.malloc import return_freed_memory
 
 EXAMPLES = """examples:
   tools/convert_hf.py import Qwen3-Next-80B-A3B-Instruct/ --output checkpoints/qwen3-next
   tools/convert_hf.py export runs/latest --output exported/ --like Qwen3-Next-80B-A3B-Instruct/
   tools/convert_hf.py export runs/latest --output exported/ --dtype fp32 --model-type qwen3_5_moe_text
 
-Both ways go tensor by tensor: memory is bounded by the largest one, whatever the model's size. After
-an interruption the same command continues. The output appears when it is complete.
+Both directions convert tensor by tensor: memory is bounded by the largest one, whatever the model's size.
+After an interruption the same command continues. The output is created when it is complete.
 """
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+# 128 + SIGINT, the convention of shells
+EXIT_INTERRUPTED = 130
 UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="convert_hf.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ways = parser.add_subparsers(dest="way", required=True)
-    into = ways.add_parser("import", help="Hugging Face folder -> checkpoint, for checkpoint.load")
-    into.add_argument("source", type=Path, metavar="MODEL_FOLDER")
-    out = ways.add_parser("export", help="checkpoint or run directory -> Hugging Face folder")
-    out.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
-    out.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="(%(default)s)")
-    out.add_argument(
+    directions = parser.add_subparsers(dest="direction", required=True)
+    importer = directions.add_parser("import", help="Hugging Face folder -> checkpoint, for checkpoint.load")
+    importer.add_argument("source", type=Path, metavar="MODEL_FOLDER")
+    exporter = directions.add_parser("export", help="checkpoint or run directory -> Hugging Face folder")
+    exporter.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+    exporter.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="(%(default)s)")
+    exporter.add_argument(
         "--max-shard-size",
         type=size,
         default="4GB",
         metavar="SIZE",
         help="data per safetensors file, e.g. 4GB or 512MiB (%(default)s)",
     )
-    out.add_argument(
+    exporter.add_argument(
         "--model-type",
         help="qwen3_next, qwen3_5_moe_text, or qwen3_5_moe with the vision tower of --like\n"
-        "(what --like is, or qwen3_next)",
+        "(default: the type of --like, or qwen3_next)",
     )
-    out.add_argument(
+    exporter.add_argument(
         "--like",
         type=Path,
         metavar="MODEL_FOLDER",
-        help="take tokenizer files and what the model does not decide from here, e.g. the model\n"
+        help="source of tokenizer files and of fields that the model does not determine, e.g. the model\n"
         "that was imported, or huggingface/ in its checkpoint",
     )
-    out.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="take tokenizer files from here")
-    out.add_argument(
+    exporter.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="source of tokenizer files")
+    exporter.add_argument(
         "--verify",
         choices=["full", "sizes"],
         default="full",
         help="how to check the checkpoint's files first (%(default)s)",
     )
-    for way in (into, out):
-        way.add_argument("--output", type=Path, required=True, help="folder to write")
+    for direction in (importer, exporter):
+        direction.add_argument("--output", type=Path, required=True, help="folder to write")
     return parser.parse_args(arguments)
 
 
@@ -72,19 +73,19 @@ def size(text: str) -> int:
     """Parse a number of bytes with a unit."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if not match or match[2] not in UNITS or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write e.g. 4GB or 512MiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write e.g. 4GB or 512MiB")
     return int(float(match[1]) * UNITS[match[2]])
 
 
 def run_import(options: argparse.Namespace, console: Console) -> None:
-    """Import and say how to train from the result."""
-    # late: torch takes seconds, and a wrong command line should be refused at once
+    """Import, and print how to train from the result."""
+    # late: torch takes seconds, and a wrong command line must be refused immediately
     from megatron_q3n.conversion.importing import MODEL_PART, import_weights
 
     with progress(console) as (note, advance):
         imported = import_weights(options.source, options.output, note, advance)
     if imported.num_left_out:
-        console.print(f"left out: {imported.num_left_out} tensors of the vision tower")
+        console.print(f"omitted: {imported.num_left_out} tensors of the vision tower")
     checkpoint = imported.checkpoint.resolve()
     print(
         f"checkpoint {checkpoint} (published configuration and tokenizer in its huggingface/)\n"
@@ -97,7 +98,7 @@ def run_import(options: argparse.Namespace, console: Console) -> None:
 
 
 def run_export(options: argparse.Namespace, console: Console) -> None:
-    """Export and say from which checkpoint."""
+    """Export, and print the source checkpoint."""
     import torch  # late, as above
 
     from megatron_q3n.conversion.exporting import Export, export_weights
@@ -121,7 +122,7 @@ def run_export(options: argparse.Namespace, console: Console) -> None:
 
 @contextmanager
 def progress(console: Console) -> Iterator[tuple]:
-    """Show a bar on a terminal; elsewhere, notes only."""
+    """Show a progress bar on a terminal; elsewhere print notes only."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -142,8 +143,9 @@ def main() -> int:
     options = parse(sys.argv[1:])
     return_freed_memory()
     try:
-        {"import": run_import, "export": run_export}[options.way](options, Console(stderr=True))
-    except (UserError, OSError) as error:  # what the system says of a file names the file
+        {"import": run_import, "export": run_export}[options.direction](options, Console(stderr=True))
+    # messages of OSError contain the file name
+    except (UserError, OSError) as error:
         print(f"convert_hf.py: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:

@@ -1,37 +1,43 @@
 #!/usr/bin/env bash
-# The project's Python environment, <root>/.venv: found, made and kept up to date. tools/quickstart
-# and tools/test source this file; run on its own it prepares the environment with the development
+# The project's Python environment, <root>/.venv: create it and keep it up to date. tools/quickstart
+# and tools/test source this file. Run on its own, it prepares the environment with the development
 # tools and does nothing else.
 #
-# The environment is up to date when .venv holds, for each requirements file, a copy of the text
-# last installed from it (<name>.installed): a comparison of small files, so a call with nothing to
-# do costs milliseconds and prints nothing. The project itself is not installed; commands run with
-# PYTHONPATH=<root>, so that what runs is always the checkout.
+# The environment is up to date when
+#   - .venv holds, for each requirements file, a copy of the text last installed from it
+#     (<name>.installed), and
+#   - the checkout is installed editable: a .pth file of .venv names <root>, so that every module of
+#     megatron_q3n, tools and slurm imports by its full name. A .venv that came with a moved or
+#     copied checkout names another folder and is corrected.
+# Both are comparisons of small files: a call with nothing to do takes milliseconds and prints
+# nothing.
 #
-# Progress and errors go to stderr. Exit status: 2 this machine lacks something (the message says
-# what to do), 1 a step failed, 130 Ctrl-C.
+# Progress and errors go to stderr. Exit status: 2 the machine lacks a prerequisite (the message
+# says what to do), 1 a step failed, 130 Ctrl-C.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 python=$venv/bin/python
 log=$venv/install.log
-lock=$venv/install.lock # not .lock: uv takes that one itself
-supported="3.12 3.13" # best first; the pinned megatron-core has wheels on PyPI for these
-ask_version='import sys; print("%d.%d" % sys.version_info[:2] + getattr(sys, "abiflags", ""))'
+# not .lock: uv locks that file itself
+lock=$venv/install.lock
+# in order of preference; the pinned megatron-core has wheels on PyPI for these
+supported="3.12 3.13"
+version_query='import sys; print("%d.%d" % sys.version_info[:2] + getattr(sys, "abiflags", ""))'
 ticker=""
 
 say() { printf '%s\n' "$*" >&2; }
 
-# Succeed if PYTHON (a command or a path) is one of VERSIONS and can make environments; else print
-# why not.
-vet_python() { # PYTHON VERSIONS
+# Succeed if PYTHON (a command or a path) has one of VERSIONS and can create environments; otherwise
+# print the reason.
+check_python() { # PYTHON VERSIONS
   local version
   if ! command -v "$1" >/dev/null; then
     echo "is not a program"
     return 1
   fi
-  if ! version=$("$1" -c "$ask_version" 2>&1 </dev/null); then
+  if ! version=$("$1" -c "$version_query" 2>&1 </dev/null); then
     echo "does not run: ${version%%$'\n'*}"
     return 1
   fi
@@ -45,8 +51,8 @@ vet_python() { # PYTHON VERSIONS
   fi
 }
 
-# List what may be Python VERSION. A name proves nothing (pyenv leaves a shim for every version it
-# has, and the shim fails unless that version is chosen), so the caller asks each one.
+# List programs that may be Python VERSION. A name proves nothing (pyenv installs a shim for every
+# version it has, and the shim fails unless that version is selected), so the caller runs each one.
 list_candidates() { # VERSION
   type -aP "python$1" python3 python || true
   local pyenv
@@ -56,35 +62,36 @@ list_candidates() { # VERSION
   uv python find --system "$1" 2>/dev/null || true
 }
 
-# Print the Python to make the environment with: $PYTHON, or the best here, or one that uv fetches.
+# Print the Python to create the environment with: $PYTHON, else the best on this machine, else one
+# that uv installs.
 find_python() {
-  local version candidate reason refused="" wanted="Python ${supported// / or }"
+  local version candidate reason rejected="" required="Python ${supported// / or }"
   if [ -n "${PYTHON:-}" ]; then
-    if reason=$(vet_python "$PYTHON" "$supported"); then
+    if reason=$(check_python "$PYTHON" "$supported"); then
       echo "$PYTHON"
       return
     fi
-    say "PYTHON=$PYTHON $reason. Needed is $wanted: name one, or unset PYTHON to have it searched."
+    say "PYTHON=$PYTHON $reason. Required: $required. Name one, or unset PYTHON to search for it."
     exit 2
   fi
   for version in $supported; do
     while IFS= read -r candidate; do
       [ -x "$candidate" ] || continue
-      if reason=$(vet_python "$candidate" "$version"); then
+      if reason=$(check_python "$candidate" "$version"); then
         echo "$candidate"
         return
       fi
-      refused+="  $candidate $reason"$'\n'
+      rejected+="  $candidate $reason"$'\n'
     done < <(list_candidates "$version")
   done
   version=${supported%% *}
   if command -v uv >/dev/null; then
-    say "fetching Python $version with uv"
+    say "installing Python $version with uv"
     if uv python install "$version" >&2 && uv python find --system "$version"; then return; fi
-    say "uv could not fetch Python $version; its message is above."
+    say "uv could not install Python $version; its message is above."
   fi
-  say "No $wanted found on this machine; the pinned megatron-core has wheels for these only."
-  [ -z "$refused" ] || say "Looked at:"$'\n'"$(awk '!seen[$0]++' <<<"$refused")"
+  say "No $required found on this machine; the pinned megatron-core has wheels for these only."
+  [ -z "$rejected" ] || say "Checked:"$'\n'"$(awk '!seen[$0]++' <<<"$rejected")"
   say "Install one and run this again, for example
   apt-get install python$version python$version-venv   (Ubuntu 24.04)
   pyenv install $version
@@ -93,7 +100,8 @@ or name one: PYTHON=/path/to/python$version $0"
   exit 2
 }
 
-# Run COMMAND quietly into the log with one line of progress, which counts where someone watches.
+# Run COMMAND with its output in the log, and show one line of progress; on a terminal the line shows
+# the elapsed seconds.
 phase() { # DESCRIPTION COMMAND…
   local what=$1 began=$SECONDS
   shift
@@ -112,7 +120,7 @@ phase() { # DESCRIPTION COMMAND…
     tail -n 15 "$log" | sed 's/^/  | /' >&2
     say "$what failed after $((SECONDS - began)) s. The command was"
     say "  $*"
-    say "and all it said is in $log. Mend the cause and run this again."
+    say "and its whole output is in $log. Fix the cause and run this again."
     exit 1
   fi
   stop_ticker
@@ -126,42 +134,60 @@ stop_ticker() {
   printf '\r\033[K' >&2
 }
 
-is_current() { # REQUIREMENTS_FILE…
+has_requirements() { # REQUIREMENTS_FILE…
   local file
-  [ -x "$python" ] || return 1 # false, too, for a link to a Python that was removed
+  # false, too, for a link to a Python that was removed
+  [ -x "$python" ] || return 1
   for file; do
     cmp -s "$root/$file" "$venv/$file.installed" || return 1
   done
 }
 
-make_venv() {
+# Succeed if .venv imports from this checkout: some .pth file has the checkout's path as a line.
+has_checkout() {
+  local path
+  path=$(cd "$root" && pwd -P)
+  grep -qsxF -- "$path" "$venv"/lib/python*/site-packages/*.pth
+}
+
+is_current() { # REQUIREMENTS_FILE…
+  has_requirements "$@" && has_checkout
+}
+
+create_venv() {
   local interpreter reason
   if "$python" -c '' 2>/dev/null; then
-    if reason=$(vet_python "$python" "$supported"); then return; fi
-    say "$python $reason. Needed is Python ${supported// / or }: remove $venv and run this again."
+    if reason=$(check_python "$python" "$supported"); then return; fi
+    say "$python $reason. Required: Python ${supported// / or }. Remove $venv and run this again."
     exit 2
   fi
   interpreter=$(find_python)
-  if [ -e "$venv/pyvenv.cfg" ]; then say "$python does not run any more: making .venv anew"; fi
+  if [ -e "$venv/pyvenv.cfg" ]; then say "$python does not run: creating .venv again"; fi
   find "$venv/" -mindepth 1 -maxdepth 1 ! -name install.lock ! -name install.log -exec rm -rf {} +
-  phase "making .venv with $interpreter" "$interpreter" -m venv "$venv"
+  phase "creating .venv with $interpreter" "$interpreter" -m venv "$venv"
 }
 
-# Say whether this machine tells pip where packages come from. uv reads none of that, so pip serves
-# such a machine; elsewhere uv, where there is one, is faster.
+# Succeed if pip has settings on this machine for where packages come from. uv does not read them, so
+# pip is used then; elsewhere uv is used where it exists, because it is faster.
 pip_is_configured() {
   local settings
   settings=$("$python" -m pip config list 2>/dev/null) || return 1
   grep -qE 'index|find-links|cert|proxy|trusted-host' <<<"$settings"
 }
 
-install_requirements() { # REQUIREMENTS_FILE…
-  local file command=("$python" -m pip install --no-input --disable-pip-version-check --progress-bar off)
+# Set `installer` to the command that installs packages into .venv.
+choose_installer() {
+  installer=("$python" -m pip install --no-input --disable-pip-version-check --progress-bar off)
   if command -v uv >/dev/null && ! pip_is_configured; then
-    command=(uv pip install --python "$python")
+    installer=(uv pip install --python "$python")
   elif ! "$python" -m pip --version >/dev/null 2>&1; then
-    phase "adding pip" "$python" -m ensurepip # uv made .venv, or its making was interrupted
+    # .venv was created by uv, or its creation was interrupted
+    phase "adding pip" "$python" -m ensurepip
   fi
+}
+
+install_requirements() { # REQUIREMENTS_FILE…
+  local file command=("${installer[@]}")
   for file; do command+=(-r "$root/$file"); done
   if ! compgen -G "$venv/lib/python*/site-packages/torch" >/dev/null; then
     say "PyPI's torch for Linux is the CUDA build, on CPU machines too: 4.6 GB once installed"
@@ -170,12 +196,25 @@ install_requirements() { # REQUIREMENTS_FILE…
   for file; do cp "$root/$file" "$venv/$file.installed"; done
 }
 
-# Make .venv hold what the REQUIREMENTS_FILEs (names in <root>) ask for. Of two calls at once, one
-# waits and then finds nothing to do.
+# Install the checkout editable. Without build isolation, since the requirements bring setuptools:
+# a moved checkout is corrected without a network.
+install_checkout() {
+  phase "installing the checkout (editable)" \
+    "${installer[@]}" --no-deps --no-build-isolation --editable "$root"
+  if ! has_checkout; then
+    say "No .pth file of $venv names $root after this: the checkout's modules would not be found."
+    say "The installer's output is in $log."
+    exit 1
+  fi
+}
+
+# Make .venv hold the packages of the REQUIREMENTS_FILEs (names in <root>) and this checkout. Of two
+# calls at once, the second waits for the first and then finds nothing to do.
 prepare_environment() { # REQUIREMENTS_FILE…
+  local installer
   if is_current "$@"; then return; fi
   if [ "$(uname -s)" != Linux ]; then
-    say "This is for Linux: megatron-core has no wheels for others. Use WSL 2 or a container."
+    say "Only Linux is supported: megatron-core has no wheels for other systems. Use WSL 2 or a container."
     exit 2
   fi
   trap 'exit 130' INT
@@ -189,10 +228,13 @@ prepare_environment() { # REQUIREMENTS_FILE…
   fi
   if ! is_current "$@"; then
     : >"$log"
-    make_venv
-    install_requirements "$@"
+    create_venv
+    choose_installer
+    has_requirements "$@" || install_requirements "$@"
+    has_checkout || install_checkout
   fi
-  exec 9>&- # what runs next must not hold the lock
+  # the program that runs next must not hold the lock
+  exec 9>&-
   trap - INT TERM EXIT
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Continue texts with a trained model, shown as they come.
+"""Text generation with a trained model: continuations of prompts, printed as they are generated.
 
 tools/generate.py runs/latest "def main(" --drafts 2
 tools/generate.py runs/latest "import " "class " --temperature 0 --output texts.jsonl
@@ -31,10 +31,10 @@ def main() -> int:
     )
     parser.add_argument("source", metavar="RUN_DIR", help="a run directory, or a checkpoint in one")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
-    parser.add_argument("--tokens", type=int, help="the most new tokens per text")
+    parser.add_argument("--tokens", type=int, help="maximum number of new tokens per text")
     parser.add_argument("--temperature", type=float, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, help="draw from so many likeliest tokens only")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest with this much mass")
+    parser.add_argument("--top-k", type=int, help="sample from this number of most probable tokens")
+    parser.add_argument("--top-p", type=float, help="sample from the most probable tokens with this total probability")
     parser.add_argument("--stop", nargs="+", default=[], help="further tokens that end a text")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--drafts", type=int, help="tokens drafted by the MTP layer per pass")
@@ -42,23 +42,25 @@ def main() -> int:
     parser.add_argument("--tokenizer", help="a tokenizer.json or its folder")
     parser.add_argument("--output", help="a file for the results, one JSON object a line")
     parser.add_argument("--set", nargs="+", default=[], metavar="setting=value")
-    given = parser.parse_args()
+    options = parser.parse_args()
     try:
-        return train.run(configured(given))
+        return train.run(configured(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
 
-def configured(given: argparse.Namespace) -> RunConfig:
-    """Return the generate recipe with what was asked for; texts go round Hydra's grammar, whatever they hold."""
-    chosen = {SETTINGS[name]: value for name, value in vars(given).items() if name in SETTINGS}
+def configured(options: argparse.Namespace) -> RunConfig:
+    """Return the generate recipe with the options. Texts bypass Hydra's grammar, so they may contain anything."""
+    chosen = {SETTINGS[name]: value for name, value in vars(options).items() if name in SETTINGS}
     overrides = [f"{name}={value}" for name, value in chosen.items() if value is not None]
     register_defaults()
-    tree = configure(["--config-name", "generate", "checkpoint.load=?", *overrides, *given.set]).model_dump(mode="json")
-    tree["checkpoint"]["load"] = given.source
-    tree["inference"] |= {"prompts": given.prompts, "stop": given.stop}
-    tree["inference"] |= {n: getattr(given, n) for n in ("output", "tokenizer") if getattr(given, n)}
+    tree = configure(["--config-name", "generate", "checkpoint.load=?", *overrides, *options.set]).model_dump(
+        mode="json"
+    )
+    tree["checkpoint"]["load"] = options.source
+    tree["inference"] |= {"prompts": options.prompts, "stop": options.stop}
+    tree["inference"] |= {n: getattr(options, n) for n in ("output", "tokenizer") if getattr(options, n)}
     return validate(tree)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Look into a checkpoint: where it comes from, what it holds, whether it is whole, and how it differs from another.
+"""Inspection of a checkpoint: origin, contents, integrity, and differences from another one.
 
 tools/inspect_checkpoint.py runs/latest
 tools/inspect_checkpoint.py runs/latest/checkpoints/step_0000200 --tensors --verify
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_q3n.checkpoint import find, integrity
-from megatron_q3n.checkpoint.tensors import Entry, Tensors
+from megatron_q3n.checkpoint.saved_tensors import CheckpointTensors, TensorEntry
 from megatron_q3n.config import EXIT_BAD_INPUT, UserError
 
 PARALLEL = {
@@ -31,13 +31,13 @@ PARALLEL = {
 
 
 def main() -> int:
-    """Print what is asked for; 2 for a path that is no good checkpoint."""
+    """Print the requested parts. Returns: 0, or 2 for a path that is not an intact checkpoint."""
     arguments = _parse()
     console = Console(highlight=False)
     try:
         checkpoint = find(arguments.path)
-        description = integrity.read(checkpoint)
-        tensors = Tensors(checkpoint)
+        description = integrity.read_manifest(checkpoint)
+        tensors = CheckpointTensors(checkpoint)
         console.print(summary(checkpoint, description, tensors))
         if arguments.verify:
             console.print(verified(checkpoint, description))
@@ -45,18 +45,18 @@ def main() -> int:
             show_tensors(console, tensors)
         if arguments.diff:
             other = find(arguments.diff)
-            compare(console, description, tensors, integrity.read(other), Tensors(other))
+            compare(console, description, tensors, integrity.read_manifest(other), CheckpointTensors(other))
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
 
 
-def summary(checkpoint: Path, description: dict[str, Any], tensors: Tensors) -> Table:
-    """Return the table of what the description says."""
+def summary(checkpoint: Path, description: dict[str, Any], tensors: CheckpointTensors) -> Table:
+    """Return a table of the checkpoint's description."""
     model, entries = description["model"], tensors.entries.values()
     weights = [entry for entry in entries if not entry.is_optimizer]
-    rest = [entry for entry in entries if entry.is_optimizer]
+    optimizer = [entry for entry in entries if entry.is_optimizer]
     saved = datetime.fromtimestamp(description.get("saved_at", 0), UTC)
     table = Table.grid(padding=(0, 2))
     rows = {
@@ -67,10 +67,10 @@ def summary(checkpoint: Path, description: dict[str, Any], tensors: Tensors) -> 
         f"{model.get('num_moe_experts')} experts, vocabulary {model.get('vocab_size')}",
         "written by": _layout(description),
         "weights": _amount(weights),
-        "optimizer": _amount(rest) if rest else "none: weights only",
+        "optimizer": _amount(optimizer) if optimizer else "none: weights only",
         "files": f"{len(description['files']) + 1}, {_size(sum(description['files'].values()))}",
         "digests": f"{description['digest_algorithm']} of every file; --verify compares them"
-        if integrity.is_sealed(description)
+        if integrity.has_digests(description)
         else "none: only sizes can be verified",
     }
     for name, value in rows.items():
@@ -79,35 +79,39 @@ def summary(checkpoint: Path, description: dict[str, Any], tensors: Tensors) -> 
 
 
 def verified(checkpoint: Path, description: dict[str, Any]) -> str:
-    """Read every byte and say that it is as it was saved.
+    """Read every byte and return a line that confirms it.
 
-    Raises: UserError naming the files that are not.
+    Raises: UserError with the damaged files.
     """
     started = time.perf_counter()
-    problems = integrity.damage(checkpoint, "full")
+    problems = integrity.find_damage(checkpoint, "full")
     seconds = time.perf_counter() - started
     if problems:
         raise UserError("damaged: " + "\n".join(problems))
     size = sum(description["files"].values())
-    what = "contents" if integrity.is_sealed(description) else "sizes"
-    return f"\nverified: the {what} of all files are as saved ({_size(size)} in {seconds:.1f} s)"
+    checked = "contents" if integrity.has_digests(description) else "sizes"
+    return f"\nverified: the {checked} of all files are as saved ({_size(size)} in {seconds:.1f} s)"
 
 
-def show_tensors(console: Console, tensors: Tensors) -> None:
-    """Print two lines for each tensor, while it is read."""
+def show_tensors(console: Console, tensors: CheckpointTensors) -> None:
+    """Print two lines for each tensor, as it is read."""
     for entry in tensors.entries.values():
-        seen = tensors.statistics(entry.name)
+        statistics = tensors.statistics(entry.name)
         console.print(
-            f"\n{entry.name}\n  {_kind(entry):<30} min {seen.minimum:<11.4g} max {seen.maximum:<11.4g} "
-            f"norm {seen.norm:.5g}{'' if seen.finite else '  NOT FINITE'}",
+            f"\n{entry.name}\n  {_kind(entry):<30} min {statistics.minimum:<11.4g} max {statistics.maximum:<11.4g} "
+            f"norm {statistics.norm:.5g}{'' if statistics.finite else '  NOT FINITE'}",
             soft_wrap=True,
         )
 
 
 def compare(
-    console: Console, description: dict[str, Any], tensors: Tensors, other_description: dict[str, Any], other: Tensors
+    console: Console,
+    description: dict[str, Any],
+    tensors: CheckpointTensors,
+    other_description: dict[str, Any],
+    other: CheckpointTensors,
 ) -> None:
-    """Print what differs: settings, names, shapes, and values by the relative norm of their difference."""
+    """Print the differences: settings, names, shapes, and values with the relative norm of their difference."""
     console.print(f"\nagainst step {other_description['step']:,}, {_layout(other_description)}")
     here, there = description["model"], other_description["model"]
     for name in sorted(here.keys() | there.keys()):
@@ -122,14 +126,14 @@ def compare(
     console.print(f"\n{equal} of {len(tensors.entries.keys() | other.entries.keys())} tensors are equal bit for bit")
 
 
-def _difference(name: str, tensors: Tensors, other: Tensors) -> str:
-    """Say how a tensor differs; nothing if every bit is the same."""
+def _difference(name: str, tensors: CheckpointTensors, other: CheckpointTensors) -> str:
+    """Return how a tensor differs; an empty string if all bits are equal."""
     here, there = tensors.entries.get(name), other.entries.get(name)
     if here is None or there is None:
         return "only " + ("there" if here is None else "here")
     if (here.shape, here.dtype) != (there.shape, there.dtype):
         return f"{_kind(here)} here, {_kind(there)} there"
-    a, b = tensors.whole(name), other.whole(name)
+    a, b = tensors.read(name), other.read(name)
     if a.equal(b):
         return ""
     gap = a.double() - b.double()
@@ -137,20 +141,20 @@ def _difference(name: str, tensors: Tensors, other: Tensors) -> str:
     return f"{_kind(here):<30} max |difference| {gap.abs().max().item():<11.4g} relative norm {relative:.3g}"
 
 
-def _kind(entry: Entry) -> str:
+def _kind(entry: TensorEntry) -> str:
     shape = "×".join(map(str, entry.shape)) or "scalar"
     return f"{str(entry.dtype).removeprefix('torch.')} {shape}"
 
 
 def _layout(description: dict[str, Any]) -> str:
-    """Return the parallel layout a checkpoint was written by; any other can read it."""
+    """Return the parallel layout that wrote the checkpoint; any other layout can read it."""
     sizes = description.get("layout", {})
     parts = [f"{short} {sizes[name]}" for name, short in PARALLEL.items() if (sizes.get(name) or 1) > 1]
     precision = description.get("precision", {}).get("compute")
     return ", ".join([f"{description['world_size']} process(es)", *parts, *([precision] if precision else [])])
 
 
-def _amount(entries: list[Entry]) -> str:
+def _amount(entries: list[TensorEntry]) -> str:
     total = sum(entry.numel for entry in entries)
     return f"{len(entries)} tensors, {total / 1e6:,.2f} M numbers, {_size(sum(e.size_bytes for e in entries))}"
 
@@ -162,9 +166,9 @@ def _size(number: int) -> str:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("path", type=Path, help="a checkpoint, or a run directory for its newest")
-    parser.add_argument("--tensors", action="store_true", help="every tensor: shape, extremes, norm")
+    parser.add_argument("--tensors", action="store_true", help="print every tensor: shape, extremes, norm")
     parser.add_argument("--verify", action="store_true", help="read every byte, compare the digests")
-    parser.add_argument("--diff", type=Path, metavar="OTHER", help="what differs from this checkpoint")
+    parser.add_argument("--diff", type=Path, metavar="OTHER", help="print the differences from this checkpoint")
     return parser.parse_args()
 
 

@@ -1,8 +1,8 @@
-"""What this machine has for training, piece by piece, and what the absence of each piece costs.
+"""Inventory of this machine for training: hardware, packages and programs, and the consequence of each missing one.
 
-Only the standard library, and no more of it than Python 3.9 has: this must speak where nothing is
-installed. Versions come from the environment's metadata; torch is asked in a process of its own, since
-a broken CUDA installation can crash or hang whoever imports it. How findings are shown: doctor_page.py.
+Only the standard library of Python 3.9, since this must run where nothing is installed. Versions come from the
+environment's metadata; torch is queried in another process, since a broken CUDA installation can crash or hang the
+process that imports it. Output: tools/doctor_page.py.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHONS = ("3.12", "3.13")  # the pinned megatron-core has wheels for these
+# the pinned megatron-core has wheels for these
+PYTHONS = ("3.12", "3.13")
 NO_LINUX = "megatron-core has wheels for Linux only: use WSL 2 or a container"
 NO_PYTHON = f"the pinned megatron-core has wheels for Python {' and '.join(PYTHONS)} only: install one"
 HOPPER = [9, 0]
-LITTLE_DISK_GIB = 5
-LITTLE_DISK = f"under {LITTLE_DISK_GIB} GiB: .venv alone takes that, and checkpoints need more"
-UNSEEN = "runs would use the CPU: torch's CUDA is newer than the driver, or torch is a CPU build"
-ASK_TORCH = """
+MIN_DISK_GIB = 5
+TOO_LITTLE_DISK = f"under {MIN_DISK_GIB} GiB: .venv alone takes that, and checkpoints need more"
+UNUSABLE_GPU = "runs would use the CPU: torch's CUDA is newer than the driver, or torch is a CPU build"
+TORCH_QUERY = """
 import json, torch
 facts = {"version": torch.__version__, "cuda": torch.version.cuda, "gpus": []}
 if torch.cuda.is_available():
@@ -38,13 +39,13 @@ if torch.distributed.is_nccl_available():
     facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
 print(json.dumps(facts))
 """
-# requirement -> what a run does without it; every other line of requirements.txt is needed
+# optional requirement -> consequence of its absence; all others in requirements.txt are required
 OPTIONAL = {
     "wandb": "runs are recorded in metrics.jsonl and report.html alone",
     "datasets": "saved Hugging Face datasets cannot be read; text, JSONL and parquet can",
     "pyarrow": "parquet files and saved datasets cannot be read; text and JSONL can",
 }
-# package -> why one wants it on a GPU
+# package -> consequence of its absence on a GPU
 GPU_PACKAGES = {
     "transformer-engine": "no FP8, and plain torch layers: slower, more memory",
     "triton": "no fused kernels at all: many times slower",
@@ -57,10 +58,10 @@ GPU_PACKAGES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One piece.
+    """One item of the inventory.
 
-    `state` is "here", "other" (here, in another version), "absent" (a run does without, at `cost`) or
-    "broken" (a run cannot).
+    `state` is "here", "other" (present in another version), "absent" (a run is possible, with the consequence `cost`)
+    or "broken" (a run is not possible).
     """
 
     section: str
@@ -70,11 +71,11 @@ class Finding:
     cost: str = ""
 
 
-def examine() -> list[Finding]:
-    """Look at everything."""
-    smi, torch = ask_nvidia_smi(), ask_torch()
+def collect_findings() -> list[Finding]:
+    """Return all findings, in the order of the page."""
+    smi, torch = query_nvidia_smi(), query_torch()
     return [
-        *machine(),
+        *system(),
         *required_packages(torch),
         *gpus(smi, torch),
         *gpu_packages(bool(smi)),
@@ -84,7 +85,7 @@ def examine() -> list[Finding]:
 
 
 def output_of(*command: str, seconds: float = 120) -> str | None:
-    """Return what a program prints, or None where it is missing, fails or hangs."""
+    """Return a program's output, or None if it is missing, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds)
     except (OSError, subprocess.SubprocessError):
@@ -92,8 +93,8 @@ def output_of(*command: str, seconds: float = 120) -> str | None:
     return done.stdout.strip()
 
 
-def machine() -> list[Finding]:
-    """The system, Python, cores, memory and disk."""
+def system() -> list[Finding]:
+    """Return the findings on system, Python, cores, memory and disk."""
     python = "{}.{}".format(*sys.version_info)
     linux = sys.platform == "linux"
     disk = shutil.disk_usage(ROOT)
@@ -112,7 +113,7 @@ def machine() -> list[Finding]:
             "machine",
             "disk",
             f"{free:.0f} GiB free of {disk.total / 2**30:.0f} at {ROOT}",
-            *([] if free > LITTLE_DISK_GIB else ["absent", LITTLE_DISK]),
+            *([] if free > MIN_DISK_GIB else ["absent", TOO_LITTLE_DISK]),
         ),
     ]
 
@@ -127,7 +128,7 @@ def memory_gib() -> float | None:
 
 
 def read(path: str) -> str:
-    """Return a small file's text, empty where there is none."""
+    """Return a small file's text, or an empty string if there is no such file."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError:
@@ -149,7 +150,7 @@ def version_of(package: str) -> str | None:
 
 
 def required_packages(torch: dict | str | None) -> list[Finding]:
-    """The packages of requirements.txt against their pins."""
+    """Return the findings on the packages of requirements.txt, compared with their pins."""
     findings = []
     for package, pin in pins().items():
         version = version_of(package)
@@ -161,7 +162,7 @@ def required_packages(torch: dict | str | None) -> list[Finding]:
             findings.append(Finding("packages", package, version, "broken", torch))
         elif version.split("+")[0] != pin:
             exact = package == "megatron-core"
-            cost = "the code touches this version's insides" if exact else "not the version tested"
+            cost = "the code depends on internals of this version" if exact else "not the version tested"
             state = "broken" if exact else "other"
             findings.append(Finding("packages", package, f"{version}, pinned {pin}", state, cost))
         else:
@@ -169,67 +170,67 @@ def required_packages(torch: dict | str | None) -> list[Finding]:
     return findings
 
 
-def ask_torch() -> dict | str | None:
-    """Return torch's view of CUDA; a sentence if it cannot be imported; None if it is not installed."""
+def query_torch() -> dict | str | None:
+    """Return torch's facts about CUDA; a sentence if torch cannot be imported; None if it is not installed."""
     if importlib.util.find_spec("torch") is None:
         return None
-    asked = [sys.executable, "-c", ASK_TORCH]
+    command = [sys.executable, "-c", TORCH_QUERY]
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=180)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
     except subprocess.TimeoutExpired:
-        return "its import hangs: nothing runs (a stuck driver does that: try nvidia-smi)"
+        return "its import hangs, so nothing runs (a stuck driver is a possible cause: try nvidia-smi)"
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it crashed"])[-1]
         return f"it cannot be imported, so nothing runs: {last}"
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def ask_nvidia_smi() -> list[list[str]]:
-    """Return name, memory and driver of each GPU that the driver sees."""
+def query_nvidia_smi() -> list[list[str]]:
+    """Return name, memory and driver version of each GPU of the driver."""
     query = "--query-gpu=name,memory.total,driver_version"
     return parse_nvidia_smi(output_of("nvidia-smi", query, "--format=csv,noheader") or "")
 
 
 def parse_nvidia_smi(text: str) -> list[list[str]]:
-    """Return the fields of its lines; "No devices were found" has none."""
+    """Return the fields of each line; none for "No devices were found"."""
     rows = [[field.strip() for field in line.split(",")] for line in text.splitlines()]
     return [row for row in rows if len(row) == 3]
 
 
 def gpus(smi: list[list[str]], torch: dict | str | None) -> list[Finding]:
-    """GPUs as the driver and as torch see them, and NCCL."""
+    """Return the findings on GPUs, of the driver and of torch, and on NCCL."""
     facts = torch if isinstance(torch, dict) else {}
-    seen, nccl = facts.get("gpus", []), facts.get("nccl")
-    one = "several GPUs cannot work on one run"
-    last = Finding("GPU", "NCCL", *([nccl] if nccl else ["absent", "absent", one]))
-    if not smi and not seen:
+    torch_gpus, nccl = facts.get("gpus", []), facts.get("nccl")
+    single_gpu = "a run cannot use several GPUs"
+    nccl_finding = Finding("GPU", "NCCL", *([nccl] if nccl else ["absent", "absent", single_gpu]))
+    if not smi and not torch_gpus:
         cost = "training runs on the CPU, in fp32, for tiny models; no FP8, no fused kernels"
-        return [Finding("GPU", "NVIDIA GPU", "none", "absent", cost), last]
+        return [Finding("GPU", "NVIDIA GPU", "none", "absent", cost), nccl_finding]
     names = [f"{name}, {memory}" for name, memory, _ in smi]
-    names = names or [f"{name}, {memory:.0f} GiB" for name, memory, _ in seen]
-    found = [Finding("GPU", "NVIDIA GPU", f"{len(names)} × {names[0]}")]
-    found += [Finding("GPU", "driver", smi[0][2])] if smi else []
-    return [*found, torch_on_cuda(facts), last]
+    names = names or [f"{name}, {memory:.0f} GiB" for name, memory, _ in torch_gpus]
+    findings = [Finding("GPU", "NVIDIA GPU", f"{len(names)} × {names[0]}")]
+    findings += [Finding("GPU", "driver", smi[0][2])] if smi else []
+    return [*findings, torch_on_cuda(facts), nccl_finding]
 
 
 def torch_on_cuda(facts: dict) -> Finding:
-    """What torch makes of the GPU that is there."""
+    """Return the finding on torch's use of the GPU."""
     name = "torch on CUDA"
     if not facts.get("gpus"):
         if "CUDA_VISIBLE_DEVICES" in os.environ:
             hidden = "runs use the CPU: CUDA_VISIBLE_DEVICES hides the GPUs"
             return Finding("GPU", name, "sees no GPU", "absent", hidden)
-        return Finding("GPU", name, "sees no GPU", "broken", UNSEEN)
+        return Finding("GPU", name, "sees no GPU", "broken", UNUSABLE_GPU)
     capability = facts["gpus"][0][2]
     found = "CUDA {}, compute capability {}.{}".format(facts["cuda"], *capability)
     if capability < HOPPER:
-        old = "the fused kernels and FP8 want a Hopper (9.0) or newer; the rest runs"
+        old = "the fused kernels and FP8 require Hopper (9.0) or newer; everything else runs"
         return Finding("GPU", name, found, "absent", old)
     return Finding("GPU", name, found)
 
 
 def gpu_packages(has_gpu: bool) -> list[Finding]:
-    """What requirements-gpu.txt adds, and apex."""
+    """Return the findings on the packages of requirements-gpu.txt and on apex."""
     findings = []
     for package, cost in GPU_PACKAGES.items():
         version = version_of(package)
@@ -238,19 +239,19 @@ def gpu_packages(has_gpu: bool) -> list[Finding]:
     apex = importlib.util.find_spec("apex")
     folders = list(apex.submodule_search_locations or []) if apex else []
     if any((Path(folder) / "multi_tensor_apply").is_dir() for folder in folders):
-        return [*findings, Finding("fused kernels", "apex", version_of("apex") or "there")]
-    cost = "a slower optimizer step, unless transformer-engine is there"
-    what = "absent (what is there is PyPI's apex, another package)" if apex else "absent"
+        return [*findings, Finding("fused kernels", "apex", version_of("apex") or "present")]
+    cost = "a slower optimizer step, unless transformer-engine is installed"
+    what = "absent (PyPI's apex is installed, which is another package)" if apex else "absent"
     return [*findings, Finding("fused kernels", "apex", what, "absent", on_a_gpu(cost, has_gpu))]
 
 
 def on_a_gpu(cost: str, has_gpu: bool) -> str:
-    """Say that a cost is none without a GPU."""
+    """Return the consequence, qualified on a machine without a GPU."""
     return cost if has_gpu else f"nothing on a CPU; with a GPU: {cost}"
 
 
 def programs(has_gpu: bool) -> list[Finding]:
-    """Compilers."""
+    """Return the findings on compilers."""
     build = "Triton cannot build its launchers, and transformer-engine's part for torch cannot be built"
     kernels = "TileLang cannot compile FlashQLA, and transformer-engine's part for torch cannot be built"
     nvcc = output_of("nvcc", "--version") or ""
@@ -268,9 +269,9 @@ def programs(has_gpu: bool) -> list[Finding]:
 
 
 def services() -> list[Finding]:
-    """Slurm."""
+    """Return the finding on Slurm."""
     slurm = output_of("sbatch", "--version", seconds=20)
     if slurm:
         return [Finding("cluster", "Slurm", slurm)]
-    cost = "no jobs here; runs start by hand, or with torchrun on one machine"
+    cost = "no jobs; runs are started manually, or with torchrun on one machine"
     return [Finding("cluster", "Slurm", "absent", "absent", cost)]

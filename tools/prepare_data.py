@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Turn text into a folder of tokens that training reads, or check such a folder.
+"""Data preparation: text to a folder of tokens for training, and verification of such a folder.
 
-Kept free of torch at import: worker processes import this file, and wrong input is refused at once.
+torch is not imported: worker processes import this file, and wrong input must be refused immediately.
 """
 
 import argparse
@@ -28,10 +28,10 @@ Then train on it:
 
 
 def prepare_parser() -> argparse.ArgumentParser:
-    """Return the options of a preparation."""
+    """Return the parser of a preparation."""
     parser = argparse.ArgumentParser(
         prog="prepare_data.py",
-        description="Tokenise text, JSONL, parquet and Hugging Face datasets (save_to_disk folders), text\n"
+        description="Tokenize text, JSONL, parquet and Hugging Face datasets (save_to_disk folders), text\n"
         "and JSONL also as .gz or .zst, into a folder for training. A text file, JSON line or\n"
         "table row is one document. `prepare_data.py verify FOLDER` checks such a folder.",
         epilog=EXAMPLES,
@@ -39,7 +39,7 @@ def prepare_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="file, folder or 'glob'; folders are searched")
-    add("--output", type=Path, required=True, help="folder to write; appears when complete")
+    add("--output", type=Path, required=True, help="folder to write; created when complete")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", type=Path, help="tokenizer.json, or a folder that holds one")
     which.add_argument("--train-tokenizer", type=int, metavar="N", help="train a BPE of N tokens on the input")
@@ -50,9 +50,9 @@ def prepare_parser() -> argparse.ArgumentParser:
         metavar="MIB",
         help="with --train-tokenizer: text from the start of the input to train on (%(default)s)",
     )
-    add("--eod-token", metavar="NAME", help="the token that ends a document, if its name does not tell")
+    add("--eod-token", metavar="NAME", help="the token that ends a document, if it has an unknown name")
     add("--column", default="text", help="field of JSONL, parquet and datasets (%(default)s)")
-    add("--format", choices=FORMATS, help="how to read files whose name does not tell")
+    add("--format", choices=FORMATS, help="format of files with an unknown extension")
     add("--workers", type=positive, default=0, help="worker processes (one per core)")
     add("--force", action="store_true", help="replace a prepared folder at --output")
     add("--quiet", action="store_true", help="no progress bar; there is none outside a terminal")
@@ -60,7 +60,7 @@ def prepare_parser() -> argparse.ArgumentParser:
 
 
 def verify_parser() -> argparse.ArgumentParser:
-    """Return the options of a check."""
+    """Return the parser of a verification."""
     parser = argparse.ArgumentParser(
         prog="prepare_data.py verify", description="Check a prepared folder against its manifest."
     )
@@ -77,20 +77,20 @@ def positive(text: str) -> int:
 
 
 def describe(folder: Path, manifest: Manifest) -> str:
-    """Return one line on what a prepared folder holds."""
+    """Return a line that describes a prepared folder."""
     return (
         f"{folder}: {manifest.num_documents} documents, {manifest.num_tokens} tokens of "
-        f"{manifest.text_bytes} bytes of text ({manifest.num_skipped_empty} empty ones left out), tokenizer "
+        f"{manifest.text_bytes} bytes of text ({manifest.num_skipped_empty} empty ones omitted), tokenizer "
         f"{manifest.tokenizer.fingerprint[:12]}… with {manifest.tokenizer.vocab_size} entries"
     )
 
 
 def run(arguments: list[str]) -> str:
-    """Do what the command line asks and return the line to print."""
+    """Run the command line and return the line to print."""
     if arguments[:1] == ["verify"]:
         options = verify_parser().parse_args(arguments[1:])
         manifest = verify_prepared(options.folder, full_hash=options.full)
-        return f"whole. {describe(options.folder, manifest)}"
+        return f"complete. {describe(options.folder, manifest)}"
     options = prepare_parser().parse_args(arguments)
     quiet = options.__dict__.pop("quiet")
     inputs = tuple(options.__dict__.pop("inputs"))
@@ -100,7 +100,8 @@ def run(arguments: list[str]) -> str:
 
 def main() -> int:
     """Run; 0 when done, 2 with one message on stderr for bad input."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")  # no GPU extras here
+    # warnings about absent GPU packages
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     try:
         print(run(sys.argv[1:]))
     except UserError as error:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Rebuild a run's report.html, or lay several runs over each other on one page.
+"""Rebuild of a run's report.html, or one page that compares several runs.
 
 tools/report.py runs/latest --open
 tools/report.py --compare runs/a runs/b --output comparison.html
@@ -34,8 +34,8 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--compare", action="store_true", help="one page over several runs")
-    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="where --compare writes")
+    parser.add_argument("--compare", action="store_true", help="one page for several runs")
+    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="output of --compare")
     parser.add_argument("--open", action="store_true", help="show the page in the browser")
     arguments = parser.parse_args()
     if len(arguments.run_dirs) > 1 and not arguments.compare:

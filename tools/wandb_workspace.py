@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Make a wandb workspace with the panels of report.html: grouped, with tokens on the x axis.
+"""A wandb workspace with the panels of report.html, grouped, with tokens on the x axis.
 
-tools/wandb_workspace.py --entity TEAM --project megatron_q3n       saves it and prints where it is
-tools/wandb_workspace.py --project megatron_q3n --print             only shows what would be saved
+tools/wandb_workspace.py --entity TEAM --project megatron_q3n       saves it and prints its URL
+tools/wandb_workspace.py --project megatron_q3n --print             prints it without saving
 
-Needs wandb-workspaces (requirements-dev.txt has the version), and to save also a login (`wandb login`).
+Requires wandb-workspaces (version in requirements-dev.txt), and a login to save (`wandb login`).
 """
 
 import argparse
@@ -17,20 +17,20 @@ from megatron_q3n.metrics.workspace import build_workspace
 
 
 def main() -> int:
-    """Build, and save or print."""
+    """Build the workspace, and save or print it."""
     arguments = _parse()
     if importlib.util.find_spec("wandb_workspaces") is None:
         return _refuse(
             "wandb-workspaces is not installed: .venv/bin/pip install wandb-workspaces (requirements-dev.txt has the "
-            "version that was tried)"
+            "tested version)"
         )
     workspace = build_workspace(arguments.entity or "", arguments.project, arguments.name)
     if arguments.print:
         print(json.dumps(_outline(workspace), indent=1))
         return 0
     if not arguments.entity:
-        return _refuse("--entity is missing: the user or team that the project belongs to")
-    import wandb  # late: for its errors' type, and half a second
+        return _refuse("--entity is missing: the user or team of the project")
+    import wandb  # late: takes half a second, and only saving needs it
 
     try:
         workspace.save()
@@ -67,7 +67,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--entity", help="user or team")
     parser.add_argument("--project", default="megatron_q3n", help="logging.wandb.project")
     parser.add_argument("--name", default="megatron_q3n", help="of the workspace view")
-    parser.add_argument("--print", action="store_true", help="show it instead of saving it")
+    parser.add_argument("--print", action="store_true", help="print it instead of saving it")
     return parser.parse_args()
 
 

@@ -1,9 +1,16 @@
-"""Checkpoints: complete or absent, verified before they are trusted, found again, and bounded in number.
+"""Checkpoints: complete or absent, verified before loading, resumable, and pruned.
 
-`writer` saves, `reader` loads, `content` says what is in a checkpoint, `folders` names, publishes and
-prunes, `integrity` proves one whole, `architecture` says whether it fits a model. The last three need
-neither torch nor megatron-core, and so the names of the others are fetched on first use: tools look
-into a checkpoint without the eight seconds that importing megatron-core takes.
+    writer.py         asynchronous saving: snapshot, write, atomic rename
+    reader.py         loading and resuming, with verification and fall-back to an older checkpoint
+    state_dict.py     contents: megatron-core's sharded state dict of model, optimizer and random generators
+    folders.py        folder names, atomic publishing, retention
+    integrity.py      manifest (checkpoint.json) with a SHA-256 checksum of every file
+    architecture.py   compatibility of a checkpoint's weights with a model
+    saved_tensors.py  tensors of a checkpoint, one by one
+    weights.py        weights alone, for inference
+
+folders, integrity and architecture need neither torch nor megatron-core. The names of writer and reader are imported on
+first use, so that tools inspect a checkpoint without the eight seconds of importing megatron-core.
 """
 
 import importlib
@@ -11,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_q3n.checkpoint.architecture import check_architecture
 from megatron_q3n.checkpoint.folders import find, newest_in, step_name
-from megatron_q3n.checkpoint.integrity import seal
+from megatron_q3n.checkpoint.integrity import write_manifest
 
 if TYPE_CHECKING:
     from megatron_q3n.checkpoint.reader import Resumed, describe, load, resume
@@ -27,14 +34,14 @@ __all__ = [
     "newest_in",
     "resume",
     "save",
-    "seal",
     "step_name",
+    "write_manifest",
 ]
-_HOMES = dict.fromkeys(("Resumed", "describe", "load", "resume"), "reader")
-_HOMES |= dict.fromkeys(("Saver", "save"), "writer")
+_LAZY_NAMES = dict.fromkeys(("Resumed", "describe", "load", "resume"), "reader")
+_LAZY_NAMES |= dict.fromkeys(("Saver", "save"), "writer")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY_NAMES:
         raise AttributeError(f"module {__name__} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY_NAMES[name]}"), name)

@@ -1,11 +1,11 @@
-"""Whether a checkpoint's weights fit a model, by its description alone: asked before anything is loaded."""
+"""Compatibility of a checkpoint's weights with a model, by the manifest alone, before anything is loaded."""
 
 from pathlib import Path
 from typing import Any
 
 from megatron_q3n.config import ModelConfig, UserError
 
-# what may differ between two models that share weights
+# settings that may differ between two models with the same weights
 _FREE = {
     "name",
     "backend",
@@ -26,23 +26,28 @@ _FREE = {
 }
 
 
-def check_architecture(description: dict[str, Any], model: ModelConfig, checkpoint: Path) -> None:
-    """Refuse a checkpoint whose weights do not fit this model, naming the settings that differ."""
-    # what the description does not know yet had its default
-    known = ModelConfig().model_dump(mode="json") | description["model"]
-    saved = _with_layers_of_its_own(known)
-    wanted = _with_layers_of_its_own(model.model_dump(mode="json"))
-    differ = [
+def check_architecture(manifest: dict[str, Any], model: ModelConfig, checkpoint: Path) -> None:
+    """Check that the weights described by a checkpoint's manifest fit this model.
+
+    Raises: UserError naming the settings that differ.
+    """
+    # a setting that the manifest lacks was added later and had its default
+    saved = _by_mtp_weights(ModelConfig().model_dump(mode="json") | manifest["model"])
+    expected = _by_mtp_weights(model.model_dump(mode="json"))
+    differences = [
         f"model.{name}: {saved.get(name)} there, {value} here"
-        for name, value in wanted.items()
+        for name, value in expected.items()
         if name not in _FREE and saved.get(name) != value
     ]
-    if differ:
-        raise UserError(f"{checkpoint} holds a model of another architecture: " + "; ".join(differ) + ".")
+    if differences:
+        raise UserError(
+            f"{checkpoint} holds a model of another architecture: " + "; ".join(differences) + ". Set the model to "
+            "the checkpoint's, or load another checkpoint."
+        )
 
 
-def _with_layers_of_its_own(model: dict[str, Any]) -> dict[str, Any]:
-    """Count MTP layers by their weights: one that is repeated for several depths fits one that is not."""
-    depths, repeated = model.get("mtp_num_layers"), model.get("mtp_use_repeated_layer")
-    own = 1 if repeated and depths else depths
-    return {**model, "mtp_num_layers": own, "mtp_use_repeated_layer": False}
+def _by_mtp_weights(model: dict[str, Any]) -> dict[str, Any]:
+    """Count MTP layers by their weights: one layer repeated for several depths has the weights of one layer."""
+    depths, is_repeated = model.get("mtp_num_layers"), model.get("mtp_use_repeated_layer")
+    num_layers = 1 if is_repeated and depths else depths
+    return {**model, "mtp_num_layers": num_layers, "mtp_use_repeated_layer": False}

@@ -1,15 +1,15 @@
-"""The `checkpoints` folder of a run: names, which checkpoint is newest, and every step that replaces or deletes one.
+"""The `checkpoints` folder of a run: names, the newest checkpoint, atomic replacement, deletion and pruning.
 
-Each change is one rename, so a kill at any moment leaves either the state before or the state after:
+Each change is one atomic rename, so a kill at any moment leaves either the state before or the state after:
 
-| name | what it is |
+| name | content |
 |---|---|
 | `step_0000200` | a checkpoint |
-| `step_0000200.damaged` | one that failed verification, kept for its owner to look at or delete |
-| `.step_0000200.<token>.partial` | a save in progress, or what a kill left of one |
-| `.step_0000200.replaced` | the same step saved before, until the new one has its name |
-| `.step_0000200.discarded` | being deleted |
-| `latest` | a link to the newest |
+| `step_0000200.damaged` | a checkpoint that failed verification, kept for inspection |
+| `.step_0000200.<token>.partial` | a save in progress, or the remains of a killed one |
+| `.step_0000200.replaced` | the previous checkpoint of the same step, until the new one has its name |
+| `.step_0000200.discarded` | a checkpoint being deleted |
+| `latest` | a symbolic link to the newest checkpoint |
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_q3n.checkpoint.integrity import DESCRIPTION, sync_folder
+from megatron_q3n.checkpoint.integrity import MANIFEST, sync_folder
 from megatron_q3n.config import UserError
 
 FOLDER, LATEST = "checkpoints", "latest"
@@ -39,35 +39,35 @@ def step_of(checkpoint: Path) -> int:
 
 
 def candidates(run_dir: Path) -> list[Path]:
-    """Return every checkpoint of a run, newest first, whole or not.
+    """Return every checkpoint of a run, newest first, complete or not.
 
-    One whose replacement was interrupted between two renames is still there under its other name.
+    One whose replacement was interrupted between two renames is returned under its `.replaced` name.
     """
     folder = (run_dir / FOLDER).resolve()
     steps = [path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)]
-    replaced = [path for path in folder.glob(".step_*.replaced") if not _place_of(path).exists()]
+    replaced = [path for path in folder.glob(".step_*.replaced") if not _original_path(path).exists()]
     return sorted(steps + replaced, key=step_of, reverse=True)
 
 
-def complete(run_dir: Path) -> list[Path]:
-    """Return the checkpoints that have a description, newest first; their files are not verified here."""
-    return [path for path in candidates(run_dir) if (path / DESCRIPTION).is_file()]
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the checkpoints that have a manifest, newest first; their files are not verified here."""
+    return [path for path in candidates(run_dir) if (path / MANIFEST).is_file()]
 
 
 def newest_in(run_dir: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run directory, if any; its files are not verified here."""
-    return next(iter(complete(run_dir)), None)
+    """Return the newest complete checkpoint of a run directory, or None; its files are not verified here."""
+    return next(iter(complete_checkpoints(run_dir)), None)
 
 
 def find(path: str | Path) -> Path:
-    """Return the checkpoint a path means: itself, or the newest complete one of a run directory.
+    """Return the checkpoint at a path, or the newest complete one of the run directory at that path.
 
     Raises: UserError if there is none.
     """
-    given = Path(path)
-    if (given / DESCRIPTION).is_file():
-        return given.resolve()
-    newest = newest_in(given)
+    folder = Path(path)
+    if (folder / MANIFEST).is_file():
+        return folder.resolve()
+    newest = newest_in(folder)
     if newest is None:
         raise UserError(
             f"{path}: no checkpoint found. Give a run directory (one with {FOLDER}/step_*) or a checkpoint in it."
@@ -75,13 +75,13 @@ def find(path: str | Path) -> Path:
     return newest
 
 
-def damaged_in(run_dir: Path) -> list[Path]:
-    """Return the checkpoints that were set aside as damaged."""
+def list_damaged(run_dir: Path) -> list[Path]:
+    """Return the checkpoints that were renamed as damaged."""
     return sorted((run_dir / FOLDER).glob("step_*.damaged*"))
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a complete folder its name; one that had it gives way only then. Then point `latest` at it."""
+    """Rename a complete folder to its final name, replacing a checkpoint of that name, and set the link `latest`."""
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -93,47 +93,47 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def point_latest(final: Path) -> None:
-    """Let the link `latest` name this checkpoint."""
-    fresh = final.with_name(f".{LATEST}.{os.getpid()}")
+    """Set the link `latest` to this checkpoint, atomically."""
+    temporary = final.with_name(f".{LATEST}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
-        fresh.unlink()
-    fresh.symlink_to(final.name)
-    os.replace(fresh, final.with_name(LATEST))
+        temporary.unlink()
+    temporary.symlink_to(final.name)
+    os.replace(temporary, final.with_name(LATEST))
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that it neither counts nor is deleted, and return its new place."""
-    place = _place_of(checkpoint)
-    aside, number = place.with_name(f"{place.name}.damaged"), 1
-    while aside.exists():
+def mark_damaged(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint to `.damaged`, so that it is neither loaded nor deleted; return its new path."""
+    original = _original_path(checkpoint)
+    damaged, number = original.with_name(f"{original.name}.damaged"), 1
+    while damaged.exists():
         number += 1
-        aside = place.with_name(f"{place.name}.damaged-{number}")
-    os.replace(checkpoint, aside)
-    return aside
+        damaged = original.with_name(f"{original.name}.damaged-{number}")
+    os.replace(checkpoint, damaged)
+    return damaged
 
 
-def superfluous(newest_first: list[Path], keep: int, keep_every_steps: int) -> list[Path]:
-    """Return the checkpoints beyond the first `keep` that are no milestones."""
+def prunable(newest_first: list[Path], keep: int, keep_every_steps: int) -> list[Path]:
+    """Return the checkpoints beyond the first `keep`, except those of every `keep_every_steps` steps."""
     return [old for old in newest_first[keep:] if not (keep_every_steps and step_of(old) % keep_every_steps == 0)]
 
 
-def discard(checkpoints: Iterable[Path]) -> None:
-    """Delete checkpoints; a kill leaves each one whole or without its name."""
-    for old in checkpoints:
-        gone = old.with_name(f".{_place_of(old).name}.discarded")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.replace(old, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+def delete(checkpoints: Iterable[Path]) -> None:
+    """Delete checkpoints; each is renamed first, so that a kill leaves it complete or without its name."""
+    for checkpoint in checkpoints:
+        discarded = checkpoint.with_name(f".{_original_path(checkpoint).name}.discarded")
+        shutil.rmtree(discarded, ignore_errors=True)
+        os.replace(checkpoint, discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
-    """Delete what killed saves and deletions left behind. No save may be in progress."""
-    done_with = [*folder.glob(".step_*.partial"), *folder.glob(".step_*.discarded")]
-    done_with += [p for p in folder.glob(".step_*.replaced") if _place_of(p).exists()]
-    for leftover in done_with:
+def remove_leftovers(folder: Path) -> None:
+    """Delete the remains of killed saves and deletions. No save may be in progress."""
+    leftovers = [*folder.glob(".step_*.partial"), *folder.glob(".step_*.discarded")]
+    leftovers += [p for p in folder.glob(".step_*.replaced") if _original_path(p).exists()]
+    for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _place_of(checkpoint: Path) -> Path:
-    """Return the name under which a checkpoint stands or stood."""
+def _original_path(checkpoint: Path) -> Path:
+    """Return the path of a checkpoint before it was renamed to `.replaced`."""
     return checkpoint.with_name(checkpoint.name.removeprefix(".").removesuffix(".replaced"))

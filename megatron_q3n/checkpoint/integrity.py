@@ -1,10 +1,9 @@
-"""What proves a checkpoint whole: a SHA-256 digest per file, and a seal over the description that lists them.
+"""Integrity of a checkpoint: a manifest with the SHA-256 checksum of every file, and a checksum of the manifest itself.
 
-`checkpoint.json` names every file with its size and digest, and ends with the digest of its own
-text, so there is no byte in a checkpoint whose change goes unseen. SHA-256, because processors
-compute it in hardware (0.7 GB/s a core on a busy EPYC, where BLAKE2b makes 0.26) and it needs no
-package. No torch and no megatron-core here: tools and the Hugging Face converter read and seal
-checkpoints without them.
+The manifest `checkpoint.json` lists every file with its size and SHA-256, and ends with the SHA-256 of its own text
+(the field `seal`), so a change of any byte of a checkpoint is detected. SHA-256, because processors compute it in
+hardware (0.7 GB/s per core on a busy EPYC; BLAKE2b reaches 0.26) and it needs no package. No torch and no megatron-core
+here: tools and the Hugging Face converter read and write checkpoints without them.
 """
 
 import hashlib
@@ -17,141 +16,145 @@ from typing import Any, Literal
 
 from megatron_q3n.config import UserError
 
-DESCRIPTION = "checkpoint.json"
-FORMAT = 2  # 1 had neither digests nor a seal; it is still read
+MANIFEST = "checkpoint.json"
+# format 1 had no checksums; it is still read
+FORMAT = 2
 ALGORITHM = "sha256"
-# megatron-core prefers this file of its older format to what .metadata says, if it is there
-SHADOWING = "common.pt"
+# megatron-core loads this file of its older format in preference to .metadata, if it exists
+LEGACY_COMMON_FILE = "common.pt"
 Verify = Literal["full", "sizes"]
-_SEAL = ',\n "seal": "'
+# end of the manifest's text: the field that holds the checksum of everything before it
+_CHECKSUM_FIELD = ',\n "seal": "'
 _END = '"\n}\n'
 _REQUIRED = {"format": int, "step": int, "world_size": int, "model": dict, "files": dict}
 
 
-def digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's contents, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, ALGORITHM).hexdigest()
 
 
-def settle_on_disk(path: Path) -> str:
-    """Return a file's digest once it is on the disk itself, not only in the machine's memory.
+def fsync_and_digest(path: Path) -> str:
+    """Sync a file to disk and return its SHA-256.
 
-    megatron-core syncs before the last buffer is flushed, and its two metadata files not at all.
+    megatron-core syncs before the last buffer is flushed, and does not sync its two metadata files.
     """
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return digest(path)
+    return file_digest(path)
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the digest of each named file, after syncing it; several at a time."""
+    """Sync each named file and return its SHA-256; several at a time."""
     names = list(names)
-    with ThreadPoolExecutor(_threads()) as pool:
-        return dict(zip(names, pool.map(lambda name: settle_on_disk(folder / name), names)))
+    with ThreadPoolExecutor(_num_threads()) as pool:
+        return dict(zip(names, pool.map(lambda name: fsync_and_digest(folder / name), names)))
 
 
-def seal(folder: Path, description: Mapping[str, Any] | None = None, known: Mapping[str, str] | None = None) -> None:
-    """Write checkpoint.json over a finished folder: the description, each file's size and digest, and the seal.
+def write_manifest(
+    folder: Path, fields: Mapping[str, Any] | None = None, known: Mapping[str, str] | None = None
+) -> None:
+    """Write checkpoint.json into a finished folder: `fields`, size and SHA-256 of each file, and its own checksum.
 
-    Without `description`, the folder's present checkpoint.json is sealed. `known` holds digests that
-    need not be computed again. The file appears in one step, synced.
+    Without `fields`, those of the folder's existing checkpoint.json are used. `known` holds digests that need not be
+    computed again. The file is written atomically and synced.
 
-    Raises: UserError if there is nothing to describe the folder with; OSError if it cannot be written.
+    Raises: UserError without `fields` and checkpoint.json; OSError if it cannot be written.
     """
-    if description is None:
-        description = read(folder)
+    if fields is None:
+        fields = read_manifest(folder)
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != DESCRIPTION
+        if path.is_file() and path.name != MANIFEST
     }
     known = known or {}
-    found = {**known, **digests(folder, [name for name in files if name not in known])}
+    all_digests = {**known, **digests(folder, [name for name in files if name not in known])}
     content = {
-        **{name: value for name, value in description.items() if name != "seal"},
+        **{name: value for name, value in fields.items() if name != "seal"},
         "format": FORMAT,
         "files": files,
         "digest_algorithm": ALGORITHM,
-        "digests": {name: found[name] for name in files},
+        "digests": {name: all_digests[name] for name in files},
     }
     body = json.dumps(content, indent=1).removesuffix("\n}")
-    partial = folder / f".{DESCRIPTION}.partial"
+    partial = folder / f".{MANIFEST}.partial"
     with partial.open("w", encoding="utf-8") as file:
-        file.write(_sealed(body))
+        file.write(_with_checksum(body))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, folder / DESCRIPTION)
+    os.replace(partial, folder / MANIFEST)
     sync_folder(folder)
 
 
-def read(checkpoint: Path) -> dict[str, Any]:
-    """Return a checkpoint's description, its seal checked.
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest, after checking its own checksum.
 
     Raises: UserError naming the file if it is missing, damaged or of a newer format.
     """
-    path = checkpoint / DESCRIPTION
+    path = checkpoint / MANIFEST
     if not path.is_file():
-        raise UserError(f"{checkpoint} is not a complete checkpoint: it has no {DESCRIPTION}.")
+        raise UserError(f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST}.")
     try:
         text = path.read_bytes().decode("utf-8")
-        description = json.loads(text)
-        problem = _description_problem(text, description)
+        manifest = json.loads(text)
+        problem = _manifest_problem(text, manifest)
     except (ValueError, OSError) as error:
         problem = str(error)
     if problem:
         raise UserError(f"{path} is damaged ({problem}); use another checkpoint.")
-    if description["format"] > FORMAT:
+    if manifest["format"] > FORMAT:
         raise UserError(
-            f"{path} is of format {description['format']}, this version reads up to {FORMAT}: update megatron_q3n."
+            f"{path} is of format {manifest['format']}, this version reads up to {FORMAT}: update megatron_q3n."
         )
-    return description
+    return manifest
 
 
-def is_sealed(description: Mapping[str, Any]) -> bool:
-    """Say whether the description holds digests; those of format 1 and of other writers may not."""
-    return "digests" in description
+def has_digests(manifest: Mapping[str, Any]) -> bool:
+    """Return whether the manifest holds checksums; those of format 1 and of other writers may not."""
+    return "digests" in manifest
 
 
-def damage(checkpoint: Path, verify: Verify, rank: int = 0, world_size: int = 1) -> list[str]:
-    """Return what is wrong with a checkpoint, one line per file; an empty list means nothing was found.
+def find_damage(checkpoint: Path, verify: Verify, rank: int = 0, world_size: int = 1) -> list[str]:
+    """Return the problems of a checkpoint, one line per file; an empty list means that it is intact.
 
-    `rank` of `world_size` processes looks at its share of the files, so that together they read each once.
+    `rank` of `world_size` processes verifies its share of the files, so that together they read each file once.
     """
     try:
-        description = read(checkpoint)
+        manifest = read_manifest(checkpoint)
     except UserError as error:
         return [str(error)]
-    problems = _placement_problems(checkpoint, description)
-    sizes, wanted = description["files"], description.get("digests", {})
+    problems = _folder_problems(checkpoint, manifest)
+    sizes, expected = manifest["files"], manifest.get("digests", {})
     share = sorted(sizes, key=lambda name: (-sizes[name], name))[rank::world_size]
-    full = verify == "full"
-    with ThreadPoolExecutor(_threads()) as pool:
-        found = pool.map(
-            lambda name: file_problem(checkpoint / name, sizes[name], wanted.get(name) if full else None), share
+    is_full = verify == "full"
+    with ThreadPoolExecutor(_num_threads()) as pool:
+        file_problems = pool.map(
+            lambda name: file_problem(checkpoint / name, sizes[name], expected.get(name) if is_full else None), share
         )
-        return problems + [problem for problem in found if problem]
+        return problems + [problem for problem in file_problems if problem]
 
 
-def file_problem(path: Path, size: int, wanted: str | None) -> str | None:
-    """Say what is wrong with one file; with no digest wanted, only its size is looked at."""
+def file_problem(path: Path, size: int, digest: str | None) -> str | None:
+    """Return the problem of one file, or None; without a digest only the size is compared."""
     try:
-        found = path.stat().st_size
-        if found != size:
-            return f"{path} has {found} bytes instead of {size}"
-        if wanted and digest(path) != wanted:
+        actual_size = path.stat().st_size
+        if actual_size != size:
+            return f"{path} has {actual_size} bytes instead of {size}"
+        if digest and file_digest(path) != digest:
             return f"{path} does not match its digest: its contents have changed since it was saved"
     except FileNotFoundError:
         return f"{path} is missing"
     except PermissionError:
-        raise UserError(f"{path} may not be read; permit it to resume from it.") from None
+        raise UserError(f"{path}: no permission to read it; change its permissions.") from None
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
     return None
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's entries, not its files' contents, on the disk."""
+    """Sync a folder's entries, not its files' contents, to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -159,37 +162,37 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _sealed(body: str) -> str:
-    return f"{body}{_SEAL}{hashlib.new(ALGORITHM, body.encode()).hexdigest()}{_END}"
+def _with_checksum(body: str) -> str:
+    return f"{body}{_CHECKSUM_FIELD}{hashlib.new(ALGORITHM, body.encode()).hexdigest()}{_END}"
 
 
-def _description_problem(text: str, description: Any) -> str | None:
-    """Hold a description against its own seal and against what every reader relies on."""
-    if not isinstance(description, dict):
+def _manifest_problem(text: str, manifest: Any) -> str | None:
+    """Return the problem of a manifest, or None: its own checksum, and the fields that every reader needs."""
+    if not isinstance(manifest, dict):
         return "not an object"
-    # a damaged format number or key must not turn a sealed description into one that never had a seal
-    if description.get("format") != 1 or {"seal", "digests"} & description.keys():
-        body, found, _ = text.rpartition(_SEAL)
-        if not found or text != _sealed(body):
-            return "it does not match its own seal"
-        if description.get("files", {}).keys() != description.get("digests", {}).keys():
-            return "files without digests"
+    # a damaged format number or key must not make a manifest with checksum pass as one of format 1
+    if manifest.get("format") != 1 or {"seal", "digests"} & manifest.keys():
+        body, separator, _ = text.rpartition(_CHECKSUM_FIELD)
+        if not separator or text != _with_checksum(body):
+            return "it does not match its own checksum"
+        if manifest.get("files", {}).keys() != manifest.get("digests", {}).keys():
+            return "files without checksums"
     for name, kind in _REQUIRED.items():
-        if not isinstance(description.get(name), kind):
-            return f"no {name}"
+        if not isinstance(manifest.get(name), kind):
+            return f"no field {name!r}"
     return None
 
 
-def _placement_problems(checkpoint: Path, description: Mapping[str, Any]) -> list[str]:
-    """Find what no digest shows: another step's contents, or a file that would be read in place of another."""
+def _folder_problems(checkpoint: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return problems that no checksum detects: another step's contents, or a file that megatron-core prefers."""
     problems = []
     name = checkpoint.name.removeprefix("step_")
-    if name != checkpoint.name and name.isdigit() and int(name) != description["step"]:
-        problems.append(f"{checkpoint} holds step {description['step']}")
-    if SHADOWING not in description["files"] and (checkpoint / SHADOWING).exists():
-        problems.append(f"{checkpoint / SHADOWING} was not saved with this checkpoint; remove it")
+    if name != checkpoint.name and name.isdigit() and int(name) != manifest["step"]:
+        problems.append(f"{checkpoint} holds step {manifest['step']}")
+    if LEGACY_COMMON_FILE not in manifest["files"] and (checkpoint / LEGACY_COMMON_FILE).exists():
+        problems.append(f"{checkpoint / LEGACY_COMMON_FILE} was not saved with this checkpoint; remove it")
     return problems
 
 
-def _threads() -> int:
+def _num_threads() -> int:
     return max(1, min(8, len(os.sched_getaffinity(0))))

@@ -1,6 +1,6 @@
-"""Every dial of a run as frozen, typed sections, and the rules that make them legal together.
+"""Configuration of a run: every setting in frozen, typed sections, and the rules for valid combinations.
 
-No torch, no OmegaConf, no megatron-core import: a wrong setting is refused in well under two seconds.
+No import of torch, OmegaConf or megatron-core: an invalid setting is reported in well under two seconds.
 """
 
 from megatron_q3n.config.errors import EXIT_BAD_INPUT, EXIT_HANG, EXIT_REQUEUE, UserError, suggest

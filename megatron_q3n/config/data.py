@@ -1,4 +1,4 @@
-"""Where the text comes from and how it becomes training sequences."""
+"""Settings of the training data: corpus, tokenizer, and the packing of documents into sequences."""
 
 from typing import Literal
 
@@ -9,32 +9,32 @@ from megatron_q3n.config.section import Section
 
 
 class BlendPart(Section):
-    """One prepared data set of a weighted blend."""
+    """A prepared data set and its weight in a blend."""
 
     path: str = Field(description="a folder written by tools/prepare_data.py (it holds manifest.json)")
-    weight: float = Field(1.0, gt=0, description="relative share of the tokens drawn")
+    weight: float = Field(1.0, gt=0, description="relative share of the sampled tokens")
 
 
 class DataConfig(Section):
-    """The corpus, its tokenizer, and how documents are laid into sequences."""
+    """The corpus, its tokenizer, and the packing of documents into sequences."""
 
     source: Literal["stdlib", "blend"] = Field(
-        "stdlib", description="stdlib: the Python standard library's own source, no download; blend: prepared folders"
+        "stdlib", description="stdlib: source code of the Python standard library, no download; blend: prepared folders"
     )
     cache_dir: str | None = Field(
         None, description="prepared corpora and indices; null: $Q3N_CACHE, else ~/.cache/megatron_q3n"
     )
     stdlib_vocab_size: int = Field(512, gt=256, description="BPE entries trained on the standard library's train split")
-    stdlib_validation_percent: float = Field(5.0, gt=0, lt=50, description="share of files held out, by file")
+    stdlib_validation_percent: float = Field(5.0, gt=0, lt=50, description="percentage of files that are held out")
     stdlib_packages: list[str] = Field(
         default_factory=list,
-        description="installed packages whose source is added, e.g. [torch, transformers]; held out by folder",
+        description="installed packages whose source is added, e.g. [torch, transformers]; split by folder",
     )
     train: list[BlendPart] = Field(default_factory=list, description="blend used for training (source: blend)")
     validation: list[BlendPart] = Field(default_factory=list, description="blend used for validation")
     tokenizer: str | None = Field(None, description="a tokenizer.json or its folder; null: the one in the manifest")
     mask_document_boundaries: bool = Field(
-        False, description="attention and recurrent state start anew at each document (packed sequences)"
+        False, description="attention and recurrent state are reset at each document (packed sequences, cu_seqlens)"
     )
     document_alignment: int = Field(
         1, gt=0, description="pad packed documents to a multiple; context parallelism needs 2 × its size"
@@ -46,7 +46,7 @@ class DataConfig(Section):
         if self.source == "blend" and not self.train:
             raise UserError(
                 "data.source=blend needs data.train, a list of {path, weight}; "
-                "make the folders with tools/prepare_data.py."
+                "create the folders with tools/prepare_data.py."
             )
         if self.source == "stdlib" and (self.train or self.validation):
             raise UserError("data.train and data.validation have no effect with data.source=stdlib; set source: blend.")

@@ -1,25 +1,28 @@
-"""The one error type for people: a bad setting, file or environment. The door turns it into exit code 2.
+"""User errors and exit codes: UserError for an invalid setting, file or environment becomes exit code 2.
 
-A message says where (the setting or file), what was found, what is allowed, and what to do. Our own broken
-invariants are `assert`s, never this.
+A message names the setting or file, what was found, what is allowed, and what to do. Violated internal invariants are
+`assert`s instead.
 """
 
 import difflib
 from collections.abc import Iterable
 
-EXIT_BAD_INPUT = 2  # one clear message on stderr, no traceback
-EXIT_HANG = 70  # no progress: ended by the watch of `health/hang.py`, to be requeued (EX_SOFTWARE)
-EXIT_REQUEUE = 75  # stopped early with everything saved (EX_TEMPFAIL of sysexits.h)
+# one message on stderr, no traceback
+EXIT_BAD_INPUT = 2
+# no progress: ended by the hang detection of `health/hang.py`, to be requeued (EX_SOFTWARE of sysexits.h)
+EXIT_HANG = 70
+# stopped early with everything saved, to be requeued (EX_TEMPFAIL)
+EXIT_REQUEUE = 75
 
 
 class UserError(ValueError):
-    """Report a bad configuration or input to the person who can mend it."""
+    """Invalid configuration, input or environment, with a message for the user."""
 
 
 def suggest(unknown: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest known name, or the empty string.
 
-    A right leaf under a wrong parent (optimizer.lr) names its true place (schedule.lr).
+    A known last part under a wrong section (optimizer.lr) suggests the full name (schedule.lr).
     """
     names = list(known)
     leaf = unknown.rsplit(".", 1)[-1]

@@ -1,4 +1,4 @@
-"""What the generate stage is asked for."""
+"""Settings of text generation: section `inference`, for stage generate."""
 
 from pydantic import Field, field_validator
 
@@ -7,36 +7,43 @@ from megatron_q3n.config.section import Section
 
 
 class InferenceConfig(Section):
-    """Prompts, how tokens are drawn, and how the work is cut."""
+    """Prompts, sampling parameters, and limits of the batch."""
 
-    prompts: list[str] = Field(default_factory=list, description="texts to continue")
-    max_new_tokens: int = Field(256, gt=0)
-    temperature: float = Field(0.7, ge=0, description="0 is greedy")
-    top_k: int | None = Field(None, gt=0, description="draw from so many likeliest tokens only")
-    top_p: float = Field(1.0, gt=0, le=1, description="draw from the smallest set of tokens with this much mass")
+    prompts: list[str] = Field(default_factory=list, description="texts to complete")
+    max_new_tokens: int = Field(256, gt=0, description="most new tokens of each completion")
+    temperature: float = Field(0.7, ge=0, description="sampling temperature; 0 is greedy")
+    top_k: int | None = Field(None, gt=0, description="sample from the k most probable tokens only")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="nucleus sampling: sample from the smallest set of tokens with this probability mass",
+    )
     stop: list[str | int] = Field(
-        default_factory=list,
-        description="tokens that end a text, by id or by the text they stand for, beside the end of a document",
+        default_factory=list, description="stop tokens, by id or by text, in addition to the end-of-document token"
     )
     seed: int = Field(1, ge=0)
     draft_depth: int = Field(
-        0, ge=0, description="tokens drafted by the MTP layer and verified together; 0 drafts none"
+        0, ge=0, description="speculative decoding: tokens drafted by the MTP layer and verified in one pass; 0: none"
     )
-    prefill_tokens: int = Field(4096, gt=0, description="most tokens of prompts that one pass reads; bounds its memory")
-    max_sequences: int | None = Field(None, gt=0, description="most sequences at once, others wait; null: all")
+    prefill_tokens: int = Field(
+        4096, gt=0, description="chunked prefill: most prompt tokens of one pass; bounds its memory"
+    )
+    max_sequences: int | None = Field(
+        None, gt=0, description="most sequences in the running batch, others wait in the queue; null: all"
+    )
     cuda_graph: bool | None = Field(
-        None,
-        description="launch a whole decoding step as one CUDA graph; null: on a GPU, where nothing stands against it",
+        None, description="replay each decode step as one CUDA graph; true: required; null: if possible; false: never"
     )
     tokenizer: str | None = Field(
-        None, description="a tokenizer.json or its folder; null: the one the model was trained with"
+        None, description="a tokenizer.json or its folder; null: the tokenizer that the model was trained with"
     )
-    output: str | None = Field(None, description="a file for the results, one JSON object a line")
+    output: str | None = Field(None, description="JSON Lines file for the results")
 
     @field_validator("prompts")
     @classmethod
     def _not_empty(cls, prompts: list[str]) -> list[str]:
         for number, prompt in enumerate(prompts, 1):
             if not prompt:
-                raise UserError(f"inference.prompts: prompt {number} is empty; give it some text to continue.")
+                raise UserError(f"inference.prompts: prompt {number} is empty; give it text to complete.")
         return prompts

@@ -1,4 +1,4 @@
-"""What is measured inside the model while it trains, and which of the numbers raise an alert."""
+"""Settings of the measurements inside the model while it trains, and of the alerts on metrics."""
 
 from pydantic import Field
 
@@ -6,36 +6,38 @@ from megatron_q3n.config.section import Section
 
 
 class InstrumentsConfig(Section):
-    """A look inside the model at step 1 and every `interval_steps`: sinks, activations, norms, routers, decay.
+    """Measurements at step 1 and every `interval_steps`: attention sinks, activations, norms, routers, decay.
 
-    Between these steps nothing is measured, and a step is what it would be without instruments.
+    Steps in between are as without instruments.
     """
 
-    interval_steps: int = Field(100, ge=0, description="0: never")
+    interval_steps: int = Field(100, ge=0, description="steps between measurements; 0: none")
     microbatches: int = Field(
         1,
         gt=0,
-        description="of each rank's share of the batch, the first so many are looked at (interleaved pipeline stages: "
-        "rounded up to what they need)",
+        description="number of each rank's micro-batches that are measured (rounded up to a multiple of interleaved "
+        "pipeline stages)",
     )
 
 
 class AlertsConfig(Section):
-    """When a number is worth telling somebody: in the log, in the report and through wandb. null: never."""
+    """Thresholds of alerts, which appear in the log, in the report and in wandb. null: no alert."""
 
-    pause_steps: int = Field(500, ge=0, description="an alert of one kind is not repeated within so many steps")
+    pause_steps: int = Field(500, ge=0, description="steps for which an alert of one kind is not repeated")
     loss_spike_deviations: float | None = Field(
         8.0,
         gt=0,
-        description="training loss above the median of the last 100 steps by so many standard deviations (from the "
-        "quartiles)",
+        description="training loss above the median of the last 100 steps, in standard deviations (from the quartiles)",
     )
     dead_experts_share: float | None = Field(
-        0.05, ge=0, lt=1, description="share of all experts without a token in the global batch, 20 steps in a row"
+        0.05,
+        ge=0,
+        lt=1,
+        description="fraction of all experts without a token in the global batch, in 20 consecutive steps",
     )
-    expert_load: float | None = Field(10.0, gt=1, description="fullest expert's tokens over its layer's mean")
+    expert_load: float | None = Field(10.0, gt=1, description="tokens of the most loaded expert over its layer's mean")
     first_token_share: float | None = Field(
-        0.3, gt=0, lt=1, description="attention that goes to the first token, worst layer"
+        0.3, gt=0, lt=1, description="fraction of attention on the first token, worst layer"
     )
     activation_over_median: float | None = Field(
         1000.0,
@@ -46,9 +48,9 @@ class AlertsConfig(Section):
     growth_factor: float | None = Field(
         2.0,
         gt=1,
-        description="sinks, massive activations or norms that have grown by so much over growth_steps, long before "
-        "they reach the levels above; small ones do not count (metrics/alerts.py)",
+        description="growth of sinks, massive activations or norms over growth_steps, before they reach the levels "
+        "above; small values do not count (metrics/alerts.py)",
     )
     growth_steps: int = Field(
-        1000, gt=0, description="how far back growth looks; in a young run, half as far is enough"
+        1000, gt=0, description="steps over which growth is measured; half of them suffice early in a run"
     )

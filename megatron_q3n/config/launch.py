@@ -1,37 +1,40 @@
-"""What the launcher (torchrun, srun, or nobody) says about this process, before any process group exists."""
+"""Rank, world size and node of this process from the launcher's environment (torchrun, srun, or none).
+
+Read before any process group exists.
+"""
 
 import os
 
 
 def world_size() -> int:
-    """Return the number of processes of the run."""
+    """Return the number of processes of the run (WORLD_SIZE, SLURM_NTASKS, or 1)."""
     return _number("WORLD_SIZE", "SLURM_NTASKS", 1)
 
 
 def rank() -> int:
-    """Return this process's number; 0 is the leader."""
+    """Return this process's global rank; rank 0 is the leader."""
     return _number("RANK", "SLURM_PROCID", 0)
 
 
 def local_rank() -> int:
-    """Return this process's number on its own machine."""
+    """Return this process's rank on its machine."""
     return _number("LOCAL_RANK", "SLURM_LOCALID", 0)
 
 
 def node_name() -> str | None:
-    """Return the scheduler's name of this machine, if there is one."""
+    """Return Slurm's name of this machine, or None."""
     return os.environ.get("SLURMD_NODENAME")
 
 
-def has_neighbours() -> bool:
-    """Whether a launcher gave this process a place to meet others."""
+def has_rendezvous() -> bool:
+    """Return whether a launcher set a rendezvous address (MASTER_ADDR) for this process."""
     return "MASTER_ADDR" in os.environ and world_size() >= 1
 
 
-def _number(torchrun: str, slurm: str, alone: int) -> int:
-    # Slurm sets its variables in a batch script too; only a task started by srun, with a rendezvous, is one of many.
+def _number(torchrun: str, slurm: str, default: int) -> int:
+    # Slurm sets its variables in a batch script too; only a task started by srun, with a rendezvous, has a rank
     if torchrun in os.environ:
         return int(os.environ[torchrun])
     if "MASTER_ADDR" in os.environ and "SLURM_STEP_ID" in os.environ:
-        return int(os.environ.get(slurm, alone))
-    return alone
+        return int(os.environ.get(slurm, default))
+    return default

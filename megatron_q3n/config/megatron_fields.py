@@ -1,7 +1,7 @@
-"""Names and types of megatron-core's TransformerConfig fields, read from the installed wheel's source with `ast`.
+"""Names and types of megatron-core's TransformerConfig fields, parsed from the installed wheel's source with `ast`.
 
-Importing megatron-core costs about eight seconds; a misspelt option must be refused in under two. So the pass-through
-`model.megatron.<field>=…` is checked against the source text of the very wheel that will run.
+Importing megatron-core takes about eight seconds; a misspelt option must be refused in under two. The pass-through
+`model.megatron.<field>=…` is therefore checked against the source text of the installed wheel.
 """
 
 import ast
@@ -16,8 +16,8 @@ _SOURCES = (
     ("core/transformer/transformer_config.py", "TransformerConfig"),
 )
 
-# Set from typed settings of ours: two ways to say one thing would let them disagree.
-OWNED_FIELDS = {
+# fields with a typed setting here: setting them through model.megatron could contradict it
+TYPED_SETTINGS = {
     "num_layers": "model.num_layers",
     "hidden_size": "model.hidden_size",
     "num_attention_heads": "model.num_attention_heads",
@@ -104,30 +104,32 @@ def transformer_config_fields() -> dict[str, str]:
 
 
 def check_pass_through(options: dict[str, object]) -> None:
-    """Check the names and plain types of `model.megatron.*`.
+    """Check the names and types of `model.megatron.*`.
 
-    Raises: UserError for an unknown field (with a suggestion), one that has a typed setting here, one that takes a
-        function, or a value whose type the field's annotation excludes.
+    Raises: UserError for an unknown field (with a suggestion), a field with a typed setting here, a field that takes a
+        function, or a value whose type contradicts the field's annotation.
     """
     known = transformer_config_fields()
     for name, value in options.items():
-        where = f"model.megatron.{name}"
+        setting = f"model.megatron.{name}"
         if name not in known:
             raise UserError(
-                f"{where}: megatron-core's TransformerConfig has no such field.{suggest(name, known)} "
+                f"{setting}: megatron-core's TransformerConfig has no such field.{suggest(name, known)} "
                 f"The fields are those of {megatron_root()}/{_SOURCES[1][0]}."
             )
-        if name in OWNED_FIELDS:
-            raise UserError(f"{where}: set {OWNED_FIELDS[name]} instead; the pass-through is for options without one.")
+        if name in TYPED_SETTINGS:
+            raise UserError(
+                f"{setting}: set {TYPED_SETTINGS[name]} instead; the pass-through is for options without one."
+            )
         annotation = known[name]
         if "Callable" in annotation:
-            raise UserError(f"{where} takes a Python function ({annotation}) and cannot be set from a configuration.")
+            raise UserError(f"{setting} takes a Python function ({annotation}) and cannot be set from a configuration.")
         if not _fits(value, annotation):
-            raise UserError(f"{where}={value!r}: megatron-core declares this field as {annotation}.")
+            raise UserError(f"{setting}={value!r}: megatron-core declares this field as {annotation}.")
 
 
 def _fits(value: object, annotation: str) -> bool:
-    """Say whether a plain value can be of the annotated type; unknown annotations pass (megatron-core checks them)."""
+    """Return whether a value can have the annotated type; True for unknown annotations (megatron-core checks them)."""
     if value is None:
         return "Optional" in annotation or "None" in annotation
     checks = {"bool": bool, "int": int, "float": (int, float), "str": str, "List": list, "list": list, "Literal": str}

@@ -1,7 +1,7 @@
-"""Every dimension of the model, named as megatron-core names it, and the sizes that follow from them.
+"""Settings of the model: dimensions with megatron-core's names, and sizes derived from them.
 
-One *layer* here is what the paper calls a layer: a token mixer (Gated DeltaNet or gated attention) and its MoE.
-megatron-core's HybridModel counts each half as a layer of its own; `megatron_num_layers` is that count.
+One *layer* is a layer of the paper: a token mixer (Gated DeltaNet or gated attention) and its MoE. megatron-core's
+HybridModel counts each of the two as a layer; `megatron_num_layers` is that count.
 """
 
 from typing import Any, Literal
@@ -21,11 +21,11 @@ Positive = Field(gt=0)
 
 
 class ModelConfig(Section):
-    """Dimensions and choices of a Qwen3-Next-like hybrid model."""
+    """Dimensions and variants of a Qwen3-Next-like hybrid model."""
 
-    name: str = Field("tiny", description="for people and run names; nothing depends on it")
+    name: str = Field("tiny", description="label in logs and run names; no effect on the model")
     backend: Literal["auto", "torch", "transformer_engine"] = Field(
-        "auto", description="auto: TransformerEngine where a GPU and TE exist, else plain torch"
+        "auto", description="auto: TransformerEngine if a GPU and TE are available, else plain torch"
     )
     vocab_size: int = Field(512, gt=0, description="rows of embedding and head, padding included")
     hidden_size: int = Field(128, gt=0)
@@ -46,15 +46,15 @@ class ModelConfig(Section):
     rotary_percent: float = Field(0.25, gt=0, le=1)
     rotary_base: float = Field(1e7, gt=0)
     attention_gate: Literal["elementwise", "headwise", "none"] = Field(
-        "elementwise", description="gate of gated attention (arXiv 2505.06708): one number per channel, or one per head"
+        "elementwise", description="gate of gated attention (arXiv 2505.06708): one value per channel, or one per head"
     )
     attention_gate_position: Literal["output", "value"] = Field(
-        "output", description="what is gated: what each head has read, or the values it reads"
+        "output", description="gated tensor: the attention output of each head, or its values"
     )
     attention_gate_activation: Literal["sigmoid", "silu"] = "sigmoid"
-    attention_gate_shared: bool = Field(False, description="one gate for all heads, instead of one for each")
+    attention_gate_shared: bool = Field(False, description="one gate for all heads, instead of one per head")
     attention_window_tokens: int | None = Field(
-        None, gt=0, description="how many tokens the S layers of model.mixer_pattern see, the present one included"
+        None, gt=0, description="window of the S layers of model.mixer_pattern, in tokens, the query's token included"
     )
     # Gated DeltaNet
     linear_num_key_heads: int = Field(4, gt=0)
@@ -66,7 +66,7 @@ class ModelConfig(Section):
     linear_time_step_init: tuple[float, float] | None = Field(
         None,
         description="time steps softplus(dt_bias) of the heads at init, log-uniform between these two: [0.001,0.1] as "
-        "Mamba-2 (arXiv 2405.21060), half-lives of some 1 to 100 tokens; null: dt_bias is 1, as in the released "
+        "Mamba-2 (arXiv 2405.21060), half-lives of about 1 to 100 tokens; null: dt_bias is 1, as in the released "
         "model's code, half-lives below one token for nearly every head",
     )
     # mixture of experts
@@ -80,20 +80,20 @@ class ModelConfig(Section):
     moe_aux_loss_coeff: float = Field(1e-3, ge=0)
     moe_z_loss_coeff: float = Field(0.0, ge=0)
     moe_router_normalized_init: bool = Field(
-        True, description="give every router row the same norm at init, so that no expert starts favoured"
+        True, description="equal norm of all router rows at init, so that no expert is preferred at the start"
     )
     moe_router_enable_expert_bias: bool = Field(
         False,
-        description="balance without a loss: a bias per expert, on the choice alone, that rises while the global "
-        "batch gives the expert too few tokens (arXiv 2408.15664)",
+        description="loss-free balancing: a bias per expert, for the top-k selection only, which rises while the "
+        "expert gets less than its share of the global batch (arXiv 2408.15664)",
     )
     moe_router_bias_update_rate: float = Field(
-        1e-3, ge=0, description="how far each bias moves per step, in units of the router's logits; 0 keeps them"
+        1e-3, ge=0, description="change of each bias per step, in units of the router's logits; 0 freezes them"
     )
     # multi-token prediction
     mtp_num_layers: int = Field(1, ge=0, description="prediction depths beyond the next token; 0 builds no MTP layer")
     mtp_loss_scaling_factor: float = Field(0.1, ge=0)
-    mtp_use_repeated_layer: bool = Field(False, description="one shared layer for all depths")
+    mtp_use_repeated_layer: bool = Field(False, description="one layer shared by all depths")
     megatron: dict[str, Any] = Field(
         default_factory=dict, description="any other megatron-core TransformerConfig field, checked by name"
     )
@@ -139,13 +139,13 @@ class ModelConfig(Section):
                 f"model.mixer_pattern={self.mixer_pattern!r}: use only G (Gated DeltaNet), * (attention) and S "
                 "(sliding-window attention)."
             )
-        slides, window = SLIDING_ATTENTION in self.mixer_pattern, self.attention_window_tokens
-        if slides and window is None:
+        has_window, window = SLIDING_ATTENTION in self.mixer_pattern, self.attention_window_tokens
+        if has_window and window is None:
             raise UserError(
-                f"model.mixer_pattern={self.mixer_pattern!r} has sliding-window attention (S): say how many tokens "
-                "it sees with model.attention_window_tokens."
+                f"model.mixer_pattern={self.mixer_pattern!r} has sliding-window attention (S): set its window "
+                "with model.attention_window_tokens."
             )
-        if window is not None and not slides:
+        if window is not None and not has_window:
             raise UserError(
                 f"model.attention_window_tokens={window} has no effect with model.mixer_pattern="
                 f"{self.mixer_pattern!r}: only its S layers have a window; set it to null, or use S."
@@ -157,18 +157,18 @@ class ModelConfig(Section):
         shortest, longest = self.linear_time_step_init
         if not 0 < shortest <= longest:
             raise UserError(
-                f"model.linear_time_step_init=[{shortest},{longest}]: two time steps above 0, the smaller one "
+                f"model.linear_time_step_init=[{shortest},{longest}]: give two time steps above 0, the smaller one "
                 "first, e.g. [0.001,0.1]; null leaves dt_bias at 1."
             )
 
     def _check_gate(self) -> None:
-        how = ("attention_gate_position", "attention_gate_activation", "attention_gate_shared")
+        gate_settings = ("attention_gate_position", "attention_gate_activation", "attention_gate_shared")
         fields = type(self).model_fields
         if self.attention_gate == "none":
-            for name in how:
-                if (found := getattr(self, name)) != (default := fields[name].default):
+            for name in gate_settings:
+                if (value := getattr(self, name)) != (default := fields[name].default):
                     raise UserError(
-                        f"model.{name}={found} has no effect with model.attention_gate=none; set it to {default}."
+                        f"model.{name}={value} has no effect with model.attention_gate=none; set it to {default}."
                     )
 
     def _check_expert_bias(self) -> None:
@@ -180,21 +180,21 @@ class ModelConfig(Section):
                     f"model.moe_router_enable_expert_bias=true; set it to {rate}."
                 )
             return
-        wanted = {
+        required = {
             "moe_router_score_function": "softmax",
             "moe_router_pre_softmax": False,
             "moe_enable_routing_replay": False,
         }
-        for name, allowed in wanted.items():
+        for name, allowed in required.items():
             if (found := self.megatron.get(name, allowed)) != allowed:
                 raise UserError(
-                    f"model.moe_router_enable_expert_bias=true biases the choice by logits: "
+                    f"model.moe_router_enable_expert_bias=true adds the bias to the logits: "
                     f"model.megatron.{name} must be {allowed}, found {found}."
                 )
 
     @property
     def rotary_dim(self) -> int:
-        """Rotated part of an attention head."""
+        """Channels of an attention head that RoPE rotates."""
         return int(self.kv_channels * self.rotary_percent)
 
     @property
@@ -203,14 +203,22 @@ class ModelConfig(Section):
         return self.mixer_pattern * (self.num_layers // len(self.mixer_pattern))
 
     @property
-    def gate_lies_with_queries(self) -> bool:
-        """Whether a head's gate is a second half of its query projection, as published; else it is one of its own."""
+    def uses_attention_variant(self) -> bool:
+        """Whether attention differs from the published layer: another gate, or a sliding window in some layer."""
+        published = self.attention_gate == "none" or (
+            self.gate_is_in_query_projection and self.attention_gate_activation == "sigmoid"
+        )
+        return not published or SLIDING_ATTENTION in self.mixer_pattern
+
+    @property
+    def gate_is_in_query_projection(self) -> bool:
+        """Whether the gates are part of the query projection, as in the released model, or a separate projection."""
         elementwise = self.attention_gate == "elementwise"
         return elementwise and self.attention_gate_position == "output" and not self.attention_gate_shared
 
     @property
     def gate_heads(self) -> int:
-        """How many heads have a gate: one for all, or all query heads (output) or key/value heads (value)."""
+        """Number of gates: 1 if shared, else one per query head (output) or per key/value head (value)."""
         if self.attention_gate == "none":
             return 0
         values = self.attention_gate_position == "value"
@@ -219,7 +227,7 @@ class ModelConfig(Section):
 
     @property
     def gate_width(self) -> int:
-        """Numbers in the gate of one head."""
+        """Channels of the gate of one head."""
         return self.kv_channels if self.attention_gate == "elementwise" else 1
 
     @property
@@ -234,12 +242,12 @@ class ModelConfig(Section):
 
     @property
     def key_dim(self) -> int:
-        """Width of all Gated DeltaNet keys (and of its queries)."""
+        """Channels of all Gated DeltaNet keys (and of its queries)."""
         return self.linear_num_key_heads * self.linear_key_head_dim
 
     @property
     def value_dim(self) -> int:
-        """Width of all Gated DeltaNet values (and of its output gate)."""
+        """Channels of all Gated DeltaNet values (and of its output gate)."""
         return self.linear_num_value_heads * self.linear_value_head_dim
 
     @property

@@ -1,4 +1,4 @@
-"""How the model is laid out over processes, and which layouts are legal for it."""
+"""Settings of the parallel layout, and the checks of a layout against model, sequence length and world size."""
 
 from typing import Literal
 
@@ -10,9 +10,11 @@ from megatron_q3n.config.section import Section
 
 
 class ParallelConfig(Section):
-    """Sizes of the parallel groups. Data parallelism is what is left of the world."""
+    """Sizes of the parallel groups. The data-parallel size is the world size divided by the others."""
 
-    world_size: int | None = Field(None, gt=0, description="planned processes, for the dry run; else WORLD_SIZE or 1")
+    world_size: int | None = Field(
+        None, gt=0, description="number of processes of a dry run; otherwise WORLD_SIZE or 1"
+    )
     tensor_model_parallel_size: int = Field(1, gt=0)
     sequence_parallel: bool | None = Field(None, description="null: on with tensor parallelism (MoE training needs it)")
     pipeline_model_parallel_size: int = Field(1, gt=0)
@@ -20,8 +22,8 @@ class ParallelConfig(Section):
     context_parallel_size: int = Field(1, gt=0)
     linear_context_parallel: Literal["all_to_all", "state_passing"] = Field(
         "all_to_all",
-        description="how Gated DeltaNet spreads a sequence: all_to_all trades it for heads (TP × CP must divide "
-        "the key heads); state_passing hands states along it (any CP)",
+        description="context parallelism of Gated DeltaNet: all_to_all exchanges sequence for heads (TP × CP must "
+        "divide the key heads); state_passing sends recurrent states along the sequence (any CP)",
     )
     expert_model_parallel_size: int = Field(1, gt=0)
     expert_tensor_parallel_size: int = Field(1, gt=0)
@@ -56,22 +58,22 @@ class ParallelConfig(Section):
 
     @property
     def num_stages(self) -> int:
-        """Pipeline segments: ranks times model chunks per rank."""
+        """Pipeline stages: ranks times model chunks per rank."""
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
 
     @property
     def uses_sequence_parallel(self) -> bool:
-        """Whether activations between the tensor-parallel regions are split along the sequence."""
+        """Whether activations between the tensor-parallel regions are sharded along the sequence."""
         return self.tensor_model_parallel_size > 1
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Return the replicas of the dense model in a world of this size."""
+        """Return the number of replicas of the dense weights for a world size."""
         return world_size // self.model_parallel_size
 
     def check_against(self, model: ModelConfig, sequence_length: int, world_size: int) -> None:
-        """Refuse a layout this model, sequence length or world cannot be cut into.
+        """Check that model, sequence length and world size are divisible by the layout's sizes.
 
-        Raises: UserError naming the number and the divisor at fault.
+        Raises: UserError naming the number and the divisor.
         """
         tp, cp, ep = (self.tensor_model_parallel_size, self.context_parallel_size, self.expert_model_parallel_size)
         etp, pp = self.expert_tensor_parallel_size, self.pipeline_model_parallel_size
@@ -80,10 +82,10 @@ class ParallelConfig(Section):
             f"parallel.context_parallel_size={cp}",
             f"parallel.expert_model_parallel_size={ep}",
         )
-        _cut("model.num_attention_heads", model.num_attention_heads, tensor, tp)
-        _cut("model.num_query_groups", model.num_query_groups, tensor, tp)
+        _check_divisible("model.num_attention_heads", model.num_attention_heads, tensor, tp)
+        _check_divisible("model.num_query_groups", model.num_query_groups, tensor, tp)
         by_heads = self.linear_context_parallel == "all_to_all"
-        _cut(
+        _check_divisible(
             "model.linear_num_key_heads",
             model.linear_num_key_heads,
             f"{tensor} × {context}" if by_heads else tensor,
@@ -91,34 +93,38 @@ class ParallelConfig(Section):
         )
         if cp > 1 and SLIDING_ATTENTION in model.mixers and model.backend != "torch":
             raise UserError(
-                f"{context} with model.mixer_pattern={model.mixer_pattern!r}: TransformerEngine's attention over a "
-                "ring of ranks knows no sliding window. Use parallel.context_parallel_size=1, a pattern without S, or "
+                f"{context} with model.mixer_pattern={model.mixer_pattern!r}: TransformerEngine's ring attention "
+                "does not support a sliding window. Use parallel.context_parallel_size=1, a pattern without S, or "
                 "model.backend=torch."
             )
-        _cut("model.vocab_size", model.vocab_size, tensor, tp)
-        _cut("model.hidden_size", model.hidden_size, tensor, tp)
-        _cut("model.moe_shared_expert_intermediate_size", model.moe_shared_expert_intermediate_size, tensor, tp)
-        _cut("model.num_moe_experts", model.num_moe_experts, expert, ep)
-        _cut("model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, f"parallel.expert_tensor_parallel_size={etp}", etp)
+        _check_divisible("model.vocab_size", model.vocab_size, tensor, tp)
+        _check_divisible("model.hidden_size", model.hidden_size, tensor, tp)
+        _check_divisible(
+            "model.moe_shared_expert_intermediate_size", model.moe_shared_expert_intermediate_size, tensor, tp
+        )
+        _check_divisible("model.num_moe_experts", model.num_moe_experts, expert, ep)
+        _check_divisible(
+            "model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, f"parallel.expert_tensor_parallel_size={etp}", etp
+        )
         if cp > 1:
-            _cut("training.sequence_length", sequence_length, f"2 × {context} (zigzag halves)", 2 * cp)
+            _check_divisible("training.sequence_length", sequence_length, f"2 × {context} (zigzag halves)", 2 * cp)
         if self.uses_sequence_parallel:
-            _cut("training.sequence_length", sequence_length, f"{context} × {tensor}", cp * tp)
-        # cuts may fall on any sublayer, but each stage must hold experts: megatron-core trains them with an optimizer
-        # of their own, and a stage without it could not share checkpoints with the others (optimizer.py:1579)
+            _check_divisible("training.sequence_length", sequence_length, f"{context} × {tensor}", cp * tp)
+        # a stage may end at any sublayer, but must hold experts: megatron-core trains them with a separate optimizer,
+        # and a stage without it could not load checkpoints of other layouts (megatron/core/optimizer/optimizer.py:1579)
         if self.num_stages > model.num_layers:
             raise UserError(
                 f"{self.num_stages} pipeline stages (parallel.pipeline_model_parallel_size={pp} × "
                 f"virtual {self.num_stages // pp}) for model.num_layers={model.num_layers}: some stage would hold no "
                 "experts, and its optimizer state would not load in another layout; use at most one stage per layer."
             )
-        _cut(
+        _check_divisible(
             "the world size",
             world_size,
             f"{tensor} × parallel.pipeline_model_parallel_size={pp} × {context}",
             self.model_parallel_size,
         )
-        _cut(
+        _check_divisible(
             "the world size",
             world_size,
             f"parallel.expert_tensor_parallel_size={etp} × {expert} × parallel.pipeline_model_parallel_size={pp}",
@@ -126,6 +132,6 @@ class ParallelConfig(Section):
         )
 
 
-def _cut(what: str, number: int, by: str, divisor: int) -> None:
+def _check_divisible(what: str, number: int, by: str, divisor: int) -> None:
     if number % divisor:
         raise UserError(f"{what}={number} is not divisible by {by} (= {divisor}); change one of them.")

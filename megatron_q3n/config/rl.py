@@ -1,4 +1,4 @@
-"""Reinforcement learning: where prompts come from, who answers, how answers are graded, and the policy loss."""
+"""Reinforcement learning settings: prompts, rollout engine, rewards, and the policy loss."""
 
 import re
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from megatron_q3n.config.sft import TaskSet
 
 @dataclass(frozen=True)
 class PolicyRules:
-    """What an algorithm is made of.
+    """The choices that define an algorithm.
 
-    ratio: importance ratio of a token, or of its whole sequence (its geometric mean over the tokens)
-    clip_low, clip_high: the ratio's distance from 1 at which the gradient ends
-    advantage_scale: a group's rewards divided by their standard deviation, or only centred
-    normalisation: mean over sequences of their tokens' means, over all tokens, or by a constant length
+    ratio: importance ratio of each token, or of the whole sequence (geometric mean over its tokens)
+    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    advantage_scale: "std" divides a group's centered rewards by their standard deviation, "none" does not
+    normalisation: mean over sequences of their token means, mean over all tokens, or division by a constant length
     """
 
     ratio: Literal["token", "sequence"]
@@ -37,7 +37,7 @@ ALGORITHMS = {
 
 
 class PromptSource(Section):
-    """Prompts and what their answers are graded by: a task set, or a .jsonl file of {messages or prompt, answer}."""
+    """Prompts with their scoring arguments: a task set, or a .jsonl file of {messages or prompt, answer}."""
 
     path: str | None = None
     task: TaskSet | None = None
@@ -45,26 +45,26 @@ class PromptSource(Section):
     @model_validator(mode="after")
     def _legal(self) -> "PromptSource":
         if (self.path is None) == (self.task is None):
-            raise UserError("a source of prompts is either {path: …} or {task: {name: …}}.")
+            raise UserError("rl.prompts: a source is either {path: …} or {task: {name: …}}, not both or neither.")
         return self
 
 
 class RolloutConfig(Section):
-    """Who answers the prompts, and how."""
+    """Rollout engine and sampling."""
 
     engine: Literal["in_process", "http"] = Field(
-        "in_process", description="in_process: the weights being trained, no copy; http: OpenAI-compatible servers"
+        "in_process", description="in_process: the model being trained, no copy; http: OpenAI-compatible servers"
     )
-    urls: list[str] = Field(default_factory=list, description="http: each server's address, up to and with /v1")
-    prompts: int = Field(16, gt=0, description="prompts of a rollout over all ranks")
-    samples_per_prompt: int = Field(8, gt=1, description="answers to each prompt: its group")
+    urls: list[str] = Field(default_factory=list, description="http: each server's address, including /v1")
+    prompts: int = Field(16, gt=0, description="prompts of a rollout, over all ranks")
+    samples_per_prompt: int = Field(8, gt=1, description="responses to each prompt: the group size")
     max_new_tokens: int = Field(64, gt=0)
     temperature: float = Field(1.0, gt=0)
-    max_sequences: int | None = Field(None, gt=0, description="in_process: most sequences at once on a rank; null: all")
-    timeout_seconds: float = Field(300, gt=0, description="http: a request that takes longer is sent again")
-    attempts: int = Field(4, gt=0, description="http: how often a request is sent before giving up")
-    handover: str | None = Field(
-        None, description="http: a folder that servers see too, for new weights; null: in the run directory"
+    max_sequences: int | None = Field(None, gt=0, description="in_process: batch limit of each rank; null: all")
+    timeout_seconds: float = Field(300, gt=0, description="http: after this time a request is retried")
+    attempts: int = Field(4, gt=0, description="http: how often a request is sent before the run fails")
+    weight_sync_dir: str | None = Field(
+        None, description="http: a folder for new weights that servers can read; null: in the run directory"
     )
 
     @model_validator(mode="after")
@@ -76,25 +76,25 @@ class RolloutConfig(Section):
             )
         if self.engine == "http" and self.temperature != 1:
             raise UserError(
-                f"rl.rollout.temperature={self.temperature} with rl.rollout.engine=http: servers tell log "
-                "probabilities before the temperature, and the policy's are needed after it; set it to 1."
+                f"rl.rollout.temperature={self.temperature} with rl.rollout.engine=http: servers return "
+                "log-probs before the temperature, but the policy loss needs them after it; set it to 1."
             )
         return self
 
 
 class RewardConfig(Section):
-    """How an answer is graded; always in processes of their own, with a time limit."""
+    """Scoring of responses, always in worker processes and with a time limit."""
 
     kind: Literal["task", "math_verify", "function"] = Field(
-        "task", description="task: reasoning-gym's own score; function: one of yours"
+        "task", description="task: reasoning-gym's own score; function: a scoring function of yours"
     )
-    function: str | None = Field(None, description="module:name of a function (answer: str, prompt: dict) -> float")
+    function: str | None = Field(None, description="module:name of a function (answer: str, arguments: dict) -> float")
     answer_pattern: str | None = Field(
-        None, description="a regular expression whose last match's first group is the answer; null: the whole text"
+        None, description="regular expression; the first group of its last match is the answer; null: the whole text"
     )
     time_limit_seconds: float = Field(10, gt=0)
-    workers: int = Field(2, gt=0, description="grading processes of each rank")
-    failed: float = Field(0.0, description="the score where grading hung, crashed, or found no answer")
+    workers: int = Field(2, gt=0, description="scoring worker processes of each rank")
+    failure_score: float = Field(0.0, description="score of a response whose scoring hung, crashed, or found no answer")
 
     @field_validator("answer_pattern")
     @classmethod
@@ -113,7 +113,7 @@ class RewardConfig(Section):
         if named != (self.kind == "function"):
             raise UserError(
                 f"rl.reward.kind={self.kind} with rl.reward.function={self.function}: kind=function needs "
-                "module:name, the others none."
+                "module:name, other kinds none."
             )
         if self.function is not None and not re.fullmatch(r"[\w.]+:\w+", self.function):
             raise UserError(f"rl.reward.function={self.function!r}: write it as module:name.")
@@ -121,86 +121,88 @@ class RewardConfig(Section):
 
 
 class RlConfig(Section):
-    """The loop: prompts, rollout, rewards, advantages, policy loss."""
+    """The reinforcement learning loop: prompts, rollout, rewards, advantages, policy loss."""
 
     prompts: list[PromptSource] = Field(default_factory=list)
     held_out: list[PromptSource] = Field(
-        default_factory=list, description="prompts for the accuracy that is reported, never trained on"
+        default_factory=list, description="prompts on which accuracy is evaluated, never trained on"
     )
-    held_out_interval_steps: int = Field(0, ge=0, description="0: only before the first and after the last")
+    held_out_interval_steps: int = Field(0, ge=0, description="0: only before the first and after the last step")
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: Literal["gspo", "grpo", "dr_grpo", "dapo"] = "gspo"
-    ratio: Literal["token", "sequence"] | None = Field(None, description="these five: null takes the algorithm's")
+    ratio: Literal["token", "sequence"] | None = Field(
+        None, description="this and the next four: null takes the algorithm's"
+    )
     clip_low: float | None = Field(None, gt=0, lt=1)
     clip_high: float | None = Field(None, gt=0)
     advantage_scale: Literal["std", "none"] | None = None
     normalisation: Literal["sequence", "token", "constant"] | None = None
     kl_coefficient: float = Field(
-        0.0, ge=0, description="KL to the weights the run began with, in the loss; 0 keeps no copy"
+        0.0, ge=0, description="weight of the KL to the initial weights in the loss; 0: no reference policy"
     )
     entropy_coefficient: float = Field(0.0, ge=0)
     importance_cap: float | None = Field(
-        2.0, gt=0, description="truncated importance sampling from rollout to trainer probabilities; null: off"
+        2.0, gt=0, description="truncated importance sampling: cap on π_old / π_rollout; null: off"
     )
-    routing_replay: bool = Field(True, description="experts chosen in the rollout are used in training too")
+    routing_replay: bool = Field(True, description="training replays the experts that the rollout selected")
     dynamic_sampling: bool | None = Field(
-        None, description="groups whose answers all score the same are drawn anew; null: with dapo"
+        None, description="zero-variance groups (all scores equal) are replaced by new ones; null: with dapo"
     )
     dynamic_sampling_rounds: int = Field(
-        8, gt=0, description="most rollouts drawn for one batch before going on with what there is"
+        8, gt=0, description="most rounds of generation for one batch, which zero-variance groups then fill"
     )
     overlong_buffer_tokens: int = Field(
-        0, ge=0, description="the last tokens of max_new_tokens over which a penalty grows; 0: none"
+        0, ge=0, description="soft overlong penalty over the last tokens before max_new_tokens; 0: none"
     )
-    overlong_penalty: float = Field(1.0, ge=0, description="at the full length")
+    overlong_penalty: float = Field(1.0, ge=0, description="the penalty at max_new_tokens")
     updates_per_rollout: int = Field(
-        1, gt=0, description="optimizer steps on each rollout, each on a share of its groups"
+        1, gt=0, description="optimizer steps (mini-batches) on each rollout, each on an equal share of its groups"
     )
-    look_back_interval_rollouts: int = Field(
+    old_logprobs_interval_rollouts: int = Field(
         1,
         gt=0,
-        description="rollouts from one look at the trainer's probabilities, and the mismatch, to the next; "
-        "above 1 only with one update a rollout, which then begins from its own",
+        description="interval at which the trainer's old log-probs and the mismatch are computed; above 1 only with "
+        "one update per rollout, which then uses its own detached log-probs",
     )
     max_staleness: int = Field(
-        16, ge=0, description="most optimizer steps between the weights of a sample and its update"
+        16, ge=0, description="most optimizer steps between a sample's generation and its update"
     )
     shuffled_rewards: bool = Field(
-        False, description="a control: rewards are dealt out at random over the whole rollout"
+        False, description="control experiment: rewards are randomly permuted over the rollout"
     )
 
     @property
     def rules(self) -> PolicyRules:
-        """The algorithm's rules with what is set laid over them."""
+        """The algorithm's rules, overridden by the settings that are not null."""
         default = ALGORITHMS[self.algorithm]
-        own = {name: getattr(self, name) for name in PolicyRules.__dataclass_fields__}
-        return PolicyRules(**{name: getattr(default, name) if v is None else v for name, v in own.items()})
+        overrides = {name: getattr(self, name) for name in PolicyRules.__dataclass_fields__}
+        return PolicyRules(**{name: getattr(default, name) if v is None else v for name, v in overrides.items()})
 
     @property
-    def redraws_even_groups(self) -> bool:
-        """Whether groups without a difference between their rewards are drawn anew."""
-        chosen = self.dynamic_sampling
-        return self.algorithm == "dapo" if chosen is None else chosen
+    def resamples_zero_variance_groups(self) -> bool:
+        """Whether zero-variance groups are replaced by newly generated ones (dynamic sampling)."""
+        setting = self.dynamic_sampling
+        return self.algorithm == "dapo" if setting is None else setting
 
     @model_validator(mode="after")
     def _legal(self) -> "RlConfig":
-        groups = self.rollout.prompts
-        if groups % self.updates_per_rollout:
+        num_groups = self.rollout.prompts
+        if num_groups % self.updates_per_rollout:
             raise UserError(
-                f"rl.rollout.prompts={groups} is not divisible by rl.updates_per_rollout="
+                f"rl.rollout.prompts={num_groups} is not divisible by rl.updates_per_rollout="
                 f"{self.updates_per_rollout}: each update takes an equal share of the groups."
             )
-        if self.look_back_interval_rollouts > 1 and self.updates_per_rollout > 1:
+        if self.old_logprobs_interval_rollouts > 1 and self.updates_per_rollout > 1:
             raise UserError(
-                f"rl.look_back_interval_rollouts={self.look_back_interval_rollouts} with "
-                f"rl.updates_per_rollout={self.updates_per_rollout}: later updates of a rollout need the probabilities "
-                "that were before the first; set one of them to 1."
+                f"rl.old_logprobs_interval_rollouts={self.old_logprobs_interval_rollouts} with "
+                f"rl.updates_per_rollout={self.updates_per_rollout}: later updates of a rollout need the old "
+                "log-probs from before the first one; set one of them to 1."
             )
         if self.updates_per_rollout - 1 > self.max_staleness:
             raise UserError(
                 f"rl.updates_per_rollout={self.updates_per_rollout}: the last update is "
-                f"{self.updates_per_rollout - 1} steps behind its samples' weights, more than rl.max_staleness="
+                f"{self.updates_per_rollout - 1} steps newer than its samples' weights, more than rl.max_staleness="
                 f"{self.max_staleness}; lower one or raise the other."
             )
         if self.overlong_buffer_tokens >= self.rollout.max_new_tokens:
@@ -210,7 +212,7 @@ class RlConfig(Section):
             )
         if self.routing_replay and self.rollout.engine == "http":
             raise UserError(
-                "rl.routing_replay=true with rl.rollout.engine=http: OpenAI's interface does not carry routes; "
+                "rl.routing_replay=true with rl.rollout.engine=http: OpenAI's API does not carry routes; "
                 "set rl.routing_replay=false, or use the in-process engine."
             )
         return self

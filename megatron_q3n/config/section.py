@@ -1,4 +1,4 @@
-"""The parent of every configuration section: frozen, closed to unknown names, strict about types."""
+"""Base class of all configuration sections: frozen, without unknown names, with strict types."""
 
 from pydantic import BaseModel, ConfigDict
 

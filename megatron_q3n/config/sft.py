@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: which conversations, how they are spelled, and what counts."""
+"""Supervised fine-tuning settings: conversations, chat template, packing, and the tokens in the loss."""
 
 from typing import Any, Literal
 
@@ -9,10 +9,10 @@ from megatron_q3n.config.section import Section
 
 
 class TaskSet(Section):
-    """Questions of a reasoning-gym task. Two sets over disjoint shares of the texts have no text in common.
+    """Questions of a reasoning-gym task. Two sets with disjoint ranges [first, last) have no text in common.
 
-    A question belongs to the place in [0, 1) that the hash of its text says, whatever seed it came from; a
-    set holds the questions of its share of that interval.
+    The hash of a question's text is a number in [0, 1), whatever the seed; a set holds the questions whose hash is in
+    its range.
     """
 
     name: str = Field(description="a reasoning-gym task set, e.g. chain_sum")
@@ -21,9 +21,9 @@ class TaskSet(Section):
     )
     size: int = Field(1000, gt=0, description="questions")
     seed: int = Field(1, ge=0)
-    first: float = Field(0.0, ge=0, lt=1, description="where its share of the texts begins")
-    last: float = Field(1.0, gt=0, le=1, description="where its share of the texts ends")
-    distinct: bool = Field(False, description="no text twice")
+    first: float = Field(0.0, ge=0, lt=1, description="begin of its range of text hashes")
+    last: float = Field(1.0, gt=0, le=1, description="end of its range of text hashes")
+    distinct: bool = Field(False, description="no text appears twice")
 
     @model_validator(mode="after")
     def _legal(self) -> "TaskSet":
@@ -33,7 +33,7 @@ class TaskSet(Section):
 
 
 class ConversationSource(Section):
-    """Conversations from a file or folder, or made of a task set's questions and answers."""
+    """Conversations from a file or folder, or generated from a task set's questions and answers."""
 
     path: str | None = Field(
         None, description="a .jsonl file of {messages: […]} objects, or a folder saved by Hugging Face datasets"
@@ -43,36 +43,38 @@ class ConversationSource(Section):
     @model_validator(mode="after")
     def _legal(self) -> "ConversationSource":
         if (self.path is None) == (self.task is None):
-            raise UserError("a source of conversations is either {path: …} or {task: {name: …}}.")
+            raise UserError("sft.train: a source is either {path: …} or {task: {name: …}}, not both or neither.")
         return self
 
 
 class SftConfig(Section):
-    """Conversations and the rules by which they become rows."""
+    """Conversations and how they are tokenized and packed."""
 
     train: list[ConversationSource] = Field(default_factory=list)
     validation: list[ConversationSource] = Field(
-        default_factory=list, description="none: a share of the training conversations, by text"
+        default_factory=list, description="empty: a share of the training conversations, selected by text hash"
     )
-    validation_percent: float = Field(5.0, gt=0, lt=50, description="that share, where no validation is given")
+    validation_percent: float = Field(5.0, gt=0, lt=50, description="that share, if sft.validation is empty")
     chat_template: str | None = Field(
         None,
-        description="a Jinja file, or the template itself if it holds {{; null: the tokenizer's own, else ChatML where "
+        description="a Jinja file, or the template itself if it contains {{; null: the tokenizer's own, else ChatML if "
         "it has those tokens, else a plain one",
     )
     tokenizer_vocab_size: int | None = Field(
         None,
         gt=256,
-        description="train a small tokenizer on the training conversations, for models that begin from nothing",
+        description="train a small tokenizer on the training conversations, for models trained from scratch",
     )
     turns: Literal["all", "last"] = Field(
-        "all", description="assistant turns that count: all of them, or a conversation's last"
+        "all", description="assistant turns in the loss: all, or the last of each conversation"
     )
     alignment: int = Field(
-        1, gt=0, description="conversations in a row are padded to a multiple; context parallelism needs 2 × its size"
+        1,
+        gt=0,
+        description="packed conversations are padded to a multiple of this; context parallelism needs 2 × its size",
     )
     too_long: Literal["drop", "oldest_turns", "cut"] = Field(
         "drop",
-        description="a conversation longer than training.sequence_length is left out, loses its oldest exchanges "
-        "(the system message stays), or is cut at the end",
+        description="a conversation longer than training.sequence_length is dropped, loses its oldest exchanges "
+        "(the system message stays), or is truncated",
     )

@@ -1,9 +1,9 @@
-"""What follows from the dimensions alone: weights, parameter counts, FLOPs per token, pipeline cuts.
+"""Sizes derived from the model's dimensions: weight shapes, parameter counts, FLOPs per token, pipeline segments.
 
-The tables of weights below say, for each sublayer, every tensor the Megatron-side model holds, in its shape before
-any parallel cut, and along what it is cut. Counting, the planner's memory and the FLOP formula all read these same
-tables, so they cannot disagree. No torch here: a dry run and the metrics need these numbers, and neither may wait
-for megatron-core. What a tensor costs in bytes (dtype, optimizer, activations) is the planner's business.
+The lists of weights below hold, for each sublayer, every tensor of the megatron-core model with its unsharded shape and
+the way it is sharded. The parameter count, the memory planner and the FLOP formula all use these lists, so that they
+agree. No torch here: a dry run and the metrics need these numbers without importing megatron-core. The bytes of a
+tensor (dtype, optimizer states, activations) are computed in `planner`.
 """
 
 from collections.abc import Iterable
@@ -34,11 +34,11 @@ _FORWARD_AND_BACKWARD = 3
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter tensor, uncut.
+    """One parameter tensor, unsharded.
 
-    split: "tensor" is cut over tensor parallel ranks, "expert" over expert and expert tensor parallel ranks, "none"
-    is held whole. low_precision: its matrix product runs in FP8 when `precision.fp8` is set, and a copy of it is held
-    in FP8 both ways round.
+    split: "tensor" is sharded over tensor-parallel ranks, "expert" over expert- and expert-tensor-parallel ranks,
+    "none" is replicated. low_precision: its matrix product runs in FP8 when `precision.fp8` is set, and FP8 copies of
+    it are held row-wise and column-wise.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Weight:
 
 
 def embedding_weights(model: ModelConfig) -> list[Weight]:
-    """Return what the first pipeline stage holds before its sublayers."""
+    """Return the weights of the first pipeline stage before its sublayers."""
     return [Weight("word_embeddings", (model.vocab_size, model.hidden_size), "embedding", "tensor")]
 
 
 def head_weights(model: ModelConfig) -> list[Weight]:
-    """Return what the last pipeline stage holds after its sublayers, MTP excepted."""
+    """Return the weights of the last pipeline stage after its sublayers, MTP excepted."""
     return [
         Weight("final_norm", (model.hidden_size,), "norms"),
         Weight("output_layer", (model.vocab_size, model.hidden_size), "head", "tensor"),
@@ -90,21 +90,21 @@ def mtp_depth_weights(model: ModelConfig) -> list[Weight]:
 
 
 def mtp_weights(model: ModelConfig) -> list[Weight]:
-    """Return the tensors of all MTP depths; a repeated layer is held once."""
+    """Return the tensors of all MTP depths; a repeated layer is counted once."""
     held_once = model.mtp_use_repeated_layer and model.mtp_num_layers > 0
     return mtp_depth_weights(model) * (1 if held_once else model.mtp_num_layers)
 
 
 def trunk_weights(model: ModelConfig) -> list[Weight]:
-    """Return every tensor of the model but those of MTP."""
+    """Return every tensor of the model except those of MTP."""
     layers = [w for symbol in model.main_pattern for w in sublayer_weights(model, symbol)]
     return embedding_weights(model) + layers + head_weights(model)
 
 
 def pipeline_segments(model: ModelConfig, num_segments: int) -> list[str]:
-    """Cut the sublayers into consecutive pipeline segments, as evenly as possible.
+    """Split the sublayers into consecutive pipeline segments, as evenly as possible.
 
-    Where they do not divide, the first segments get one more: the last one also holds head and MTP.
+    If they are not divisible, the first segments get one more: the last one also holds head and MTP.
     Returns: megatron-core's symbols of each segment; with `"|".join` the trunk's part of its hybrid layer pattern.
     Virtual stages: rank r of p holds segments r, r + p, r + 2p, …
     """
@@ -132,17 +132,17 @@ def _gated_attention_weights(model: ModelConfig) -> list[Weight]:
     hidden, head = model.hidden_size, model.kv_channels
     query = model.num_attention_heads * head
     gate = model.gate_heads * model.gate_width
-    inside = gate if model.gate_lies_with_queries else 0
-    qkv = query + inside + 2 * model.num_query_groups * head
+    gate_in_qkv = gate if model.gate_is_in_query_projection else 0
+    qkv = query + gate_in_qkv + 2 * model.num_query_groups * head
     split: Split = "none" if model.attention_gate_shared else "tensor"
-    apart = [Weight("linear_gate", (gate, hidden), "gated_attention", split)]
+    separate_gate = [Weight("linear_gate", (gate, hidden), "gated_attention", split)]
     return [
         Weight("input_layernorm", (hidden,), "norms"),
         Weight("linear_qkv", (qkv, hidden), "gated_attention", "tensor", True),
         Weight("q_layernorm", (head,), "norms"),
         Weight("k_layernorm", (head,), "norms"),
         Weight("linear_proj", (hidden, query), "gated_attention", "tensor", True),
-        *(apart if gate and not inside else ()),
+        *(separate_gate if gate and not gate_in_qkv else ()),
     ]
 
 
@@ -166,7 +166,7 @@ class ParameterCount:
 
     groups: dict[Group, int]
     active: int
-    """Parameters a token passes through, without embedding, head and MTP."""
+    """Active parameters per token, without embedding, head and MTP."""
 
     @property
     def mtp(self) -> int:
@@ -175,7 +175,7 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
-        """Return all parameters without MTP: the figure models are named by."""
+        """Return all parameters without MTP: the figure in model names."""
         return sum(self.groups.values()) - self.mtp
 
     @property
@@ -205,13 +205,13 @@ def _by_group(weights: Iterable[Weight]) -> dict[Group, int]:
 
 
 def _experts_per_token(model: ModelConfig) -> float:
-    """Return the share of the routed experts that one token passes through."""
+    """Return the share of the routed experts that is active for one token."""
     return model.moe_router_topk / model.num_moe_experts
 
 
 @dataclass(frozen=True)
 class FlopCount:
-    """Floating-point operations per token, by what they are spent on; `mtp` includes its own head."""
+    """Floating-point operations per token, by part of the model; `mtp` includes its own head."""
 
     projections: float
     delta_rule: float
@@ -235,12 +235,13 @@ def flops_per_token(
 
     Counted, at 2 per multiply-add, forward: every weight matrix and the convolution once per token (routed experts
     top-k of all); the delta rule in its recurrent form, four passes over each value head's state (decay, read by key,
-    rank-one write, read by query): 8 · key_head_dim · value_head_dim; causal attention's two products over half of
+    rank-one update, read by query): 8 · key_head_dim · value_head_dim; causal attention's two products over half of
     the sequence on average: 2 · heads · head_dim · sequence_length; with a window of W tokens W · (1 - W / 2
     sequence_length) tokens on average instead. Each MTP depth adds eh_proj, its layer and one
     more head. Training multiplies by 3 (the backward pass is twice the forward). Not counted: other element-wise
-    work, norms, softmax, the embedding look-up, what a chunked delta rule or recomputation adds. So a utilisation
-    computed from it is of useful work, not of what the kernels happen to execute.
+    work, norms, softmax, the embedding look-up, the additional operations of the chunked delta rule and of
+    recomputation (activation checkpointing). So MFU is computed from model FLOPs, not from the operations that kernels
+    execute.
 
     Units: `sequence_length` in tokens; without document masking, which shortens attention.
     Reference: recurrent form, Gated Delta Networks (arXiv 2412.06464), eq. 10.
@@ -263,14 +264,14 @@ def flops_per_token(
 
 
 def _full_attentions(model: ModelConfig, sequence_length: int) -> float:
-    """Count the trunk's attention layers; one with a window counts by the tokens it sees, of half the sequence."""
+    """Count the trunk's attention layers; one with a window counts by its share of the keys of causal attention."""
     window = min(model.attention_window_tokens or sequence_length, sequence_length)
     share = 2 * window / sequence_length - (window / sequence_length) ** 2
     return model.mixers.count(GATED_ATTENTION) + model.mixers.count(SLIDING_ATTENTION) * share
 
 
 def _multiply_adds(weights: Iterable[Weight], model: ModelConfig) -> dict[Group, float]:
-    """Return multiply-adds per token and group: every matrix element once; vectors and the look-up table do none."""
+    """Return multiply-adds per token and group: one per matrix element; none for vectors and the embedding."""
     matrices = [w for w in weights if len(w.shape) > 1 and w.group != "embedding"]
     counts: dict[Group, float] = dict(_by_group(matrices))
     counts["routed_experts"] *= _experts_per_token(model)

@@ -1,4 +1,4 @@
-"""The optimizer, its schedule, and the loop's pace."""
+"""Settings of training: precision, optimizer, schedule, batch and steps, validation, checkpoints."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ RECOMPUTE_MODULES = ("core_attn", "moe", "moe_act", "shared_experts", "layernorm
 
 
 class PrecisionConfig(Section):
-    """Number formats of the large matrix products; gates, router, norm statistics and losses stay in fp32."""
+    """Dtypes of the large matrix products; gates, router, norm statistics and losses are always fp32."""
 
     compute: Literal["fp32", "bf16"] = "fp32"
     fp8: Literal["e4m3", "hybrid"] | None = Field(None, description="FP8 through TransformerEngine; needs a GPU")
@@ -37,7 +37,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over steps: linear warm-up, then the named shape down to `min_lr`."""
+    """Learning rate over steps: linear warm-up, then decay to `min_lr` by `style`."""
 
     style: Literal["cosine", "wsd", "constant"] = "cosine"
     lr: float = Field(2e-3, gt=0, description="the peak")
@@ -47,7 +47,7 @@ class ScheduleConfig(Section):
         None,
         gt=0,
         description="cosine: steps until min_lr (null: training.steps); wsd: length of the final decay; "
-        "below 1: so much of training.steps",
+        "below 1: this fraction of training.steps",
     )
     wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
 
@@ -57,7 +57,7 @@ class ScheduleConfig(Section):
             raise UserError(f"schedule.min_lr={self.min_lr} is above schedule.lr={self.lr}; lower it.")
         if isinstance(self.decay_steps, float) and self.decay_steps >= 1:
             raise UserError(
-                f"schedule.decay_steps={self.decay_steps} is neither a number of steps nor a share below 1."
+                f"schedule.decay_steps={self.decay_steps} is neither a number of steps nor a fraction below 1."
             )
         if self.style == "wsd" and self.decay_steps is None:
             raise UserError("schedule.style=wsd needs schedule.decay_steps, the length of the final decay in steps.")
@@ -66,29 +66,31 @@ class ScheduleConfig(Section):
         return self
 
     def decay(self, steps: int) -> int | None:
-        """Return `decay_steps` of a run of so many steps as a number of steps."""
+        """Return `decay_steps` as a number of steps, for a run of `steps` steps."""
         length = self.decay_steps
         return max(1, round(length * steps)) if isinstance(length, float) else length
 
 
 class TrainingConfig(Section):
-    """How long, how large, and what is recomputed."""
+    """Number of steps, batch, and activation checkpointing (recompute)."""
 
     steps: int = Field(1000, gt=0, description="optimizer steps of the whole run")
     sequence_length: int = Field(256, gt=1, description="tokens")
     micro_batch_size: int = Field(4, gt=0, description="sequences per forward pass and data parallel rank")
     global_batch_size: int = Field(4, gt=0, description="sequences per optimizer step over all ranks")
     seed: int = Field(1234, ge=0)
-    deterministic: bool = Field(False, description="refuse kernels that do not repeat bit for bit (always so on CPU)")
+    deterministic: bool = Field(False, description="refuse kernels that are not deterministic (CPU kernels always are)")
     threads: int | None = Field(None, gt=0, description="CPU threads per process; null: 1, usually fastest")
     cuda_graph: bool | None = Field(
-        None,
-        description="replay a step's forward and backward passes as one CUDA graph; null: wherever that is possible",
+        None, description="replay a step's forward and backward passes as one CUDA graph; null: if possible"
     )
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_modules: list[
         Literal["core_attn", "moe", "moe_act", "shared_experts", "layernorm", "gated_delta_net"]
-    ] = Field(default_factory=list, description="what selective recompute drops and rebuilds in the backward pass")
+    ] = Field(
+        default_factory=list,
+        description="activation checkpointing: parts whose activations selective recompute drops and recomputes",
+    )
     recompute_method: Literal["uniform", "block"] | None = Field(None, description="full recompute only")
     recompute_num_layers: int | None = Field(None, gt=0, description="full recompute only, in megatron-core sublayers")
 
@@ -118,22 +120,21 @@ class ValidationConfig(Section):
     interval_steps: int = Field(100, ge=0, description="0 validates only at the end")
     batches: int = Field(8, gt=0, description="global batches per validation, the same ones each time")
     bigram_baseline: bool = Field(
-        False, description="at the end, fit a Witten-Bell bigram on the tokens trained on; report it beside"
+        False, description="at the end, fit a Witten-Bell bigram on the tokens trained on and report it as baseline"
     )
 
 
 class CheckpointConfig(Section):
-    """What is saved, when, and what is kept."""
+    """When checkpoints are saved, which are kept, and which one the run starts from."""
 
     interval_steps: int = Field(200, ge=0, description="0 saves only at the end and when stopped")
     keep_last: int = Field(2, gt=0, description="older checkpoints are deleted once a newer one is complete")
-    keep_every_steps: int = Field(0, ge=0, description="multiples of this are never deleted; 0 keeps none for good")
+    keep_every_steps: int = Field(0, ge=0, description="multiples of this are never deleted; 0: none")
     asynchronous: bool = Field(
-        True, description="write behind the training, from a copy of the state in host memory; false waits for the disk"
+        True, description="write in the background, from a copy of the state in host memory; false: wait for the disk"
     )
     verify: Literal["full", "sizes"] = Field(
-        "full",
-        description="what is checked before a checkpoint is loaded or counted as kept: every byte, or only sizes",
+        "full", description="check before a checkpoint is loaded or counted as kept: every byte, or file sizes only"
     )
     time_limit_minutes: float | None = Field(None, gt=0, description="save and exit 75 after this long")
     load: str | None = Field(

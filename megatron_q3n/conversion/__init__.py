@@ -1,8 +1,12 @@
-"""Checkpoints from and to Hugging Face folders, file to file, without building a model.
+"""Conversion of checkpoints from and to Hugging Face folders, file to file, without building a model.
 
-`pieces` brings the two sides together: which box of which checkpoint tensor holds what of the
-published ones, one expert at a time. `torch_dist` reads and writes megatron-core's file format,
-`unfinished` makes a long conversion resumable and its output complete or absent. `importing` and
-`exporting` are the two ways. Memory is bounded by the largest published tensor. No megatron-core
-and no process group: a conversion runs on any machine with enough disk.
+    importing.py         Hugging Face folder -> checkpoint
+    exporting.py         checkpoint -> Hugging Face folder
+    tensor_chunks.py     the chunk of a checkpoint tensor that holds each Hugging Face tensor, one expert at a time
+    torch_dist.py        megatron-core's file format (torch.distributed.checkpoint)
+    resumable_output.py  output folder that is complete or absent, and resumes after an interruption
+    malloc.py            glibc setting that returns freed memory to the operating system
+
+Memory is bounded by the largest Hugging Face tensor. No megatron-core and no process group: a conversion runs on any
+machine with enough disk space.
 """

@@ -1,8 +1,8 @@
-"""A checkpoint of any layout -> a Hugging Face folder that transformers, vLLM and SGLang load.
+"""Export of a checkpoint of any parallel layout to a Hugging Face folder for transformers, vLLM and SGLang.
 
-In bf16 nothing is rounded that training keeps in fp32 (A_log, dt_bias, the DeltaNet's norm) unless
-bf16 holds it exactly, as it does after an import of bf16 weights: inference that reads a rounded
-A_log disagrees with training. Readers take either format.
+A bf16 export writes the parameters that training holds in fp32 (A_log, dt_bias, DeltaNet's norm) in fp32, unless bf16
+represents them exactly, as after an import of bf16 weights: inference with a rounded A_log differs from training.
+transformers, vLLM and SGLang load both dtypes.
 """
 
 import json
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from megatron_q3n.checkpoint.folders import find
-from megatron_q3n.checkpoint.integrity import Verify, damage, read
+from megatron_q3n.checkpoint.integrity import Verify, find_damage, read_manifest
 from megatron_q3n.config import ModelConfig, UserError
 from megatron_q3n.conversion.importing import SIDE_FILES, Advance
-from megatron_q3n.conversion.pieces import Piece, pieces
+from megatron_q3n.conversion.resumable_output import Note, ResumableOutput, plan_digest
+from megatron_q3n.conversion.tensor_chunks import ChunkedMapping, chunked_mappings
 from megatron_q3n.conversion.torch_dist import SavedTensors
-from megatron_q3n.conversion.unfinished import Note, Unfinished, plan_digest
-from megatron_q3n.hf import Family, rules
+from megatron_q3n.hf import Family, param_mappings
 from megatron_q3n.hf.model_config import to_published
-from megatron_q3n.hf.rule import Shape
+from megatron_q3n.hf.param_mapping import Shape
 from megatron_q3n.hf.weights import (
     CONFIG,
     INDEX,
@@ -32,8 +32,8 @@ from megatron_q3n.hf.weights import (
     PublishedWeights,
     Shard,
     ShardWriter,
+    expert_slice,
     index_of,
-    placed,
     plan_shards,
     read_json,
 )
@@ -41,23 +41,27 @@ from megatron_q3n.hf.weights import (
 
 @dataclass(frozen=True)
 class Export:
-    """What to export, and how."""
+    """Options of an export.
 
-    source: Path  # a checkpoint or a run directory
+    source: a checkpoint or a run directory. like: a model folder whose tokenizer files, and whose values of config.json
+    that the model does not determine, are used. tokenizer: a folder whose tokenizer files are used instead.
+    """
+
+    source: Path
     output: Path
     family: Family
     dtype: torch.dtype = torch.bfloat16
     max_shard_bytes: int = 4_000_000_000
-    like: Path | None = None  # a model folder to take tokenizer files and undecided fields from
-    tokenizer: Path | None = None  # a folder to take tokenizer files from instead
+    like: Path | None = None
+    tokenizer: Path | None = None
     verify: Verify = "full"
 
 
 def export_weights(export: Export, note: Note, advance: Advance) -> Path:
-    """Write the folder, continuing an interrupted export of the same checkpoint; return the checkpoint.
+    """Write the folder, resuming an interrupted export of the same checkpoint; return the checkpoint's path.
 
-    Raises: UserError if the checkpoint is damaged, if transformers has no form of its model, or if
-    the output exists or does not fit the disk.
+    Raises: UserError if the checkpoint is damaged, transformers does not support its model, or the output exists or
+        exceeds the free disk space.
     """
     if export.tokenizer and not any((export.tokenizer / name).is_file() for name in SIDE_FILES):
         raise UserError(f"--tokenizer {export.tokenizer}: no tokenizer files (tokenizer.json, …) there.")
@@ -65,106 +69,110 @@ def export_weights(export: Export, note: Note, advance: Advance) -> Path:
     model = _model(checkpoint)
     like = read_json(export.like / CONFIG) if export.like else None
     config = to_published(model, export.family, like) | {"dtype": _name(export.dtype)}
-    if problems := damage(checkpoint, export.verify):
-        raise UserError("\n".join([*problems, "The checkpoint is damaged; export another."]))
-    saved, model_pieces = SavedTensors(checkpoint), list(pieces(model, export.family))
-    for piece in model_pieces:
-        for box in piece.boxes:
-            saved.check(box)
-    others = _others(export)
-    tensors = _published(model, model_pieces, saved, export)
-    tensors |= {name: (tuple(other.shape), other.dtype) for name, other in others.items()}
+    if problems := find_damage(checkpoint, export.verify):
+        raise UserError("\n".join([*problems, "The checkpoint is damaged; export another checkpoint."]))
+    saved, chunked_model = SavedTensors(checkpoint), list(chunked_mappings(model, export.family))
+    for chunked in chunked_model:
+        for chunk in chunked.chunks:
+            saved.check(chunk)
+    vision = _vision_tensors(export)
+    tensors = _published(model, chunked_model, saved, export)
+    tensors |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in vision.items()}
     shards = plan_shards(tensors, export.max_shard_bytes)
     total = sum(shard.num_bytes for shard in shards)
     task = {
         "export": str(checkpoint),
-        "saved_at": read(checkpoint)["saved_at"],
+        "saved_at": read_manifest(checkpoint)["saved_at"],
         "config": config,
         "plan": plan_digest(shards),
     }
-    with Unfinished(export.output, task, note) as unfinished:
-        unfinished.require_space(total + total // 100)
+    with ResumableOutput(export.output, task, note) as output_files:
+        output_files.require_space(total + total // 100)
         done = 0
         for shard in shards:
-            if unfinished.finished(shard.name) is None:
-                with unfinished.writing(shard.name) as (path, _):
-                    for written in _write_shard(path, shard, model_pieces, saved, others):
+            if output_files.finished(shard.name) is None:
+                with output_files.writing(shard.name) as (path, _):
+                    for written in _write_shard(path, shard, chunked_model, saved, vision):
                         advance(done + written, total)
             done += shard.num_bytes
             advance(done, total)
-        _write_companions(unfinished.folder, config, shards, export)
-        unfinished.publish()
+        _write_companions(output_files.folder, config, shards, export)
+        output_files.publish()
     return checkpoint
 
 
 def _model(checkpoint: Path) -> ModelConfig:
-    section = read(checkpoint)["model"]
+    section = read_manifest(checkpoint)["model"]
     try:
         return ModelConfig.model_validate(section)
     except ValueError as error:
-        raise UserError(f"{checkpoint}: its model section is not understood: {error}") from None
+        raise UserError(f"{checkpoint}: its model section is invalid: {error}") from None
 
 
 def _published(
-    model: ModelConfig, model_pieces: list[Piece], saved: SavedTensors, export: Export
+    model: ModelConfig, chunked_model: list[ChunkedMapping], saved: SavedTensors, export: Export
 ) -> dict[str, tuple[Shape, torch.dtype]]:
-    """Return every tensor to publish, with its shape and format."""
-    wide = {
+    """Return the shape and dtype of every tensor to write."""
+    fp32_names = {
         name
-        for piece in model_pieces
-        if piece.is_float32 and export.dtype is not torch.float32
-        for name in piece.rule.hf
-        if name.endswith(export.family.float32) or not _fits(piece, saved, export.dtype)
+        for chunked in chunked_model
+        if chunked.is_float32 and export.dtype is not torch.float32
+        for name in chunked.mapping.hf
+        if name.endswith(export.family.float32) or not _is_exact(chunked, saved, export.dtype)
     }
     tensors: dict[str, tuple[Shape, torch.dtype]] = {}
-    for rule in rules(model, export.family):
-        in_trunk = rule.stacked is not None and rule.stacked.startswith(export.family.prefix)
-        if rule.stacked is not None and export.family.stacked_experts and in_trunk:
-            tensors[rule.stacked] = rule.shape, export.dtype
+    for mapping in param_mappings(model, export.family):
+        in_trunk = mapping.stacked is not None and mapping.stacked.startswith(export.family.prefix)
+        if mapping.stacked is not None and export.family.stacked_experts and in_trunk:
+            tensors[mapping.stacked] = mapping.shape, export.dtype
         else:
             tensors |= {
-                name: (shape, torch.float32 if name in wide else export.dtype) for name, shape in rule.hf.items()
+                name: (shape, torch.float32 if name in fp32_names else export.dtype)
+                for name, shape in mapping.hf.items()
             }
     return tensors
 
 
-def _others(export: Export) -> dict[str, Tensor]:
-    """Return the tensors of a multimodal model that are not ours, as views of the files to be like."""
+def _vision_tensors(export: Export) -> dict[str, Tensor]:
+    """Return the vision part of a multimodal model, as views of the files of `export.like`."""
     if not export.family.multimodal:
         return {}
-    assert export.like is not None, "to_published refuses this"
+    assert export.like is not None, "checked by to_published"
     weights = PublishedWeights(export.like)
     return {name: weights[name] for name in weights if name.startswith(VISION)}
 
 
-def _fits(piece: Piece, saved: SavedTensors, dtype: torch.dtype) -> bool:
-    tensors = piece.rule.to_hf(piece.join([saved.read(box) for box in piece.boxes])).values()
+def _is_exact(chunked: ChunkedMapping, saved: SavedTensors, dtype: torch.dtype) -> bool:
+    """Return whether the mapping's tensors have an exact representation in `dtype`."""
+    tensors = chunked.mapping.to_hf(chunked.join([saved.read(chunk) for chunk in chunked.chunks])).values()
     return all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in tensors)
 
 
 def _write_shard(
-    path: Path, shard: Shard, model_pieces: list[Piece], saved: SavedTensors, others: Mapping[str, Tensor]
+    path: Path, shard: Shard, chunked_model: list[ChunkedMapping], saved: SavedTensors, vision: Mapping[str, Tensor]
 ) -> Iterator[int]:
     """Write a shard, yielding the bytes written so far."""
     writer = ShardWriter(path, shard)
-    for name, tensor in others.items():
+    for name, tensor in vision.items():
         writer.put(name, tensor)
-    for piece in model_pieces:
-        if not any(_is_in(shard, name) for name in piece.rule.hf):
+    for chunked in chunked_model:
+        if not any(_is_in(shard, name) for name in chunked.mapping.hf):
             continue
-        for name, tensor in piece.rule.to_hf(piece.join([saved.read(box) for box in piece.boxes])).items():
+        for name, tensor in chunked.mapping.to_hf(
+            chunked.join([saved.read(chunk) for chunk in chunked.chunks])
+        ).items():
             writer.put(name, tensor)
         yield writer.num_written
     writer.close()
 
 
 def _is_in(shard: Shard, name: str) -> bool:
-    place = placed(name)
-    return name in shard.slots or (place is not None and place.stack in shard.slots)
+    expert = expert_slice(name)
+    return name in shard.slots or (expert is not None and expert.stack in shard.slots)
 
 
 def _write_companions(folder: Path, config: dict[str, Any], shards: list[Shard], export: Export) -> None:
-    """Write config.json and the index, and hand on the tokenizer's files."""
+    """Write config.json and the index, and copy the tokenizer files."""
     for name, content in ((CONFIG, config), (INDEX, index_of(shards))):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     for source in (export.like, export.tokenizer):

@@ -1,9 +1,9 @@
-"""Hugging Face folder -> a checkpoint that any layout loads.
+"""Import of a Hugging Face folder into a checkpoint that every parallel layout loads.
 
-The checkpoint is of step 0 and without optimizer state: training starts from it with
-`checkpoint.load`. Formats are kept as published (bf16 as a rule), but for what checkpoints keep in
-fp32 always. Beside the weights lie `model/imported.yaml`, the matching model section as a recipe
-part, and `huggingface/`, the published configuration and tokenizer, for the way back.
+The checkpoint has step 0 and no optimizer state: training starts from it with `checkpoint.load`. Dtypes are those of
+the source (usually bf16), except for parameters that checkpoints always hold in fp32. The checkpoint also contains
+`model/imported.yaml`, the matching model section as a recipe part, and `huggingface/`, the source's configuration and
+tokenizer files, for a later export.
 """
 
 import shutil
@@ -17,18 +17,19 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from megatron_q3n.checkpoint.integrity import seal
+from megatron_q3n.checkpoint.integrity import write_manifest
 from megatron_q3n.config import ModelConfig
-from megatron_q3n.conversion.pieces import Box, Piece, fresh_state, pieces
+from megatron_q3n.conversion.resumable_output import Note, ResumableOutput, plan_digest
+from megatron_q3n.conversion.tensor_chunks import ChunkedMapping, TensorChunk, chunked_mappings, initial_router_state
 from megatron_q3n.conversion.torch_dist import Record, write_data, write_metadata
-from megatron_q3n.conversion.unfinished import Note, Unfinished, plan_digest
-from megatron_q3n.hf import QWEN3_5_MOE, QWEN3_NEXT, Family, rules
+from megatron_q3n.hf import QWEN3_5_MOE, QWEN3_NEXT, Family, param_mappings
 from megatron_q3n.hf.model_config import from_published
 from megatron_q3n.hf.weights import CONFIG, VISION, PublishedWeights, read_json
 
-FILE_BYTES = 2 * 2**30  # of a data file: what an interruption costs at most
+# size of a data file: the work that an interruption loses at most
+FILE_BYTES = 2 * 2**30
 KEPT, MODEL_PART = "huggingface", "imported"
-# what a model folder holds beside weights and config.json, and an export can hand on
+# files of a model folder besides weights and config.json, copied by imports and exports
 SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -40,78 +41,79 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-Advance = Callable[[int, int], None]  # bytes done, of
+# progress callback: bytes done, bytes in total
+Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What came of an import."""
+    """Result of an import; `num_left_out` counts the tensors of the vision part, which are not imported."""
 
     checkpoint: Path
     model: ModelConfig
-    num_left_out: int  # tensors of the vision tower
+    num_left_out: int
 
 
 def import_weights(source: Path, output: Path, note: Note, advance: Advance) -> Imported:
-    """Write the checkpoint, continuing an interrupted import of the same source.
+    """Write the checkpoint, resuming an interrupted import of the same source.
 
-    Raises: UserError if the source is incomplete, damaged, or a model that ours cannot represent,
-    or if the output exists or does not fit the disk.
+    Raises: UserError if the source is incomplete, damaged, or an unsupported model, or if the output exists or exceeds
+        the free disk space.
     """
     weights = PublishedWeights(source)
     model, family = from_published(read_json(source / CONFIG), has_mtp="mtp.fc.weight" in weights)
-    family = _as_named(family, weights)
-    weights.check(rules(model, family))
-    groups = _groups(list(pieces(model, family)), weights)
+    family = _with_prefix_of(family, weights)
+    weights.check(param_mappings(model, family))
+    groups = _groups(list(chunked_mappings(model, family)), weights)
     total = sum(size for group in groups for _, size in group)
     task = {
         "import": str(source.resolve()),
         "files": weights.sizes_bytes(),
         "changed": {name: (source / name).stat().st_mtime_ns for name in weights.sizes_bytes()},
         "model": model.model_dump(mode="json"),
-        "plan": plan_digest([box for piece, _ in group for box in piece.boxes] for group in groups),
+        "plan": plan_digest([chunk for chunked, _ in group for chunk in chunked.chunks] for group in groups),
     }
-    with Unfinished(output, task, note) as unfinished:
-        unfinished.require_space(total + total // 100)
+    with ResumableOutput(output, task, note) as output_files:
+        output_files.require_space(total + total // 100)
         files: dict[str, list[Record]] = {}
         done = 0
         for number, group in enumerate(groups):
             name = f"__{number}_0.distcp"
-            if unfinished.finished(name) is None:
-                with unfinished.writing(name) as (path, facts):
-                    boxes = _boxes(group, weights, partial(_advance_from, advance, done, total))
-                    facts["records"] = [record.as_json() for record in write_data(path, boxes)]
-            noted = unfinished.finished(name) or {}
-            files[name] = [Record.from_json(record) for record in noted["records"]]
+            if output_files.finished(name) is None:
+                with output_files.writing(name) as (path, facts):
+                    chunks = _boxes(group, weights, partial(_advance_from, advance, done, total))
+                    facts["records"] = [record.as_json() for record in write_data(path, chunks)]
+            facts = output_files.finished(name) or {}
+            files[name] = [Record.from_json(record) for record in facts["records"]]
             done += sum(size for _, size in group)
             advance(done, total)
         state = "__state_0.distcp"
-        files[state] = write_data(unfinished.folder / state, fresh_state(model, family))
-        write_metadata(unfinished.folder, files)
-        _write_companions(source, unfinished.folder, model)
-        seal(unfinished.folder, _description(source, model), known=unfinished.digests)
-        unfinished.publish()
+        files[state] = write_data(output_files.folder / state, initial_router_state(model, family))
+        write_metadata(output_files.folder, files)
+        _write_companions(source, output_files.folder, model)
+        write_manifest(output_files.folder, _description(source, model), known=output_files.digests)
+        output_files.publish()
     left_out = sum(name.startswith(VISION) for name in weights)
     return Imported(output, model, left_out)
 
 
-def _as_named(family: Family, weights: PublishedWeights) -> Family:
-    """Take the prefix that this folder uses: text-only copies keep or lose the multimodal one."""
+def _with_prefix_of(family: Family, weights: PublishedWeights) -> Family:
+    """Return the family with this folder's prefix: text-only copies have the multimodal prefix or the short one."""
     prefixes = (QWEN3_5_MOE.prefix, QWEN3_NEXT.prefix)
     used = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in weights)]
     return replace(family, prefix=used[0]) if used else family
 
 
-def _groups(model: list[Piece], weights: PublishedWeights) -> list[list[tuple[Piece, int]]]:
-    """Share the pieces out over data files, in order, each with its size in bytes."""
-    groups: list[list[tuple[Piece, int]]] = [[]]
+def _groups(model: list[ChunkedMapping], weights: PublishedWeights) -> list[list[tuple[ChunkedMapping, int]]]:
+    """Distribute the mappings over data files of FILE_BYTES, in order, each with its size in bytes."""
+    groups: list[list[tuple[ChunkedMapping, int]]] = [[]]
     filled = 0
-    for piece in model:
-        size = sum(weights[name].nbytes for name in piece.rule.hf)
+    for chunked in model:
+        size = sum(weights[name].nbytes for name in chunked.mapping.hf)
         if groups[-1] and filled + size > FILE_BYTES:
             groups.append([])
             filled = 0
-        groups[-1].append((piece, size))
+        groups[-1].append((chunked, size))
         filled += size
     return groups
 
@@ -121,18 +123,18 @@ def _advance_from(advance: Advance, base: int, total: int, done: int) -> None:
 
 
 def _boxes(
-    group: list[tuple[Piece, int]], weights: PublishedWeights, advance: Callable[[int], None]
-) -> Iterator[tuple[Box, Tensor]]:
+    group: list[tuple[ChunkedMapping, int]], weights: PublishedWeights, advance: Callable[[int], None]
+) -> Iterator[tuple[TensorChunk, Tensor]]:
     done = 0
-    for piece, size in group:
-        tensor = piece.rule.to_megatron({name: weights[name] for name in piece.rule.hf})
-        yield from piece.cut(tensor.float() if piece.is_float32 else tensor)
+    for chunked, size in group:
+        tensor = chunked.mapping.to_megatron({name: weights[name] for name in chunked.mapping.hf})
+        yield from chunked.cut(tensor.float() if chunked.is_float32 else tensor)
         done += size
         advance(done)
 
 
 def _write_companions(source: Path, folder: Path, model: ModelConfig) -> None:
-    """Write the model section as a recipe part, and keep what an export will want back."""
+    """Write the model section as a recipe part, and copy the configuration and tokenizer files for a later export."""
     (folder / "model").mkdir(exist_ok=True)
     defaults = ModelConfig().model_dump(mode="json")
     section = {k: v for k, v in model.model_dump(mode="json").items() if v != defaults[k]}

@@ -1,8 +1,9 @@
-"""Text in, batches out: tokenizer, prepared folders, blends of them, packing, and the bigram yardstick.
+"""Data pipeline: tokenizer, prepared folders, blends, sequence packing, SFT conversations, and the bigram baseline.
 
     files -> sources -> encoding (worker processes) -> writer -> prepared folder (manifest)
-    prepared folders -> rows (megatron-core's GPTDataset) -> pretrain -> Batch
+    prepared folders -> sample_datasets (megatron-core's GPTDataset) -> pretrain -> Batch
+    conversations -> chat_template -> sft_packing (best-fit decreasing, Packing) -> sft -> Batch
 
-No model and no loss lives here, and nothing asks which rank it runs on: ranks arrive as arguments.
-Imports stay in the files, so that preparing data does not load torch before its input was checked.
+The package contains no model and no loss, and reads no process group: ranks are passed as arguments. It imports
+nothing, so that preparing data does not load torch before its input was checked.
 """

@@ -1,6 +1,6 @@
-"""Which prepared folders a run reads, checked against each other, the tokenizer and the model.
+"""Data blends: the prepared folders of a run, checked against each other, the tokenizer and the model.
 
-Free of torch: a blend that cannot work is refused before anything heavy is built.
+No torch here: an invalid blend is refused before slow imports and large allocations.
 """
 
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from pathlib import Path
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.config.data import BlendPart
 from megatron_q3n.data.manifest import Manifest, verify_prepared
-from megatron_q3n.data.stdlib import corpus_of
+from megatron_q3n.data.stdlib import load_stdlib_corpus
 from megatron_q3n.data.tokenizer import TextTokenizer, fingerprint_of
 
 
 @dataclass(frozen=True)
-class Part:
-    """A checked prepared folder and its share of a blend."""
+class PreparedFolder:
+    """A verified prepared folder and its weight in a blend."""
 
     path: Path
     weight: float
@@ -24,22 +24,22 @@ class Part:
 
 @dataclass(frozen=True)
 class Blends:
-    """The folders of a run and the one tokenizer they share."""
+    """The prepared folders of a run and their common tokenizer."""
 
-    train: tuple[Part, ...]
-    validation: tuple[Part, ...]
+    train: tuple[PreparedFolder, ...]
+    validation: tuple[PreparedFolder, ...]
     tokenizer: TextTokenizer
 
 
 def load_blends(config: RunConfig) -> Blends:
-    """Check the folders of a run and load their tokenizer; prepares the standard library if that is the source.
+    """Check the folders of a run and load their tokenizer; with data.source=stdlib prepare that corpus first.
 
-    Raises: UserError for missing or damaged folders, a tokenizer that is not theirs or larger than the model, or
-        less data than one sequence.
+    Raises: UserError for missing or damaged folders, different tokenizers, a tokenizer larger than the model's
+        vocabulary, or less data than one sequence.
     """
     data = config.data
     if data.source == "stdlib":
-        corpus = corpus_of(data)
+        corpus = load_stdlib_corpus(data)
         train = [BlendPart(path=str(corpus.train))]
         validation = [BlendPart(path=str(corpus.validation))]
     else:
@@ -49,62 +49,63 @@ def load_blends(config: RunConfig) -> Blends:
             "data.validation is empty: give at least one folder of held-out text, made by "
             "tools/prepare_data.py with the tokenizer of the training data."
         )
-    parts = {"data.train": prepared_parts(train), "data.validation": prepared_parts(validation)}
-    _check_length(parts, config.training.sequence_length)
-    tokenizer = _tokenizer(data.tokenizer, parts)
+    blends = {"data.train": verify_folders(train), "data.validation": verify_folders(validation)}
+    _check_length(blends, config.training.sequence_length)
+    tokenizer = _load_tokenizer(data.tokenizer, blends)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"the tokenizer of {parts['data.train'][0].path} has {tokenizer.vocab_size} entries, more than "
+            f"the tokenizer of {blends['data.train'][0].path} has {tokenizer.vocab_size} entries, more than "
             f"model.vocab_size={config.model.vocab_size}; set model.vocab_size to at least that."
         )
-    return Blends(parts["data.train"], parts["data.validation"], tokenizer)
+    return Blends(blends["data.train"], blends["data.validation"], tokenizer)
 
 
-def prepared_parts(blend: list[BlendPart]) -> tuple[Part, ...]:
-    """Check each folder of a blend.
+def verify_folders(blend: list[BlendPart]) -> tuple[PreparedFolder, ...]:
+    """Check each folder of a blend against its manifest.
 
-    Raises: UserError for one that is missing or damaged.
+    Raises: UserError for a missing or damaged folder.
     """
     return tuple(
-        Part(Path(part.path).expanduser().absolute(), part.weight, verify_prepared(part.path)) for part in blend
+        PreparedFolder(Path(part.path).expanduser().absolute(), part.weight, verify_prepared(part.path))
+        for part in blend
     )
 
 
-def _check_length(parts: dict[str, tuple[Part, ...]], sequence_length: int) -> None:
-    """Refuse folders that do not fill one row: a sequence and the token that follows it."""
-    for where, blend in parts.items():
-        for part in blend:
-            if part.manifest.num_tokens <= sequence_length:
+def _check_length(blends: dict[str, tuple[PreparedFolder, ...]], sequence_length: int) -> None:
+    """Refuse folders with less than one sample: a sequence and the token that follows it."""
+    for setting, blend in blends.items():
+        for folder in blend:
+            if folder.manifest.num_tokens <= sequence_length:
                 raise UserError(
-                    f"{where}: {part.path} holds {part.manifest.num_tokens} tokens, less than one sample of "
+                    f"{setting}: {folder.path} holds {folder.manifest.num_tokens} tokens, less than one sample of "
                     f"training.sequence_length={sequence_length} plus 1. Add text or shorten the sequence."
                 )
 
 
-def _tokenizer(setting: str | None, parts: dict[str, tuple[Part, ...]]) -> TextTokenizer:
-    """Load the tokenizer all folders were made with.
+def _load_tokenizer(setting: str | None, blends: dict[str, tuple[PreparedFolder, ...]]) -> TextTokenizer:
+    """Load the tokenizer that all folders were prepared with.
 
-    Raises: UserError if folders differ, or `data.tokenizer` is another one.
+    Raises: UserError if the folders' tokenizers differ, or `data.tokenizer` is another one.
     """
-    first = parts["data.train"][0]
+    first = blends["data.train"][0]
     expected = first.manifest.tokenizer
-    for where, blend in parts.items():
-        for part in blend:
-            if part.manifest.tokenizer != expected:
+    for name, blend in blends.items():
+        for folder in blend:
+            if folder.manifest.tokenizer != expected:
                 raise UserError(
-                    f"{where}: {part.path} was made with tokenizer {_name(part)}, {first.path} with "
-                    f"{_name(first)}. All folders of a run need one tokenizer: make one of them again "
+                    f"{name}: {folder.path} was made with tokenizer {_describe(folder)}, {first.path} with "
+                    f"{_describe(first)}. All folders of a run need one tokenizer: make one of them again "
                     f"with --tokenizer {first.path}."
                 )
     if setting is not None and fingerprint_of(setting) != expected.fingerprint:
         raise UserError(
             f"data.tokenizer={setting} has fingerprint {fingerprint_of(setting)[:12]}…, but {first.path} was "
-            f"made with tokenizer {_name(first)}. Leave data.tokenizer null (the folder's own is used), or "
+            f"made with tokenizer {_describe(first)}. Leave data.tokenizer null (the folder's own is used), or "
             f"prepare the data again with --tokenizer {setting}."
         )
     return TextTokenizer.load(first.path, expected.eod_token)
 
 
-def _name(part: Part) -> str:
-    record = part.manifest.tokenizer
+def _describe(folder: PreparedFolder) -> str:
+    record = folder.manifest.tokenizer
     return f"{record.fingerprint[:12]}… ({record.vocab_size} entries, ends documents with {record.eod_token})"

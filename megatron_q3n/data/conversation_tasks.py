@@ -1,8 +1,8 @@
-"""Questions of reasoning-gym task sets, in shares that are disjoint by text.
+"""Questions of reasoning-gym task sets, split into disjoint subsets by a hash of the question text.
 
-Where a text belongs is a function of the text, so that questions for fine-tuning, reinforcement
-learning and the test can be made at any time, in any number and from any seed, without a common one.
-How an answer is scored is `rl/graders.py`.
+The hash of a text decides its split, so that questions for fine-tuning, reinforcement learning and the test set can be
+generated at any time, in any number and from any seed, and no text is in two of them.
+How an answer is scored is `rl/scoring_functions.py`.
 """
 
 import hashlib
@@ -15,13 +15,15 @@ from megatron_q3n.config import UserError, suggest
 from megatron_q3n.config.sft import TaskSet
 from megatron_q3n.data.conversations import Conversation
 
-CHUNK = 4096  # questions made at once; reasoning-gym makes entry i of seed s from s + i, so seeds lie this far apart
-MAX_CHUNKS_WITHOUT_NEWS = 64
+# questions per data set; reasoning-gym generates entry i of seed s from s + i, so seeds are this far apart
+CHUNK_QUESTIONS = 4096
+# chunks in a row without a new question after which the search ends
+MAX_EMPTY_CHUNKS = 64
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer, and where it is found again: entry `index` of the task set made with `seed`."""
+    """A question, its answer, and its origin: entry `index` of the task set generated with `seed`."""
 
     text: str
     answer: str
@@ -34,7 +36,8 @@ def create_task(name: str, settings: dict[str, Any], seed: int, size: int) -> An
 
     Raises: UserError for an unknown name or setting.
     """
-    import reasoning_gym  # late: two seconds that runs on other data need not wait for
+    # late: this import takes two seconds, and runs on other data do not need it
+    import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
@@ -46,45 +49,45 @@ def create_task(name: str, settings: dict[str, Any], seed: int, size: int) -> An
 
 
 def questions(task: TaskSet) -> list[Question]:
-    """Return the questions of a set, the same ones at every call.
+    """Return the questions of a task set, the same ones at every call.
 
-    Raises: UserError if its share of the texts does not hold so many.
+    Raises: UserError if the task set's hash range holds fewer than `size` questions.
     """
-    found: list[Question] = []
+    result: list[Question] = []
     texts: set[str] = set()
-    without_news = 0
-    for seed in itertools.count(task.seed * 2**40, CHUNK):
-        before = len(found)
-        for question in _in_share(task, seed):
+    num_empty_chunks = 0
+    for seed in itertools.count(task.seed * 2**40, CHUNK_QUESTIONS):
+        num_before = len(result)
+        for question in _questions_in_range(task, seed):
             if not (task.distinct and question.text in texts):
-                found.append(question)
+                result.append(question)
                 texts.add(question.text)
-            if len(found) == task.size:
-                return found
-        without_news = 0 if len(found) > before else without_news + 1
-        if without_news == MAX_CHUNKS_WITHOUT_NEWS:
+            if len(result) == task.size:
+                return result
+        num_empty_chunks = 0 if len(result) > num_before else num_empty_chunks + 1
+        if num_empty_chunks == MAX_EMPTY_CHUNKS:
             break
     raise UserError(
-        f"task set {task.name}: only {len(found)} of {task.size} questions found in its share of the texts "
-        f"({task.first} to {task.last}); ask for fewer, widen the share, or let texts repeat (distinct=false)."
+        f"task set {task.name}: only {len(result)} of {task.size} questions found in its share of the texts "
+        f"({task.first} to {task.last}); set a smaller size, widen first to last, or let texts repeat (distinct=false)."
     )
 
 
-def conversations_of(task: TaskSet) -> Iterator[Conversation]:
-    """Yield a conversation of each question and its answer."""
+def task_conversations(task: TaskSet) -> Iterator[Conversation]:
+    """Yield one conversation per question: the question as user, the answer as assistant."""
     for question in questions(task):
         messages = [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer}]
         yield Conversation(messages, f"task {task.name}:{question.seed}.{question.index}")
 
 
-def place_of(text: str) -> float:
-    """Return where a text belongs, in [0, 1)."""
+def hash_fraction(text: str) -> float:
+    """Return a hash of a text, uniform in [0, 1); it decides the split of the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
-def _in_share(task: TaskSet, seed: int) -> Iterator[Question]:
-    for index, entry in enumerate(create_task(task.name, task.settings, seed, CHUNK)):
+def _questions_in_range(task: TaskSet, seed: int) -> Iterator[Question]:
+    for index, entry in enumerate(create_task(task.name, task.settings, seed, CHUNK_QUESTIONS)):
         if entry["answer"] is None:
-            raise UserError(f"task set {task.name} gives no answers to learn from; choose another.")
-        if task.first <= place_of(entry["question"]) < task.last:
+            raise UserError(f"task set {task.name} has questions without an answer; choose another.")
+        if task.first <= hash_fraction(entry["question"]) < task.last:
             yield Question(entry["question"], str(entry["answer"]), seed, index)

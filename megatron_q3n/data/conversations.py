@@ -1,10 +1,10 @@
-"""Conversations: read, spelled in the chat template, and which tokens a model is to learn from them.
+"""Conversations for SFT: reading and validation, tokenization with the chat template, and loss weights per token.
 
-A conversation is a JSON object {"messages": [{"role", "content", "weight"?}, …], "tools"?: […]}, one a
-line, or a row of a Hugging Face datasets folder. Only what the assistant says counts: its content and
-the token that ends its turn, weighed by the message's `weight` (1 unless given; 0 leaves it out).
+A conversation is a JSON object {"messages": [{"role", "content", "weight"?}, …], "tools"?: […]}, one per line, or a row
+of a Hugging Face datasets folder. The loss covers the assistant's turns only: content and end-of-turn token, times the
+message's `weight` (default 1; 0 masks the turn).
 
-Packing into rows is `sft_rows.py`; templates are `chat_template.py`.
+Sequence packing is in `sft_packing.py`, rendering in `chat_template.py`.
 """
 
 import json
@@ -16,24 +16,25 @@ from typing import Any
 import numpy as np
 
 from megatron_q3n.config import UserError
-from megatron_q3n.data.chat_template import ChatTemplate, Piece
+from megatron_q3n.data.chat_template import ChatTemplate, TextSegment
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
-SHOWN = 160  # characters of a bad line that an error repeats
+# characters of an invalid line that an error message quotes
+SHOWN = 160
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, and where they stand, for errors."""
+    """Messages of one conversation, and its location (file:line) for error messages."""
 
     messages: list[dict[str, Any]]
-    place: str
+    location: str
     tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
-class Spelled:
-    """Token ids, and how much each counts when it is predicted. Shapes: (tokens,) int64 and float32."""
+class TokenizedConversation:
+    """Token ids, and the loss weight of each as a label. Shapes: (tokens,) int64 and float32."""
 
     tokens: np.ndarray
     weights: np.ndarray
@@ -42,142 +43,146 @@ class Spelled:
 def read_conversations(path: str | Path) -> Iterator[Conversation]:
     """Yield the conversations of a .jsonl file or a folder saved by Hugging Face datasets.
 
-    Raises: UserError for a path that holds neither, or a conversation that is none.
+    Raises: UserError for any other path, or an invalid conversation.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        yield from _rows_of_dataset(path)
+        yield from _read_saved_dataset(path)
         return
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield conversation_of(_parsed(line, f"{path}:{number}"), f"{path}:{number}")
+                    yield parse_conversation(_parse_json(line, f"{path}:{number}"), f"{path}:{number}")
     except OSError as error:
         raise UserError(
             f"conversations {path}: {error.strerror}. Give a .jsonl file or a folder saved by datasets."
         ) from None
 
 
-def conversation_of(row: Any, place: str) -> Conversation:
-    """Check one conversation.
+def parse_conversation(row: Any, location: str) -> Conversation:
+    """Validate one conversation.
 
-    Raises: UserError naming its place and what is wrong.
+    Raises: UserError naming its location and the problem.
     """
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError(
-            f'{place}: no conversation; it must be {{"messages": [{{"role": …, "content": …}}, …]}}, '
+            f'{location}: no conversation; it must be {{"messages": [{{"role": …, "content": …}}, …]}}, '
             f"found {str(row)[:SHOWN]}."
         )
-    # rows of a table hold every column, empty ones as None
-    kept = [{k: v for k, v in m.items() if v is not None} for m in messages if isinstance(m, dict)]
-    if len(kept) != len(messages):
-        raise UserError(f"{place}: a message is no object: {str(messages)[:SHOWN]}.")
-    for message in kept:
-        _check_message(message, place)
-    if all(message["role"] != "assistant" for message in kept):
-        raise UserError(f"{place}: no assistant's turn, so there is nothing to learn from it.")
-    return Conversation(kept, place, row.get("tools") or None)
+    # a row of a table has every column, None where the message has no such key
+    cleaned = [{k: v for k, v in m.items() if v is not None} for m in messages if isinstance(m, dict)]
+    if len(cleaned) != len(messages):
+        raise UserError(f"{location}: a message is no JSON object: {str(messages)[:SHOWN]}.")
+    for message in cleaned:
+        _check_message(message, location)
+    if all(message["role"] != "assistant" for message in cleaned):
+        raise UserError(f"{location}: no message of role assistant, so it has no tokens with a loss; leave it out.")
+    return Conversation(cleaned, location, row.get("tools") or None)
 
 
-def spell(conversation: Conversation, template: ChatTemplate, turns: str = "all") -> Spelled:
-    """Spell a conversation; `turns` is "all" or "last".
+def apply_chat_template(
+    conversation: Conversation, template: ChatTemplate, turns: str = "all"
+) -> TokenizedConversation:
+    """Render and tokenize a conversation; `turns`, "all" or "last", selects the assistant turns with a loss.
 
-    Raises: UserError if the template refuses it, or rewrites earlier turns in the light of later ones.
+    Raises: UserError if the template refuses the conversation, or renders a turn differently when more turns follow.
     """
     messages, tools = conversation.messages, conversation.tools
     try:
-        whole = template.spell(messages, tools=tools)
-        text = "".join(piece.text for piece in whole)
-        spans = [_turn(conversation, template, text, place) for place in _counted(messages, turns)]
+        segments = template.render(messages, tools=tools)
+        text = _text(segments)
+        spans = [_turn_span(conversation, template, text, index) for index in _turns_with_loss(messages, turns)]
     except UserError as error:
-        raise UserError(f"{conversation.place}: {error}") from None
+        raise UserError(f"{conversation.location}: {error}") from None
     tokens: list[int] = []
     weights: list[float] = []
-    done = 0
+    offset = 0
     for start, end, weight in [*spans, (len(text), len(text), 0.0)]:
-        for begin, stop, value in ((done, start, 0.0), (start, end, weight)):
-            ids = template.encode(_cut(whole, begin, stop))
+        for begin, stop, value in ((offset, start, 0.0), (start, end, weight)):
+            ids = template.encode(_slice(segments, begin, stop))
             tokens += ids
             weights += [value] * len(ids)
-        done = end
-    return Spelled(np.array(tokens, np.int64), np.array(weights, np.float32))
+        offset = end
+    return TokenizedConversation(np.array(tokens, np.int64), np.array(weights, np.float32))
 
 
-def shortened(conversation: Conversation) -> Conversation | None:
-    """Return the conversation without its oldest exchange: all up to the second user's message but the
-    system's; None if there is only one.
+def without_oldest_exchange(conversation: Conversation) -> Conversation | None:
+    """Return the conversation without the messages before the second user message, system messages excepted.
+
+    Returns: None if it has one exchange only.
     """
     messages = conversation.messages
-    users = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    users = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if len(users) < 2 or all(m["role"] != "assistant" for m in messages[users[1] :]):
         return None
-    head = [m for m in messages[: users[0]] if m["role"] in ("system", "developer")]
-    return Conversation([*head, *messages[users[1] :]], conversation.place, conversation.tools)
+    system = [m for m in messages[: users[0]] if m["role"] in ("system", "developer")]
+    return Conversation([*system, *messages[users[1] :]], conversation.location, conversation.tools)
 
 
-def texts_of(conversation: Conversation) -> list[str]:
-    """Return a conversation's texts as the plain template lays them out, for training a tokenizer."""
+def plain_texts(conversation: Conversation) -> list[str]:
+    """Return a conversation's texts in the format of the plain template, for training a tokenizer."""
     return [f"{m['role']}:\n{m.get('content') or ''}\n" for m in conversation.messages]
 
 
-def _counted(messages: list[dict[str, Any]], turns: str) -> list[int]:
-    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    return places[-1:] if turns == "last" else places
+def _turns_with_loss(messages: list[dict[str, Any]], turns: str) -> list[int]:
+    indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return indices[-1:] if turns == "last" else indices
 
 
-def _turn(conversation: Conversation, template: ChatTemplate, text: str, place: int) -> tuple[int, int, float]:
-    """Return where an assistant's turn begins and ends in the conversation's text, and its weight."""
+def _turn_span(conversation: Conversation, template: ChatTemplate, text: str, index: int) -> tuple[int, int, float]:
+    """Return the start and end of an assistant's turn in the rendered text, and its loss weight."""
     messages, tools = conversation.messages, conversation.tools
-    before = _text(template.spell(messages[:place], generation_prompt=True, tools=tools))
-    after = _text(template.spell(messages[: place + 1], tools=tools))
+    before = _text(template.render(messages[:index], generation_prompt=True, tools=tools))
+    after = _text(template.render(messages[: index + 1], tools=tools))
     if not (text.startswith(after) and after.startswith(before)):
         raise UserError(
-            f"the chat template spells turn {place + 1} otherwise when more follows, or otherwise than its generation "
-            "prompt begins; count only the last turn (sft.turns=last), or use another template "
+            f"the chat template renders turn {index + 1} differently when more turns follow, or differently from its "
+            "generation prompt; train on the last turn only (sft.turns=last), or use another template "
             "(sft.chat_template)."
         )
-    end = len(before) + template.behind_last_special(after[len(before) :])
-    return len(before), end, float(messages[place].get("weight", 1))
+    end = len(before) + template.end_of_last_special(after[len(before) :])
+    return len(before), end, float(messages[index].get("weight", 1))
 
 
-def _text(pieces: list[Piece]) -> str:
-    return "".join(piece.text for piece in pieces)
+def _text(segments: list[TextSegment]) -> str:
+    return "".join(segment.text for segment in segments)
 
 
-def _cut(pieces: list[Piece], start: int, end: int) -> list[Piece]:
-    """Return the pieces of the characters from `start` to `end`."""
-    cut, place = [], 0
-    for piece in pieces:
-        part = piece.text[max(0, start - place) : max(0, end - place)]
-        place += len(piece.text)
+def _slice(segments: list[TextSegment], start: int, end: int) -> list[TextSegment]:
+    """Return the segments of the characters from `start` to `end`."""
+    parts, offset = [], 0
+    for segment in segments:
+        part = segment.text[max(0, start - offset) : max(0, end - offset)]
+        offset += len(segment.text)
         if part:
-            cut.append(Piece(part, piece.is_content))
-    return cut
+            parts.append(TextSegment(part, segment.is_content))
+    return parts
 
 
-def _check_message(message: dict[str, Any], place: str) -> None:
+def _check_message(message: dict[str, Any], location: str) -> None:
     role, weight = message.get("role"), message.get("weight", 1)
     if role not in ROLES:
-        raise UserError(f"{place}: role {role!r}; there are {', '.join(ROLES)}.")
+        raise UserError(f"{location}: role {role!r}; it must be one of {', '.join(ROLES)}.")
     if not isinstance(message.get("content", ""), str):
-        raise UserError(f"{place}: the content of a message must be a text.")
+        raise UserError(f"{location}: the content of a message must be a string.")
     if not message.get("content") and not message.get("tool_calls"):
-        raise UserError(f"{place}: a message of {role!r} says nothing; leave it out.")
+        raise UserError(f"{location}: a message of {role!r} has neither content nor tool_calls; leave it out.")
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < 1e6:
-        raise UserError(f"{place}: weight {weight!r}; it must be a number from 0.")
+        raise UserError(f"{location}: weight {weight!r}; it must be a number from 0.")
 
 
-def _parsed(line: str, place: str) -> Any:
+def _parse_json(line: str, location: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}): {line[:SHOWN].strip()}") from None
+        raise UserError(f"{location}: not JSON ({error}): {line[:SHOWN].strip()}") from None
 
 
-def _rows_of_dataset(folder: Path) -> Iterator[Conversation]:
-    import datasets  # late: a second and a half that JSONL need not wait for
+def _read_saved_dataset(folder: Path) -> Iterator[Conversation]:
+    # late: this import takes 1.5 seconds, and JSONL does not need it
+    import datasets
 
     try:
         table = datasets.load_from_disk(str(folder))
@@ -188,4 +193,4 @@ def _rows_of_dataset(folder: Path) -> Iterator[Conversation]:
     if isinstance(table, datasets.DatasetDict):
         raise UserError(f"conversations {folder}: holds several splits ({', '.join(table)}); name one: {folder}/SPLIT.")
     for number, row in enumerate(table):
-        yield conversation_of(row, f"{folder}:{number + 1}")
+        yield parse_conversation(row, f"{folder}:{number + 1}")

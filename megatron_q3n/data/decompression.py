@@ -1,4 +1,4 @@
-"""Opening plain, .gz and .zst files as byte streams that say when they were cut short."""
+"""Byte streams over plain, .gz and .zst files that raise an error for truncated files."""
 
 import gzip
 import io
@@ -12,12 +12,12 @@ from megatron_q3n.data.sources import Source
 
 _BLOCK_BYTES = 2**16
 
-# what reading such a stream raises for a damaged file
+# exceptions raised while reading a damaged file
 DAMAGE = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
 class ByteStream:
-    """The decompressed bytes of a source, and how far the file on disk has been read."""
+    """The decompressed bytes of a source, and the position in the file on disk."""
 
     def __init__(self, source: Source) -> None:
         self._disk: IO[bytes] = source.path.open("rb")
@@ -38,44 +38,45 @@ class ByteStream:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """Zstandard frames end to end.
+    """Concatenated Zstandard frames.
 
-    The library's own stream_reader ends quietly where a cut file ends (zstandard 0.25); this one raises EOFError.
+    The library's stream_reader reports a normal end of file for a truncated file (zstandard 0.25); this one raises
+    EOFError.
     """
 
     def __init__(self, disk: IO[bytes]) -> None:
         self._disk = disk
-        self._packed = b""
-        self._plain = memoryview(b"")
+        self._compressed = b""
+        self._decompressed = memoryview(b"")
         self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._inside = False
+        self._inside_frame = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        """Fill the buffer as far as one block of the file does; 0 at the end."""
-        while not self._plain:
-            self._packed = self._packed or self._disk.read(_BLOCK_BYTES)
-            if not self._packed:
-                if self._inside:
+        """Copy decompressed bytes of at most one block into the buffer. Returns: their number, 0 at the end."""
+        while not self._decompressed:
+            self._compressed = self._compressed or self._disk.read(_BLOCK_BYTES)
+            if not self._compressed:
+                if self._inside_frame:
                     raise EOFError("the compressed file ended before its end-of-frame mark")
                 return 0
             self._decompress()
-        count = min(len(buffer), len(self._plain))
-        buffer[:count] = self._plain[:count]
-        self._plain = self._plain[count:]
+        count = min(len(buffer), len(self._decompressed))
+        buffer[:count] = self._decompressed[:count]
+        self._decompressed = self._decompressed[count:]
         return count
 
     def _decompress(self) -> None:
-        self._plain = memoryview(self._frame.decompress(self._packed))
-        self._inside = not self._frame.eof
-        self._packed = self._frame.unused_data
+        self._decompressed = memoryview(self._frame.decompress(self._compressed))
+        self._inside_frame = not self._frame.eof
+        self._compressed = self._frame.unused_data
         if self._frame.eof:
             self._frame = zstandard.ZstdDecompressor().decompressobj()
 
 
 def unreadable(source: Source, error: Exception) -> UserError:
-    """Return the error to raise for a file that DAMAGE was met in."""
-    packed = f" as .{source.compression}" if source.compression else ""
-    return UserError(f"{source.path}: cannot be read{packed} ({error}). Fetch or make it again.")
+    """Return the UserError for a source whose reading raised one of DAMAGE."""
+    kind = f" as .{source.compression}" if source.compression else ""
+    return UserError(f"{source.path}: cannot be read{kind} ({error}). Download or create the file again.")

@@ -1,4 +1,4 @@
-"""From texts to token ids, document by document. Light: worker processes import this and not torch."""
+"""Tokenization of documents, without torch: the worker processes of `prepare` import this file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +11,19 @@ from megatron_q3n.data.tokenizer import TextTokenizer
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Token ids of several documents laid end to end, each closed by the end-of-document token."""
+    """Concatenated token ids of several documents, each with its end-of-document token.
 
-    ids: np.ndarray  # (sum of lengths,) uint16 or int32
-    lengths: np.ndarray  # (num_documents,) int64, end-of-document token included
+    Shapes: ids (sum of lengths,) uint16 or int32; lengths (num_documents,) int64, end-of-document token included.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
     text_bytes: int
     num_skipped_empty: int
 
 
 def encode_documents(tokenizer: TextTokenizer, texts: Sequence[str]) -> EncodedDocuments:
-    """Tokenise documents in order; those with nothing but white space are counted and left out."""
+    """Tokenize documents in order; documents of white space only are counted and skipped."""
     kept = [text for text in texts if text and not text.isspace()]
     dtype = token_dtype(tokenizer.vocab_size)
     parts = [np.array([*ids, tokenizer.eod], dtype=dtype) for ids in tokenizer.encode_batch(kept)]

@@ -1,8 +1,8 @@
-"""Folders that appear complete or not at all, and where cached ones are kept.
+"""Atomic creation of output folders (complete or absent), and the cache folder.
 
-A prepared corpus or an index is written into a hidden folder beside its final place and renamed when it
-is complete. A killed process leaves a hidden folder behind, never half a corpus; two processes that
-prepare the same thing at once both succeed, and one result stays.
+A prepared corpus or an index is written into a hidden folder next to its final path and renamed when it is complete.
+A killed process leaves a hidden folder behind, never a partial corpus. Two processes that prepare the same folder at
+once both succeed, and one of the equal results is kept.
 """
 
 import errno
@@ -26,25 +26,26 @@ def cache_root(cache_dir: str | None) -> Path:
 
 @contextmanager
 def publish(final: Path, *, setting: str, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty folder that takes the name `final` when the block ends without an error.
+    """Yield an empty temporary folder; rename it to `final` when the block ends without an error.
 
-    Should `final` have appeared meanwhile, it stays and the new folder is dropped, unless `replace`.
+    If `final` exists by then, it is kept and the new folder is deleted, unless `replace`.
 
-    Raises: UserError naming `setting` when the disk is full, read-only, or not ours to write.
+    Raises: UserError naming `setting` when the disk is full, read-only, or not writable by this user.
     """
     temporary = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        temporary.chmod(0o755)  # mkdtemp makes it private; a corpus may be shared
+        # mkdtemp makes the folder private; a corpus may be shared
+        temporary.chmod(0o755)
         yield temporary
         _rename(temporary, final, replace)
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
             raise
         raise UserError(
-            f"{final}: cannot be written ({error.strerror}: {error.filename or final.parent}). Free "
-            f"some space or permissions, or choose another place with {setting}."
+            f"{final}: cannot be written ({error.strerror}: {error.filename or final.parent}). Free space, change "
+            f"the permissions, or set another path with {setting}."
         ) from error
     finally:
         if temporary is not None:

@@ -1,8 +1,8 @@
-"""manifest.json: what a prepared folder holds, and whether it still does.
+"""Manifest of a prepared folder (manifest.json): contents, checksums, and their verification.
 
-A prepared folder is documents.bin and documents.idx (megatron-core's indexed dataset, one item per
-document, each ending in the end-of-document token), tokenizer.json and manifest.json. The check at start
-costs a few reads whatever the size; hashing every byte is left to `tools/prepare_data.py verify`.
+A prepared folder is documents.bin and documents.idx (megatron-core's indexed dataset, one item per document, each
+ending in the end-of-document token), tokenizer.json and manifest.json. The check at start-up takes a few reads at any
+size; `tools/prepare_data.py verify --full` hashes every byte.
 """
 
 import hashlib
@@ -18,28 +18,30 @@ from megatron_q3n.config.section import Section
 from megatron_q3n.data.tokenizer import TOKENIZER_FILE, fingerprint_of
 
 MANIFEST_FILE = "manifest.json"
-DOCUMENTS = "documents"  # megatron-core's path prefix: documents.bin and documents.idx
+# megatron-core's path prefix: documents.bin and documents.idx
+DOCUMENTS = "documents"
 FORMAT_VERSION = 1
 
 # documents.idx: magic, version, dtype code, number of items, number of document ends (items + 1)
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPE_CODES = {"int32": 4, "uint16": 8}
-_BYTES_PER_ITEM = 4 + 8 + 8  # length, position, document end
+# length, position, document end
+_BYTES_PER_ITEM = 4 + 8 + 8
 
 TokenDtype = Literal["uint16", "int32"]
 Settings = dict[str, str | int | float | bool | None]
 
 
 class FileRecord(Section):
-    """Size and hash of a file when it was written."""
+    """Size and SHA-256 of a file at the time of writing."""
 
     size_bytes: int
     sha256: str
 
 
 class TokenizerRecord(Section):
-    """Which tokenizer the ids belong to."""
+    """The tokenizer of the ids."""
 
     fingerprint: str
     vocab_size: int
@@ -88,7 +90,7 @@ class Manifest(Section):
         file = folder / MANIFEST_FILE
         if not folder.is_dir():
             raise UserError(
-                f"data folder {folder} does not exist. Make it with tools/prepare_data.py --output {folder}."
+                f"data folder {folder} does not exist. Create it with tools/prepare_data.py --output {folder}."
             )
         if not file.is_file():
             raise UserError(
@@ -99,22 +101,23 @@ class Manifest(Section):
             manifest = cls.model_validate_json(file.read_bytes())
         except ValidationError as error:
             problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"]) or "the file"
-            raise UserError(f"{file}: {where}: {problem['msg']}. {_again(folder)}") from None
+            field = ".".join(str(part) for part in problem["loc"]) or "the file"
+            raise UserError(f"{file}: {field}: {problem['msg']}. {_remedy(folder)}") from None
         if manifest.format_version != FORMAT_VERSION:
             raise UserError(
-                f"{file}: format_version {manifest.format_version}, this code reads {FORMAT_VERSION}. " + _again(folder)
+                f"{file}: format_version {manifest.format_version}, this code reads {FORMAT_VERSION}. "
+                + _remedy(folder)
             )
         return manifest
 
 
 def token_dtype(vocab_size: int) -> TokenDtype:
-    """Return the smallest type of megatron-core's indexed datasets that holds every id."""
+    """Return the smallest dtype of megatron-core's indexed datasets that holds every id."""
     return "uint16" if vocab_size <= 65536 else "int32"
 
 
 def record_file(path: Path) -> FileRecord:
-    """Return size and hash of a file as it is now."""
+    """Return the size and SHA-256 of a file."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return FileRecord(size_bytes=path.stat().st_size, sha256=digest)
@@ -123,10 +126,10 @@ def record_file(path: Path) -> FileRecord:
 def verify_prepared(path: str | Path, full_hash: bool = False) -> Manifest:
     """Check a prepared folder against its manifest and return the manifest.
 
-    Always: files present, sizes, index header and counts, tokenizer fingerprint. With `full_hash` every
-    byte of the documents too.
+    Checks that the files exist, their sizes, the index header and counts, and the tokenizer's fingerprint; with
+    `full_hash` also the SHA-256 of the documents.
 
-    Raises: UserError for the first thing that is wrong.
+    Raises: UserError for the first mismatch.
     """
     folder = Path(path).expanduser()
     manifest = Manifest.read(folder)
@@ -139,41 +142,44 @@ def verify_prepared(path: str | Path, full_hash: bool = False) -> Manifest:
             if record_file(folder / name).sha256 != record.sha256:
                 raise UserError(
                     f"{folder / name}: its content changed since it was prepared (SHA-256 differs from "
-                    f"the manifest's {record.sha256[:12]}…). {_again(folder)}"
+                    f"the manifest's {record.sha256[:12]}…). {_remedy(folder)}"
                 )
     return manifest
 
 
-def _again(folder: Path) -> str:
-    return f"Copy the folder again from where it is whole, or make {folder} again."
+def _remedy(folder: Path) -> str:
+    return f"Copy {folder} again from an intact copy, or prepare it again."
 
 
 def _check_size(folder: Path, name: str, record: FileRecord) -> None:
     file = folder / name
     if not file.is_file():
-        raise UserError(f"{file} is missing, its manifest lists it. {_again(folder)}")
+        raise UserError(f"{file} is missing, its manifest lists it. {_remedy(folder)}")
     size = file.stat().st_size
     if size != record.size_bytes:
         raise UserError(
-            f"{file}: {size} bytes, the manifest says {record.size_bytes}; it was cut or changed. " + _again(folder)
+            f"{file}: {size} bytes, the manifest records {record.size_bytes}; it was truncated or changed. "
+            + _remedy(folder)
         )
 
 
 def _check_index(folder: Path, manifest: Manifest) -> None:
-    """Compare the index header with the manifest, and the sizes that follow from both."""
+    """Compare the index header, and the file sizes computed from it, with the manifest."""
     file = folder / f"{DOCUMENTS}.idx"
     with file.open("rb") as stream:
         header = stream.read(_INDEX_HEADER.size)
     if len(header) < _INDEX_HEADER.size or not header.startswith(_MAGIC):
-        raise UserError(f"{file}: not a megatron-core index (bad header). {_again(folder)}")
+        raise UserError(f"{file}: not a megatron-core index (bad header). {_remedy(folder)}")
     _, version, code, num_items, num_ends = _INDEX_HEADER.unpack(header)
     if (version, code) != (1, _DTYPE_CODES[manifest.token_dtype]):
         raise UserError(
-            f"{file}: version {version} and token type code {code}, the manifest says 1 and "
-            f"{manifest.token_dtype}. {_again(folder)}"
+            f"{file}: version {version} and token type code {code}, but the manifest requires 1 and "
+            f"{manifest.token_dtype}. {_remedy(folder)}"
         )
     if num_items != manifest.num_documents or num_ends != num_items + 1:
-        raise UserError(f"{file}: {num_items} documents, the manifest says {manifest.num_documents}. {_again(folder)}")
+        raise UserError(
+            f"{file}: {num_items} documents, the manifest records {manifest.num_documents}. {_remedy(folder)}"
+        )
     token_bytes = np.dtype(manifest.token_dtype).itemsize
     expected = {
         f"{DOCUMENTS}.idx": _INDEX_HEADER.size + num_items * _BYTES_PER_ITEM + 8,
@@ -183,14 +189,14 @@ def _check_index(folder: Path, manifest: Manifest) -> None:
         if (folder / name).stat().st_size != size:
             raise UserError(
                 f"{folder / name}: its size does not fit {manifest.num_documents} documents of "
-                f"{manifest.num_tokens} tokens in {manifest.token_dtype}. {_again(folder)}"
+                f"{manifest.num_tokens} tokens in {manifest.token_dtype}. {_remedy(folder)}"
             )
 
 
 def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
-    found = fingerprint_of(folder / TOKENIZER_FILE)
-    if found != manifest.tokenizer.fingerprint:
+    fingerprint = fingerprint_of(folder / TOKENIZER_FILE)
+    if fingerprint != manifest.tokenizer.fingerprint:
         raise UserError(
-            f"{folder / TOKENIZER_FILE}: fingerprint {found[:12]}…, but the documents were made with "
-            f"{manifest.tokenizer.fingerprint[:12]}…; the tokenizer was exchanged. {_again(folder)}"
+            f"{folder / TOKENIZER_FILE}: fingerprint {fingerprint[:12]}…, but the documents were made with "
+            f"{manifest.tokenizer.fingerprint[:12]}…; the tokenizer was replaced. {_remedy(folder)}"
         )

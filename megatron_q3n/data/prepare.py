@@ -1,8 +1,8 @@
-"""Turning text into a prepared folder, in parallel, in the order of the input whatever the workers do.
+"""Parallel tokenization of text into a prepared folder, with output in the order of the input.
 
-The parent streams raw documents in batches of about a megabyte; worker processes parse and tokenise them;
-the parent writes the results in order. At most a few batches per worker exist at any time. Worker
-processes are spawned, not forked: they import the tokenizer and nothing heavy, and no lock is copied.
+The parent process streams raw documents in batches of about a megabyte; worker processes parse and tokenize them; the
+parent writes the results in order. At most a few batches per worker exist at any time. Worker processes are spawned,
+not forked: they import the tokenizer but not torch, and no lock is copied.
 """
 
 import itertools
@@ -30,22 +30,27 @@ _BATCH_BYTES = 2**20
 _BATCH_DOCUMENTS = 4096
 _BATCHES_PER_WORKER = 4
 
-Advance = Callable[[int], None]  # told the bytes of input whose tokens are written
+# progress callback, called with the bytes of input whose tokens are written
+Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What to prepare, and how. Exactly one of `tokenizer` and `train_tokenizer` is given."""
+    """Options of one preparation. Exactly one of `tokenizer` and `train_tokenizer` is set.
+
+    train_tokenizer: vocabulary size of a BPE tokenizer trained on the first `tokenizer_sample_mib` of the input.
+    workers: number of worker processes; 0 is one per core.
+    """
 
     inputs: tuple[str, ...]
     output: Path
     tokenizer: Path | None = None
-    train_tokenizer: int | None = None  # vocabulary size of a BPE trained on the input
-    tokenizer_sample_mib: int = 256  # text at the start of the input that it is trained on
+    train_tokenizer: int | None = None
+    tokenizer_sample_mib: int = 256
     eod_token: str | None = None
     format: Format | None = None
     column: str = "text"
-    workers: int = 0  # 0: one per core
+    workers: int = 0
     force: bool = False
     show_progress: bool = True
 
@@ -53,19 +58,18 @@ class Preparation:
 def prepare(request: Preparation) -> Manifest:
     """Write a prepared folder and return its manifest.
 
-    Raises: UserError for anything wrong with the request, the input or the disk; the output folder is then as
-        it was before.
+    Raises: UserError for an invalid request or input, or a disk error; the output folder is unchanged then.
     """
     _check_output(request)
     sources = find_sources(request.inputs, request.format)
-    tokenizer = _tokenizer(request, sources)
+    tokenizer = _load_or_train_tokenizer(request, sources)
     with (
         publish(request.output, setting="--output", replace=request.force) as folder,
         _progress(sources, request.show_progress) as advance,
     ):
         encoded = _encode_in_order(request, sources, tokenizer, advance)
         head = list(itertools.islice(encoded, 1))
-        # late: torch and megatron-core cost five seconds, which a typing error in --column need not wait
+        # late: importing torch and megatron-core takes five seconds; a wrong --column is reported before that
         from megatron_q3n.data.writer import PreparedWriter
 
         writer = PreparedWriter(folder, tokenizer)
@@ -81,7 +85,7 @@ def _check_output(request: Preparation) -> None:
         return
     if not (output / MANIFEST_FILE).is_file():
         raise UserError(
-            f"--output {output} exists and is not a prepared data set (no {MANIFEST_FILE}); it stays "
+            f"--output {output} exists and is not a prepared data set (no {MANIFEST_FILE}); it is left "
             "untouched. Choose another folder."
         )
     if not request.force:
@@ -91,7 +95,7 @@ def _check_output(request: Preparation) -> None:
 
 
 def _settings(request: Preparation) -> Settings:
-    """Return what the result depends on beside the sources; the number of workers is not among it."""
+    """Return the settings that determine the result besides the sources; the number of workers is not one of them."""
     trained = request.train_tokenizer is not None
     return {
         "format": request.format,
@@ -102,10 +106,10 @@ def _settings(request: Preparation) -> Settings:
     }
 
 
-def _tokenizer(request: Preparation, sources: list[Source]) -> TextTokenizer:
+def _load_or_train_tokenizer(request: Preparation, sources: list[Source]) -> TextTokenizer:
     if request.tokenizer is not None:
         return TextTokenizer.load(request.tokenizer, request.eod_token)
-    assert request.train_tokenizer is not None, "the door asks for one of the two"
+    assert request.train_tokenizer is not None, "the command line requires one of the two"
     texts = _texts(sources, request.column)
     sample = _first_bytes(texts, request.tokenizer_sample_mib * 2**20)
     return train_bpe(sample, request.train_tokenizer)
@@ -118,17 +122,17 @@ def _texts(sources: list[Source], column: str) -> Iterator[str]:
 
 
 def _first_bytes(texts: Iterator[str], limit_bytes: int) -> Iterator[str]:
-    """Yield texts until they add up to the limit."""
-    taken = 0
+    """Yield texts until their UTF-8 bytes reach the limit."""
+    num_bytes = 0
     for text in texts:
         yield text
-        taken += len(text.encode("utf-8"))
-        if taken >= limit_bytes:
+        num_bytes += len(text.encode("utf-8"))
+        if num_bytes >= limit_bytes:
             return
 
 
 def _batches(sources: list[Source], column: str) -> Iterator[tuple[list[RawDocument], int]]:
-    """Group documents, over file borders too; with each group, the bytes of input read when it is full."""
+    """Yield batches of documents, across file boundaries, each with the bytes of input read so far."""
     batch: list[RawDocument] = []
     size = done_bytes = 0
     for source in sources:
@@ -146,7 +150,7 @@ def _batches(sources: list[Source], column: str) -> Iterator[tuple[list[RawDocum
 def _encode_in_order(
     request: Preparation, sources: list[Source], tokenizer: TextTokenizer, advance: Advance
 ) -> Iterator[EncodedDocuments]:
-    """Encode all batches on the worker processes (in this one, if one is enough), results in input order."""
+    """Yield the tokenized batches in input order, from worker processes, or from this one with one worker."""
     workers = request.workers or os.cpu_count() or 1
     column = request.column
     if workers == 1:
@@ -161,28 +165,30 @@ def _encode_in_order(
             for batch, position in _batches(sources, column):
                 pending.append((pool.submit(_encode_on_worker, batch), position))
                 if len(pending) >= workers * _BATCHES_PER_WORKER:
-                    yield from _oldest(pending, advance)
+                    yield from _pop_oldest(pending, advance)
             while pending:
-                yield from _oldest(pending, advance)
-        finally:  # after an error nobody waits for the rest
+                yield from _pop_oldest(pending, advance)
+        finally:
+            # after an error the remaining batches are cancelled
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _oldest(pending: deque[tuple[Future[EncodedDocuments], int]], advance: Advance) -> Iterator[EncodedDocuments]:
+def _pop_oldest(pending: deque[tuple[Future[EncodedDocuments], int]], advance: Advance) -> Iterator[EncodedDocuments]:
     future, position = pending.popleft()
     yield future.result()
     advance(position)
 
 
 class _Worker:
-    """What a worker process keeps between batches."""
+    """Global state of a worker process, set once at its start."""
 
     tokenizer: TextTokenizer
     column: str
 
 
 def _start_worker(tokenizer: TextTokenizer, column: str) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already fill the cores
+    # one process per core already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _Worker.tokenizer = tokenizer
     _Worker.column = column
 
@@ -194,9 +200,9 @@ def _encode_on_worker(batch: list[RawDocument]) -> EncodedDocuments:
 
 @contextmanager
 def _progress(sources: list[Source], show: bool) -> Iterator[Advance]:
-    """Show a bar over the bytes of input on a terminal's stderr; elsewhere stay quiet."""
+    """Show a progress bar over the bytes of input if stderr is a terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     disable = not (show and console.is_terminal)
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=disable) as bar:
         task = bar.add_task("", total=sum(source.size_bytes for source in sources))

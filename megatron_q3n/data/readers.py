@@ -1,7 +1,7 @@
-"""Reading sources as a stream of raw documents, and raw documents as texts.
+"""Readers of text, JSONL, Parquet and Hugging Face datasets: streams of raw documents, and their parsing into text.
 
-The parent process streams raw documents (a JSON line stays a line); worker processes parse them with
-`text_of`. Every error names the file and the line or row.
+The parent process streams raw documents (a JSON line is not parsed); worker processes parse them with `text_of`. Every
+error names the file and the line or row.
 """
 
 import io
@@ -15,25 +15,29 @@ from megatron_q3n.config import UserError, suggest
 from megatron_q3n.data.decompression import DAMAGE, ByteStream, unreadable
 from megatron_q3n.data.sources import Source
 
-# A text file beyond this is cut into several documents at line ends, so that memory stays bounded.
+# A longer text file is split into several documents at line ends, so that memory stays bounded.
 MAX_DOCUMENT_CHARACTERS = 16 * 2**20
 _MAX_LINE_BYTES = 2**28
-_ROWS_AT_ONCE = 256
+_ROWS_PER_BATCH = 256
 
 
 class RawDocument(NamedTuple):
-    """A document as it was read."""
+    """A document before parsing.
+
+    number: line of a JSONL file, row of a table, or chunk of a text file, from 1. payload: a JSON line, or the text
+    itself. position: bytes of the source consumed so far, on disk.
+    """
 
     path: Path
-    number: int  # line of a JSONL file, row of a table, piece of a text file; from 1
-    payload: bytes | str  # a JSON line, or the text itself
-    position: int  # bytes of the source consumed so far, on disk
+    number: int
+    payload: bytes | str
+    position: int
 
 
 def read_documents(source: Source, column: str) -> Iterator[RawDocument]:
     """Stream the documents of one source; `column` is the field of tables.
 
-    Raises: UserError for what cannot be decoded, and for a column that is not there.
+    Raises: UserError for a file that cannot be decoded, or a missing column.
     """
     match source.format:
         case "text":
@@ -49,8 +53,8 @@ def read_documents(source: Source, column: str) -> Iterator[RawDocument]:
 def text_of(document: RawDocument, column: str) -> str:
     """Return the text of a raw document.
 
-    Raises: UserError for a line that is not a JSON object with a string in `column`, and for a lone
-        surrogate, which no tokenizer can spell.
+    Raises: UserError for a line that is not a JSON object with a string in `column`, or for a lone surrogate, which
+        UTF-8 cannot encode.
     """
     text = document.payload
     if isinstance(text, bytes):
@@ -79,7 +83,7 @@ def _json_text(document: RawDocument, column: str) -> str:
 
 
 def _bad_line(document: RawDocument, problem: str) -> UserError:
-    return UserError(f"{document.path} line {document.number}: {problem}. Mend or remove the line.")
+    return UserError(f"{document.path} line {document.number}: {problem}. Correct or remove the line.")
 
 
 def _no_column(column: str, known: list[str]) -> str:
@@ -92,13 +96,15 @@ def _read_text(source: Source) -> Iterator[RawDocument]:
     try:
         text = io.TextIOWrapper(stream.bytes, encoding="utf-8", errors="strict", newline="")
         for number in itertools.count(1):
-            piece = text.read(MAX_DOCUMENT_CHARACTERS)
-            piece += text.readline(_MAX_LINE_BYTES) if len(piece) == MAX_DOCUMENT_CHARACTERS else ""
-            if "\0" in piece:
-                raise UserError(f"{source.path}: holds NUL characters, so it is binary, not text.")
-            if not piece and number > 1:
+            chunk = text.read(MAX_DOCUMENT_CHARACTERS)
+            chunk += text.readline(_MAX_LINE_BYTES) if len(chunk) == MAX_DOCUMENT_CHARACTERS else ""
+            if "\0" in chunk:
+                raise UserError(
+                    f"{source.path}: holds NUL characters, so it is binary, not text. Leave it out of the input."
+                )
+            if not chunk and number > 1:
                 return
-            yield RawDocument(source.path, number, piece, stream.position())
+            yield RawDocument(source.path, number, chunk, stream.position())
     except UnicodeDecodeError as error:
         raise UserError(
             f"{source.path}: not UTF-8 text (byte 0x{error.object[error.start]:02x}: {error.reason}). "
@@ -116,7 +122,7 @@ def _read_jsonl(source: Source) -> Iterator[RawDocument]:
         for number in itertools.count(1):
             line = stream.bytes.readline(_MAX_LINE_BYTES)
             if len(line) == _MAX_LINE_BYTES:
-                raise UserError(f"{source.path} line {number}: longer than {_MAX_LINE_BYTES >> 20} MiB; not JSONL?")
+                raise UserError(f"{source.path} line {number}: longer than {_MAX_LINE_BYTES >> 20} MiB; is it JSONL?")
             if not line:
                 return
             if not line.isspace():
@@ -141,14 +147,15 @@ def _rows(source: Source, batches: Iterator[list[Any]], num_rows: int, column: s
 
 
 def _read_parquet(source: Source, column: str) -> Iterator[RawDocument]:
-    import pyarrow as pa  # late: only this format needs it, and it costs up to a second
+    # late: only this format needs it, and the import takes up to a second
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(source.path) as table:
             if column not in table.schema_arrow.names:
                 raise UserError(f"{source.path}: {_no_column(column, table.schema_arrow.names)}.")
-            batches = table.iter_batches(_ROWS_AT_ONCE, columns=[column])
+            batches = table.iter_batches(_ROWS_PER_BATCH, columns=[column])
             lists = (batch.column(0).to_pylist() for batch in batches)
             yield from _rows(source, lists, table.metadata.num_rows, column)
     except (pa.ArrowException, OSError) as error:
@@ -156,7 +163,8 @@ def _read_parquet(source: Source, column: str) -> Iterator[RawDocument]:
 
 
 def _read_saved_dataset(source: Source, column: str) -> Iterator[RawDocument]:
-    import datasets  # late: only this format needs it, and it costs two seconds
+    # late: only this format needs it, and the import takes two seconds
+    import datasets
     import pyarrow as pa
 
     try:
@@ -165,5 +173,5 @@ def _read_saved_dataset(source: Source, column: str) -> Iterator[RawDocument]:
         raise unreadable(source, error) from None
     if column not in table.column_names:
         raise UserError(f"{source.path}: {_no_column(column, table.column_names)}.")
-    batches = table.select_columns([column]).iter(_ROWS_AT_ONCE)
+    batches = table.select_columns([column]).iter(_ROWS_PER_BATCH)
     yield from _rows(source, (batch[column] for batch in batches), len(table), column)

@@ -1,7 +1,7 @@
-"""Finding the input of a preparation: files, globs and folders become a sorted list of checked sources.
+"""Input discovery for data preparation: files, globs and folders, resolved to a sorted list of checked sources.
 
-Everything that can be refused from names, sizes and the first bytes is refused here, before any worker
-or heavy import starts. Reading the sources is `readers`' part.
+Errors that names and sizes reveal are raised here, before a worker process or a slow import starts. `readers.py` reads
+the sources.
 """
 
 import glob
@@ -38,56 +38,57 @@ class Source:
     path: Path
     format: Format
     compression: Compression | None
-    size_bytes: int  # on disk
+    size_bytes: int
 
 
-def find_sources(inputs: Sequence[str], wanted: Format | None = None) -> list[Source]:
-    """Return the sources that files, globs and folders name, sorted by path within each input.
+def find_sources(inputs: Sequence[str], format: Format | None = None) -> list[Source]:
+    """Return the sources of files, globs and folders, sorted by path within each input.
 
-    `wanted` says how to read files whose name does not tell, and limits folders to such files.
+    `format` is the format of files whose suffix is unknown, and selects the files of folders.
 
-    Raises: UserError for a path that is missing, given twice, empty, of no known format, or of one whose
+    Raises: UserError for a path that is missing, given twice, empty, of an unknown format, or of a format whose
         package is not installed.
     """
-    sources = [source for given in inputs for source in _expand(given, wanted)]
-    seen: set[Path] = set()
+    sources = [source for argument in inputs for source in _expand(argument, format)]
+    unique: set[Path] = set()
     for source in sources:
         _check_packages(source)
-        if source.path.resolve() in seen:
+        if source.path.resolve() in unique:
             raise UserError(
-                f"input {source.path} is given twice. Give it once; to weigh data sets, prepare them "
-                "apart and blend them with data.train weights."
+                f"input {source.path} is given twice. Give it once; to weight data sets, prepare them "
+                "separately and blend them with data.train weights."
             )
-        seen.add(source.path.resolve())
+        unique.add(source.path.resolve())
     if not sum(source.size_bytes for source in sources):
-        raise UserError(f"input {', '.join(inputs)}: only empty files.")
+        raise UserError(f"input {', '.join(inputs)}: only empty files. Check the paths.")
     return sources
 
 
 def _check_packages(source: Source) -> None:
     for package in _PACKAGES.get(source.format, ()):
         spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:  # a folder of that name here has no origin
+        # a folder of that name in the working directory is a namespace package, without an origin
+        if spec is None or spec.origin is None:
             raise UserError(
                 f"input {source.path}: reading {source.format} needs {package}, which is not installed. "
                 f"pip install {package}, or give the texts as JSONL or text files."
             )
 
 
-def _expand(given: str, wanted: Format | None) -> Iterable[Source]:
-    path = Path(given).expanduser()
+def _expand(argument: str, format: Format | None) -> Iterable[Source]:
+    path = Path(argument).expanduser()
     if path.is_dir():
-        return _in_folder(path, wanted)
+        return _folder_sources(path, format)
     if path.exists():
-        return [_source(path, wanted)]
+        return [_file_source(path, format)]
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not matches:
-        raise UserError(f"input {given}: no such file or folder, and as a pattern it matches nothing.")
-    return [source for match in matches for source in _expand(str(match), wanted)]
+        raise UserError(f"input {argument}: no such file or folder, and as a glob pattern it matches nothing.")
+    return [source for match in matches for source in _expand(str(match), format)]
 
 
-def _in_folder(folder: Path, wanted: Format | None) -> list[Source]:
-    """Return a saved dataset as itself, else every file below with a known name (and the wanted format)."""
+def _folder_sources(folder: Path, format: Format | None) -> list[Source]:
+    """Return a saved dataset as one source, else every file below the folder with a known suffix (and format)."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(child.name for child in folder.iterdir() if child.is_dir())
         raise UserError(
@@ -97,41 +98,41 @@ def _in_folder(folder: Path, wanted: Format | None) -> list[Source]:
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         size = sum(file.stat().st_size for file in folder.glob("*.arrow"))
         return [Source(folder.absolute(), "dataset", None, size)]
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not _hidden(file, folder))
-    chosen = [file for file in files if _kind(file)[0] and wanted in (None, _kind(file)[0])]
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file, folder))
+    chosen = [file for file in files if _parse_suffix(file)[0] and format in (None, _parse_suffix(file)[0])]
     if not chosen:
         raise UserError(
-            f"input {folder}: none of its {len(files)} files is {wanted or 'of a known format'} "
+            f"input {folder}: none of its {len(files)} files is {format or 'of a known format'} "
             f"({', '.join(_FORMAT_OF_SUFFIX)}, each also .gz or .zst). Name files with a glob and --format."
         )
-    return [_source(file, None) for file in chosen]
+    return [_file_source(file, None) for file in chosen]
 
 
-def _hidden(file: Path, folder: Path) -> bool:
+def _is_hidden(file: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
-def _kind(path: Path) -> tuple[Format | None, Compression | None]:
-    """Read format and compression off a file's name."""
+def _parse_suffix(path: Path) -> tuple[Format | None, Compression | None]:
+    """Return format and compression according to a file's suffixes."""
     compression = _COMPRESSION_OF_SUFFIX.get(path.suffix.lower())
     stem = path.with_suffix("") if compression else path
     return _FORMAT_OF_SUFFIX.get(stem.suffix.lower()), compression
 
 
-def _source(path: Path, wanted: Format | None) -> Source:
-    named, compression = _kind(path)
-    chosen = wanted or named
-    if chosen is None:
+def _file_source(path: Path, format: Format | None) -> Source:
+    suffix_format, compression = _parse_suffix(path)
+    format = format or suffix_format
+    if format is None:
         raise UserError(
-            f"input {path}: its name does not tell the format. Known are {', '.join(_FORMAT_OF_SUFFIX)} "
-            "(each also .gz or .zst); else say --format text, jsonl or parquet."
+            f"input {path}: its name does not tell the format. Known suffixes are {', '.join(_FORMAT_OF_SUFFIX)} "
+            "(each also .gz or .zst); for other names give --format text, jsonl or parquet."
         )
-    if chosen == "parquet" and compression:
-        raise UserError(f"input {path}: unpack it first; parquet compresses by itself.")
-    if chosen == "dataset":
-        raise UserError(f"input {path}: --format dataset takes a folder that save_to_disk wrote.")
+    if format == "parquet" and compression:
+        raise UserError(f"input {path}: unpack it first; parquet files are compressed internally.")
+    if format == "dataset":
+        raise UserError(f"input {path}: --format dataset needs a folder written by save_to_disk.")
     try:
         with path.open("rb"):
-            return Source(path.absolute(), chosen, compression, path.stat().st_size)
+            return Source(path.absolute(), format, compression, path.stat().st_size)
     except OSError as error:
-        raise UserError(f"input {path}: cannot be read ({error.strerror}).") from None
+        raise UserError(f"input {path}: cannot be read ({error.strerror}). Check the path and permissions.") from None

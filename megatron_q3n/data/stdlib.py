@@ -1,13 +1,13 @@
-"""The default corpus: the Python standard library's own source, present wherever this code runs.
+"""Default corpus: the source code of the Python standard library, which needs no download.
 
-Real text with no download. It is split by file, so that validation text was never seen, and tokenised by
-a BPE trained on the library's train files alone; both are cached per Python version. Left out are test suites and
-what is not prose or code written by people: character tables (`encodings`), rendered documentation
-(`pydoc_data`), and files that differ from build to build (`config-*`, `_sysconfigdata_*`).
+The split is by file, so that validation files are not in the training data. The tokenizer is a BPE trained on the
+library's training files alone; both are cached per Python version. Excluded are test suites and generated files:
+character tables (`encodings`), rendered documentation (`pydoc_data`), and build-dependent files (`config-*`,
+`_sysconfigdata_*`).
 
-Two million tokens are soon read. Installed packages may be added: torch and transformers are ten times as much. They
-are split by folder, for what lies together is often alike; still, transformers' models are near copies of each other
-across folders, so a loss on text held out of it flatters.
+The library has about two million tokens. Installed packages may be added: torch and transformers have ten times as
+many. They are split by folder, since files of one folder are often similar. transformers' models are near copies of
+each other across folders as well, so a validation loss on transformers is too low.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ from megatron_q3n.data.folders import cache_root, publish
 from megatron_q3n.data.manifest import Settings, SourceRecord, verify_prepared
 from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
 
-# Raise when the same sources would give other tokens: it is part of the cache key.
+# part of the cache key: raise it when the same sources would give other tokens
 _PREPARATION_VERSION = 1
-_FILES_AT_ONCE = 64
+_FILES_PER_BATCH = 64
 
 _SKIPPED_FOLDERS = {
     "__pycache__",
@@ -47,7 +47,7 @@ _SKIPPED_PREFIXES = ("config-", "_sysconfigdata_")
 
 @dataclass(frozen=True)
 class StdlibCorpus:
-    """Two prepared folders."""
+    """The prepared folders of training and validation."""
 
     train: Path
     validation: Path
@@ -55,15 +55,15 @@ class StdlibCorpus:
 
 @dataclass(frozen=True)
 class Source:
-    """A file of the corpus: its name in it, and what decides whether it is held out."""
+    """A file of the corpus, its name in the corpus, and the path (`unit`) whose hash decides the split."""
 
     path: Path
     name: str
     unit: str
 
 
-def corpus_of(data: DataConfig) -> StdlibCorpus:
-    """Prepare the corpus that a configuration describes, or find it in the cache; see `prepare_stdlib`."""
+def load_stdlib_corpus(data: DataConfig) -> StdlibCorpus:
+    """Return the corpus of a configuration, prepared first if the cache has none; see `prepare_stdlib`."""
     return prepare_stdlib(
         cache_root(data.cache_dir),
         data.stdlib_vocab_size,
@@ -73,7 +73,7 @@ def corpus_of(data: DataConfig) -> StdlibCorpus:
 
 
 def stdlib_files(root: Path | None = None) -> list[Path]:
-    """Return the corpus files below a standard library folder (this Python's own), sorted.
+    """Return the corpus files below a standard library folder (default: of this Python), sorted.
 
     Raises: UserError if there is no source, as in a zipped or stripped Python.
     """
@@ -88,24 +88,24 @@ def stdlib_files(root: Path | None = None) -> list[Path]:
 
 
 def package_files(package: str) -> list[Source]:
-    """Return the source files of an installed package, which is found but not imported.
+    """Return the source files of an installed package, without importing it.
 
     Raises: UserError if it is not installed, or is not a folder of Python source.
     """
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    folders = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
-    found = [
+    folders = [Path(location) for location in (spec and spec.submodule_search_locations) or []]
+    sources = [
         Source(file, name, name.rpartition("/")[0])
         for folder in folders
         for file in _python_files(folder)
         for name in [f"{package}/{file.relative_to(folder).as_posix()}"]
     ]
-    if not found:
+    if not sources:
         raise UserError(
             f"data.stdlib_packages: {package} is not installed here as a folder of Python source; name packages as "
             "they are imported, e.g. [torch, transformers], or leave it out."
         )
-    return found
+    return sources
 
 
 def _python_files(root: Path) -> list[Path]:
@@ -121,7 +121,7 @@ def _python_files(root: Path) -> list[Path]:
 
 
 def is_validation(relative: str, percent: float) -> bool:
-    """Say whether a file or folder is held out: a stable function of its path below the library's root."""
+    """Return whether a file or folder is held out, by a hash of its path below the library's root."""
     digest = hashlib.sha256(relative.encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < percent / 100
 
@@ -129,9 +129,9 @@ def is_validation(relative: str, percent: float) -> bool:
 def prepare_stdlib(
     cache: Path, vocab_size: int, validation_percent: float, root: Path | None = None, packages: Sequence[str] = ()
 ) -> StdlibCorpus:
-    """Prepare the corpus in the cache, or find it there.
+    """Return the corpus from the cache, prepared first if it is absent.
 
-    Safe when several processes do it at once: the folder appears when complete, and the first one stays.
+    Safe for several processes at once: the folder is renamed into place when complete, and the first one is kept.
 
     Raises: UserError if the cache cannot be written or is damaged, if no file is held out, or if a package is not
         installed.
@@ -153,7 +153,7 @@ def prepare_stdlib(
 
 
 def _key(files: list[Source], vocab_size: int, validation_percent: float) -> str:
-    """Name a corpus by all it depends on; the listing tells apart two builds of one Python version."""
+    """Return the cache key of a corpus; the file listing distinguishes two builds of one Python version."""
     listing = [(file.name, file.path.stat().st_size) for file in files]
     identity = json.dumps([_PREPARATION_VERSION, vocab_size, validation_percent, listing])
     digest = hashlib.sha256(identity.encode("utf-8")).hexdigest()
@@ -168,22 +168,22 @@ def _build(folder: Path, files: list[Source], added: list[Source], vocab_size: i
             f"{len(split[False])} for training and {len(split[True])} for validation; choose another share."
         )
     tokenizer = train_bpe(split[False].values(), vocab_size)
-    more = _split(added, validation_percent)
+    added_split = _split(added, validation_percent)
     packages = sorted({source.name.partition("/")[0] for source in added})
-    read = sum(len(part) for half in (split, more) for part in half.values())
+    num_decoded = sum(len(texts) for halves in (split, added_split) for texts in halves.values())
     settings: Settings = {
         "corpus": ", ".join([f"standard library of Python {platform.python_version()}", *packages]),
         "stdlib_vocab_size": vocab_size,
         "stdlib_validation_percent": validation_percent,
-        "num_files_not_utf8": len(files) + len(added) - read,
+        "num_files_not_utf8": len(files) + len(added) - num_decoded,
     }
     with publish(folder, setting="data.cache_dir") as temporary:
         for held_out, name in ((False, "train"), (True, "validation")):
-            _write(temporary / name, tokenizer, split[held_out] | more[held_out], settings)
+            _write(temporary / name, tokenizer, split[held_out] | added_split[held_out], settings)
 
 
 def _split(files: list[Source], percent: float) -> dict[bool, dict[Path, str]]:
-    """Return the texts of the files for training (False) and of those held out (True)."""
+    """Return the texts of the training files (False) and of the held-out files (True)."""
     split: dict[bool, dict[Path, str]] = {False: {}, True: {}}
     for file in files:
         text = _read(file.path)
@@ -193,7 +193,7 @@ def _split(files: list[Source], percent: float) -> dict[bool, dict[Path, str]]:
 
 
 def _read(file: Path) -> str | None:
-    """Return the text with its line ends as they are, or None if it is not UTF-8."""
+    """Return the text with unchanged line ends, or None if it is not UTF-8."""
     try:
         return file.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
@@ -201,12 +201,12 @@ def _read(file: Path) -> str | None:
 
 
 def _write(folder: Path, tokenizer: TextTokenizer, texts: dict[Path, str], settings: Settings) -> None:
-    # late: five seconds of imports that a warm cache does without
+    # late: these imports take five seconds, and a cached corpus does not need them
     from megatron_q3n.data.writer import PreparedWriter
 
     folder.mkdir()
     writer = PreparedWriter(folder, tokenizer)
-    for batch in itertools.batched(texts.values(), _FILES_AT_ONCE):
+    for batch in itertools.batched(texts.values(), _FILES_PER_BATCH):
         writer.add(encode_documents(tokenizer, batch))
     sources = [SourceRecord(path=str(file), size_bytes=file.stat().st_size) for file in texts]
     writer.finish(sources, settings)

@@ -1,11 +1,10 @@
-"""Byte-level BPE tokenizers: loading, training, and what each token is worth in bytes.
+"""Byte-level BPE tokenizers: loading, training, and the number of UTF-8 bytes of each token.
 
-Only byte-level tokenizers are taken (GPT-2, Llama 3, Qwen, and those trained here): every text has a
-spelling in them, and every token stands for a known number of UTF-8 bytes, which is what lets losses of
-different vocabularies be compared in bits per byte.
+Only byte-level tokenizers are supported (GPT-2, Llama 3, Qwen, and those of `train_bpe`): they encode every text, and
+every token has a known number of UTF-8 bytes, so that losses of different vocabularies compare in bits per byte.
 
-Text never becomes a control token: a document that holds the characters "<|endoftext|>" is spelled out
-in ordinary tokens, so that only this code decides where a document ends.
+Text never becomes a control token: the characters "<|endoftext|>" in a document are encoded as ordinary tokens, so that
+the end-of-document token appears only where this code adds it.
 """
 
 import hashlib
@@ -24,21 +23,21 @@ from megatron_q3n.config import UserError, suggest
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_DOCUMENT = "<|endoftext|>"
 
-# Names under which published tokenizers carry their end-of-document token, most telling first. In
-# Qwen's chat models eos_token is <|im_end|>, the end of a turn: the name decides before that setting.
+# Names of the end-of-document token in published tokenizers, in order of preference. They take precedence over
+# eos_token, which in Qwen's chat models is <|im_end|>, the end of a turn.
 _KNOWN_END_OF_DOCUMENT = (END_OF_DOCUMENT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")
 
-# A line break goes with the blank lines before it and the indentation after it, so that in Python
-# source one token can say "next line, two levels in". Then, as in GPT-2, words, numbers and
-# punctuation each with at most one leading space, and other blanks. Every text is covered.
+# A line break is joined with the blank lines before it and the indentation after it, so that in Python source one token
+# can be a new line with its indentation. Then, as in GPT-2, words, numbers and punctuation, each with at most one
+# leading space, and other white space. The pattern covers every text.
 _SPLIT = r"\s*\n[ \t]*| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+"
 
 
 class TextTokenizer:
     """A byte-level tokenizer with an end-of-document token.
 
-    The properties `eod`, `pad`, `unique_identifiers` and `special_tokens_dict` are what megatron-core's
-    datasets ask of a tokenizer.
+    The properties `eod`, `pad`, `unique_identifiers` and `special_tokens_dict` are the tokenizer interface of
+    megatron-core's datasets.
     """
 
     def __init__(self, content: dict[str, Any], eod_token: str) -> None:
@@ -51,14 +50,14 @@ class TextTokenizer:
         self.eod: int = eod
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the content: the library's own pickle forgets `encode_special_tokens`."""
+        """Pickle the content: the library's own pickle loses `encode_special_tokens`."""
         return TextTokenizer, (json.loads(self._canonical), self.eod_token)
 
     @classmethod
     def load(cls, path: str | Path, eod_token: str | None = None) -> "TextTokenizer":
         """Load a tokenizer.json, or the one in a folder.
 
-        `eod_token` names the end-of-document token where the known names do not tell.
+        `eod_token` is the name of the end-of-document token; None searches the known names.
 
         Raises: UserError if it is missing, damaged, not byte-level, or has no end-of-document token.
         """
@@ -67,7 +66,8 @@ class TextTokenizer:
         eod_token = _find_eod_token(file, content, eod_token)
         try:
             return cls(content, eod_token)
-        except Exception as error:  # the library raises bare Exception for anything it dislikes
+        # the library raises bare Exception for every invalid file
+        except Exception as error:
             raise UserError(
                 f"tokenizer {file}: the tokenizers library refuses it ({error}). Give a file that "
                 "this version of the library can read."
@@ -83,16 +83,16 @@ class TextTokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of the ids; special tokens show by name, broken UTF-8 as U+FFFD."""
+        """Return the text of the ids; special tokens appear by name, invalid UTF-8 as U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def id_of(self, token: str) -> int | None:
-        """Return the id of a token by its name in the vocabulary, special ones too; None if there is none."""
+        """Return the id of a token of the vocabulary or of the special tokens; None if there is none."""
         return self._backend.token_to_id(token)
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
-        """Ids of every special token, by name."""
+        """Id of every special token, by name."""
         added = self._backend.get_added_tokens_decoder()
         return {token.content: index for index, token in added.items() if token.special}
 
@@ -107,17 +107,17 @@ class TextTokenizer:
 
     @property
     def pad(self) -> int:
-        """The end-of-document id: rows are full, so nothing is padded in pretraining."""
+        """The end-of-document id: pretraining samples are full, so nothing is padded."""
         return self.eod
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the canonical tokenizer.json: the same for any layout of the same content."""
+        """SHA-256 (hex) of the canonical JSON of tokenizer.json: independent of the file's formatting."""
         return hashlib.sha256(self._canonical.encode("utf-8")).hexdigest()
 
     @property
     def unique_identifiers(self) -> "OrderedDict[str, Any]":
-        """What megatron-core mixes into the names of its cached indices."""
+        """Values that megatron-core hashes into the names of its cached index files."""
         return OrderedDict(fingerprint=self.fingerprint, eod=self.eod)
 
     @property
@@ -134,25 +134,25 @@ class TextTokenizer:
         alphabet = set(pre_tokenizers.ByteLevel.alphabet())
         num_bytes_V = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
-            if token not in special:  # one character of the byte alphabet stands for one byte
-                spelled = alphabet.issuperset(token)
-                num_bytes_V[index] = len(token) if spelled else len(token.encode("utf-8"))
+            if token not in special:
+                # one character of the byte alphabet stands for one byte
+                is_byte_level = alphabet.issuperset(token)
+                num_bytes_V[index] = len(token) if is_byte_level else len(token.encode("utf-8"))
         return num_bytes_V
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, single_digits: bool = False) -> TextTokenizer:
-    """Train a byte-level BPE with one special token, <|endoftext|> (id 0); the same texts give the same one.
+    """Train a byte-level BPE with one special token, <|endoftext|> (id 0); deterministic in the texts.
 
-    `single_digits` makes each digit a token of its own, as Qwen's tokenizer does.
+    `single_digits` makes each digit a separate token, as in Qwen's tokenizer. The vocabulary is smaller than
+    `vocab_size` when the texts hold too few repeated pairs.
 
-    The vocabulary is smaller than asked for when the texts hold too few repeated pairs.
-
-    Raises: UserError for a vocabulary that cannot hold the 256 bytes and the special token.
+    Raises: UserError for a vocab_size below the 256 bytes and the special token.
     Reference: Sennrich et al. 2016, arXiv 1508.07909; byte level: Radford et al. 2019 (GPT-2).
     """
     if vocab_size < 257:
         raise UserError(
-            f"a BPE vocabulary of {vocab_size} cannot hold the 256 bytes and {END_OF_DOCUMENT}; ask for 257 or more."
+            f"a BPE vocabulary of {vocab_size} cannot hold the 256 bytes and {END_OF_DOCUMENT}; use 257 or more."
         )
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     splitter = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
@@ -171,7 +171,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, single_digits: bool = Fa
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """Return the tokenizer.json that a path means: itself, or the one in that folder.
+    """Return the tokenizer.json of a path: the file itself, or the one in that folder.
 
     Raises: UserError if there is none.
     """
@@ -186,24 +186,26 @@ def tokenizer_file(path: str | Path) -> Path:
 
 
 def fingerprint_of(path: str | Path) -> str:
-    """Return the fingerprint of a tokenizer without building it."""
+    """Return the fingerprint of a tokenizer.json without building the tokenizer."""
     canonical = _canonical(_read_tokenizer(tokenizer_file(path)))
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
 
 def _canonical(content: dict[str, Any]) -> str:
-    """Spell the content in one way; truncation and padding, which would cut documents, are left out."""
-    kept = content | {"truncation": None, "padding": None}
-    return json.dumps(kept, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    """Return canonical JSON of the content, without truncation and padding, which would cut documents."""
+    cleaned = content | {"truncation": None, "padding": None}
+    return json.dumps(cleaned, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}). Fetch or make it again.") from None
+        raise UserError(f"{file}: not JSON ({error}). Download or create the file again.") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file}: holds a {type(content).__name__}, not a JSON object.")
+        raise UserError(
+            f"{file}: holds a {type(content).__name__}, not a JSON object. Download or create the file again."
+        )
     return content
 
 
@@ -213,28 +215,28 @@ def _read_tokenizer(file: Path) -> dict[str, Any]:
     if "ByteLevel" not in {part.get("type") for part in [decoder, *decoder.get("decoders", [])]}:
         raise UserError(
             f"tokenizer {file}: its decoder is {decoder.get('type')}, not ByteLevel. Only byte-level "
-            "tokenizers (GPT-2, Llama 3, Qwen, --train-tokenizer) spell every text and count its bytes."
+            "tokenizers (GPT-2, Llama 3, Qwen, --train-tokenizer) are supported: they encode every text."
         )
     return content
 
 
-def _find_eod_token(file: Path, content: dict[str, Any], wanted: str | None) -> str:
-    """Return the name of the end-of-document token: the wanted one, a known one, or the folder's eos_token."""
-    known = {token["content"] for token in content.get("added_tokens", [])}
-    for name in [wanted] if wanted else [*_KNOWN_END_OF_DOCUMENT, _configured_eos(file.parent)]:
-        if name in known:
+def _find_eod_token(file: Path, content: dict[str, Any], requested: str | None) -> str:
+    """Return the name of the end-of-document token: the requested one, a known one, or the folder's eos_token."""
+    added = {token["content"] for token in content.get("added_tokens", [])}
+    for name in [requested] if requested else [*_KNOWN_END_OF_DOCUMENT, _configured_eos(file.parent)]:
+        if name in added:
             return str(name)
-    found = f"has no token {wanted!r}" if wanted else "no known end-of-document token"
-    hint = suggest(wanted, known) if wanted else ""
-    some = ", ".join(sorted(known)[:20]) or "none"
+    problem = f"has no token {requested!r}" if requested else "no known end-of-document token"
+    hint = suggest(requested, added) if requested else ""
+    listed = ", ".join(sorted(added)[:20]) or "none"
     raise UserError(
-        f"tokenizer {file}: {found}.{hint} Name the token that ends a document (tools/prepare_data.py "
-        f"--eod-token NAME); this tokenizer's added tokens are: {some}."
+        f"tokenizer {file}: {problem}.{hint} Name the token that ends a document (tools/prepare_data.py "
+        f"--eod-token NAME); this tokenizer's added tokens are: {listed}."
     )
 
 
 def _configured_eos(folder: Path) -> str | None:
-    """Return eos_token of a tokenizer_config.json, if there is one beside the tokenizer."""
+    """Return eos_token of the tokenizer_config.json in a folder, if there is one."""
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return None

@@ -1,7 +1,7 @@
-"""Writing a prepared folder: megatron-core's indexed dataset, the tokenizer, the manifest.
+"""Writer of prepared folders: megatron-core's indexed dataset, the tokenizer, the manifest.
 
-The only file of the preparation that needs megatron-core (and with it torch, five seconds of imports);
-`prepare` loads it once the input has proved readable.
+The only file of the preparation that needs megatron-core (and with it torch, five seconds of imports); `prepare`
+imports it after the first batch of the input was read.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ from megatron_q3n.data.tokenizer import TextTokenizer
 
 
 class PreparedWriter:
-    """Fill an empty folder with documents, in the order of the `add` calls."""
+    """Writer of documents into an empty folder, in the order of the `add` calls."""
 
     def __init__(self, folder: Path, tokenizer: TextTokenizer) -> None:
         self.folder = folder
@@ -34,7 +34,7 @@ class PreparedWriter:
         self._builder = IndexedDatasetBuilder(str(folder / f"{DOCUMENTS}.bin"), dtype=np.dtype(self._dtype).type)
 
     def add(self, documents: EncodedDocuments) -> None:
-        """Append documents; one item and one document each, as GPTDataset expects."""
+        """Append documents, each one item and one document of the indexed dataset, as GPTDataset expects."""
         for ids in np.split(documents.ids, np.cumsum(documents.lengths)[:-1]):
             if len(ids):
                 self._builder.add_document(ids, [len(ids)])

@@ -1,5 +1,5 @@
-"""The only place that knows whether there is a GPU: backend, number formats, and the CPU shim for megatron-core."""
+"""Device selection: GPU or CPU, model backend, communication backend, and the patches of megatron-core for CPUs."""
 
-from megatron_q3n.device.facts import Device, choose_device, measured_matmul_flops, quiet_known_warnings
+from megatron_q3n.device.selection import Device, measured_matmul_flops, quiet_known_warnings, select_device
 
-__all__ = ["Device", "choose_device", "measured_matmul_flops", "quiet_known_warnings"]
+__all__ = ["Device", "measured_matmul_flops", "quiet_known_warnings", "select_device"]

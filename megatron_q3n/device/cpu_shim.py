@@ -1,9 +1,8 @@
-"""Let megatron-core run where there is no CUDA: the smallest set of replacements that its CPU path needs.
+"""CPU shim: patches of torch and megatron-core, so that megatron-core runs on machines without CUDA.
 
-megatron-core's distributed optimizer, schedules, checkpoints and datasets are device-neutral in
-substance, but name CUDA in their spelling (`device="cuda"`, `torch.cuda.current_device()`, a
-comparison with `'torch.cuda.FloatTensor'`). Each entry below names the site that needs it
-(megatron-core 0.19.2). Nothing here is installed where CUDA exists.
+megatron-core's distributed optimizer, schedules, checkpoints and datasets do not depend on the device, but name CUDA in
+their code (`device="cuda"`, `torch.cuda.current_device()`, a comparison with `'torch.cuda.FloatTensor'`). Each patch
+names the call site that needs it (megatron-core 0.19.2). Nothing is patched on machines with CUDA.
 """
 
 import contextlib
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.utils import _device as torch_device
 
 _CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ _FACTORIES = (
 
 
 class CpuEvent:
-    """Stand in for torch.cuda.Event: on a CPU everything recorded has already happened."""
+    """Replacement of torch.cuda.Event: on a CPU all recorded work has completed."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def record(self, *_: Any) -> None: ...
@@ -42,7 +42,7 @@ class CpuEvent:
     def synchronize(self) -> None: ...
 
     def query(self) -> bool:
-        """Say that the event has happened."""
+        """Return True: the event has completed."""
         return True
 
     def elapsed_time(self, _: "CpuEvent") -> float:
@@ -51,7 +51,7 @@ class CpuEvent:
 
 
 class CpuStream:
-    """Stand in for torch.cuda.Stream: a CPU process has one queue, its own program order."""
+    """Replacement of torch.cuda.Stream: a CPU process has one stream, its program order."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = _CPU
@@ -61,11 +61,11 @@ class CpuStream:
     def synchronize(self) -> None: ...
 
     def record_event(self, event: CpuEvent | None = None) -> CpuEvent:
-        """Return an event that has happened."""
+        """Return a completed event."""
         return event or CpuEvent()
 
     def query(self) -> bool:
-        """Say that all work is done."""
+        """Return True: all work is done."""
         return True
 
 
@@ -73,24 +73,26 @@ _installed = False
 
 
 def install() -> None:
-    """Install the replacements once; a no-op where CUDA exists."""
+    """Install the patches once; a no-op on machines with CUDA."""
     global _installed
     if _installed or torch.cuda.is_available():
         return
     _installed = True
-    # megatron-core takes Adam from these wherever they are installed, and theirs needs a GPU
-    # (optimizer/__init__.py:14, distrib_optimizer.py:24)
+    # megatron-core uses the Adam of these packages where they are installed, and it needs a GPU
+    # (megatron/core/optimizer/__init__.py:14, megatron/core/optimizer/distrib_optimizer.py:24)
     for name in ("transformer_engine", "apex"):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     _replace_cuda_calls()
     _replace_tensor_methods()
-    # torch lists its factories once, for `with torch.device(...)`: it must see the real ones
+    # torch lists its factory functions once, for `with torch.device(...)`: it must list the unpatched ones
     torch_device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    # megatron-core wraps small functions in torch.compile (jit.py); compiling them for a CPU costs minutes.
+    # megatron-core wraps small functions in torch.compile (megatron/core/jit.py); compiling them for a CPU costs
+    # minutes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    from torch import _dynamo  # late: it is slow, and only this path needs it
+    # late: the import is slow, and only CPU runs need it
+    from torch import _dynamo
 
     _dynamo.config.disable = True
     _patch_megatron()
@@ -108,7 +110,7 @@ def _replace_cuda_calls() -> None:
     cuda.current_stream = cuda.default_stream = lambda *_: stream
     cuda.stream = lambda _: contextlib.nullcontext()
     cuda.is_current_stream_capturing = lambda: False
-    # tensor_parallel/random.py:303-345,490 keep the model-parallel RNG in torch.cuda's generator
+    # megatron/core/tensor_parallel/random.py:303-345,490 keep the model-parallel RNG in torch.cuda's generator
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
@@ -124,7 +126,8 @@ def _replace_tensor_methods() -> None:
     plain_type = torch.Tensor.type
 
     def cuda_named_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # clip_grads.py:174, distrib_optimizer.py:401/466/758, optimizer.py:1009/1028 compare with 'torch.cuda.…Tensor'
+        # megatron/core/optimizer/clip_grads.py:174, megatron/core/optimizer/distrib_optimizer.py:401/466/758,
+        # megatron/core/optimizer/optimizer.py:1009/1028 compare with 'torch.cuda.…Tensor'
         named = plain_type(self, *args, **kwargs)
         return named.replace("torch.", "torch.cuda.", 1) if isinstance(named, str) else named
 
@@ -132,7 +135,10 @@ def _replace_tensor_methods() -> None:
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a tensor factory: device="cuda" means the CPU, and there is no pinned memory (rope_utils.py:62)."""
+    """Return a tensor factory with device="cuda" mapped to the CPU, and without pinned memory.
+
+    Pinned memory: megatron/core/models/common/embeddings/rope_utils.py:62.
+    """
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> Any:
@@ -147,8 +153,9 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_megatron() -> None:
-    """Replace the few megatron-core functions that reach for CUDA or TransformerEngine by name."""
-    from megatron.core.tensor_parallel import random  # late: only after the shim is in place
+    """Replace the megatron-core functions that use CUDA or TransformerEngine by name."""
+    # late: only after torch was patched
+    from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
@@ -165,8 +172,8 @@ def _patch_megatron() -> None:
     move = token_dispatcher.maybe_move_tensor_to_cpu
 
     def splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # token_dispatcher.py:927-943: a tensor already on the CPU stays a tensor, and gloo's
-        # all_to_all rejects it as splits
+        # megatron/core/transformer/moe/token_dispatcher.py:927-943: a tensor already on the CPU stays a tensor, and
+        # gloo's all_to_all rejects it as splits
         if as_numpy and torch.is_tensor(tensor):
             return tensor.numpy()
         return move(tensor, as_numpy=as_numpy, record_stream=False)
@@ -177,25 +184,27 @@ def _patch_megatron() -> None:
 
 
 def _patch_uneven_collectives() -> None:
-    """Gather and reduce-scatter parts of unequal length, which gloo cannot and NCCL can.
+    """Patch all-gather and reduce-scatter of unequal lengths, which NCCL supports and gloo does not.
 
-    Expert tensor parallelism over several expert-parallel ranks needs both (token_dispatcher.py:739).
+    Expert tensor parallelism over several expert-parallel ranks needs both
+    (megatron/core/transformer/moe/token_dispatcher.py:739).
     """
-    from megatron.core.tensor_parallel import mappings  # late, as above
+    # late, as above
+    from megatron.core.tensor_parallel import mappings
 
     even_gather = mappings._gather_along_first_dim
     even_scatter = mappings._reduce_scatter_along_first_dim
 
-    def gather(part: Any, group: Any, lengths: Any = None, use_global_buffer: bool = False) -> Any:
+    def gather(part: Any, group: ProcessGroup, lengths: Any = None, use_global_buffer: bool = False) -> Any:
         if group.size() == 1 or lengths is None:
             return even_gather(part, group, None, use_global_buffer)
         padded = part.new_zeros(max(lengths), *part.shape[1:])
         padded[: len(part)] = part
-        everyones = [torch.empty_like(padded) for _ in lengths]
-        torch.distributed.all_gather(everyones, padded, group=group)
-        return torch.cat([one[:length] for one, length in zip(everyones, lengths)])
+        gathered = [torch.empty_like(padded) for _ in lengths]
+        torch.distributed.all_gather(gathered, padded, group=group)
+        return torch.cat([part[:length] for part, length in zip(gathered, lengths)])
 
-    def reduce_scatter(whole: Any, group: Any, lengths: Any = None, use_global_buffer: bool = False) -> Any:
+    def reduce_scatter(whole: Any, group: ProcessGroup, lengths: Any = None, use_global_buffer: bool = False) -> Any:
         if group.size() == 1 or lengths is None:
             return even_scatter(whole, group, None, use_global_buffer)
         total = whole.clone()
@@ -206,20 +215,20 @@ def _patch_uneven_collectives() -> None:
     mappings._reduce_scatter_along_first_dim = reduce_scatter
 
 
-class _OneByOne:
-    """Stand in for torch's _coalescing_manager: start each collective by itself, wait for all of them."""
+class _SeparateCollectives:
+    """Replacement of torch's _coalescing_manager: starts each collective separately, and waits for all of them."""
 
-    _open: "_OneByOne | None" = None
+    _active: "_SeparateCollectives | None" = None
 
     def __init__(self, *_: Any, async_ops: bool = False, **__: Any) -> None:
         self.async_ops, self.works = async_ops, list[Any]()
 
-    def __enter__(self) -> "_OneByOne":
-        _OneByOne._open = self
+    def __enter__(self) -> "_SeparateCollectives":
+        _SeparateCollectives._active = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        _OneByOne._open = None
+        _SeparateCollectives._active = None
         if not self.async_ops:
             self.wait()
 
@@ -230,23 +239,24 @@ class _OneByOne:
 
 
 def _patch_coalescing() -> None:
-    """Keep collectives of several formats apart: gloo lays coalesced tensors end to end as if of one format.
+    """Run coalesced collectives separately: gloo concatenates coalesced tensors as if they had one dtype.
 
-    The parameters of a bf16 model's later pipeline chunks, bf16 and fp32 in one group, came back as
-    garbage (param_and_grad_buffer.py:485).
+    Otherwise parameters of a bf16 model's later pipeline chunks, bf16 and fp32 in one group, are gathered wrongly
+    (megatron/core/distributed/param_and_grad_buffer.py:485).
     """
-    from megatron.core.distributed import param_and_grad_buffer as buffers  # late, as above
+    # late, as above
+    from megatron.core.distributed import param_and_grad_buffer as buffers
 
-    def by_itself(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def separately(collective: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(collective)
         def start(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
-            if _OneByOne._open is None:
+            if _SeparateCollectives._active is None:
                 return collective(*args, async_op=async_op, **kwargs)
-            _OneByOne._open.works.append(collective(*args, async_op=True, **kwargs))
+            _SeparateCollectives._active.works.append(collective(*args, async_op=True, **kwargs))
             return None
 
         return start
 
-    buffers._coalescing_manager = _OneByOne
-    buffers.dist_all_gather_func = by_itself(buffers.dist_all_gather_func)
-    buffers.dist_reduce_scatter_func = by_itself(buffers.dist_reduce_scatter_func)
+    buffers._coalescing_manager = _SeparateCollectives
+    buffers.dist_all_gather_func = separately(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = separately(buffers.dist_reduce_scatter_func)

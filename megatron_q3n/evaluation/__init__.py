@@ -1,1 +1,1 @@
-"""Evaluation of a trained model: held-out loss, draft acceptance, recall, lm-evaluation-harness tasks."""
+"""Evaluation of a trained model: held-out loss, draft acceptance, copy recall, lm-evaluation-harness tasks."""

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, from local files, on a model in memory."""
+"""lm-evaluation-harness runs: tasks from local files, on a model in memory."""
 
 import importlib
 import os
@@ -7,50 +7,55 @@ from typing import Any
 from megatron_q3n.config import UserError
 from megatron_q3n.config.evaluate import EvaluateConfig
 from megatron_q3n.data.tokenizer import TextTokenizer
+from megatron_q3n.model.decode.protocols import DecodeModel
 from megatron_q3n.parallel import Parallel
 
 
-def run_tasks(model: Any, tokenizer: TextTokenizer, wanted: EvaluateConfig, group: Parallel) -> dict[str, Any]:
-    """Run the harness over local tasks. A collective call.
+def run_tasks(
+    model: DecodeModel, tokenizer: TextTokenizer, settings: EvaluateConfig, group: Parallel
+) -> dict[str, Any]:
+    """Run lm-evaluation-harness on the configured tasks. A collective call.
 
-    Returns: each task's numbers, on the leader.
+    Returns: the metrics of each task, on the leader; empty on other ranks.
 
-    Raises: UserError for a task that the folder does not have.
+    Raises: UserError for a task that is not in `evaluate.tasks_dir`.
     """
-    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # tasks' data are local files; nothing is asked of a hub
-    # late: optional, and seconds to import
+    # task data are local files; without this the datasets library contacts the Hugging Face hub
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    # imported here: the package is optional and takes seconds to import
     lm_eval, tasks = (importlib.import_module(name) for name in ("lm_eval", "lm_eval.tasks"))
-    harness = importlib.import_module("megatron_q3n.evaluation.harness")
-    manager = tasks.TaskManager(include_path=wanted.tasks_dir, include_defaults=False)
-    missing = [task for task in wanted.tasks if task not in manager.all_tasks]
+    harness = importlib.import_module("megatron_q3n.evaluation.harness_adapter")
+    manager = tasks.TaskManager(include_path=settings.tasks_dir, include_defaults=False)
+    missing = [task for task in settings.tasks if task not in manager.all_tasks]
     if missing:
         raise UserError(
-            f"evaluate.tasks: {wanted.tasks_dir} has no task {missing[0]}; it has "
+            f"evaluate.tasks: {settings.tasks_dir} has no task {missing[0]}; it has "
             f"{', '.join(sorted(manager.all_tasks)) or 'none'}."
         )
     adapter = harness.HarnessModel(
         model,
         tokenizer,
         group.groups.dp,
-        tokens_per_pass=wanted.batch_rows * wanted.context_tokens,
-        draft_depth=wanted.draft_depth,
+        tokens_per_pass=settings.batch_size * settings.context_tokens,
+        draft_depth=settings.draft_depth,
     )
-    found = lm_eval.simple_evaluate(
+    output = lm_eval.simple_evaluate(
         adapter,
-        tasks=list(wanted.tasks),
+        tasks=list(settings.tasks),
         task_manager=manager,
-        limit=wanted.task_limit,
-        num_fewshot=wanted.num_fewshot,
+        limit=settings.task_limit,
+        num_fewshot=settings.num_fewshot,
         log_samples=False,
         bootstrap_iters=0,
     )
-    if found is None:  # the harness gives its results to one process of a machine
+    # the harness returns its results in one process per machine
+    if output is None:
         return {}
-    return {task: _numbers(scores) for task, scores in found["results"].items()}
+    return {task: _numbers(scores) for task, scores in output["results"].items()}
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:
-    """Keep a task's numbers; the harness names them "acc,none"."""
+    """Return the numeric metrics of a task; the harness appends the filter name, as in "acc,none"."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in scores.items()

@@ -1,4 +1,4 @@
-"""What an evaluation found, as numbers with names: to the terminal, a file, and the run's report."""
+"""Evaluation results: named numbers for the terminal, evaluation.json and the run's report."""
 
 import math
 from pathlib import Path
@@ -9,26 +9,28 @@ import torch
 from megatron_q3n import run_directory
 from megatron_q3n.config import UserError
 from megatron_q3n.config.evaluate import EvaluateConfig
-from megatron_q3n.evaluation.held_out import Sums
+from megatron_q3n.evaluation.held_out_loss import EvaluationSums
 from megatron_q3n.metrics.report import write_report
 from megatron_q3n.metrics.report.run_files import EVALUATION_FILE
 
 RECALL_TASK = "repeat {length} tokens"
+# keys of evaluation.json
+KIND_LABELS = {"greedy": "greedy", "drawn": "sampled"}
 
 
-def set_results(sums: Sums, wanted: EvaluateConfig) -> dict[str, Any]:
-    """Turn sums into what is reported of a data set, whole and by stretch of positions."""
-    stretch = wanted.context_tokens // wanted.position_buckets
+def summarize_data_set(sums: EvaluationSums, settings: EvaluateConfig) -> dict[str, Any]:
+    """Return the results of one data set, in total and by position bucket."""
+    bucket_tokens = settings.context_tokens // settings.position_buckets
     results = _text_results(sums.text.sum(0).tolist())
-    if wanted.draft_depth:
+    if settings.draft_depth:
         results["drafts"] = _draft_results(sums.drafts.sum(0))
     results["by_position"] = []
-    for number in range(wanted.position_buckets):
-        found: dict[str, Any] = {"from": number * stretch, "to": (number + 1) * stretch}
-        found |= _text_results(sums.text[number].tolist())
-        if wanted.draft_depth and sums.drafts[number, 0, 0]:
-            found["drafts"] = _draft_results(sums.drafts[number])
-        results["by_position"].append(found)
+    for bucket in range(settings.position_buckets):
+        entry: dict[str, Any] = {"from": bucket * bucket_tokens, "to": (bucket + 1) * bucket_tokens}
+        entry |= _text_results(sums.text[bucket].tolist())
+        if settings.draft_depth and sums.drafts[bucket, 0, 0]:
+            entry["drafts"] = _draft_results(sums.drafts[bucket])
+        results["by_position"].append(entry)
     return results
 
 
@@ -44,19 +46,22 @@ def _text_results(sums: list[float]) -> dict[str, Any]:
 
 
 def _draft_results(sums_DC: torch.Tensor) -> dict[str, Any]:
-    """Name acceptance, given that all drafts before were kept, and tokens per pass of the trunk: 1 and those kept."""
-    places = sums_DC[0, 0].item()
-    results: dict[str, Any] = {"places": int(places)}
-    for name, reached, kept in (("greedy", 1, 2), ("drawn", 3, 4)):
+    """Return acceptance rates by depth (given that earlier drafts were accepted) and tokens per forward pass.
+
+    Tokens per forward pass of the trunk are 1 plus the mean number of accepted drafts.
+    """
+    positions = sums_DC[0, 0].item()
+    results: dict[str, Any] = {"places": int(positions)}
+    for name, reached, accepted in (("greedy", 1, 2), ("drawn", 3, 4)):
         results[name] = {
-            "acceptance": [(row[kept] / row[reached]).item() if row[reached] else None for row in sums_DC],
-            "tokens_per_pass": 1 + (sums_DC[:, kept].sum() / places).item(),
+            "acceptance": [(row[accepted] / row[reached]).item() if row[reached] else None for row in sums_DC],
+            "tokens_per_pass": 1 + (sums_DC[:, accepted].sum() / positions).item(),
         }
     return results
 
 
-def recall_results(sums: torch.Tensor, length: int, name: str | None) -> dict[str, dict[str, float]]:
-    """Name one length's sums [2,3] of `inference.recall` as a task; `name`: the set, where there are several."""
+def summarize_recall(sums: torch.Tensor, length: int, name: str | None) -> dict[str, dict[str, float]]:
+    """Return one length's sums [2,3] of `copy_recall` as a task; `name` is the data set if there are several."""
     of = f" of {name}" if name else ""
     nats, right, tokens = sums[1].tolist()
     return {
@@ -68,38 +73,42 @@ def recall_results(sums: torch.Tensor, length: int, name: str | None) -> dict[st
     }
 
 
-def leave(results: dict[str, Any], source: Path, wanted: EvaluateConfig) -> None:
-    """Print, and leave the results where they belong.
+def write_results(results: dict[str, Any], source: Path, settings: EvaluateConfig) -> None:
+    """Print the results, write them to a JSON file, and update the report of the checkpoint's run.
 
     Raises: UserError if the file cannot be written.
     """
     print("\n".join(_lines(results)))
     run_dir = source.parent.parent
     is_run = (run_dir / run_directory.CONFIG).is_file()
-    if wanted.output is None and not is_run:
+    if settings.output is None and not is_run:
         return
-    path = Path(wanted.output) if wanted.output else run_dir / EVALUATION_FILE
+    path = Path(settings.output) if settings.output else run_dir / EVALUATION_FILE
     try:
         run_directory.write_json(path, results)
     except OSError as error:
         raise UserError(f"evaluate.output={path}: {error}") from None
     print(f"results       {path}")
-    if wanted.output is None:
+    if settings.output is None:
         print(f"report        {write_report(run_dir)}")
 
 
 def _lines(results: dict[str, Any]) -> list[str]:
-    """Say the results in a few lines."""
+    """Return the results as lines of text."""
     lines = [f"checkpoint    {results['checkpoint']}"]
-    for name, found in results["sets"].items():
+    for name, entry in results["sets"].items():
         lines.append(
-            f"{name:<13} perplexity {found['perplexity']:.3f}, {found['bits_per_byte']:.4f} bits per byte over "
-            f"{found['tokens']:,} tokens"
+            f"{name:<13} perplexity {entry['perplexity']:.3f}, {entry['bits_per_byte']:.4f} bits per byte over "
+            f"{entry['tokens']:,} tokens"
         )
-        for kind in ("greedy", "drawn") if "drafts" in found else ():
-            drafts = found["drafts"][kind]
-            shares = ", ".join("–" if s is None else f"{s:.1%}" for s in drafts["acceptance"])
-            lines.append(f"  {kind} drafts: {drafts['tokens_per_pass']:.3f} tokens per pass; kept by depth {shares}")
+        for kind in KIND_LABELS if "drafts" in entry else ():
+            drafts = entry["drafts"][kind]
+            rates = ", ".join("–" if rate is None else f"{rate:.1%}" for rate in drafts["acceptance"])
+            label = KIND_LABELS[kind]
+            lines.append(
+                f"  {label} drafts: {drafts['tokens_per_pass']:.3f} tokens per forward pass; acceptance rate by depth "
+                f"{rates}"
+            )
     for task, scores in results["tasks"].items():
         lines.append(f"{task:<13} " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
     return lines

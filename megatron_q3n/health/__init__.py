@@ -1,11 +1,11 @@
-"""What keeps a long run honest: bad steps, hangs, slow ranks. Watches the training; trains nothing itself.
+"""Health of a long run: bad steps, hangs and slow ranks. It observes the training and withholds single updates.
 
-    judge.py       is this step sound? policy for NaN, infinity and spikes; plain numbers in, a verdict out
-    batch_order.py which batches are left out after a roll-back, and so which batch a step trains on
-    hang.py        a thread that finds a rank without progress, writes every thread's stack and ends the process
-    stragglers.py  each rank's own time per step, compared
-    watch.py       the four put together, as the training loop wants them
+    step_check.py   detection of non-finite steps and loss spikes, and the action of the policy
+    batch_order.py  the batch of each step, without the batches skipped after roll-backs
+    hang.py         a thread that detects missing progress, writes all stacks and ends the process
+    stragglers.py   each rank's own time per step, compared over ranks
+    monitor.py      HealthMonitor: the four as one callback of the training loop
 
-The withheld update itself is in `training/guard.py`, beside the optimizer. The check of nodes before a run starts is in
-`slurm/preflight.py`: it must work where nothing is installed.
+The call that withholds an update is in `training/guard.py`, at the optimizer. The check of nodes before a run starts is
+in `slurm/preflight.py`, because it must work without the packages of this project.
 """

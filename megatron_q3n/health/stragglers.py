@@ -1,9 +1,9 @@
-"""How long each rank works on a step by itself, and which rank the others wait for.
+"""Straggler detection: each rank's own time per step, compared over all ranks.
 
-The whole step takes equally long everywhere, since ranks wait for each other; what tells them apart is the time
-until a rank's own gradients are ready, before it enters the gradients' reduction. Ranks of one tensor, pipeline or
-expert group wait for each other inside that time and show the slowest of them: then all ranks of a group look slow.
-Waiting for data is reported beside it.
+The whole step takes equally long on every rank, because ranks wait for each other in collectives. A straggler shows in
+the time until a rank's own gradients are ready, before it enters their reduction. Ranks of one tensor, pipeline or
+expert parallel group wait for each other within that time as well, so all ranks of the group look slow. The time that a
+rank waits for data is reported separately.
 """
 
 import json
@@ -22,7 +22,7 @@ FILE = "logs/stragglers.jsonl"
 
 
 class Stragglers:
-    """Collects this rank's own time per step and compares it with the others' every so many steps."""
+    """This rank's own times per step, and their comparison with the other ranks' at an interval."""
 
     def __init__(self, settings: HealthConfig, group: Parallel, run_dir: Path, host: str) -> None:
         self._settings, self._group, self._path = settings, group, run_dir / FILE
@@ -36,15 +36,15 @@ class Stragglers:
         self._data: list[float] = []
 
     def add(self, own_seconds: float | None, data_seconds: float) -> None:
-        """Count one step of this rank; `own_seconds` is None where it could not be told."""
+        """Add one step of this rank; `own_seconds` is None if it could not be measured."""
         if own_seconds is not None:
             self._own.append(own_seconds)
         self._data.append(data_seconds)
 
     def compare(self, step: int, note: Callable[[str], None]) -> dict[str, float]:
-        """Every `straggler_interval_steps`: gather, write one line of logs/stragglers.jsonl, name who is slow.
+        """Every `straggler_interval_steps`, write all ranks' times to logs/stragglers.jsonl and name a straggler.
 
-        Returns: metrics for the step; empty between reports. A collective call.
+        Returns: metrics for the step; empty between the reports. A collective call.
         """
         interval = self._settings.straggler_interval_steps
         if not interval or step % interval or not self._own:
@@ -52,19 +52,20 @@ class Stragglers:
         table = self._gathered(statistics.fmean(self._own), statistics.fmean(self._data))
         self._own.clear()
         self._data.clear()
-        own = [row[0] for row in table]
+        own = [rank_times[0] for rank_times in table]
         median, slowest = statistics.median(own), max(range(len(own)), key=own.__getitem__)
         ratio = own[slowest] / median if median > 0 else 1.0
         suspect = slowest if ratio > self._settings.straggler_ratio else None
         again, self._suspect = suspect is not None and suspect == self._suspect, suspect
         if self._group.is_leader and self._group.world_size > 1:
             self._write(step, table)
-            if again:  # once is noise
+            # once is noise
+            if again:
                 note(
                     f"step {step}: rank {slowest} on {self._hosts[slowest]} is slow: {own[slowest]:.3f} s of its "
                     f"own per step, the median is {median:.3f} s (x{ratio:.2f}); all ranks are in {self._path}"
                 )
-        return {"throughput/slowest_over_median": ratio}
+        return {"throughput/straggler_ratio": ratio}
 
     def _gathered(self, own: float, data: float) -> list[list[float]]:
         mine = torch.tensor([own, data], dtype=torch.float32, device=torch.cuda.current_device())
@@ -83,28 +84,28 @@ class Stragglers:
             file.write(json.dumps({"step": step, "time": time.time(), "ranks": ranks}) + "\n")
 
 
-class OwnTime:
-    """The time from a step's start until this rank's own gradients are ready, on the device's clock."""
+class RankTimer:
+    """Time from a step's start until this rank's own gradients are ready, on the device's clock."""
 
-    def __init__(self, is_cuda: bool, hooks: Any) -> None:
-        """Listen where megatron-core's schedules hand over the gradients: `hooks` is its TransformerConfig."""
+    def __init__(self, is_cuda: bool, model_config: Any) -> None:
+        """Wrap `finalize_model_grads_func` of megatron-core's TransformerConfig, which is called with the gradients."""
         self._is_cuda = is_cuda
         self._marks: list[Any] = []
-        finalize = hooks.finalize_model_grads_func
+        finalize = model_config.finalize_model_grads_func
 
         def finalize_after_mark(*arguments: Any, **options: Any) -> Any:
             self._mark()
             return finalize(*arguments, **options)
 
-        hooks.finalize_model_grads_func = finalize_after_mark
+        model_config.finalize_model_grads_func = finalize_after_mark
 
     def start(self) -> None:
-        """Begin a step."""
+        """Mark the start of a step."""
         self._marks.clear()
         self._mark()
 
     def seconds(self) -> float | None:
-        """Return the time of the step just done; on a GPU the device must be synchronised."""
+        """Return the time of the step just done, None if it was not marked; a GPU must be synchronized before."""
         if len(self._marks) < 2:
             return None
         first, second = self._marks[:2]

@@ -1,14 +1,17 @@
-"""Hugging Face's form of the model: names, shapes, config.json and safetensors files.
+"""Hugging Face format of the model: parameter names, shapes, config.json and safetensors files.
 
-`table` is the heart, made of `rule`s: which megatron-core tensor is made of which published ones.
-`families` says what differs between the model families, `model_config` translates config.json,
-`weights` reads and writes folders of safetensors tensor by tensor. megatron-core's checkpoints are
-not known here; what brings the two together is `conversion`.
+    param_mapping.py   mapping of one megatron-core parameter to the Hugging Face tensors that it is made of
+    model_mapping.py   the mappings of all parameters (names, shapes, reshapes)
+    families.py        differences between the model families
+    model_config.py    translation of config.json
+    weights.py         reading and writing of safetensors folders, tensor by tensor
+
+megatron-core checkpoints are not read here; `conversion` combines the two.
 """
 
 from megatron_q3n.hf.families import FAMILIES, QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_NEXT, Family
-from megatron_q3n.hf.rule import Rule
-from megatron_q3n.hf.table import rules, to_hf, to_megatron
+from megatron_q3n.hf.model_mapping import param_mappings, to_hf, to_megatron
+from megatron_q3n.hf.param_mapping import ParamMapping
 
 __all__ = [
     "FAMILIES",
@@ -16,8 +19,8 @@ __all__ = [
     "QWEN3_5_MOE_TEXT",
     "QWEN3_NEXT",
     "Family",
-    "Rule",
-    "rules",
+    "ParamMapping",
+    "param_mappings",
     "to_hf",
     "to_megatron",
 ]

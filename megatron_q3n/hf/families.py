@@ -1,9 +1,9 @@
-"""The model families whose checkpoints we read and write, and how their published tensors differ.
+"""Model families with a Hugging Face format, and the differences between their tensors.
 
-All are the same architecture. Qwen3.5's MoE models differ in form: DeltaNet projections are apart
-and flat, not key head by key head; the trunk's experts are one stacked tensor per layer, those of
-multi-token prediction one by one. They are published as multimodal models, whose text part is ours
-and has a prefix of its own; a text-only model of the same kind has Qwen3-Next's.
+All have the same architecture. Qwen3.5's MoE models differ in format: DeltaNet projections are separate and flat, not
+grouped by key head; the trunk's experts are one stacked tensor per layer, those of multi-token prediction are separate.
+They are published as multimodal models, whose text part is our model, under a longer prefix; a text-only model of the
+same kind has Qwen3-Next's prefix.
 """
 
 from dataclasses import dataclass, replace
@@ -11,16 +11,22 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Family:
-    """Where and in what pieces a family publishes its weights."""
+    """Format of a model family's published weights.
 
-    model_type: str  # in config.json; also what transformers calls it
-    architecture: str  # the class that transformers, vLLM and SGLang look up
-    prefix: str = "model."  # of all but the head and multi-token prediction
-    flat_projections: bool = False  # in_proj_{qkv,z,b,a} instead of in_proj_{qkvz,ba}
-    # the trunk's experts, in one tensor each for gate and up, and down
+    model_type: the field of config.json. architecture: the class name that transformers, vLLM and SGLang look up.
+    prefix: of all parameters but those of the head and multi-token prediction. flat_projections: in_proj_{qkv,z,b,a}
+    instead of in_proj_{qkvz,ba}. stacked_experts: one tensor for gate and up, and one for down, of all experts of a
+    trunk layer. multimodal: the text part of a larger model, config.json has a text_config. float32: suffixes of
+    parameters that are published in fp32 while the others are in bf16.
+    """
+
+    model_type: str
+    architecture: str
+    prefix: str = "model."
+    flat_projections: bool = False
     stacked_experts: bool = False
-    multimodal: bool = False  # the text part of a larger model: config.json has a text_config
-    float32: tuple[str, ...] = ()  # names (their ends) published in fp32 beside bf16
+    multimodal: bool = False
+    float32: tuple[str, ...] = ()
 
 
 QWEN3_NEXT = Family("qwen3_next", "Qwen3NextForCausalLM")

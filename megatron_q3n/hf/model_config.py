@@ -1,9 +1,8 @@
-"""config.json <-> our model section: what our model can represent is translated, all else refused by name.
+"""Translation between Hugging Face's config.json and our model section; unsupported fields are refused by name.
 
-A field that config.json leaves out has the value that transformers gives it. Settings that only
-steer training or inference (dropout, token ids, caches) are not the model's and are passed over.
-Rotary positions come in two spellings, `rope_theta` beside `rope_scaling`, or all in
-`rope_parameters`. Multimodal sections (mrope) agree with plain positions on text.
+A field that config.json omits has the default of transformers. Settings of training or inference only (dropout, token
+ids, caches) are ignored. RoPE has two formats: `rope_theta` and `rope_scaling`, or both in `rope_parameters`.
+Multimodal RoPE (mrope) equals plain RoPE on text.
 """
 
 from collections.abc import Mapping
@@ -14,13 +13,12 @@ from pydantic import ValidationError
 
 from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, ModelConfig, UserError, suggest
 from megatron_q3n.hf.families import FAMILIES, QWEN3_NEXT, Family
-from megatron_q3n.hf.table import check_publishable
+from megatron_q3n.hf.model_mapping import check_publishable
 from megatron_q3n.hf.weights import CONFIG, read_json
 
 LAYER_TYPES = {"linear_attention": GATED_DELTA_NET, "full_attention": GATED_ATTENTION}
 
-# published field -> (ours, what transformers takes it for when it is left out: for all families,
-# or for Qwen3-Next and for Qwen3.5)
+# Hugging Face field -> (our field, transformers' default: of all families, or of Qwen3-Next and of Qwen3.5)
 _SHARED: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", (151936, 248320)),
     "hidden_size": ("hidden_size", 2048),
@@ -42,7 +40,7 @@ _SHARED: dict[str, tuple[str, Any]] = {
     "shared_expert_intermediate_size": ("moe_shared_expert_intermediate_size", 512),
     "router_aux_loss_coef": ("moe_aux_loss_coeff", 0.001),
 }
-# what our model is; a checkpoint that says otherwise cannot be represented
+# fields that have one value in our architecture; a checkpoint with another value is refused
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -61,8 +59,8 @@ _PLAIN_ROPE = ("default", None)
 def from_published(published: Mapping[str, Any], *, has_mtp: bool) -> tuple[ModelConfig, Family]:
     """Translate the content of config.json.
 
-    has_mtp: whether the weights have a multi-token prediction layer, which no field tells reliably.
-    Raises: UserError naming the field that our model cannot represent.
+    has_mtp: whether the weights have a multi-token prediction layer; no field of config.json is reliable.
+    Raises: UserError naming the field that our model does not support.
     """
     text, family = _text_section(published)
     for name, allowed in _FIXED.items():
@@ -82,9 +80,9 @@ def from_published(published: Mapping[str, Any], *, has_mtp: bool) -> tuple[Mode
 
 
 def family_of(model_type: str | None, like: Path | None) -> Family:
-    """Say what to export as: what is asked for, or what the folder to be like is, or Qwen3-Next.
+    """Return the family to export to: of `model_type`, else of the model folder `like`, else Qwen3-Next.
 
-    Raises: UserError for a model_type we do not know.
+    Raises: UserError for an unknown model_type.
     """
     if model_type is not None:
         return _text_section({"model_type": model_type})[1]
@@ -92,30 +90,30 @@ def family_of(model_type: str | None, like: Path | None) -> Family:
 
 
 def to_published(model: ModelConfig, family: Family, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Make the content of config.json.
+    """Return the content of config.json.
 
-    like: one to take the fields from that the model does not decide, e.g. token ids.
-    Raises: UserError for a model that transformers has no form of.
+    like: a config.json whose values are used for fields that the model does not determine, e.g. token ids.
+    Raises: UserError for a model that transformers does not support.
     """
     check_publishable(model)
     if not family.multimodal:
-        kept = _text_section(like)[0] if like else {}
-        return {**_text_published(model, family, kept), "architectures": [family.architecture]}
+        base = _text_section(like)[0] if like else {}
+        return {**_text_published(model, family, base), "architectures": [family.architecture]}
     if not like or "vision_config" not in like:
         raise UserError(
-            f"{family.model_type} is a multimodal model, and the rest of it must come from somewhere: give "
-            "--like with the folder of one, or export the text model alone with "
+            f"{family.model_type} is a multimodal model, and its vision part is not in the checkpoint: give "
+            "--like with the folder of a published model, or export the text model alone with "
             "--model-type qwen3_5_moe_text."
         )
     text = _text_published(model, family, _text_section(like)[0])
     return {**like, "architectures": [family.architecture], "text_config": text}
 
 
-def _text_published(model: ModelConfig, family: Family, kept: Mapping[str, Any]) -> dict[str, Any]:
+def _text_published(model: ModelConfig, family: Family, base: Mapping[str, Any]) -> dict[str, Any]:
     types = {symbol: name for name, symbol in LAYER_TYPES.items()}
     replaced = {"full_attention_interval", "rope_theta", "rope_scaling", "partial_rotary_factor"}
     return {
-        **{name: value for name, value in kept.items() if name not in replaced},
+        **{name: value for name, value in base.items() if name not in replaced},
         "model_type": "qwen3_5_moe_text" if family.multimodal else family.model_type,
         **{name: getattr(model, ours) for name, (ours, _) in _SHARED.items()},
         "layer_types": [types[symbol] for symbol in model.mixers],
@@ -130,7 +128,7 @@ def _text_section(published: Mapping[str, Any]) -> tuple[Mapping[str, Any], Fami
     known = {family.model_type: family for family in FAMILIES}
     if model_type not in known:
         raise UserError(
-            f"model_type={model_type!r} is not a model we convert; it can be one of "
+            f"config.json: model_type={model_type!r} is not supported; it can be one of "
             f"{', '.join(known)}.{suggest(str(model_type), known)}"
         )
     family = known[model_type]
@@ -170,7 +168,7 @@ def _rotary(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _published_constants(family: Family) -> dict[str, Any]:
-    """The parts of `_FIXED` that say something to those who read this family's config.json."""
+    """Return the fields of `_FIXED` that this family's config.json has."""
     constants: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False}
     if family is not QWEN3_NEXT:
         return constants | {"attn_output_gate": True}
@@ -192,4 +190,4 @@ def _published_mtp(model: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _refuse(name: str, found: Any, allowed: str) -> None:
-    raise UserError(f"config.json: {name}={found} is a model that ours cannot represent; it can have {allowed}.")
+    raise UserError(f"config.json: {name}={found} is not supported; supported is {allowed}.")

@@ -1,9 +1,8 @@
-"""Folders of safetensors, tensor by tensor: reading maps the files, writing knows each byte's place first.
+"""Safetensors folders, tensor by tensor: memory-mapped reading, and writing at precomputed offsets.
 
-A tensor that is read is a view of a mapped file: it costs no memory until somebody copies it. Where
-a family stacks its experts, one expert is still asked for by its own name and is a view of the stack.
-For writing, all shapes are known in advance, so a shard's header is written first and tensors, or
-single experts of a stack, go to their place in any order.
+A tensor that is read is a view of a memory-mapped file and takes no memory until it is copied. Where a family stacks
+its experts, one expert is still read by its own name, as a view of the stack. For writing, all shapes are known in
+advance: a shard's header is written first, then tensors, or single experts of a stack, at their offsets in any order.
 """
 
 import json
@@ -19,89 +18,92 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_q3n.config import UserError
-from megatron_q3n.hf.rule import HUGGING_FACE, Rule, Shape, check_names
+from megatron_q3n.hf.param_mapping import HUGGING_FACE, ParamMapping, Shape, check_names
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-VISION = ("model.visual.", "visual.")  # of multimodal checkpoints; no part of a text model
+# prefixes of multimodal checkpoints' vision part, which a text model does not have
+VISION = ("model.visual.", "visual.")
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Where one expert's matrix lies in a stack [experts, rows, columns]."""
+class ExpertSlice:
+    """One expert's matrix ("gate", "up" or "down") in a stacked tensor [experts, rows, columns]."""
 
     stack: str
     expert: int
-    part: str  # gate, up or down
+    part: str
 
     def rows(self, stacked_rows: int) -> slice:
-        """Say which rows of the stack are this expert's: gate and up share it half and half."""
+        """Return the rows of this matrix within the expert: gate is the first half of a stack, up the second."""
         half = stacked_rows // 2
         return {"gate": slice(0, half), "up": slice(half, None), "down": slice(None)}[self.part]
 
 
-def placed(name: str) -> Placed | None:
-    """Say where an expert's tensor of this name would lie, were it stacked; None for all others."""
+def expert_slice(name: str) -> ExpertSlice | None:
+    """Return the position of an expert's tensor in the stacked format; None for other tensors."""
     if not (match := _EXPERT.fullmatch(name)):
         return None
     stack = "down_proj" if match["part"] == "down" else "gate_up_proj"
-    return Placed(f"{match['experts']}.{stack}", int(match["expert"]), match["part"])
+    return ExpertSlice(f"{match['experts']}.{stack}", int(match["expert"]), match["part"])
 
 
 class PublishedWeights(Mapping[str, Tensor]):
-    """The tensors of a folder by name, each a view of a mapped file.
+    """The tensors of a folder by name, each a view of a memory-mapped file.
 
-    Raises: UserError if a shard is missing, cut short, or lacks what the index says it holds.
+    Raises: UserError if a shard is missing, truncated, or lacks a tensor that the index lists.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = {name: _open(folder / name) for name in _shards(folder)}
-        self._where = {name: file for file, opened in self._files.items() for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        # safe_open is no Mapping: it has keys() only
+        self._file_of = {name: file for file, shard in self._files.items() for name in shard.keys()}  # noqa: SIM118
         for name, file in _index(folder).items():
-            if self._where.get(name) != file:
-                raise UserError(f"{folder / file} lacks {name}, which {INDEX} says it holds; copy it anew.")
+            if self._file_of.get(name) != file:
+                raise UserError(f"{folder / file} lacks {name}, which {INDEX} lists for it; download it again.")
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._where:
-            return self._files[self._where[name]].get_tensor(name)
-        place = placed(name)
-        if place is None or place.stack not in self._where:
+        if name in self._file_of:
+            return self._files[self._file_of[name]].get_tensor(name)
+        expert = expert_slice(name)
+        if expert is None or expert.stack not in self._file_of:
             raise KeyError(name)
-        stack = self[place.stack]
-        return stack[place.expert, place.rows(stack.shape[1])]
+        stack = self[expert.stack]
+        return stack[expert.expert, expert.rows(stack.shape[1])]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._file_of)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._file_of)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._where  # and not the experts of a stack: `Rule.sources` asks this
+        # False for single experts of a stack: `ParamMapping.sources` relies on it
+        return name in self._file_of
 
     def shape(self, name: str) -> Shape:
         """Return a stored tensor's shape without touching its data."""
-        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
+        return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
 
     def dtype_name(self, name: str) -> str:
-        """Return a stored tensor's format as safetensors spells it, e.g. BF16."""
-        return self._files[self._where[name]].get_slice(name).get_dtype()
+        """Return a stored tensor's dtype in the notation of safetensors, e.g. BF16."""
+        return self._files[self._file_of[name]].get_slice(name).get_dtype()
 
     def sizes_bytes(self) -> dict[str, int]:
         """Return the size of every shard."""
         return {name: (self.folder / name).stat().st_size for name in self._files}
 
-    def check(self, table: Iterable[Rule]) -> None:
-        """Compare names, shapes and formats with the table, before anything is converted.
+    def check(self, table: Iterable[ParamMapping]) -> None:
+        """Compare names, shapes and dtypes with the parameter mappings, before the conversion starts.
 
-        Raises: UserError naming the first of what is missing, unexpected, misshapen or quantised.
+        Raises: UserError naming the first missing or unexpected tensor, wrong shape or unsupported dtype.
         """
-        wanted = {name: shape for rule in table for name, shape in rule.sources(self).items()}
-        check_names(HUGGING_FACE, (name for name in self if not name.startswith(VISION)), wanted)
-        for name, shape in wanted.items():
+        expected = {name: shape for mapping in table for name, shape in mapping.sources(self).items()}
+        check_names(HUGGING_FACE, (name for name in self if not name.startswith(VISION)), expected)
+        for name, shape in expected.items():
             if self.shape(name) != shape:
                 raise UserError(
                     f"{HUGGING_FACE} weight {name} has shape {list(self.shape(name))}; "
@@ -110,17 +112,17 @@ class PublishedWeights(Mapping[str, Tensor]):
             if self.dtype_name(name) not in DTYPES:
                 raise UserError(
                     f"{HUGGING_FACE} weight {name} is stored as {self.dtype_name(name)}; it can be one of "
-                    f"{', '.join(DTYPES)}. Take the model's unquantised release."
+                    f"{', '.join(DTYPES)}. Use the model's unquantized release."
                 )
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A tensor's place in a shard."""
+class TensorSlot:
+    """A tensor in a shard; `start` is its first byte in the file."""
 
     shape: Shape
     dtype: torch.dtype
-    start: int  # byte in the file
+    start: int
 
     @property
     def num_bytes(self) -> int:
@@ -133,7 +135,7 @@ class Shard:
 
     name: str
     header: bytes
-    slots: dict[str, Slot]
+    slots: dict[str, TensorSlot]
 
     @property
     def num_bytes(self) -> int:
@@ -141,7 +143,7 @@ class Shard:
 
 
 def plan_shards(tensors: Mapping[str, tuple[Shape, torch.dtype]], max_bytes: int) -> list[Shard]:
-    """Share tensors out over files of at most so many bytes of data, in order, one at least per file."""
+    """Distribute tensors over files of at most `max_bytes` of data, in order, at least one tensor per file."""
     groups: list[dict[str, tuple[Shape, torch.dtype]]] = [{}]
     filled = 0
     for name, (shape, dtype) in tensors.items():
@@ -157,14 +159,14 @@ def plan_shards(tensors: Mapping[str, tuple[Shape, torch.dtype]], max_bytes: int
 
 
 def index_of(shards: Iterable[Shard]) -> dict[str, Any]:
-    """Make the content of the index that says which shard holds which tensor."""
+    """Return the content of model.safetensors.index.json: the shard of every tensor."""
     slots = {name: (shard.name, slot) for shard in shards for name, slot in shard.slots.items()}
     total = sum(slot.num_bytes for _, slot in slots.values())
     return {"metadata": {"total_size": total}, "weight_map": {name: file for name, (file, _) in sorted(slots.items())}}
 
 
 class ShardWriter:
-    """Writes one shard; every tensor must have been put before it is closed."""
+    """Writer of one shard; every tensor must be written before it is closed."""
 
     def __init__(self, path: Path, shard: Shard) -> None:
         self._shard = shard
@@ -174,25 +176,26 @@ class ShardWriter:
         self._file.truncate(shard.num_bytes)
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor, or one expert's part of a stack, if it belongs to this shard."""
-        place = placed(name)
+        """Write a tensor, or one expert's slice of a stacked tensor, if it belongs to this shard."""
+        expert = expert_slice(name)
         if name in self._shard.slots:
             slot, first = self._shard.slots[name], 0
-        elif place is not None and place.stack in self._shard.slots:
-            slot = self._shard.slots[place.stack]
-            rows = place.rows(slot.shape[1]).start or 0
-            first = (place.expert * slot.shape[1] + rows) * slot.shape[2]
+        elif expert is not None and expert.stack in self._shard.slots:
+            slot = self._shard.slots[expert.stack]
+            first_row = expert.rows(slot.shape[1]).start or 0
+            first = (expert.expert * slot.shape[1] + first_row) * slot.shape[2]
         else:
             return
         data = tensor.to(slot.dtype).contiguous().flatten().view(torch.uint8).numpy()
         self._file.seek(slot.start + first * slot.dtype.itemsize)
         view = memoryview(data)
-        while view:  # an unbuffered write may take less than it is given
+        # an unbuffered write may write fewer bytes than requested
+        while view:
             view = view[self._file.write(view) :]
         self.num_written += len(data)
 
     def close(self) -> None:
-        """Close the file, now whole."""
+        """Close the complete file."""
         assert self.num_written == self._shard.num_bytes, self._shard.name
         self._file.close()
 
@@ -200,16 +203,16 @@ class ShardWriter:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
-    Raises: UserError if the file is missing or is none.
+    Raises: UserError if the file is missing or holds no JSON object.
     """
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a Hugging Face model folder has one.") from None
+        raise UserError(f"{path}: no such file; give a Hugging Face model folder, which has one.") from None
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); copy it anew.") from None
+        raise UserError(f"{path} cannot be read ({error}); download it again.") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; copy it anew.")
+        raise UserError(f"{path} holds no JSON object; download it again.")
     return content
 
 
@@ -229,13 +232,13 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise UserError(f"{path} is missing, and {INDEX} names it; copy it to its place.") from None
+        raise UserError(f"{path} is missing, and {INDEX} lists it; download it.") from None
     except SafetensorError as error:
-        raise UserError(f"{path} is cut short or damaged ({error}); copy it anew.") from None
+        raise UserError(f"{path} is truncated or damaged ({error}); download it again.") from None
 
 
 def _shard(name: str, tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> Shard:
-    # wide formats first, so that every tensor is aligned to its own
+    # wide dtypes first, so that every tensor is aligned to its item size
     ordered = sorted(tensors.items(), key=lambda item: -item[1][1].itemsize)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
@@ -246,5 +249,5 @@ def _shard(name: str, tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> Shard
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    slots = {tensor: Slot(shape, dtype, len(header) + starts[tensor]) for tensor, (shape, dtype) in ordered}
+    slots = {tensor: TensorSlot(shape, dtype, len(header) + starts[tensor]) for tensor, (shape, dtype) in ordered}
     return Shard(name, header, slots)

@@ -1,5 +1,5 @@
-"""Generation from the training model: sampling, speculative decoding, the loop over a batch of sequences.
+"""Text generation with the training model: sampling, speculative decoding, continuous batching.
 
-`generate` returns finished completions, `stream` yields their tokens as they come. The layers, and
-what they remember, are `model/decode/forward.py` and `model/decode/state.py`.
+`generate.generate` returns finished completions, `generate.start` yields their tokens as they are generated. The
+model's layers and their state are in `model/decode/forward.py` and `model/decode/state.py`.
 """

@@ -1,14 +1,13 @@
-"""Rounds as CUDA graphs: what a round launches, some hundreds of kernels, is launched by one call.
+"""CUDA graphs of decode steps: one call launches the several hundred kernels of a step.
 
-At a batch of one a round is a millisecond of work for a GPU, and Python takes ten times as long to
-start it. A graph is captured once for a number of rows and a room of positions, over buffers of its
-own, into which sequences are copied when they come and where they stay while they run. Rows are
-rounded up to a power of two, the rest being padding that nobody reads; positions are rounded up too,
-and keys behind a sequence's length are masked, so one graph serves many lengths. Graphs are kept with
-the model and serve later calls, as long as its weights lie where they lay.
+At a batch size of one a decode step is about a millisecond of GPU work, and Python needs ten times as long to launch
+it. A graph is captured once for a number of rows and a capacity in positions, over static buffers. Sequences are copied
+into the buffers when they are admitted, and stay there while they run. The number of rows is padded to a power of two,
+the capacity is rounded up too, and keys past a sequence's length are masked, so that one graph serves many lengths.
+Graphs are cached for each model and reused by later calls, as long as the model's weights keep their addresses.
 
-What stands against it: another rank's share in a pass (collectives are not captured), someone who
-listens to the routers, and experts that ask the host for counts.
+Graphs are not possible where other ranks take part in a pass (collectives are not captured), where routing or the delta
+rule is recorded or replayed, or where the experts need a host synchronization.
 
 Shapes: as in decode_step.py.
 """
@@ -24,205 +23,213 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_q3n.config import UserError
-from megatron_q3n.device.graph_nodes import nodes_that_touch_the_host, num_nodes
-from megatron_q3n.inference.decode_step import Rounds, Running
+from megatron_q3n.device.cuda_graph_nodes import find_host_nodes, num_nodes
+from megatron_q3n.inference.decode_step import DecodeStep, RunningBatch
 from megatron_q3n.inference.sampling import Sampling
-from megatron_q3n.model.decode.experts import wait_for_nobody
-from megatron_q3n.model.decode.state import KeyValueCache
+from megatron_q3n.model.decode.experts import runs_without_host_sync
+from megatron_q3n.model.decode.protocols import DecodeModel
+from megatron_q3n.model.decode.state import KVCache
 
-_WARMUP_ROUNDS = 2  # kernels compile and libraries allocate; neither may happen during capture
-_MOST_GRAPHS = 8  # of one model; each has buffers of its own
-_LEAST_POSITIONS = 256
+# kernels compile and libraries allocate during these; neither may happen during capture
+_NUM_WARMUP_STEPS = 2
+# of one model; each has its own buffers
+_MAX_GRAPHS = 8
+_MIN_POSITIONS = 256
 _Key = tuple[Any, ...]
 
 
-class Room:
-    """Buffers for a round of so many rows and positions, who lies in them, and the round, captured or not."""
+class GraphBuffers:
+    """Static buffers for a decode step of fixed numbers of rows and positions, and the step, captured or not."""
 
-    def __init__(self, rounds: Rounds, rows: int, positions: int) -> None:
-        # beyond `positions` padding may grow: it counts itself on with every round
-        self._rounds, self._slack = rounds, rounds.reach(0)
-        self._capacity = positions + 2 * self._slack
-        self._home = rounds.nobody(rows)
-        drafting = self._home.state.mtp if rounds.depth else []
-        for memory in (*self._home.state.layers, *drafting):
-            if isinstance(memory, KeyValueCache):
-                memory.resize(self._capacity)
-        self._home.state.lengths = [0] * rows
-        device = rounds.passes.device
-        self._uniform_NU = torch.zeros(rows, rounds.numbers, dtype=torch.float64, device=device)
-        self._resident: weakref.ref[Running] | None = None
-        self.num_launches = 0  # what one replay replaces, once captured
+    def __init__(self, step: DecodeStep, num_rows: int, num_positions: int) -> None:
+        # the lengths of padding rows grow with every step too, so leave a margin above `num_positions`
+        self._step, self._margin = step, step.max_end(0)
+        self._capacity = num_positions + 2 * self._margin
+        self._buffers = step.empty_batch(num_rows)
+        mtp = self._buffers.state.mtp if step.depth else []
+        for layer_state in (*self._buffers.state.layers, *mtp):
+            if isinstance(layer_state, KVCache):
+                layer_state.resize(self._capacity)
+        self._buffers.state.lengths = [0] * num_rows
+        device = step.runner.device
+        self._uniform_NU = torch.zeros(num_rows, step.num_random, dtype=torch.float64, device=device)
+        self._resident: weakref.ref[RunningBatch] | None = None
+        # kernel launches that one replay replaces; 0 before the capture
+        self.num_launches = 0
 
-    def _round(self) -> Tensor:
-        """Run a round on all rows."""
-        packed = self._rounds.take_on(self._home, self._uniform_NU, self._capacity)
-        self._home.length_N.clamp_(max=self._capacity - self._slack)
+    def _run_step(self) -> Tensor:
+        """Run the decode step on all rows."""
+        packed = self._step.run(self._buffers, self._uniform_NU, self._capacity)
+        self._buffers.length_N.clamp_(max=self._capacity - self._margin)
         return packed
 
     def capture(self) -> None:
-        """Replay the round from now on.
+        """Capture the step; later calls of `run` replay it.
 
-        Raises: RuntimeError if the capture fails or touches the host.
+        Raises: RuntimeError if the capture fails or contains host nodes.
         """
-        device = self._rounds.passes.device
+        device = self._step.runner.device
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            for _ in range(_WARMUP_ROUNDS):
-                self._round()
+            for _ in range(_NUM_WARMUP_STEPS):
+                self._run_step()
         torch.cuda.current_stream(device).wait_stream(side)
         torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph(keep_graph=True)  # to look at its nodes
+        # keep_graph: to inspect its nodes
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            packed = self._round()
-        touching = nodes_that_touch_the_host(graph)
-        if touching:
-            raise RuntimeError(f"it touches the host: {', '.join(sorted(set(touching)))}")
+            packed = self._run_step()
+        host_nodes = find_host_nodes(graph)
+        if host_nodes:
+            raise RuntimeError(f"it touches the host: {', '.join(sorted(set(host_nodes)))}")
         self.num_launches = num_nodes(graph)
 
         def replay() -> Tensor:
             graph.replay()
             return packed
 
-        self._round = replay  # type: ignore[method-assign]
-        del self._rounds  # nothing here holds the model, by which graphs are kept
+        self._run_step = replay  # type: ignore[method-assign]
+        # the cache of graphs is keyed weakly by the model, so no graph may hold a reference to it
+        del self._step
 
-    def take_on(self, running: Running, uniform_NU: Tensor) -> tuple[Running, Tensor]:
-        """Run the round on these sequences. Returns: they, in these buffers; and packed."""
-        if self._resident is None or self._resident() is not running:
-            running = self._move_in(running)
-        rows = len(running.last_N)
+    def run(self, batch: RunningBatch, uniform_NU: Tensor) -> tuple[RunningBatch, Tensor]:
+        """Run the decode step on a batch. Returns: the batch as views of the buffers; and packed."""
+        if self._resident is None or self._resident() is not batch:
+            batch = self._load(batch)
+        num_rows = len(batch.last_token_N)
         if self._uniform_NU.shape[1]:
-            self._uniform_NU[:rows].copy_(uniform_NU, non_blocking=True)
-        return running, self._round()[:rows]
+            self._uniform_NU[:num_rows].copy_(uniform_NU, non_blocking=True)
+        return batch, self._run_step()[:num_rows]
 
-    def _move_in(self, running: Running) -> Running:
-        """Copy sequences into the buffers. Returns: views of these."""
-        self.let_go()
-        rows = len(running.last_N)
-        for kept, new in zip(self._home.tensors(), running.tensors(), strict=True):
-            kept.zero_()
-            kept[:rows].copy_(new)
-        self._home.state.take(running.state)
-        inside = Running(self._home.state.first(rows, running.state.lengths), *(x[:rows] for x in self._home.tensors()))
-        self._resident = weakref.ref(inside)
-        return inside
+    def _load(self, batch: RunningBatch) -> RunningBatch:
+        """Copy a batch into the buffers. Returns: views of them."""
+        self.evict()
+        num_rows = len(batch.last_token_N)
+        for buffer, new in zip(self._buffers.tensors(), batch.tensors(), strict=True):
+            buffer.zero_()
+            buffer[:num_rows].copy_(new)
+        self._buffers.state.copy_from(batch.state)
+        state = self._buffers.state.view_of_first(num_rows, batch.state.lengths)
+        loaded = RunningBatch(state, *(x[:num_rows] for x in self._buffers.tensors()))
+        self._resident = weakref.ref(loaded)
+        return loaded
 
-    def let_go(self) -> None:
-        """Give who lies in the buffers memory of their own, if they are still about."""
-        old = None if self._resident is None else self._resident()
-        if old is not None:
-            old.own()
+    def evict(self) -> None:
+        """Free the buffers: copy the tensors of the batch in them, if it is still referenced."""
+        resident = None if self._resident is None else self._resident()
+        if resident is not None:
+            resident.clone_tensors()
         self._resident = None
 
 
-class RoundGraphs:
-    """Takes sequences on, by a graph where `wanted` and possible.
+class DecodeGraphs:
+    """Decode steps, replayed as CUDA graphs where requested and possible.
 
-    `wanted`: True must have it, None has it where nothing stands against it, False goes without.
-    `obstacle` says why not, once known.
+    `requested`: True requires graphs, None uses them where possible, False disables them. `obstacle` is the reason why
+    they are not used, if known.
     """
 
-    def __init__(self, rounds: Rounds, wanted: bool | None) -> None:
-        """Raises: UserError if graphs must be had and cannot."""
-        self._rounds, self._wanted = rounds, wanted
-        self.obstacle = "not asked for" if wanted is False else obstacle(rounds)
-        if wanted and self.obstacle:
+    def __init__(self, step: DecodeStep, requested: bool | None) -> None:
+        """Raises: UserError if graphs are required and not possible."""
+        self._step, self._requested = step, requested
+        self.obstacle = "not requested" if requested is False else obstacle(step)
+        if requested and self.obstacle:
             raise UserError(f"inference.cuda_graph=true: {self.obstacle}. Set inference.cuda_graph=null.")
-        self._fits: dict[int, bool] = {}
-        self.num_launches: int | None = None  # of the last replayed round
-        self._kept = _graphs_of(rounds.passes.model) if self.obstacle is None else OrderedDict()
+        self._is_capturable: dict[int, bool] = {}
+        # kernel launches of the last replayed step
+        self.num_launches: int | None = None
+        self._graphs = _graphs_of(step.runner.model) if self.obstacle is None else OrderedDict()
 
-    def take_on(self, running: Running, uniform_NU: Tensor, longest: int) -> tuple[Running, Tensor]:
-        """Run a round; `longest` is what the longest sequence may grow to.
+    def run(self, batch: RunningBatch, uniform_NU: Tensor, longest: int) -> tuple[RunningBatch, Tensor]:
+        """Run a decode step; `longest` is the largest final length of a sequence.
 
-        Returns: the sequences, which may lie elsewhere now; and packed, see `Rounds.take_on`.
+        Returns: the batch, whose tensors may be others; and packed, as `DecodeStep.run`.
         """
-        rows = 1 << (len(running.last_N) - 1).bit_length()
-        if rows not in self._fits:
-            self._fits[rows] = self.obstacle is None and self._experts_fit(rows)
-        if self.obstacle is None and self._fits[rows]:
-            room = self._room(rows, room_for(self._rounds.reach(longest)))
-            if room is not None:
-                self.num_launches = room.num_launches
-                return room.take_on(running, uniform_NU)
-        reach = self._rounds.reach(max(running.state.lengths))
-        return running, self._rounds.take_on(running, uniform_NU, reach)
+        num_rows = 1 << (len(batch.last_token_N) - 1).bit_length()
+        if num_rows not in self._is_capturable:
+            self._is_capturable[num_rows] = self.obstacle is None and self._runs_without_host_sync(num_rows)
+        if self.obstacle is None and self._is_capturable[num_rows]:
+            buffers = self._get_buffers(num_rows, round_up_positions(self._step.max_end(longest)))
+            if buffers is not None:
+                self.num_launches = buffers.num_launches
+                return buffers.run(batch, uniform_NU)
+        max_end = self._step.max_end(max(batch.state.lengths))
+        return batch, self._step.run(batch, uniform_NU, max_end)
 
-    def _experts_fit(self, rows: int) -> bool:
-        """Whether experts of so many rows ask the host for nothing."""
-        layers = self._rounds.passes.model.decoder.layers
-        mixtures = [x.mlp for x in layers if isinstance(x.mlp, MoELayer)]
-        return all(wait_for_nobody(moe, rows * self._rounds.tokens) for moe in mixtures)
+    def _runs_without_host_sync(self, num_rows: int) -> bool:
+        """Return whether the experts run this many rows without host synchronization."""
+        layers = self._step.runner.model.decoder.layers
+        moe_layers = [x.mlp for x in layers if isinstance(x.mlp, MoELayer)]
+        return all(runs_without_host_sync(moe, num_rows * self._step.tokens_per_sequence) for moe in moe_layers)
 
-    def _room(self, rows: int, positions: int) -> Room | None:
-        sampling, depth = self._rounds.sampling, self._rounds.depth
-        key = (rows, positions, depth, _drawing(sampling))
-        graph = self._kept.get(key)
+    def _get_buffers(self, num_rows: int, num_positions: int) -> GraphBuffers | None:
+        """Return a cached or new graph; None if the capture failed."""
+        key = (num_rows, num_positions, self._step.depth, _sampling_key(self._step.sampling))
+        graph = self._graphs.get(key)
         if graph is None:
-            while len(self._kept) >= _MOST_GRAPHS:
-                _, oldest = self._kept.popitem(last=False)
-                oldest.let_go()
+            while len(self._graphs) >= _MAX_GRAPHS:
+                _, oldest = self._graphs.popitem(last=False)
+                oldest.evict()
             try:
-                graph = self._build(rows, positions)
+                graph = self._build(num_rows, num_positions)
             except RuntimeError as error:
-                self._give_up(str(error).splitlines()[0])
+                self._disable(str(error).splitlines()[0])
                 return None
-            self._kept[key] = graph
-        self._kept.move_to_end(key)
+            self._graphs[key] = graph
+        self._graphs.move_to_end(key)
         return graph
 
-    def _build(self, rows: int, positions: int) -> Room:
-        room = Room(self._rounds, rows, positions)
-        room.capture()
-        return room
+    def _build(self, num_rows: int, num_positions: int) -> GraphBuffers:
+        buffers = GraphBuffers(self._step, num_rows, num_positions)
+        buffers.capture()
+        return buffers
 
-    def _give_up(self, problem: str) -> None:
-        what = f"a round could not be captured as a CUDA graph ({problem})"
-        if self._wanted:
-            raise UserError(f"inference.cuda_graph=true: {what}. Set inference.cuda_graph=null.")
-        warnings.warn(f"generation goes on without CUDA graphs: {what}", stacklevel=2)
-        self.obstacle = what
-
-
-_kept: weakref.WeakKeyDictionary[Any, tuple[list[int], OrderedDict[_Key, Room]]] = weakref.WeakKeyDictionary()
+    def _disable(self, reason: str) -> None:
+        problem = f"a decode step could not be captured as a CUDA graph ({reason})"
+        if self._requested:
+            raise UserError(f"inference.cuda_graph=true: {problem}. Set inference.cuda_graph=null.")
+        warnings.warn(f"generation continues without CUDA graphs: {problem}", stacklevel=2)
+        self.obstacle = problem
 
 
-def _graphs_of(model: Any) -> OrderedDict[_Key, Room]:
-    """Return the graphs kept for a model; none if its weights have moved since."""
-    places = [parameter.data_ptr() for parameter in model.parameters()]
-    known = _kept.get(model)
-    if known is None or known[0] != places:
-        known = (places, OrderedDict())
-        _kept[model] = known
-    return known[1]
+_graphs_by_model: weakref.WeakKeyDictionary[Any, tuple[list[int], OrderedDict[_Key, GraphBuffers]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def forget(model: Any) -> None:
-    """Free a model's graphs and their buffers."""
-    _kept.pop(model, None)
+def _graphs_of(model: DecodeModel) -> OrderedDict[_Key, GraphBuffers]:
+    """Return the graphs cached for a model; none if its weights have other addresses than at capture."""
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    cached = _graphs_by_model.get(model)
+    if cached is None or cached[0] != addresses:
+        cached = (addresses, OrderedDict())
+        _graphs_by_model[model] = cached
+    return cached[1]
 
 
-def obstacle(rounds: Rounds) -> str | None:
-    """Say what stands against graphs of a model's rounds, if anything does."""
-    model, passes = rounds.passes.model, rounds.passes
-    if passes.device.type != "cuda":
-        return "there is no GPU"
-    if not passes.is_alone:
-        return "ranks exchange tokens or activations inside a pass"
-    if any(getattr(module, "tape", None) is not None for module in model.modules()):
-        return "someone records or replays what the model's layers do"
+def free_graphs(model: DecodeModel) -> None:
+    """Free a model's cached graphs and their buffers."""
+    _graphs_by_model.pop(model, None)
+
+
+def obstacle(step: DecodeStep) -> str | None:
+    """Return why a model's decode steps cannot be CUDA graphs, or None."""
+    config = step.runner.model.config
+    if not config.plan.decode.cuda_graph:
+        return config.plan.decode.cuda_graph.reason
+    if config.pass_state.is_observed:
+        return "routes or delta rules of the model's layers are recorded or replayed"
     return None
 
 
-def room_for(positions: int) -> int:
+def round_up_positions(positions: int) -> int:
     """Round a number of positions up by at most a quarter, so that few graphs serve many lengths."""
-    positions = max(positions, _LEAST_POSITIONS)
+    positions = max(positions, _MIN_POSITIONS)
     step = 1 << max(0, math.ceil(math.log2(positions)) - 3)
     return -(-positions // step) * step
 
 
-def _drawing(sampling: Sampling) -> _Key:
-    """Return what of the sampling is built into a round."""
+def _sampling_key(sampling: Sampling) -> _Key:
+    """Return the sampling parameters that are constants of a captured step."""
     return sampling.temperature, sampling.top_k, sampling.top_p, sampling.vocab_size

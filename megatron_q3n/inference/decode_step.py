@@ -1,12 +1,14 @@
-"""A round: one pass of the trunk for every running sequence, with all that is decided on its logits.
+"""Decode step: one trunk pass for every running sequence, verification of its draft tokens, sampling, new drafts.
 
-The last token and its drafts go in; the drafts are judged, the token after those kept is drawn, what
-was refused is taken back, and the draft layer drafts anew. All of it happens on the device, which
-alone knows meanwhile how long the sequences are, and is waited for once, when the host reads `packed`.
-Everything that a round leaves behind is written where it lay before, so a round may be captured as a
-CUDA graph (decode_graph.py) and is the same code where it is not.
+A step gets the last token and the draft tokens of each sequence. It verifies the drafts, samples the token after the
+last accepted one, commits the accepted tokens and rolls back the others, and drafts again with the MTP layer.
+Everything runs on the device, which alone has the sequences' lengths meanwhile; the only host synchronization is the
+caller's read of `packed`. All results are written in place, so that a step can be captured as a CUDA graph
+(decode_graph.py); the same code runs without one.
 
-Shapes: N sequences, D drafts of each, T = D + 1, X hidden size, V vocabulary, U random numbers.
+Reference: speculative decoding, Leviathan et al. (arXiv 2211.17192).
+
+Shapes: N sequences, D drafts of each, T = D + 1, S = N·T, X hidden size, V vocabulary, U random numbers.
 """
 
 from dataclasses import dataclass
@@ -15,181 +17,193 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_q3n.inference.passes import Passes
-from megatron_q3n.inference.sampling import Sampling, distribution, draw, judge, likeliest
-from megatron_q3n.kernels.decode.argmax import Judged, judge_likeliest, take_likeliest
-from megatron_q3n.model.decode.forward import raw_logits_of
+from megatron_q3n.config.execution_plan import DecodePlan
+from megatron_q3n.inference.model_runner import ModelRunner
+from megatron_q3n.inference.sampling import Sampling, distribution, greedy_tokens, rejection_sample, sample_tokens
+from megatron_q3n.kernels.decode.argmax import VerifiedDrafts, greedy_token, verify_greedy
+from megatron_q3n.model.decode.forward import compute_raw_logits
 from megatron_q3n.model.decode.span import Span
 from megatron_q3n.model.decode.state import DecodeState
 
 
 @dataclass
-class Running:
-    """Sequences between two rounds, on the device.
+class RunningBatch:
+    """Sequences between two decode steps, on the device.
 
-    Shapes: lengths and last tokens [N], drafts [N,D], the probabilities they were drawn from [N,D,V] fp32
+    Shapes: lengths and last tokens [N], drafts [N,D], the probabilities that they were sampled from [N,D,V] fp32
         (V = 0 when greedy).
     """
 
     state: DecodeState
     length_N: Tensor
-    last_N: Tensor
+    last_token_N: Tensor
     drafts_ND: Tensor
-    chances_NDV: Tensor
+    draft_probs_NDV: Tensor
 
-    def join(self, other: "Running") -> "Running":
-        """Return these sequences followed by the others."""
+    def join(self, other: "RunningBatch") -> "RunningBatch":
+        """Return these sequences followed by the other's."""
         pairs = zip(self.tensors(), other.tensors(), strict=True)
-        return Running(self.state.join(other.state), *(torch.cat(pair) for pair in pairs))
+        return RunningBatch(self.state.join(other.state), *(torch.cat(pair) for pair in pairs))
 
-    def select(self, rows: list[int]) -> "Running":
-        """Return some of the sequences, in this order; all of them are the same object."""
+    def select(self, rows: list[int]) -> "RunningBatch":
+        """Return some sequences, in this order; this same object if it is all of them."""
         if rows == list(range(len(self.state.lengths))):
             return self
-        index = torch.tensor(rows, dtype=torch.long).to(self.last_N.device, non_blocking=True)
-        return Running(self.state.select(rows), *(x.index_select(0, index) for x in self.tensors()))
+        index = torch.tensor(rows, dtype=torch.long).to(self.last_token_N.device, non_blocking=True)
+        return RunningBatch(self.state.select(rows), *(x.index_select(0, index) for x in self.tensors()))
 
-    def own(self) -> None:
-        """Move to memory of its own what may be a view of a captured round's buffers."""
-        self.state.own()
-        self.length_N, self.last_N, self.drafts_ND, self.chances_NDV = (x.clone() for x in self.tensors())
+    def clone_tensors(self) -> None:
+        """Replace the tensors, which may be views of a CUDA graph's buffers, by copies."""
+        self.state.clone_tensors()
+        copies = (x.clone() for x in self.tensors())
+        self.length_N, self.last_token_N, self.drafts_ND, self.draft_probs_NDV = copies
 
     def tensors(self) -> list[Tensor]:
-        """Return what is kept beside the state."""
-        return [self.length_N, self.last_N, self.drafts_ND, self.chances_NDV]
+        """Return the tensors apart from the decode state."""
+        return [self.length_N, self.last_token_N, self.drafts_ND, self.draft_probs_NDV]
 
 
-class Rounds:
-    """Runs rounds of one model, always drafting so deep and drawing so."""
+class DecodeStep:
+    """Decode step of one model with a fixed draft depth and fixed sampling parameters."""
 
-    def __init__(self, passes: Passes, sampling: Sampling, depth: int) -> None:
-        self.passes, self.sampling, self.depth = passes, sampling, depth
+    def __init__(self, runner: ModelRunner, sampling: Sampling, depth: int) -> None:
+        self.runner, self.sampling, self.depth = runner, sampling, depth
+        self._plan: DecodePlan = runner.model.config.plan.decode
         # greedy drafts need no probabilities
-        self._num_choices = 0 if sampling.is_greedy else passes.model.vocab_size
+        self._num_draft_probs = 0 if sampling.is_greedy else runner.model.vocab_size
 
     @property
-    def tokens(self) -> int:
-        """Tokens of each sequence that the trunk sees in a round."""
+    def tokens_per_sequence(self) -> int:
+        """Tokens of each sequence in the step's trunk pass."""
         return self.depth + 1
 
     @property
-    def numbers(self) -> int:
-        """Random numbers that a round takes of each sequence."""
-        return 0 if self.sampling.is_greedy else self.tokens + self.depth
+    def num_random(self) -> int:
+        """Random numbers that a step consumes for each sequence."""
+        return 0 if self.sampling.is_greedy else self.tokens_per_sequence + self.depth
 
-    def reach(self, longest: int) -> int:
-        """Return the end of all positions that a round may write, for sequences of at most `longest` tokens."""
-        return longest + self.tokens + max(0, self.depth - 1)
+    def max_end(self, longest: int) -> int:
+        """Return the end of the positions that a step may write, for sequences of at most `longest` tokens."""
+        return longest + self.tokens_per_sequence + max(0, self.depth - 1)
 
-    def nobody(self, rows: int = 0) -> Running:
-        """Return room for sequences, with nothing in it."""
-        zeros_N = torch.zeros(rows, dtype=torch.long, device=self.passes.device)
-        state = self.passes.empty_state(rows)
-        state.stack_up()
+    def empty_batch(self, num_sequences: int = 0) -> RunningBatch:
+        """Return buffers for this many sequences, filled with zeros."""
+        zeros_N = torch.zeros(num_sequences, dtype=torch.long, device=self.runner.device)
+        state = self.runner.empty_state(num_sequences)
+        state.stack_states()
         return self._without_drafts(state, zeros_N, zeros_N.clone())
 
-    def _without_drafts(self, state: DecodeState, length_N: Tensor, last_N: Tensor) -> Running:
-        drafts_ND = last_N.new_zeros(len(last_N), self.depth)
-        chances = torch.zeros(*drafts_ND.shape, self._num_choices, device=last_N.device)
-        return Running(state, length_N, last_N, drafts_ND, chances)
+    def _without_drafts(self, state: DecodeState, length_N: Tensor, last_token_N: Tensor) -> RunningBatch:
+        drafts_ND = last_token_N.new_zeros(len(last_token_N), self.depth)
+        draft_probs = torch.zeros(*drafts_ND.shape, self._num_draft_probs, device=last_token_N.device)
+        return RunningBatch(state, length_N, last_token_N, drafts_ND, draft_probs)
 
-    def first_tokens(self, hidden_NX: Tensor, uniform_NU: Tensor) -> Tensor:
-        """Draw each sequence's first token behind its prompt. Returns: packed, see `take_on`."""
-        logits_N1V = self._logits(hidden_NX).unsqueeze(1)
+    def sample_first_tokens(self, hidden_NX: Tensor, uniform_NU: Tensor) -> Tensor:
+        """Sample each sequence's first token after its prompt. Returns: packed, as `run`."""
+        logits_N1V = self._compute_logits(hidden_NX).unsqueeze(1)
         no_drafts_N0 = torch.zeros(len(hidden_NX), 0, dtype=torch.long, device=hidden_NX.device)
-        no_chances = torch.zeros(*no_drafts_N0.shape, self._num_choices, device=hidden_NX.device)
-        return self._choose(logits_N1V, no_drafts_N0, no_chances, uniform_NU).packed
+        no_probs = torch.zeros(*no_drafts_N0.shape, self._num_draft_probs, device=hidden_NX.device)
+        return self._verify_and_sample(logits_N1V, no_drafts_N0, no_probs, uniform_NU).packed
 
-    def begin(self, state: DecodeState, last_N: Tensor, hidden_NX: Tensor, uniform_ND: Tensor) -> Running:
-        """Let sequences begin: draft from the draft layer's output at their newest position."""
-        running = self._without_drafts(state, self.passes.tokens(state.lengths), last_N)
+    def start(self, state: DecodeState, last_token_N: Tensor, hidden_NX: Tensor, uniform_ND: Tensor) -> RunningBatch:
+        """Build a batch from prefilled sequences, with drafts from the MTP layer's output at their last position."""
+        batch = self._without_drafts(state, self.runner.token_tensor(state.lengths), last_token_N)
         if self.depth:
-            newest = hidden_NX, self._logits(hidden_NX)
-            self._draft(running, *newest, uniform_ND, self.reach(max(state.lengths)))
-        return running
+            logits_NV = self._compute_logits(hidden_NX)
+            self._draft(batch, hidden_NX, logits_NV, uniform_ND, self.max_end(max(state.lengths)))
+        return batch
 
-    def take_on(self, running: Running, uniform_NU: Tensor, reach: int) -> Tensor:
-        """Take every sequence on by the drafts that are kept and one token more, in place.
+    def run(self, batch: RunningBatch, uniform_NU: Tensor, max_end: int) -> Tensor:
+        """Extend every sequence in place by its accepted drafts and one sampled token.
 
-        Shapes: uniform [N,U] in [0, 1), fp64, U = `numbers`: for judging, then for the next drafts.
-        Returns: packed [N, 1 + 3·T] fp64: drafts kept, the tokens chosen (meaningful up to the one drawn),
-            their log probabilities, and under what they were drawn from (0 when greedy).
+        Shapes: uniform [N,U] in [0, 1), fp64, U = `num_random`: for the verification, then for the next drafts.
+        Returns: packed [N, 1 + 3·T] fp64: number of accepted drafts; tokens (valid up to the sampled one); their log
+            probabilities under the model; and under the distribution they were sampled from (0 when greedy).
         """
-        rows, tokens, state = len(running.last_N), self.tokens, running.state
-        span = Span.at(running.length_N, tokens, reach)
-        tokens_NT = torch.cat([running.last_N[:, None], running.drafts_ND], 1)
-        hidden_SX = self.passes.trunk(tokens_NT.flatten(), span, state, each_prefix=True, normed=False)
-        hidden_SX, logits_SV = self._read_out(hidden_SX, drafts=False)
-        logits_NTV = logits_SV.view(rows, tokens, -1)
-        judged = self._choose(logits_NTV, running.drafts_ND, running.chances_NDV, uniform_NU[:, :tokens])
-        chosen_S = judged.chosen_NT.flatten()
-        state.keep(judged.row_N)
-        if self.depth:  # the span's positions are those before the sequences grow
-            hidden_SX = self.passes.draft_layer(hidden_SX, chosen_S, span, state, normed=False)
-        running.length_N.add_(judged.grown_N)
-        torch.index_select(chosen_S, 0, judged.row_N, out=running.last_N)
+        num_rows, tokens, state = len(batch.last_token_N), self.tokens_per_sequence, batch.state
+        span = Span.from_device_starts(batch.length_N, tokens, max_end)
+        tokens_NT = torch.cat([batch.last_token_N[:, None], batch.drafts_ND], 1)
+        hidden_SX = self.runner.run_trunk(
+            tokens_NT.flatten(), span, state, state_per_token=True, apply_final_norm=False
+        )
+        hidden_SX, logits_SV = self._norm_and_logits(hidden_SX, mtp=False)
+        logits_NTV = logits_SV.view(num_rows, tokens, -1)
+        verified = self._verify_and_sample(logits_NTV, batch.drafts_ND, batch.draft_probs_NDV, uniform_NU[:, :tokens])
+        tokens_S = verified.chosen_NT.flatten()
+        state.commit_states(verified.row_N)
         if self.depth:
-            newest = self._read_out(hidden_SX.index_select(0, judged.row_N), drafts=True)
-            self._draft(running, *newest, uniform_NU[:, tokens:], reach)
-        return judged.packed
+            # before the lengths change, because the span's positions are views of them
+            hidden_SX = self.runner.run_mtp_layer(hidden_SX, tokens_S, span, state, apply_final_norm=False)
+        batch.length_N.add_(verified.num_new_tokens_N)
+        torch.index_select(tokens_S, 0, verified.row_N, out=batch.last_token_N)
+        if self.depth:
+            newest = self._norm_and_logits(hidden_SX.index_select(0, verified.row_N), mtp=True)
+            self._draft(batch, *newest, uniform_NU[:, tokens:], max_end)
+        return verified.packed
 
-    def _read_out(self, hidden_SX: Tensor, *, drafts: bool) -> tuple[Tensor, Tensor]:
-        """Norm what came un-normed, and return it with the logits that the sampling wants."""
-        hidden_SX, logits_SV = self.passes.read_out(hidden_SX, drafts=drafts)
+    def _norm_and_logits(self, hidden_SX: Tensor, *, mtp: bool) -> tuple[Tensor, Tensor]:
+        """Return normalized hidden states, and logits in the dtype that the sampling needs."""
+        hidden_SX, logits_SV = self.runner.norm_and_logits(hidden_SX, mtp=mtp)
         return hidden_SX, logits_SV if self.sampling.is_greedy else logits_SV.float()
 
-    def _logits(self, hidden_SX: Tensor) -> Tensor:
-        """Return logits [S,V] that the sampling wants: greedily in their own format, which loses nothing."""
+    def _compute_logits(self, hidden_SX: Tensor) -> Tensor:
+        """Return logits [S,V]: fp32, or for greedy decoding in the model's dtype, which has the same argmax."""
         if self.sampling.is_greedy:
-            return raw_logits_of(self.passes.model, hidden_SX)
-        return self.passes.logits(hidden_SX)
+            return compute_raw_logits(self.runner.model, hidden_SX)
+        return self.runner.compute_logits(hidden_SX)
 
-    def _choose(self, logits_NTV: Tensor, drafts_ND: Tensor, chances_NDV: Tensor, uniform_NT: Tensor) -> Judged:
-        """Judge the drafts, and draw the token after those kept. Returns: among others packed, see `take_on`."""
+    def _verify_and_sample(
+        self, logits_NTV: Tensor, drafts_ND: Tensor, draft_probs_NDV: Tensor, uniform_NT: Tensor
+    ) -> VerifiedDrafts:
+        """Verify the drafts, and sample the token after the last accepted one."""
         if self.sampling.is_greedy:
-            judged = judge_likeliest(logits_NTV, drafts_ND, self.sampling.vocab_size)
-            if self.passes.is_alone:
-                return judged
-            return _read(self.passes.take_first_ranks(judged.packed))
+            fused = bool(self._plan.argmax)
+            verified = verify_greedy(logits_NTV, drafts_ND, self.sampling.vocab_size, fused=fused)
+            if self.runner.is_alone:
+                return verified
+            return _unpack(self.runner.broadcast_from_first_tp_rank(verified.packed))
         target_NTV = distribution(logits_NTV, self.sampling)
-        kept_N, drawn_N = judge(target_NTV, chances_NDV, drafts_ND, uniform_NT)
-        chosen_NT = F.pad(drafts_ND, (0, 1)).scatter(1, kept_N[:, None], drawn_N[:, None])
-        own_NT = _at(logits_NTV.log_softmax(-1), chosen_NT)
-        drawn_from_NT = _at(target_NTV, chosen_NT).log()
-        # one tensor, so that a GPU is waited for once
-        parts = kept_N[:, None], chosen_NT, own_NT, drawn_from_NT
-        return _read(self.passes.take_first_ranks(torch.cat([part.double() for part in parts], 1)))
+        num_accepted_N, sampled_N = rejection_sample(target_NTV, draft_probs_NDV, drafts_ND, uniform_NT)
+        tokens_NT = F.pad(drafts_ND, (0, 1)).scatter(1, num_accepted_N[:, None], sampled_N[:, None])
+        logprobs_NT = _gather_tokens(logits_NTV.log_softmax(-1), tokens_NT)
+        sampled_logprobs_NT = _gather_tokens(target_NTV, tokens_NT).log()
+        # one tensor, so that there is one host synchronization
+        parts = num_accepted_N[:, None], tokens_NT, logprobs_NT, sampled_logprobs_NT
+        return _unpack(self.runner.broadcast_from_first_tp_rank(torch.cat([part.double() for part in parts], 1)))
 
-    def _draft(self, running: Running, hidden_NX: Tensor, logits_NV: Tensor, uniform_ND: Tensor, reach: int) -> None:
-        """Draft from the MTP layer's output at each sequence's newest position, repeating the layer."""
+    def _draft(
+        self, batch: RunningBatch, hidden_NX: Tensor, logits_NV: Tensor, uniform_ND: Tensor, max_end: int
+    ) -> None:
+        """Write new drafts, from the MTP layer's output at each sequence's last position, by repeating the layer."""
         for depth in range(self.depth):
-            draft_N = running.drafts_ND[:, depth]
-            if self.sampling.is_greedy and self.passes.is_alone:
-                take_likeliest(logits_NV, draft_N, self.sampling.vocab_size)
+            draft_N = batch.drafts_ND[:, depth]
+            if self.sampling.is_greedy and self.runner.is_alone:
+                fused = bool(self._plan.draft_argmax)
+                greedy_token(logits_NV, draft_N, self.sampling.vocab_size, fused=fused)
             else:
-                drawn_N = self._drawn(running, logits_NV, uniform_ND, depth)
-                draft_N.copy_(self.passes.take_first_ranks(drawn_N))
+                sampled_N = self._sample_draft(batch, logits_NV, uniform_ND, depth)
+                draft_N.copy_(self.runner.broadcast_from_first_tp_rank(sampled_N))
             if depth + 1 < self.depth:
-                span = Span.at(running.length_N + depth, 1, reach)
-                hidden_NX = self.passes.draft_layer(hidden_NX, draft_N, span, running.state, normed=False)
-                hidden_NX, logits_NV = self._read_out(hidden_NX, drafts=True)
+                span = Span.from_device_starts(batch.length_N + depth, 1, max_end)
+                hidden_NX = self.runner.run_mtp_layer(hidden_NX, draft_N, span, batch.state, apply_final_norm=False)
+                hidden_NX, logits_NV = self._norm_and_logits(hidden_NX, mtp=True)
 
-    def _drawn(self, running: Running, logits_NV: Tensor, uniform_ND: Tensor, depth: int) -> Tensor:
-        """Draw a draft of each sequence, and note the probabilities where they are asked for later."""
+    def _sample_draft(self, batch: RunningBatch, logits_NV: Tensor, uniform_ND: Tensor, depth: int) -> Tensor:
+        """Sample a draft of each sequence, and store its distribution for the verification."""
         if self.sampling.is_greedy:
-            return likeliest(logits_NV, self.sampling)
-        chances_NV = distribution(logits_NV, self.sampling)
-        running.chances_NDV[:, depth] = chances_NV
-        return draw(chances_NV, uniform_ND[:, depth])
+            return greedy_tokens(logits_NV, self.sampling)
+        probs_NV = distribution(logits_NV, self.sampling)
+        batch.draft_probs_NDV[:, depth] = probs_NV
+        return sample_tokens(probs_NV, uniform_ND[:, depth])
 
 
-def _read(packed: Tensor) -> Judged:
-    """Read what was judged off the packed numbers, which are the first rank's."""
-    rows, tokens = len(packed), packed.shape[1] // 3
-    kept_N, chosen_NT = packed[:, 0].long(), packed[:, 1 : 1 + tokens].long()
-    row_N = torch.arange(rows, device=packed.device) * tokens + kept_N
-    return Judged(packed, chosen_NT, kept_N + 1, row_N)
+def _unpack(packed: Tensor) -> VerifiedDrafts:
+    """Rebuild the result of a verification from its packed numbers, which are the first tensor-parallel rank's."""
+    num_rows, tokens = len(packed), packed.shape[1] // 3
+    num_accepted_N, tokens_NT = packed[:, 0].long(), packed[:, 1 : 1 + tokens].long()
+    row_N = torch.arange(num_rows, device=packed.device) * tokens + num_accepted_N
+    return VerifiedDrafts(packed, tokens_NT, num_accepted_N + 1, row_N)
 
 
-def _at(values_NTV: Tensor, tokens_NT: Tensor) -> Tensor:
+def _gather_tokens(values_NTV: Tensor, tokens_NT: Tensor) -> Tensor:
     return values_NTV.gather(-1, tokens_NT[..., None]).squeeze(-1)

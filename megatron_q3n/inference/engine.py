@@ -1,36 +1,37 @@
-"""The loop over a batch of sequences: read prompts, draw a token each, draft, verify, let go of what is done.
+"""Generation engine: continuous batching with chunked prefill and speculative decoding.
 
-A step is one pass of the trunk. Either it reads prompts, packed one behind the other, at most
-`prefill_tokens` of them, so that a long prompt takes several steps and costs bounded memory; or it
-takes every running sequence on: its last token and its drafts go in, the drafts are judged, and the
-token after those that were kept is drawn. Without drafts that is plain decoding, by the same code.
+A step is one pass of the trunk. It is either a prefill of waiting prompts, packed and at most `prefill_tokens` of them,
+so that a long prompt takes several steps of bounded memory (chunked prefill); or a decode step of all running
+sequences: each brings its last token and its draft tokens, the drafts are verified, and the next token is sampled.
+Without drafts the same code is plain decoding. Requests are admitted to the running batch when their prompt is
+complete, and retired when they are finished.
 
-The host keeps the books, of prompts, random numbers and what is finished; decode_step.py is the device's
-part. Where nothing stands against it, a round is replayed as a CUDA graph (decode_graph.py).
+The host keeps prompts, random numbers and completions; decode_step.py runs on the device. Where possible a decode step
+is replayed as a CUDA graph (decode_graph.py).
 
 Shapes: N sequences, T tokens of each, S all tokens, X hidden size.
 """
 
 from collections import deque
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_q3n.inference.decode_graph import RoundGraphs
-from megatron_q3n.inference.decode_step import Rounds
-from megatron_q3n.inference.passes import Passes
+from megatron_q3n.inference.decode_graph import DecodeGraphs
+from megatron_q3n.inference.decode_step import DecodeStep
+from megatron_q3n.inference.model_runner import ModelRunner
 from megatron_q3n.inference.sampling import Sampling
-from megatron_q3n.inference.sequence import Piece, Sequence
+from megatron_q3n.inference.sequence import Sequence, TokenChunk
+from megatron_q3n.model.decode.protocols import DecodeModel
 from megatron_q3n.model.decode.state import DecodeState
 
 
 class Engine:
-    """Sequences on their way; `step` while `is_busy`."""
+    """Scheduler of waiting, prefilling and running sequences; call `step` while `is_busy`."""
 
     def __init__(
         self,
-        model: Any,
+        model: DecodeModel,
         sequences: list[Sequence],
         sampling: Sampling,
         *,
@@ -39,124 +40,136 @@ class Engine:
         max_sequences: int,
         cuda_graph: bool | None = False,
     ) -> None:
-        self._passes = Passes(model, draft_depth)
-        self._rounds = Rounds(self._passes, sampling, draft_depth)
-        self.graphs = RoundGraphs(self._rounds, cuda_graph)
+        self._runner = ModelRunner(model, draft_depth)
+        self._decode_step = DecodeStep(self._runner, sampling, draft_depth)
+        self.graphs = DecodeGraphs(self._decode_step, cuda_graph)
         self._depth = draft_depth
         self._prefill_tokens, self._max_sequences = prefill_tokens, max_sequences
         self._waiting = deque(sequences)
-        # a prompt that is half read: no sequence or one, and its state
-        self._reading: list[Sequence] = []
-        self._reading_state = self._passes.empty_state(0)
+        # at most one sequence whose prompt is partly prefilled, and its state
+        self._prefilling: list[Sequence] = []
+        self._prefilling_state = self._runner.empty_state(0)
         self._running: list[Sequence] = []
-        self._carried = self._rounds.nobody()
-        # the newest pass: its sequences in their order, each with the tokens it read; nobody on an idle rank
+        self._batch = self._decode_step.empty_batch()
+        # sequences of the newest pass, each with its number of tokens; empty on an idle rank
         self.last_pass: list[tuple[Sequence, int]] = []
 
     def is_busy(self) -> bool:
-        """Say whether this rank or one it shares experts with has work. A collective call."""
-        return self._passes.anyone(bool(self._waiting or self._reading or self._running))
+        """Return whether this rank, or one that shares experts with it, has work. A collective call."""
+        return self._runner.any_rank_has_work(bool(self._waiting or self._prefilling or self._running))
 
     @torch.no_grad()
-    def step(self) -> list[Piece]:
-        """Make one pass of the trunk, and those of the draft layer for the next drafts.
+    def step(self) -> list[TokenChunk]:
+        """Run one pass of the trunk, and the MTP passes for the next drafts.
 
         Returns: the new tokens.
         """
-        pieces: list[Piece] = []
+        chunks: list[TokenChunk] = []
         self.last_pass = []
-        has_place = len(self._running) < self._max_sequences
-        if self._reading or (self._waiting and has_place):
-            pieces = self._read_prompts()
+        has_capacity = len(self._running) < self._max_sequences
+        if self._prefilling or (self._waiting and has_capacity):
+            chunks = self._prefill()
         elif self._running:
-            pieces = self._take_on()
-        self._passes.finish_step()
-        return pieces
+            chunks = self._decode()
+        self._runner.run_dummy_passes()
+        return chunks
 
-    def _read_prompts(self) -> list[Piece]:
-        """Read the next tokens of prompts; those read to their end get a token and join the running ones."""
-        sequences, counts = self._next_prompts()
+    def _prefill(self) -> list[TokenChunk]:
+        """Prefill the next prompt tokens; sequences whose prompt is complete get their first token and are admitted."""
+        sequences, counts = self._schedule_prefill()
         self.last_pass = list(zip(sequences, counts))
-        state = self._reading_state.join(self._passes.empty_state(len(sequences) - len(self._reading)))
-        span = self._passes.span(state.lengths, counts)
-        read = [token for s, n in zip(sequences, counts) for token in s.read(n)]
-        hidden_SX = self._passes.trunk(self._passes.tokens(read), span, state)
-        state.settle(counts)
-        done = [row for row, s in enumerate(sequences) if s.is_read]
+        state = self._prefilling_state.join(self._runner.empty_state(len(sequences) - len(self._prefilling)))
+        span = self._runner.span(state.lengths, counts)
+        tokens = [token for s, n in zip(sequences, counts) for token in s.next_prompt_tokens(n)]
+        hidden_SX = self._runner.run_trunk(self._runner.token_tensor(tokens), span, state)
+        state.commit(counts)
+        complete = [row for row, s in enumerate(sequences) if s.is_prefilled]
         last = torch.tensor(counts).cumsum(0) - 1
-        pieces = self._first_tokens([sequences[row] for row in done], hidden_SX, last[done])
+        chunks = self._sample_first_tokens([sequences[row] for row in complete], hidden_SX, last[complete])
         if self._depth:
-            following = [token for s, n in zip(sequences, counts) for token in s.following(n)]
-            hidden_SX = self._passes.draft_layer(hidden_SX, self._passes.tokens(following), span, state)
-        going = [row for row in done if not sequences[row].is_done]
-        self._add([sequences[row] for row in going], state.select(going), hidden_SX, last[going])
-        half = [row for row, s in enumerate(sequences) if not s.is_read]
-        self._reading, self._reading_state = [sequences[row] for row in half], state.select(half)
-        return pieces
+            shifted = [token for s, n in zip(sequences, counts) for token in s.following_tokens(n)]
+            hidden_SX = self._runner.run_mtp_layer(hidden_SX, self._runner.token_tensor(shifted), span, state)
+        admitted = [row for row in complete if not sequences[row].is_finished]
+        self._admit([sequences[row] for row in admitted], state.select(admitted), hidden_SX, last[admitted])
+        partial = [row for row, s in enumerate(sequences) if not s.is_prefilled]
+        self._prefilling, self._prefilling_state = [sequences[row] for row in partial], state.select(partial)
+        return chunks
 
-    def _next_prompts(self) -> tuple[list[Sequence], list[int]]:
-        """Choose what to read: the half-read prompt, then waiting ones, within the tokens and places there are."""
+    def _schedule_prefill(self) -> tuple[list[Sequence], list[int]]:
+        """Choose prompts to prefill: the partly prefilled one, then waiting ones, within the token and batch limits.
+
+        Returns: sequences, and how many prompt tokens of each.
+        """
         sequences: list[Sequence] = []
         counts: list[int] = []
-        budget, queue = self._prefill_tokens, [*self._reading, *self._waiting]
-        places = min(len(queue), self._max_sequences - len(self._running))
-        while len(sequences) < places and budget:
+        budget, queue = self._prefill_tokens, [*self._prefilling, *self._waiting]
+        max_admitted = min(len(queue), self._max_sequences - len(self._running))
+        while len(sequences) < max_admitted and budget:
             sequence = queue[len(sequences)]
-            counts.append(min(budget, len(sequence.prompt) - sequence.num_read))
+            counts.append(min(budget, len(sequence.prompt) - sequence.num_prefilled))
             sequences.append(sequence)
             budget -= counts[-1]
-        for _ in range(len(sequences) - len(self._reading)):
+        for _ in range(len(sequences) - len(self._prefilling)):
             self._waiting.popleft()
         return sequences, counts
 
-    def _first_tokens(self, sequences: list[Sequence], hidden_SX: Tensor, last: Tensor) -> list[Piece]:
+    def _sample_first_tokens(self, sequences: list[Sequence], hidden_SX: Tensor, last: Tensor) -> list[TokenChunk]:
         if not sequences:
             return []
-        numbers = 0 if self._rounds.sampling.is_greedy else 1
-        packed = self._rounds.first_tokens(self._at(hidden_SX, last), self._numbers(sequences, numbers))
-        return self._hand_out(sequences, packed)[0]
+        num_random = 0 if self._decode_step.sampling.is_greedy else 1
+        hidden_NX, uniform_NU = self._select_rows(hidden_SX, last), self._random_numbers(sequences, num_random)
+        packed = self._decode_step.sample_first_tokens(hidden_NX, uniform_NU)
+        return self._append_tokens(sequences, packed)[0]
 
-    def _add(self, sequences: list[Sequence], state: DecodeState, hidden_SX: Tensor, last: Tensor) -> None:
-        """Let sequences whose prompt is read join the running ones."""
+    def _admit(self, sequences: list[Sequence], state: DecodeState, hidden_SX: Tensor, last: Tensor) -> None:
+        """Add prefilled sequences to the running batch."""
         if not sequences:
             return
-        numbers = 0 if self._rounds.sampling.is_greedy else self._depth
-        last_N = self._passes.tokens([s.last_token for s in sequences])
-        begun = self._rounds.begin(state, last_N, self._at(hidden_SX, last), self._numbers(sequences, numbers))
+        num_random = 0 if self._decode_step.sampling.is_greedy else self._depth
+        last_token_N = self._runner.token_tensor([s.last_token for s in sequences])
+        hidden_NX, uniform_ND = self._select_rows(hidden_SX, last), self._random_numbers(sequences, num_random)
+        admitted = self._decode_step.start(state, last_token_N, hidden_NX, uniform_ND)
         self._running += sequences
-        self._carried = self._carried.join(begun)
+        self._batch = self._batch.join(admitted)
 
-    def _take_on(self) -> list[Piece]:
-        """Take every running sequence on by the drafts that are kept and one token more."""
+    def _decode(self) -> list[TokenChunk]:
+        """Run a decode step of all running sequences."""
         self.last_pass = [(sequence, self._depth + 1) for sequence in self._running]
-        numbers = self._numbers(self._running, self._rounds.numbers)
-        self._carried, packed = self.graphs.take_on(self._carried, numbers, self._longest())
-        pieces, kept = self._hand_out(self._running, packed)
-        for sequence, num_kept in zip(self._running, kept):
-            sequence.count_drafts(num_kept)
-        self._carried.state.count([num_kept + 1 for num_kept in kept])
-        going = [row for row, s in enumerate(self._running) if not s.is_done]
-        self._running = [self._running[row] for row in going]
-        self._carried = self._carried.select(going)
-        return pieces
+        uniform_NU = self._random_numbers(self._running, self._decode_step.num_random)
+        self._batch, packed = self.graphs.run(self._batch, uniform_NU, self._max_final_length())
+        chunks, num_accepted = self._append_tokens(self._running, packed)
+        for sequence, count in zip(self._running, num_accepted):
+            sequence.record_verification(count)
+        self._batch.state.advance([count + 1 for count in num_accepted])
+        self._retire_finished()
+        return chunks
 
-    def _longest(self) -> int:
-        """Return the most tokens that a running sequence may come to have."""
+    def _retire_finished(self) -> None:
+        """Remove finished sequences from the running batch."""
+        unfinished = [row for row, s in enumerate(self._running) if not s.is_finished]
+        self._running = [self._running[row] for row in unfinished]
+        self._batch = self._batch.select(unfinished)
+
+    def _max_final_length(self) -> int:
+        """Return the largest length that a running sequence can reach."""
         return max(len(s.prompt) + s.sampling.max_new_tokens for s in self._running)
 
-    def _hand_out(self, sequences: list[Sequence], packed: Tensor) -> tuple[list[Piece], list[int]]:
-        """Give the sequences their tokens; this waits for the device. Returns: pieces, drafts kept of each."""
-        pieces, kept = [], []
+    def _append_tokens(self, sequences: list[Sequence], packed: Tensor) -> tuple[list[TokenChunk], list[int]]:
+        """Append the step's tokens to the sequences; this synchronizes with the device.
+
+        Returns: token chunks, and the number of accepted drafts of each sequence.
+        """
+        chunks, accepted = [], []
         tokens = (packed.shape[1] - 1) // 3
-        for sequence, (num_kept, *rest) in zip(sequences, packed.tolist()):
-            kept.append(int(num_kept))
-            ids, own, drawn_from = (rest[i * tokens :][: kept[-1] + 1] for i in range(3))
-            pieces.append(sequence.take([int(token) for token in ids], own, drawn_from))
-        return pieces, kept
+        for sequence, (num_accepted, *values) in zip(sequences, packed.tolist()):
+            accepted.append(int(num_accepted))
+            ids, logprobs, sampled_logprobs = (values[i * tokens :][: accepted[-1] + 1] for i in range(3))
+            chunks.append(sequence.append([int(token) for token in ids], logprobs, sampled_logprobs))
+        return chunks, accepted
 
-    def _numbers(self, sequences: list[Sequence], count: int) -> Tensor:
+    def _random_numbers(self, sequences: list[Sequence], count: int) -> Tensor:
         """Return the next random numbers of each sequence [N,count]."""
-        return self._passes.numbers([sequence.uniforms(count) for sequence in sequences])
+        return self._runner.uniform_tensor([sequence.next_random_numbers(count) for sequence in sequences])
 
-    def _at(self, hidden_SX: Tensor, rows: Tensor) -> Tensor:
+    def _select_rows(self, hidden_SX: Tensor, rows: Tensor) -> Tensor:
         return hidden_SX.index_select(0, rows.to(hidden_SX.device, non_blocking=True))

@@ -1,40 +1,41 @@
-"""Completions of prompts: the calls for people and programs."""
+"""Public interface of text generation: `generate` for finished completions, `start` for a stream of tokens."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from megatron_q3n.inference.engine import Engine
-from megatron_q3n.inference.request import Abilities
+from megatron_q3n.inference.limits import GenerationLimits
 from megatron_q3n.inference.sampling import Sampling
-from megatron_q3n.inference.sequence import Completion, Piece, Sequence
+from megatron_q3n.inference.sequence import Completion, Sequence, TokenChunk
 from megatron_q3n.model.decode.forward import generating
+from megatron_q3n.model.decode.protocols import DecodeModel
 
 PREFILL_TOKENS = 4096
 Seed = int | list[int] | list[str]
 
 
 class Generation:
-    """An iterator over new tokens as they are drawn; `completions`, in the order of the prompts, grow with it.
+    """Iterator over new tokens; `completions`, in the order of the prompts, grow with it.
 
-    The model is in evaluation from the first token until the iterator is exhausted or closed.
+    The model is in evaluation mode from the first token until the iterator is exhausted or closed.
     """
 
-    def __init__(self, model: Any, sequences: list[Sequence], engine: Engine) -> None:
+    def __init__(self, model: DecodeModel, sequences: list[Sequence], engine: Engine) -> None:
         self._model, self._sequences, self._engine = model, sequences, engine
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[TokenChunk]:
         with generating(self._model):
             while self._engine.is_busy():
                 yield from self._engine.step()
 
     @property
-    def without_graphs(self) -> str | None:
-        """Why rounds are not CUDA graphs; None where they are."""
+    def cuda_graph_obstacle(self) -> str | None:
+        """Why decode steps are not CUDA graphs; None where they are."""
         return self._engine.graphs.obstacle
 
     @property
     def launches(self) -> int | None:
-        """What one CUDA graph of a round replaces; None where rounds are not graphs."""
+        """Kernel launches that the CUDA graph of a decode step replaces; None without graphs."""
         return self._engine.graphs.num_launches
 
     @property
@@ -43,7 +44,7 @@ class Generation:
         return [sequence.completion for sequence in self._sequences]
 
 
-def generate(model: Any, prompts: list[list[int]], sampling: Sampling, **options: Any) -> list[Completion]:
+def generate(model: DecodeModel, prompts: list[list[int]], sampling: Sampling, **options: Any) -> list[Completion]:
     """Complete each prompt; options and errors as `start`.
 
     Returns: completions in the order of the prompts.
@@ -55,7 +56,7 @@ def generate(model: Any, prompts: list[list[int]], sampling: Sampling, **options
 
 
 def start(
-    model: Any,
+    model: DecodeModel,
     prompts: list[list[int]],
     sampling: Sampling,
     *,
@@ -65,29 +66,28 @@ def start(
     max_sequences: int | None = None,
     cuda_graph: bool | None = False,
 ) -> Generation:
-    """Prepare to complete each prompt; iterate over the result for tokens as they come.
+    """Prepare the completion of each prompt; iterate over the result for tokens as they are generated.
 
-    A sequence's random numbers depend on the seed and its place among the prompts, or on its own
-    seed where there is a list of them, and not on what else is in the batch or on the layout.
-    `draft_depth` tokens are drafted by the MTP layer and verified together: the outcome has the same
-    distribution, and is the same when greedy. `prefill_tokens` is the most that one pass reads of
-    prompts, `max_sequences` the most sequences that run at once; others wait. `cuda_graph` replays rounds
-    as CUDA graphs: True must, None does where it can; their buffers stay with the model for later calls
-    until `round_graph.forget(model)`.
+    A sequence's random numbers depend only on the seed and its index among the prompts, or on its entry in a list of
+    seeds; not on the batch or the parallel layout. `draft_depth` tokens are drafted by the MTP layer and verified in
+    one pass (speculative decoding): the distribution of the output does not change, nor does the output when greedy.
+    `prefill_tokens` bounds the prompt tokens of one pass (chunked prefill), `max_sequences` the running batch; further
+    prompts wait. `cuda_graph` replays decode steps as CUDA graphs: True requires it, None does where possible. The
+    graphs' buffers stay allocated for later calls until `decode_graph.free_graphs(model)`.
 
-    Every rank of a tensor-parallel group gives the same prompts. Data-parallel ranks give their own;
-    if they share experts, all must iterate, those without prompts too.
+    All ranks of a tensor-parallel group pass the same prompts. Data-parallel ranks pass their own; if they share
+    experts, all of them must iterate, including those without prompts.
 
-    Raises: UserError for an empty or too long prompt, an unknown token, drafts without MTP, or a
-        layout that generation does not know, or graphs that must be and cannot.
+    Raises: UserError for an empty or too long prompt, an unknown token, drafts without an MTP layer, an unsupported
+        parallel layout, or required graphs that are not possible.
     """
-    Abilities.of(model).check(prompts, sampling, draft_depth)
+    GenerationLimits.from_model(model).check(prompts, sampling, draft_depth)
     assert prefill_tokens > 0
     assert max_sequences is None or max_sequences > 0
-    own = [f"{seed}.{i}" for i in range(len(prompts))] if isinstance(seed, int) else seed
+    seeds = [f"{seed}.{i}" for i in range(len(prompts))] if isinstance(seed, int) else seed
     sequences = [
-        Sequence(index, prompt, str(stream), sampling, draft_depth)
-        for index, (prompt, stream) in enumerate(zip(prompts, own, strict=True))
+        Sequence(index, prompt, str(sequence_seed), sampling, draft_depth)
+        for index, (prompt, sequence_seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
     engine = Engine(
         model,

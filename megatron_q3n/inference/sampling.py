@@ -1,16 +1,16 @@
-"""How the next token is chosen, and how drafts are judged so that the outcome is the same.
+"""Token sampling, and verification of draft tokens by speculative sampling.
 
-**Sampling.** Logits / temperature, then only the `top_k` likeliest, then of those only the smallest
-set that holds `top_p` of the mass; what is left is renormalised and drawn from. Temperature 0 is the
-likeliest token.
+**Sampling.** Logits are divided by the temperature and restricted to the `top_k` most probable tokens, then to the
+smallest set of those that holds `top_p` of the mass (nucleus sampling); the rest is renormalized. Temperature 0 is
+greedy decoding.
 
-**Drafts** (speculative sampling, Leviathan et al., arXiv 2211.17192, algorithm 1). Draft d, drawn
-from q, is kept with probability min(1, p(d) / q(d)). At the first one refused, a token is drawn from
-max(0, p - q), renormalised; if all are kept, one more from p. What comes out is distributed as p,
-whatever q is. Greedily all of p and q is on one token, so a draft is kept where it is p's own.
+**Verification of drafts** (speculative sampling, Leviathan et al., arXiv 2211.17192, algorithm 1). Draft d, sampled
+from q, is accepted with probability min(1, p(d) / q(d)). At the first rejected draft a token is sampled from max(0, p -
+q), renormalized; if all are accepted, one more token is sampled from p. The output is distributed as p, whatever q is.
+With greedy decoding p and q have all mass on one token, so a draft is accepted where it is the argmax of p.
 
-Randomness enters as numbers in [0, 1) that the caller provides, so each sequence can have its own
-stream, the same in any batch and on any device.
+The caller passes random numbers in [0, 1), so that each sequence has its own random stream, the same in any batch and
+on any device.
 
 Shapes: N sequences, T tokens, V vocabulary, D drafts.
 """
@@ -23,9 +23,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """What to draw, and when to stop.
+    """Sampling parameters and stop conditions.
 
-    `vocab_size`, if given, keeps ids from there on (rows that pad the embedding) from being drawn.
+    `vocab_size`, if set, excludes ids from there on (padding rows of the embedding).
     """
 
     max_new_tokens: int
@@ -37,71 +37,74 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether there is nothing random."""
+        """Whether decoding is greedy: temperature 0."""
         return self.temperature == 0
 
 
 def distribution(logits_NV: Tensor, sampling: Sampling) -> Tensor:
-    """Return the probabilities that tokens are drawn from, fp32, shaped as the logits [...,V]."""
-    logits = _without_padding(logits_NV.float(), sampling) / sampling.temperature
+    """Return the probabilities that tokens are sampled from, fp32, shaped as the logits [...,V]."""
+    logits = _mask_padding(logits_NV.float(), sampling) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        threshold = logits.topk(sampling.top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, float("-inf"))
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
-        probabilities = _nucleus(probabilities, sampling.top_p)
+        probabilities = _restrict_to_nucleus(probabilities, sampling.top_p)
     return probabilities
 
 
-def likeliest(logits_NV: Tensor, sampling: Sampling) -> Tensor:
-    """Return the likeliest tokens [...]: what greedy generation takes."""
+def greedy_tokens(logits_NV: Tensor, sampling: Sampling) -> Tensor:
+    """Return the most probable tokens [...]."""
     return logits_NV[..., : sampling.vocab_size].argmax(-1)
 
 
-def draw(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """Draw a token from each row of unnormalised weights by inverting its distribution function.
+def sample_tokens(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """Sample a token from each row of unnormalized weights by inverting its cumulative distribution.
 
     Shapes: weights [N,V]; uniform [N] in [0, 1), fp64.
     Returns: tokens [N].
     """
-    mass = weights_NV.double().cumsum(-1)
-    target = uniform_N[:, None] * mass[:, -1:]
-    return torch.searchsorted(mass, target, right=True).squeeze(-1).clamp(max=mass.shape[-1] - 1)
+    cumulative = weights_NV.double().cumsum(-1)
+    target = uniform_N[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=cumulative.shape[-1] - 1)
 
 
-def judge(target_NTV: Tensor, draft_NDV: Tensor, drafts_ND: Tensor, uniform_NT: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the drafts that may stay, and draw the token after them.
+def rejection_sample(
+    target_NTV: Tensor, draft_NDV: Tensor, drafts_ND: Tensor, uniform_NT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Accept or reject drafts, and sample the token after the last accepted one.
 
-    Shapes: target, the probabilities p for each draft and for the token after the last, T = D + 1;
-        draft, the probabilities q the drafts were drawn from; uniform fp64, one number per draft and
-        one for the token drawn here.
-    Returns: how many drafts were kept [N], and the token after them [N].
+    Shapes: target, the probabilities p of each draft's position and of the position after the last, T = D + 1; draft,
+        the probabilities q that the drafts were sampled from; uniform fp64, one number for each draft and one for the
+        token sampled here.
+    Returns: the number of accepted drafts [N], and the token after them [N].
+    Reference: Leviathan et al. (arXiv 2211.17192), algorithm 1.
     """
     rows = torch.arange(len(drafts_ND), device=drafts_ND.device)
     p_of_draft = target_NTV[:, :-1].gather(-1, drafts_ND[..., None]).squeeze(-1)
     q_of_draft = draft_NDV.gather(-1, drafts_ND[..., None]).squeeze(-1)
-    keep_ND = uniform_NT[:, :-1] * q_of_draft < p_of_draft
-    kept_N = keep_ND.int().cumprod(1).sum(1)
+    is_accepted_ND = uniform_NT[:, :-1] * q_of_draft < p_of_draft
+    num_accepted_N = is_accepted_ND.int().cumprod(1).sum(1)
     after_last = draft_NDV.new_zeros(len(rows), 1, draft_NDV.shape[-1])
-    p = target_NTV[rows, kept_N]
-    residual = (p - torch.cat([draft_NDV, after_last], 1)[rows, kept_N]).clamp(min=0)
-    # where p = q but for rounding, nothing is left of the difference
+    p = target_NTV[rows, num_accepted_N]
+    residual = (p - torch.cat([draft_NDV, after_last], 1)[rows, num_accepted_N]).clamp(min=0)
+    # where p equals q up to rounding, the difference has no mass
     weights = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
-    return kept_N, draw(weights, uniform_NT[:, -1])
+    return num_accepted_N, sample_tokens(weights, uniform_NT[:, -1])
 
 
-def _without_padding(logits_NV: Tensor, sampling: Sampling) -> Tensor:
-    """Make ids beyond the vocabulary impossible."""
+def _mask_padding(logits_NV: Tensor, sampling: Sampling) -> Tensor:
+    """Set the logits of ids beyond the vocabulary to -inf."""
     if sampling.vocab_size is None or sampling.vocab_size >= logits_NV.shape[-1]:
         return logits_NV
-    padding = torch.arange(logits_NV.shape[-1], device=logits_NV.device) >= sampling.vocab_size
-    return logits_NV.masked_fill(padding, float("-inf"))
+    is_padding = torch.arange(logits_NV.shape[-1], device=logits_NV.device) >= sampling.vocab_size
+    return logits_NV.masked_fill(is_padding, float("-inf"))
 
 
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of likeliest tokens whose mass reaches `top_p`, renormalised."""
+def _restrict_to_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Restrict to the smallest set of most probable tokens whose mass reaches `top_p`, renormalized."""
     ordered, order = probabilities.sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    kept = ordered.masked_fill(before >= top_p, 0.0)
-    kept = kept / kept.sum(-1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter(-1, order, kept)
+    mass_before = ordered.cumsum(-1) - ordered
+    nucleus = ordered.masked_fill(mass_before >= top_p, 0.0)
+    nucleus = nucleus / nucleus.sum(-1, keepdim=True)
+    return torch.zeros_like(probabilities).scatter(-1, order, nucleus)

@@ -1,4 +1,4 @@
-"""One sequence being generated: its tokens, its own random numbers, and how its drafts fared."""
+"""Sequence being generated: prompt, completion, random numbers, and acceptance counts of its drafts."""
 
 import random
 from dataclasses import dataclass, field
@@ -11,15 +11,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass
 class Completion:
-    """What was generated after one prompt.
+    """Generated tokens of one prompt.
 
-    `tokens` ends with the stop token if one was drawn ("stop"), else with the last that was allowed
-    ("length"). `logprobs` are under the model's own distribution, softmax(logits), of every token;
-    `sampled_logprobs` under the one it was drawn from, after temperature, top_k and top_p (0 when
-    greedy). Both are natural logarithms, fp32.
+    `tokens` ends with the stop token if one was sampled ("stop"), else at the token limit ("length"). `logprobs` are
+    natural-log probabilities, fp32, under the model's own distribution, softmax(logits); `sampled_logprobs` under the
+    distribution the tokens were sampled from, after temperature, top_k and top_p (0 when greedy).
 
-    `drafted[d]` counts drafts at depth d+1 that were judged, which happens when all before were
-    kept; `accepted[d]` those kept. Their ratio is the conditional acceptance at that depth.
+    `drafted[d]` counts the verified drafts of depth d+1, that is, those before which all drafts were accepted;
+    `accepted[d]` the accepted ones. Their ratio is the conditional acceptance rate at that depth.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -31,8 +30,8 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """New tokens of the completion of prompt `index`; its finish reason comes with the last ones."""
+class TokenChunk:
+    """New tokens of the completion of prompt `index`; the last chunk has its finish reason."""
 
     index: int
     tokens: list[int]
@@ -40,63 +39,64 @@ class Piece:
 
 
 class Sequence:
-    """A prompt, and its completion so far."""
+    """A prompt and its completion so far."""
 
-    def __init__(self, index: int, prompt: list[int], stream: str, sampling: Sampling, draft_depth: int) -> None:
+    def __init__(self, index: int, prompt: list[int], seed: str, sampling: Sampling, draft_depth: int) -> None:
         self.index, self.prompt, self.sampling = index, prompt, sampling
-        self.num_read = 0  # tokens of the prompt that the state holds
-        # Python's generator: the same numbers on every platform and Python version
-        self._random = random.Random(stream)
+        # prompt tokens in the decode state
+        self.num_prefilled = 0
+        # Python's generator gives the same numbers on every platform and Python version
+        self._random = random.Random(seed)
         self.completion = Completion(drafted=[0] * draft_depth, accepted=[0] * draft_depth)
 
     @property
     def last_token(self) -> int:
-        """The token that the model sees next."""
+        """The newest token, the input of the next step."""
         return self.completion.tokens[-1]
 
     @property
-    def is_read(self) -> bool:
-        """Whether the state holds the whole prompt."""
-        return self.num_read == len(self.prompt)
+    def is_prefilled(self) -> bool:
+        """Whether the decode state contains the whole prompt."""
+        return self.num_prefilled == len(self.prompt)
 
     @property
-    def is_done(self) -> bool:
-        """Whether nothing more will come."""
+    def is_finished(self) -> bool:
+        """Whether the completion has ended."""
         return self.completion.finish_reason is not None
 
-    def read(self, count: int) -> list[int]:
-        """Return the next tokens of the prompt, and count them as read."""
-        self.num_read += count
-        return self.prompt[self.num_read - count : self.num_read]
+    def next_prompt_tokens(self, count: int) -> list[int]:
+        """Return the next prompt tokens to prefill, and advance past them."""
+        self.num_prefilled += count
+        return self.prompt[self.num_prefilled - count : self.num_prefilled]
 
-    def following(self, count: int) -> list[int]:
-        """Return the token after each of the last `count` read; after the prompt comes the first one drawn."""
-        whole = [*self.prompt[self.num_read - count + 1 : self.num_read + 1]]
-        return whole if len(whole) == count else [*whole, self.completion.tokens[0]]
+    def following_tokens(self, count: int) -> list[int]:
+        """Return the successor of each of the last `count` prefilled tokens; the prompt's is the first sampled one."""
+        shifted = [*self.prompt[self.num_prefilled - count + 1 : self.num_prefilled + 1]]
+        return shifted if len(shifted) == count else [*shifted, self.completion.tokens[0]]
 
-    def uniforms(self, count: int) -> list[float]:
-        """Return the next numbers of this sequence's own stream, in [0, 1)."""
+    def next_random_numbers(self, count: int) -> list[float]:
+        """Return the next numbers of this sequence's random stream, in [0, 1)."""
         return [self._random.random() for _ in range(count)]
 
-    def take(self, tokens: list[int], logprobs: list[float], sampled_logprobs: list[float]) -> Piece:
-        """Append tokens up to the first that ends the completion."""
-        done = self.completion
-        limit = self.sampling.max_new_tokens - len(done.tokens)
+    def append(self, tokens: list[int], logprobs: list[float], sampled_logprobs: list[float]) -> TokenChunk:
+        """Append tokens up to the first one that ends the completion."""
+        completion = self.completion
+        limit = self.sampling.max_new_tokens - len(completion.tokens)
         stops = [i for i, token in enumerate(tokens) if token in self.sampling.stop_tokens]
         if stops and stops[0] < limit:
-            done.finish_reason, limit = "stop", stops[0] + 1
+            completion.finish_reason, limit = "stop", stops[0] + 1
         elif len(tokens) >= limit:
-            done.finish_reason = "length"
-        done.tokens += tokens[:limit]
-        done.logprobs += logprobs[:limit]
-        done.sampled_logprobs += sampled_logprobs[:limit]
-        return Piece(self.index, tokens[:limit], done.finish_reason)
+            completion.finish_reason = "length"
+        completion.tokens += tokens[:limit]
+        completion.logprobs += logprobs[:limit]
+        completion.sampled_logprobs += sampled_logprobs[:limit]
+        return TokenChunk(self.index, tokens[:limit], completion.finish_reason)
 
-    def count_drafts(self, num_kept: int) -> None:
-        """Note a verification that kept so many drafts."""
+    def record_verification(self, num_accepted: int) -> None:
+        """Count the verified and accepted drafts of one step."""
         for depth in range(len(self.completion.drafted)):
-            self.completion.drafted[depth] += depth <= num_kept
-            self.completion.accepted[depth] += depth < num_kept
+            self.completion.drafted[depth] += depth <= num_accepted
+            self.completion.accepted[depth] += depth < num_accepted
 
 
 def acceptance(completions: list[Completion]) -> list[tuple[int, int]]:
@@ -107,8 +107,8 @@ def acceptance(completions: list[Completion]) -> list[tuple[int, int]]:
     return [(sum(c.drafted[d] for c in completions), sum(c.accepted[d] for c in completions)) for d in depths]
 
 
-def mean_accepted_length(completions: list[Completion]) -> float:
-    """Return tokens per verification: one, and the drafts kept."""
+def mean_acceptance_length(completions: list[Completion]) -> float:
+    """Return tokens per decode step: one plus the mean number of accepted drafts."""
     counts = acceptance(completions)
-    rounds = counts[0][0] if counts else 0
-    return 1 + sum(accepted for _, accepted in counts) / max(1, rounds)
+    num_steps = counts[0][0] if counts else 0
+    return 1 + sum(accepted for _, accepted in counts) / max(1, num_steps)

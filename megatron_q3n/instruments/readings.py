@@ -1,7 +1,7 @@
-"""What the numbers of a shared table are called: the names of metrics/names.py, for the model and for each layer.
+"""Metrics of a reduced tally, by the names of metrics/names.py: for the whole model and for each layer.
 
-Layers count from 0 as the paper does: a mixer and its experts are one layer. MTP's layer has a number of its own and is
-in no mean, largest or smallest of the model's, so that these compare with a model that has none.
+Layers count from 0; a mixer and the MoE after it are one layer. The MTP layer has metrics of its own and is left out of
+the model's means, maxima and minima, so that these are comparable with a model without MTP.
 """
 
 import math
@@ -9,14 +9,14 @@ import statistics
 from collections.abc import Iterator, Mapping
 
 from megatron_q3n.instruments.tally import Tally
-from megatron_q3n.instruments.weights import NORM_KINDS, OTHER_PLACES
+from megatron_q3n.instruments.weights import NORM_KINDS, OTHER_PARTS
 
 Loads = dict[str, list[float]]
 Named = Iterator[tuple[str, float]]
 
 
 def readings(tally: Tally, num_layers: int) -> Named:
-    """Name what a shared table holds. Layers without a number (no attention, no Gated DeltaNet) are left out."""
+    """Yield the metrics of a tally. Layers without a value (no attention, no Gated DeltaNet) are left out."""
     yield from _sinks(tally.means("first_token_share"), num_layers)
     yield from _activations(tally, num_layers)
     yield from _norms(tally)
@@ -31,19 +31,19 @@ def readings(tally: Tally, num_layers: int) -> Named:
 
 
 def load_readings(loads: Loads) -> Named:
-    """Name each MoE layer's imbalance over the whole global batch: "layer 3" -> experts/max_over_mean_layer_3."""
+    """Yield each MoE layer's load imbalance over the global batch: "layer 3" -> experts/load_imbalance_layer_3."""
     for name, load in loads.items():
-        place = name.replace(" ", "_")
-        yield f"experts/max_over_mean_{place}", max(load) * len(load)
-        yield f"experts/dead_{place}", sum(share == 0 for share in load)
+        layer = name.replace(" ", "_")
+        yield f"experts/load_imbalance_{layer}", max(load) * len(load)
+        yield f"experts/dead_{layer}", sum(share == 0 for share in load)
 
 
 def _sinks(shares: Mapping[int, float], num_layers: int) -> Named:
     trunk = _trunk(shares, num_layers)
     if trunk:
-        yield "sinks/first_token", statistics.fmean(trunk)
-        yield "sinks/first_token_max", max(trunk)
-    yield from _by_layer("sinks/first_token", shares, num_layers)
+        yield "attention/first_token_share", statistics.fmean(trunk)
+        yield "attention/first_token_share_max", max(trunk)
+    yield from _by_layer("attention/first_token_share", shares, num_layers)
 
 
 def _activations(tally: Tally, num_layers: int) -> Named:
@@ -61,33 +61,33 @@ def _activations(tally: Tally, num_layers: int) -> Named:
 
 def _norms(tally: Tally) -> Named:
     kinds = dict(zip(NORM_KINDS, tally.maxima["norm_kind"].tolist()))
-    yield "norms/max", max(kinds.values())
-    yield from ((f"norms/max_{kind}", scale) for kind, scale in kinds.items() if scale)
+    yield "norm_scale/max", max(kinds.values())
+    yield from ((f"norm_scale/max_{kind}", scale) for kind, scale in kinds.items() if scale)
     scales = dict(enumerate(tally.maxima["norm"].tolist()))
-    yield from _by_layer("norms/max", scales, len(scales))
+    yield from _by_layer("norm_scale/max", scales, len(scales))
 
 
 def _gradients(tally: Tally, num_layers: int) -> Named:
     norms = tally.sums["gradient"].sqrt().tolist()
     yield from _by_layer("gradients/norm", dict(enumerate(norms[:num_layers])), num_layers)
-    named = zip(OTHER_PLACES, norms[num_layers:])
-    yield from ((f"gradients/norm_{place}", norm) for place, norm in named if norm)
+    named = zip(OTHER_PARTS, norms[num_layers:])
+    yield from ((f"gradients/norm_{part}", norm) for part, norm in named if norm)
 
 
 def _delta(tally: Tally, num_layers: int) -> Named:
-    """Half-lives in tokens: of a layer the median over heads, of the model the shortest and longest head too."""
+    """Yield half-lives in tokens (median over each layer's heads; median, min and max of the model) and state norms."""
     lives = {layer: [_ratio(math.log(2), rate) for rate in rates] for layer, rates in tally.means("decay").items()}
     if not lives:
         return
     heads = [life for layer in lives.values() for life in layer]
-    yield "delta/half_life", statistics.median(heads)
-    yield "delta/half_life_min", min(heads)
-    yield "delta/half_life_max", max(heads)
+    yield "gated_delta/half_life_tokens", statistics.median(heads)
+    yield "gated_delta/half_life_tokens_min", min(heads)
+    yield "gated_delta/half_life_tokens_max", max(heads)
     middles = {layer: statistics.median(heads) for layer, heads in lives.items()}
-    yield from _by_layer("delta/half_life", middles, num_layers)
+    yield from _by_layer("gated_delta/half_life_tokens", middles, num_layers)
     norms = tally.means("state")
-    yield "delta/state_norm", statistics.fmean(norms.values())
-    yield from _by_layer("delta/state_norm", norms, num_layers)
+    yield "gated_delta/state_norm", statistics.fmean(norms.values())
+    yield from _by_layer("gated_delta/state_norm", norms, num_layers)
 
 
 def _trunk(values: Mapping[int, float], num_layers: int) -> list[float]:

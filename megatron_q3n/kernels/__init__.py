@@ -1,1 +1,1 @@
-"""One file per fused operation: its plain-torch reference, and the dispatcher that picks a backend and says why."""
+"""Fused operations: `x.py` holds an operation's torch reference, dispatcher and autograd, `x_triton.py` its kernel."""

@@ -1,31 +1,33 @@
-"""Which of our fused kernels this process uses: decided once by `kernels/startup/qualification.py`, asked at every call.
+"""Registry of the fused kernels that are qualified in this process.
 
-Until something is qualified the answer is no, so the plain torch references run: on a CPU, in tests, and on a GPU
-whose compiler gets a kernel wrong.
+`kernels/startup/qualification.py` fills it once. Its only reader is `make_plan` (model/transformer_config.py), which
+converts it into the ExecutionPlan; dispatchers receive the decision as their `fused` argument.
 """
 
-from torch import Tensor
+from megatron_q3n.config.execution_plan import Kernel, KernelStatus
 
-_qualified: set[str] = set()
-
-
-def is_fused(operation: str, tensor: Tensor, forced: bool | None = None) -> bool:
-    """Whether the fused kernel of `operation` runs on a tensor like this one; `forced` has the last word."""
-    if forced is not None:
-        return forced
-    return operation in _qualified and tensor.is_cuda
+_qualified: set[Kernel] = set()
+_unavailable: dict[Kernel, str] = {}
 
 
-def allow(operation: str) -> None:
-    """Let the fused kernel of `operation` run from now on."""
-    _qualified.add(operation)
+def allow(kernel: Kernel) -> None:
+    """Record that a kernel has passed its check."""
+    _qualified.add(kernel)
+    _unavailable.pop(kernel, None)
 
 
-def lacking(operations: tuple[str, ...]) -> list[str]:
-    """Return those of the operations whose fused kernel is not in use."""
-    return [operation for operation in operations if operation not in _qualified]
+def refuse(kernel: Kernel, reason: str) -> None:
+    """Record why a kernel may not run."""
+    _unavailable[kernel] = reason
+    _qualified.discard(kernel)
 
 
-def forget() -> None:
-    """Go back to the references."""
+def status() -> KernelStatus:
+    """Return what is recorded so far."""
+    return KernelStatus(frozenset(_qualified), dict(_unavailable))
+
+
+def clear() -> None:
+    """Remove all records, so that every operation runs its reference."""
     _qualified.clear()
+    _unavailable.clear()

@@ -1,6 +1,6 @@
-"""Numbers about a run and where they go: names, meters, and sinks (terminal, metrics.jsonl, wandb, report.html).
+"""Metrics of a run: names, throughput meters, and sinks (terminal, metrics.jsonl, wandb, report.html).
 
-The training loop knows one object, `Recorder`. What is not here: how a loss or a norm is computed (training, model).
+The training loop uses one object, `Recorder`. Losses and norms are computed in the training and model packages.
 """
 
 from megatron_q3n.metrics.meters import StepTimer, throughput

@@ -1,8 +1,8 @@
-"""Which of a run's numbers are worth telling somebody: a rule per kind, each with its level in the configuration.
+"""Alerts on metrics: one rule per kind, each with a threshold in the configuration section `alerts`.
 
-Levels say that something is bad, growth that it is getting so. An alert depends on the records alone. So a resumed run
-goes on where it was by reading them again, and the report finds the very alerts the run gave. It is never a verdict:
-whether a bad step is taken is health's affair.
+A rule either compares a value with a fixed level or detects growth over a window of steps. Alerts are a function of the
+records alone: a resumed run restores its state by reading metrics.jsonl again, and the report recomputes the alerts of
+the run. Alerts only notify; skipping steps and rolling back are done by `megatron_q3n/health`.
 """
 
 import math
@@ -17,27 +17,30 @@ from megatron_q3n.config.instruments import AlertsConfig
 from megatron_q3n.metrics.jsonl import Record
 from megatron_q3n.metrics.names import STEP
 
-WINDOW_STEPS = 100  # of losses that a new one is compared with
-MINIMUM_STEPS = 20  # before a spike is seen
-DEAD_STEPS = 20  # in a row
-# of a normal distribution: quartile distance over standard deviation
+# previous losses that a new loss is compared with
+WINDOW_STEPS = 100
+# losses needed before a spike can be detected
+MIN_WINDOW_STEPS = 20
+# consecutive steps with dead experts before an alert
+DEAD_STEPS = 20
+# interquartile range over standard deviation of a normal distribution
 QUARTILES_PER_DEVIATION = 1.349
 
 
 @dataclass(frozen=True)
 class Alert:
-    """What happened, at which step, and the setting that decides about it."""
+    """One alert: its step, its kind, and a message that names the value and the setting."""
 
     step: int
     kind: str
     message: str
 
 
-class Alerts:
-    """Watches the records of one run, in order."""
+class AlertDetector:
+    """Applies the alert rules to the records of one run, in order."""
 
     def __init__(self, settings: AlertsConfig, num_experts: int) -> None:
-        """Hold numbers against `settings`; `num_experts` counts those of all layers, MTP's too."""
+        """Create a detector; `num_experts` counts the experts of all layers, MTP included."""
         self._settings, self._num_experts = settings, num_experts
         self._recent: deque[float] = deque(maxlen=WINDOW_STEPS)
         self._sorted: list[float] = []
@@ -45,17 +48,17 @@ class Alerts:
         self._past: dict[str, deque[tuple[int, float]]] = {}
         self._dead_in_a_row = 0
 
-    def examine(self, step: int, values: Mapping[str, float]) -> list[Alert]:
-        """Take in the next record; return its alerts, without those of a kind that spoke a short while ago."""
-        fresh = []
-        for kind, message in self._found(step, values):
+    def update(self, step: int, values: Mapping[str, float]) -> list[Alert]:
+        """Process the next record and return its alerts; a kind is not repeated within `alerts.pause_steps`."""
+        alerts = []
+        for kind, message in self._triggered(step, values):
             last = self._last.get(kind)
             if last is None or step - last > self._settings.pause_steps:
                 self._last[kind] = step
-                fresh.append(Alert(step, kind, message))
-        return fresh
+                alerts.append(Alert(step, kind, message))
+        return alerts
 
-    def _found(self, step: int, values: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    def _triggered(self, step: int, values: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         loss = values.get("loss/train")
         if loss is not None:
             yield from self._spike(loss)
@@ -71,23 +74,23 @@ class Alerts:
     def _growth(
         self, step: int, kind: str, name: str, value: float, least: float, what: str
     ) -> Iterator[tuple[str, str]]:
-        """Compare with what was measured `growth_steps` ago, or a little less; a young run waits for half of that."""
+        """Compare with the value `growth_steps` ago, or with the oldest one if it is at least half as old."""
         factor, window = self._settings.growth_factor, self._settings.growth_steps
         past = self._past.setdefault(name, deque())
         while past and past[0][0] < step - window:
             past.popleft()
         if factor is not None and past and step - past[0][0] >= window / 2:
-            before, then = past[0]
-            if value > least and value > factor * then:
+            past_step, past_value = past[0]
+            if value > least and value > factor * past_value:
                 yield (
                     kind,
-                    f"{what} {value:.4g}, {value / then:.1f} times the {then:.4g} of step {before:,} "
+                    f"{what} {value:.4g}, {value / past_value:.1f} times the {past_value:.4g} of step {past_step:,} "
                     f"(alerts.growth_factor={factor:g} in {window:,} steps)",
                 )
         past.append((step, value))
 
     def _dead_experts(self, dead: float | None) -> Iterator[tuple[str, str]]:
-        """Experts that miss one small batch are not dead yet."""
+        """Alert after DEAD_STEPS consecutive steps: an expert may receive no token of one small batch by chance."""
         limit = self._settings.dead_experts_share
         if dead is None or limit is None or dead <= limit * self._num_experts:
             self._dead_in_a_row = 0
@@ -96,7 +99,7 @@ class Alerts:
         if self._dead_in_a_row >= DEAD_STEPS:
             yield (
                 "dead experts",
-                f"{dead:,.0f} of {self._num_experts:,} experts had no token in the global batch for "
+                f"{dead:,.0f} of {self._num_experts:,} experts received no token of the global batch for "
                 f"{self._dead_in_a_row:,} steps in a row (alerts.dead_experts_share={limit:g})",
             )
 
@@ -107,7 +110,7 @@ class Alerts:
         if not math.isfinite(loss):
             return
         count = len(self._sorted)
-        if deviations is not None and count >= MINIMUM_STEPS:
+        if deviations is not None and count >= MIN_WINDOW_STEPS:
             low, median, high = (self._sorted[count * quarter // 4] for quarter in (1, 2, 3))
             limit = median + deviations * (high - low) / QUARTILES_PER_DEVIATION
             if loss > limit:
@@ -122,33 +125,33 @@ class Alerts:
         insort(self._sorted, loss)
 
 
-# (kind, metric, setting that holds its level, how the message begins)
+# (kind, metric, setting with the level, start of the message)
 _LEVELS = (
-    ("expert load", "experts/max_over_mean", "expert_load", "fullest expert over its layer's mean:"),
-    ("attention sink", "sinks/first_token_max", "first_token_share", "share of attention on the first token:"),
+    ("expert load", "experts/load_imbalance", "expert_load", "tokens of the most loaded expert over its layer's mean:"),
+    ("attention sink", "attention/first_token_share_max", "first_token_share", "attention weight on the first token:"),
     ("massive activations", "activations/max_over_median", "activation_over_median", "largest activation over median:"),
-    ("norm scale", "norms/max", "norm_scale", "largest scale of a norm:"),
+    ("norm scale", "norm_scale/max", "norm_scale", "largest norm scale:"),
 )
-# (kind, metric, below which it may grow as it likes, how the message begins). Every run grows out of its init: sinks
-# from an even spread, activations from a normal distribution's 5 over its median, norms from 1.
+# (kind, metric, value below which growth is ignored, start of the message). These values grow from their initialization
+# in every run: first-token attention from uniform, activations from about 5 times the median, norm scales from 1.
 _GROWING = (
-    ("sink growth", "sinks/first_token_max", 0.1, "share of attention on the first token:"),
+    ("sink growth", "attention/first_token_share_max", 0.1, "attention weight on the first token:"),
     ("activation growth", "activations/max_over_median", 100.0, "largest activation over median:"),
-    ("norm growth", "norms/max", 2.0, "largest scale of a norm:"),
+    ("norm growth", "norm_scale/max", 2.0, "largest norm scale:"),
 )
 
 
 def num_experts(model: Mapping[str, Any]) -> int:
-    """Return how many experts have a router before them, given the model section as a plain tree."""
-    every = {**ModelConfig.model_construct().model_dump(), **model}
-    mtp_layers = 1 if every["mtp_use_repeated_layer"] else every["mtp_num_layers"]
-    total: int = every["num_moe_experts"] * (every["num_layers"] + mtp_layers)
+    """Return the number of routed experts of all layers, MTP included, given the `model` section as a plain tree."""
+    settings = {**ModelConfig.model_construct().model_dump(), **model}
+    mtp_layers = 1 if settings["mtp_use_repeated_layer"] else settings["mtp_num_layers"]
+    total: int = settings["num_moe_experts"] * (settings["num_layers"] + mtp_layers)
     return total
 
 
 def alerts_in(records: Iterable[Record], config: Mapping[str, Any]) -> list[Alert]:
-    """Return every alert of a run, given its configuration as a plain tree, of an older version perhaps."""
-    chosen = config.get("alerts", {})
-    known = {name: chosen[name] for name in AlertsConfig.model_fields if name in chosen}
-    alerts = Alerts(AlertsConfig.model_construct(**known), num_experts(config.get("model", {})))
-    return [alert for record in records for alert in alerts.examine(int(record[STEP]), record)]
+    """Return all alerts of a run, given its configuration as a plain tree, possibly written by an older version."""
+    section = config.get("alerts", {})
+    settings = {name: section[name] for name in AlertsConfig.model_fields if name in section}
+    detector = AlertDetector(AlertsConfig.model_construct(**settings), num_experts(config.get("model", {})))
+    return [alert for record in records for alert in detector.update(int(record[STEP]), record)]

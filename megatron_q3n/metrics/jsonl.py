@@ -1,9 +1,8 @@
 """metrics.jsonl: one JSON object per optimizer step, in order, each step once. wandb and the report follow it.
 
-A process killed between two checkpoints leaves lines of steps that will be run again, and perhaps half a line.
-`open_at` cuts both before the first new line is appended, in a way that a second kill cannot spoil: the kept
-lines go to a temporary file which then replaces the old one. JSON has no word for nan or infinity, so they are
-written as null and read as nan.
+A process killed between two checkpoints leaves lines of steps that will be run again, and possibly a partial line.
+`open_at` removes both before the first new line is appended. This is atomic: the kept lines are written to a temporary
+file, which then replaces the old one. JSON has no nan or infinity; they are written as null and read as nan.
 """
 
 import json
@@ -22,40 +21,44 @@ class MetricsFile:
 
     def __init__(self, path: Path, last_step: int, cut_lines: int) -> None:
         self.path = path
-        self.last_step = last_step  # of the last line in the file, 0 if it holds none
-        self.cut_lines = cut_lines  # removed when the file was opened
-        # Unbuffered: after a refused write no half line waits in memory to be written by close().
+        # step of the last line in the file, 0 if it is empty
+        self.last_step = last_step
+        # number of lines removed when the file was opened
+        self.cut_lines = cut_lines
+        # unbuffered, so that after a failed write close() does not write the rest of a partial line
         self._file = path.open("ab", buffering=0)
 
     def append(self, record: Record) -> None:
-        """Write one line and hand it to the operating system: it survives a killed process.
+        """Append one line with an unbuffered write, so that it survives a killed process.
 
-        Raises: UserError when the disk refuses.
+        Raises: UserError if the file cannot be written.
         """
         assert record[STEP] > self.last_step, f"step {record[STEP]} is not after step {self.last_step}"
         plain = {name: value if math.isfinite(value) else None for name, value in record.items()}
         line = json.dumps(plain, allow_nan=False).encode() + b"\n"
         try:
-            while line:  # a nearly full disk takes a part and refuses the rest
+            # a write may be partial on a nearly full disk
+            while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise cannot_write(self.path, error) from error
         self.last_step = int(record[STEP])
 
     def sync(self) -> None:
-        """Force all lines onto the disk: they survive a power failure."""
+        """Flush all lines to disk (fsync), so that they survive a power failure."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; nothing can be appended after."""
+        """Close the file."""
         self._file.close()
 
 
 def open_at(path: Path, step: int) -> MetricsFile:
-    """Open metrics.jsonl for appending after `step`, the step of the checkpoint that the run goes on from (0: none).
+    """Open metrics.jsonl for appending after `step`, the step of the checkpoint that the run resumes from (0: none).
 
-    Lines of later steps and lines that are no whole record are removed first.
-    Raises: UserError when the file cannot be written.
+    Lines of later steps and lines that are not complete records are removed first.
+
+    Raises: UserError if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,12 +69,12 @@ def open_at(path: Path, step: int) -> MetricsFile:
 
 
 def read(path: Path) -> list[Record]:
-    """Return all whole records; null becomes nan. A torn last line is left out."""
+    """Return all complete records; null becomes nan. A partial last line is skipped."""
     return read_from(path, 0)[0] if path.exists() else []
 
 
 def read_from(path: Path, offset: int) -> tuple[list[Record], int]:
-    """Return the whole records after byte `offset`, and the byte after the last of them."""
+    """Return the complete records after byte `offset`, and the offset after the last of them."""
     records = []
     with path.open("rb") as file:
         file.seek(offset)
@@ -86,7 +89,7 @@ def read_from(path: Path, offset: int) -> tuple[list[Record], int]:
 
 
 def _parse(line: bytes) -> Record | None:
-    """Return the record of a line, or None if it is not one: torn, overwritten with zeros, or foreign."""
+    """Return the record of a line, or None if the line is not a record (partial, zero-filled, or foreign)."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -97,7 +100,7 @@ def _parse(line: bytes) -> Record | None:
 
 
 def _cut_back(path: Path, step: int) -> tuple[int, int]:
-    """Keep the whole records up to `step`; return the last kept step and the number of lines removed."""
+    """Keep the complete records up to `step`; return the last kept step and the number of lines removed."""
     last_step, kept_lines, num_lines = 0, 0, 0
     temporary = path.with_name(path.name + ".cut")
     with path.open("rb") as old, temporary.open("wb") as new:
@@ -118,8 +121,8 @@ def _cut_back(path: Path, step: int) -> tuple[int, int]:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """Return what to tell the user when the disk refuses."""
+    """Return the error for a file that cannot be written."""
     return UserError(
-        f"{path}: cannot be written ({error.strerror}). The checkpoints are untouched; make room or permit writing, "
-        "then start again with run_dir set to this run's directory."
+        f"{path}: cannot be written ({error.strerror}). The checkpoints are not affected; free disk space or fix the "
+        "permissions, then start again with run_dir set to this run's directory."
     )

@@ -1,8 +1,7 @@
-"""How fast a run goes: time per step, tokens per second, model FLOP/s and its share of the hardware's peak.
+"""Throughput meters: time per step, tokens per second, model FLOP/s and MFU.
 
-Plain Python, no torch. FLOPs per token come from `model/sizes.py`, the peak from `device.py`; both are
-arguments, so that this file knows neither the model nor the machine. On a GPU the caller synchronises before it
-reads the clock.
+Plain Python, no torch. FLOPs per token come from `config/sizes.py`, the peak rate from `device/`; both are arguments,
+so that this file depends on neither the model nor the machine. On a GPU the caller synchronizes before each lap.
 """
 
 import statistics
@@ -14,10 +13,10 @@ TERA = 1e12
 
 
 class StepTimer:
-    """Time steps and keep the recent ones.
+    """Timer for training steps with a window of the recent ones.
 
-    `lap()` measures from the previous lap; `restart()` begins afresh, so that a validation or a checkpoint
-    between two steps is counted to neither.
+    `lap()` measures from the previous lap. `restart()` discards the time since then, so that a validation or checkpoint
+    between two steps is not counted.
     """
 
     def __init__(self, window_steps: int = 50, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -28,11 +27,11 @@ class StepTimer:
         self._since = clock()
 
     def restart(self) -> None:
-        """Forget the time since the last lap."""
+        """Discard the time since the last lap."""
         self._since = self._clock()
 
     def lap(self, tokens: int) -> float:
-        """End a step that consumed `tokens` (over all ranks) and return its seconds."""
+        """End a step of `tokens` tokens (over all ranks) and return its seconds."""
         now = self._clock()
         seconds, self._since = now - self._since, now
         self._seconds.append(seconds)
@@ -41,22 +40,22 @@ class StepTimer:
 
     @property
     def median_seconds(self) -> float | None:
-        """Median seconds of the recent steps; None before the first. One slow step does not move it."""
+        """Median seconds of the recent steps; None before the first. Robust against single slow steps."""
         return statistics.median(self._seconds) if self._seconds else None
 
     @property
     def mean_seconds(self) -> float | None:
-        """Mean seconds of the recent steps; None before the first. Pauses count, as they should for an ETA."""
+        """Mean seconds of the recent steps; None before the first. Includes slow steps, as an ETA must."""
         return statistics.fmean(self._seconds) if self._seconds else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Recent tokens over recent seconds; None before the first step."""
+        """Tokens per second over the recent steps; None before the first."""
         total = sum(self._seconds)
         return sum(self._tokens) / total if total > 0 else None
 
     def eta_seconds(self, remaining_steps: int) -> float | None:
-        """Return the seconds that `remaining_steps` will take at the recent pace; None before the first step."""
+        """Return the estimated seconds for `remaining_steps` at the recent mean step time, None before a first step."""
         mean = self.mean_seconds
         return None if mean is None else mean * remaining_steps
 
@@ -64,9 +63,9 @@ class StepTimer:
 def throughput(tokens: int, seconds: float, flops_per_token: float, peak_flops: float | None) -> dict[str, float]:
     """Return the throughput metrics of one step.
 
-    Units: `tokens` over all ranks; `flops_per_token` forward and backward of the model's own arithmetic; `peak_flops`
-        FLOP/s of all devices together, or None where no peak is known, and then there is no MFU.
-    Reference: model FLOPs utilisation, PaLM (arXiv 2204.02311), appendix B.
+    Units: `tokens` over all ranks; `flops_per_token` model FLOPs of forward and backward; `peak_flops` FLOP/s of all
+        devices together. If it is None (unknown), there is no MFU.
+    Reference: model FLOPs utilization, PaLM (arXiv 2204.02311), appendix B.
     """
     assert tokens > 0, tokens
     assert seconds > 0, seconds

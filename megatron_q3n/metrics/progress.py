@@ -1,8 +1,7 @@
-"""What a person sees while a run goes on: one live line on a terminal, plain lines in a log file.
+"""Progress display: one live line on a terminal, plain lines in a log file.
 
-The live line gives up its least important parts first when the terminal is narrow. It is redrawn when a step is
-logged and by no thread of its own: data loader workers fork, and a lock held by a drawing thread would be
-copied held.
+On a narrow terminal the live line drops its least important parts first. It is redrawn only when a step is logged,
+never by a background thread: data loader workers fork, and a lock held by such a thread would stay locked in the child.
 """
 
 import time
@@ -19,11 +18,12 @@ from megatron_q3n.metrics.meters import StepTimer
 MIN_BAR_COLUMNS = 10
 REDRAW_SECONDS = 0.25
 
-Part = tuple[int, str, str]  # rank (0 is given up last), label, value
+# priority (0 is dropped last), label, value
+Part = tuple[int, str, str]
 
 
 class Progress:
-    """Show each step: live when `live`, else one line every `interval_steps` and at every validation."""
+    """Display of each step: a live line if `live`, else one line every `interval_steps` and at every validation."""
 
     def __init__(
         self,
@@ -45,14 +45,15 @@ class Progress:
         self._live = Live(self, console=console, auto_refresh=False) if live else None
 
     def start(self) -> None:
-        """Put the live line up; before that, messages are plain lines."""
+        """Start the live line; before that, messages are plain lines."""
         if self._live:
             self._live.start()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the step just done. The live line keeps the last reading of what this step did not log."""
+        """Show the completed step. The live line keeps the previous value of a metric that this step did not log."""
         if self._step < self._first_step:
-            self._timer.restart()  # the first step warms up and compiles: no basis for an ETA
+            # the first step includes warm-up and compilation, so it is excluded from the ETA
+            self._timer.restart()
         else:
             self._timer.lap(0)
         self._step = step
@@ -62,26 +63,27 @@ class Progress:
         if self._live:
             if self._clock() - self._drawn >= REDRAW_SECONDS:
                 self._draw()
-        elif self._is_worth_a_line(values):
+        elif self._prints_line(values):
             self._print(self.plain_line())
 
     def message(self, text: str) -> None:
-        """Print a line above the live line, or just a line."""
+        """Print a line, above the live line if there is one."""
         self._print(text)
 
     def close(self) -> None:
-        """Draw the last state and leave it on the screen."""
+        """Draw the final state and leave it on the screen."""
         if self._live:
-            self._live.stop()  # draws once more
+            # stop() draws once more
+            self._live.stop()
 
     def plain_line(self) -> str:
-        """Return the state as one line without colour or bar."""
+        """Return the state as one line without colors or bar."""
         width = len(str(self._total_steps))
         parts = [f"{label} {value}".strip() for _, label, value in self._parts()]
         return "  ".join([f"step {self._step:>{width}}/{self._total_steps}", *parts])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render the live line: a bar that takes what the texts leave."""
+        """Render the live line: the texts, and a bar in the remaining width."""
         texts = self._texts_for(options.max_width)
         grid = Table.grid(padding=(0, 2, 0, 0), expand=True, pad_edge=False)
         grid.add_column(ratio=1)
@@ -101,21 +103,21 @@ class Progress:
             parts.remove(max(parts))
 
     def _parts(self) -> list[Part]:
-        """Return what is known, in the order shown."""
-        known = [
-            (1, "loss", self._reading("loss/train", ".4f")),
-            (3, "val", self._reading("loss/validation", ".4f")),
-            (6, "bits/byte", self._reading("bits_per_byte/validation", ".3f")),
-            (7, "grad", self._reading("grad_norm", ".2f")),
-            (8, "lr", self._reading("learning_rate", ".1e")),
-            (4, "", self._reading("throughput/tokens_per_second", ",.0f", " tok/s")),
-            (9, "MFU", self._reading("throughput/mfu", ".1%")),
+        """Return the parts that have a value, in display order."""
+        parts = [
+            (1, "loss", self._format("loss/train", ".4f")),
+            (3, "val", self._format("loss/validation", ".4f")),
+            (6, "bits/byte", self._format("bits_per_byte/validation", ".3f")),
+            (7, "grad", self._format("grad_norm", ".2f")),
+            (8, "lr", self._format("learning_rate", ".1e")),
+            (4, "", self._format("throughput/tokens_per_second", ",.0f", " tok/s")),
+            (9, "MFU", self._format("throughput/mfu", ".1%")),
             (2, "ETA", self._eta()),
         ]
-        return [part for part in known if part[2]]
+        return [part for part in parts if part[2]]
 
-    def _reading(self, name: str, form: str, unit: str = "") -> str:
-        return f"{self._shown[name]:{form}}{unit}" if name in self._shown else ""
+    def _format(self, name: str, format_spec: str, unit: str = "") -> str:
+        return f"{self._shown[name]:{format_spec}}{unit}" if name in self._shown else ""
 
     def _eta(self) -> str:
         seconds = self._timer.eta_seconds(self._total_steps - self._step)
@@ -123,7 +125,7 @@ class Progress:
             return ""
         return clock_text(seconds)
 
-    def _is_worth_a_line(self, values: Mapping[str, float]) -> bool:
+    def _prints_line(self, values: Mapping[str, float]) -> bool:
         return (
             self._step % self._interval_steps == 0
             or self._step in (self._first_step, self._total_steps)

@@ -1,8 +1,8 @@
-"""The one object a training loop talks to: every number and every message of a run goes through the Recorder.
+"""Recorder of a run: the single entry point for all metrics and messages of a training loop.
 
-It composes the sinks (metrics.jsonl, wandb, the terminal) and owns their order: metrics.jsonl first, because
-wandb follows it and a resumed run cuts it back. It passes on the alerts that a step's numbers raise. Only the leader
-writes; on all other ranks the same calls do nothing.
+It writes to the sinks (metrics.jsonl, wandb, the terminal) in a fixed order: metrics.jsonl first, because the wandb
+sink reads from it and a resumed run truncates it. It also raises the alerts of each step. Only the leader writes; on
+all other ranks the same calls do nothing.
 """
 
 import time
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.metrics import jsonl, wandb_sink
-from megatron_q3n.metrics.alerts import Alerts, num_experts
+from megatron_q3n.metrics.alerts import AlertDetector, num_experts
 from megatron_q3n.metrics.names import STEP, TIME, TOKENS, check
 from megatron_q3n.metrics.progress import Progress
 
@@ -26,16 +26,16 @@ Status = Literal["done", "stopped", "failed"]
 
 
 class Recorder:
-    """Record the steps `first_step`…`total_steps` of one run directory.
+    """Recorder of the steps `first_step`…`total_steps` of one run directory.
 
-    Steps count from 1: a fresh run has first_step=1, one resumed from the checkpoint of step S has
-    first_step=S+1, and what an earlier process recorded after S is cut.
+    Steps count from 1. A new run has first_step=1. A run resumed from the checkpoint of step S has first_step=S+1, and
+    records of an earlier process after S are removed.
     """
 
     def __init__(self, run_dir: Path, config: RunConfig, *, first_step: int, total_steps: int, enabled: bool) -> None:
         """Open the sinks.
 
-        Raises: UserError for a directory that cannot be written or a wandb mode that cannot be had.
+        Raises: UserError if the directory cannot be written or the wandb mode is not available.
         """
         assert 1 <= first_step <= total_steps + 1, (first_step, total_steps)
         self.enabled = enabled
@@ -44,10 +44,10 @@ class Recorder:
             self._open(run_dir, config, first_step, total_steps)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record one step, every step once and in order; names are those of `metrics/names.py`.
+        """Record one step. Call once per step, in order, with metric names of `metrics/names.py`.
 
-        `values` must hold "tokens"; "step" and "time" are added. Numbers measured between steps (a validation)
-        belong to the step they were measured after.
+        `values` must contain "tokens"; "step" and "time" are added. Metrics measured between steps (a validation)
+        belong to the preceding step.
         """
         if not self.enabled:
             return
@@ -60,13 +60,13 @@ class Recorder:
         if self._wandb and self._wandb.online:
             self._wandb.follow(step)
         self._progress.update(step, values)
-        for alert in self._alerts.examine(step, values):
+        for alert in self._alerts.update(step, values):
             self.note(f"alert at step {step}: {alert.kind}: {alert.message}")
             if self._wandb:
                 self._wandb.alert(alert)
 
     def checkpointed(self, step: int) -> None:
-        """Say that everything up to and with `step` is safe: a resume will not go back behind it."""
+        """Mark all steps up to `step` as covered by a checkpoint: a resume will not repeat them."""
         if not self.enabled:
             return
         self._records.sync()
@@ -74,7 +74,7 @@ class Recorder:
             self._wandb.follow(step)
 
     def note(self, message: str) -> None:
-        """Show a message above the progress bar and keep it in logs/events.log with the time."""
+        """Show a message above the progress bar and append it to logs/events.log with a timestamp."""
         if not self.enabled:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -86,7 +86,7 @@ class Recorder:
         self._progress.message(message)
 
     def close(self, status: Status) -> None:
-        """End the run's recording: done, stopped (to be resumed) or failed. Everything recorded reaches wandb."""
+        """Close the sinks and send the remaining records to wandb; "stopped" runs can be resumed."""
         if not self.enabled:
             return
         self.enabled = False
@@ -101,22 +101,22 @@ class Recorder:
         self._records = jsonl.open_at(run_dir / RECORDS_FILE, first_step - 1)
         self._events_path = run_dir / EVENTS_FILE
         self._events_path.parent.mkdir(exist_ok=True)
-        wish = config.logging.progress
-        console = Console(force_terminal=wish or None)
+        show_live = config.logging.progress
+        console = Console(force_terminal=show_live or None)
         self._progress = Progress(
             console,
-            live=console.is_terminal and wish is not False,
+            live=console.is_terminal and show_live is not False,
             first_step=first_step,
             total_steps=total_steps,
             interval_steps=config.logging.interval_steps,
         )
         if self._records.cut_lines:
             self.note(
-                f"metrics.jsonl: cut back to step {first_step - 1} ({self._records.cut_lines} lines); "
-                "those steps run again"
+                f"metrics.jsonl: truncated to step {first_step - 1} ({self._records.cut_lines} lines removed); "
+                "these steps run again"
             )
-        self._alerts = Alerts(config.alerts, num_experts(config.model.model_dump()))
+        self._alerts = AlertDetector(config.alerts, num_experts(config.model.model_dump()))
         for record in jsonl.read(self._records.path):
-            self._alerts.examine(int(record[STEP]), record)
+            self._alerts.update(int(record[STEP]), record)
         self._wandb = wandb_sink.open_sink(run_dir, config, self._records.path, self.note)
         self._progress.start()

@@ -1,15 +1,14 @@
-"""Weights & Biases: the only file that imports wandb, and a run does without it where it is not installed.
+"""Weights & Biases sink: the only file that imports wandb, which is optional.
 
-wandb follows metrics.jsonl instead of being told each number a second time: the sink reads the lines that are
-new there and sends those whose step wandb does not hold yet. That is what makes each step appear once, with the
-same numbers, however often a run is killed. Three facts about wandb 0.31 shape it:
+The sink reads new lines of metrics.jsonl and logs those whose step wandb does not have yet. Each step therefore appears
+once, with the same numbers, however often the run is killed. Three properties of wandb 0.31 determine the design:
 
-- A step once logged cannot be taken back offline (and `resume_from` is a server's feature). So an offline run,
-  which nobody watches live, is sent only what a complete checkpoint covers; an online run is sent every step at
-  once, and the steps it repeats after a resume are skipped.
-- wandb's service keeps up to 15 seconds in memory and drops them when the run is killed. So a resumed run asks
-  what wandb really holds (the newest local transaction log offline, the server online) and sends the rest from
-  metrics.jsonl.
+- A logged step cannot be removed offline (`resume_from` needs the server). An offline run is therefore sent only steps
+  covered by a complete checkpoint. An online run is sent every step immediately, and steps repeated after a resume are
+  skipped.
+- The wandb service buffers up to 15 seconds in memory and loses them when the run is killed. A resumed run therefore
+  queries the last step that wandb has (from the newest local transaction log offline, from the server online) and sends
+  the rest from metrics.jsonl.
 - An offline resume writes a second directory with the same run id; `wandb sync` joins them.
 """
 
@@ -26,92 +25,97 @@ from typing import Any, Literal, cast
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.metrics import jsonl, sample_tables
 from megatron_q3n.metrics.alerts import Alert
-from megatron_q3n.metrics.expert_load_image import load_picture
+from megatron_q3n.metrics.expert_load_image import draw_expert_load
 from megatron_q3n.metrics.names import METRICS, STEP, TIME, TOKENS
 
-Note = Callable[[str], None]
+Notify = Callable[[str], None]
 
 RUN_ID_FILE = "run_id"
 EXPERT_LOAD_FILE = "expert_load.json"
-EXPERT_LOAD_PICTURE = "experts/load"  # no number, like the tables of samples
-EMPTY_LOG_BYTES = 7  # the header alone, all that a run killed in its first seconds leaves
-INIT_TIMEOUT_SECONDS = 30  # wandb's own 90 is long for a cluster node without a way out
+# a media key, not a metric of names.py
+EXPERT_LOAD_IMAGE = "experts/load"
+# size of a transaction log that has only its header, as left by a run killed in its first seconds
+EMPTY_LOG_BYTES = 7
+# wandb's default of 90 is long for a cluster node without internet access
+INIT_TIMEOUT_SECONDS = 30
 
 
 class WandbSink:
-    """One wandb run that follows a metrics.jsonl; make it with `open_sink`."""
+    """One wandb run that is fed from a metrics.jsonl; created by `open_sink`."""
 
-    def __init__(self, run: Any, records: Path, held_step: int, note: Note) -> None:
+    def __init__(self, run: Any, records: Path, sent_step: int, note: Notify) -> None:
         self._run = run
-        self._note, self._is_gone = note, False
+        self._note, self._is_disconnected = note, False
         self._records = records
         self._offset = 0
-        self._held_step = held_step
-        self._pictured_step = 0
+        self._sent_step = sent_step
+        self._image_step = 0
         self.online: bool = not run.offline
 
     def follow(self, up_to_step: int) -> None:
-        """Send the records up to and with `up_to_step` that wandb does not hold."""
-        self._while_there(lambda: self._send(up_to_step))
+        """Send the records up to `up_to_step` that wandb does not have yet."""
+        self._run_while_connected(lambda: self._send(up_to_step))
 
     def alert(self, alert: Alert) -> None:
-        """Let wandb tell those who subscribed to it."""
+        """Send an alert to the subscribers of the wandb run."""
         text = f"step {alert.step}: {alert.message}"
-        self._while_there(lambda: self._run.alert(title=alert.kind, text=text, level="WARN"))
+        self._run_while_connected(lambda: self._run.alert(title=alert.kind, text=text, level="WARN"))
 
     def close(self, exit_code: int) -> None:
-        """Send what is left of the run's state and end the run; 0 is success."""
-        self._while_there(lambda: self._run.finish(exit_code=exit_code))
+        """Finish the wandb run; exit code 0 is success."""
+        self._run_while_connected(lambda: self._run.finish(exit_code=exit_code))
 
-    def _while_there(self, act: Callable[[], object]) -> None:
-        """Do without wandb's service once it has ended: a scheduler that stops a job may signal each of its processes.
+    def _run_while_connected(self, act: Callable[[], object]) -> None:
+        """Call `act` unless the wandb service has exited.
 
-        Nothing is lost: a resumed run asks what wandb holds and sends the rest from metrics.jsonl.
+        A scheduler that stops a job may signal all of its processes, the wandb service included. No data is lost: a
+        resumed run sends the missing steps from metrics.jsonl.
         """
-        if self._is_gone:
+        if self._is_disconnected:
             return
         try:
             act()
         except ConnectionError as error:
-            self._is_gone = True
-            self._note(f"wandb: its service is gone ({error}); a resume will send what is missing")
+            self._is_disconnected = True
+            self._note(f"wandb: the service has exited ({error}); a resumed run will send the missing steps")
 
     def _send(self, up_to_step: int) -> None:
         records, offset = jsonl.read_from(self._records, self._offset)
         covered = [record for record in records if record[STEP] <= up_to_step]
         for record in covered:
-            if record[STEP] > self._held_step:
-                self._held_step = int(record[STEP])
-                # wandb's own clock would stamp all steps of a checkpoint alike
-                more = self._picture(record) | self._tables(record)
-                values = {**record, "_timestamp": record[TIME], **more}
-                self._run.log(values, step=self._held_step)
+            if record[STEP] > self._sent_step:
+                self._sent_step = int(record[STEP])
+                # without _timestamp, all steps sent at one checkpoint would get the same time
+                media = self._expert_load_image(record) | self._sample_tables(record)
+                values = {**record, "_timestamp": record[TIME], **media}
+                self._run.log(values, step=self._sent_step)
         if len(covered) == len(records):
             self._offset = offset
 
-    def _picture(self, record: jsonl.Record) -> dict[str, Any]:
-        """Return the picture of the expert load with the record of the step it was taken at."""
+    def _expert_load_image(self, record: jsonl.Record) -> dict[str, Any]:
+        """Return the expert load image if expert_load.json is of this record's step, else nothing."""
         path = self._records.with_name(EXPERT_LOAD_FILE)
-        if record[STEP] != self._pictured_step and path.exists():
+        if record[STEP] != self._image_step and path.exists():
             load = json.loads(path.read_text(encoding="utf-8"))
             if load["step"] == record[STEP]:
-                self._pictured_step = int(record[STEP])
-                image = _quiet_wandb().Image(load_picture(load), caption=f"step {load['step']:,}")
-                return {EXPERT_LOAD_PICTURE: image}
+                self._image_step = int(record[STEP])
+                image = _quiet_wandb().Image(draw_expert_load(load), caption=f"step {load['step']:,}")
+                return {EXPERT_LOAD_IMAGE: image}
         return {}
 
-    def _tables(self, record: jsonl.Record) -> dict[str, Any]:
-        """Return the tables of samples that belong to a record."""
-        found = sample_tables.tables_at(self._records.parent, int(record[STEP]))
+    def _sample_tables(self, record: jsonl.Record) -> dict[str, Any]:
+        """Return the sample tables of a record's step."""
+        tables = sample_tables.tables_at(self._records.parent, int(record[STEP]))
         columns = list(sample_tables.COLUMNS)
-        return {name: _quiet_wandb().Table(columns=columns, data=rows, allow_mixed_types=True) for name, rows in found}
+        return {name: _quiet_wandb().Table(columns=columns, data=rows, allow_mixed_types=True) for name, rows in tables}
 
 
-def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Note) -> WandbSink | None:
-    """Start or continue this run directory's wandb run and say so through `note`; None when there is to be none.
+def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Notify) -> WandbSink | None:
+    """Start or resume the wandb run of this run directory and report it through `note`.
 
-    Raises: UserError when `logging.wandb.mode` asks for what wandb cannot do: not installed, not logged in, no
-    network.
+    Returns: the sink, or None if wandb is disabled.
+
+    Raises: UserError if `logging.wandb.mode` is not available: wandb not installed, not logged in, or no network.
     """
     mode = _resolve_mode(run_dir, config.logging.wandb.mode, note)
     if mode == "disabled":
@@ -119,22 +123,23 @@ def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Note) -> Wa
     run = _start(run_dir, config, mode, note)
     if run.offline:
         note(f"wandb: offline; to upload: wandb sync {run_dir}/wandb/*run-*")
-        return WandbSink(run, records, held_offline(run_dir, note), note)
+        return WandbSink(run, records, last_logged_offline_step(run_dir, note), note)
     note(f"wandb: {run.url}")
-    return WandbSink(run, records, run.starting_step - 1, note)  # the server goes on after its last step
+    # the server resumes after its last step
+    return WandbSink(run, records, run.starting_step - 1, note)
 
 
 def installed() -> bool:
-    """Say whether wandb can be imported; a run directory's `wandb/` folder in the working directory is not it."""
+    """Return whether wandb can be imported; a `wandb/` folder in the working directory does not count."""
     spec = importlib.util.find_spec("wandb")
     return spec is not None and spec.origin is not None
 
 
-def held_offline(run_dir: Path, note: Note) -> int:
-    """Return the last step in the local transaction logs, 0 for none, read by wandb's own reader.
+def last_logged_offline_step(run_dir: Path, note: Notify) -> int:
+    """Return the last step in the local transaction logs, 0 if there is none, read with wandb's own reader.
 
-    Each log starts after the ones before it, so the newest that holds a step decides. A killed run's log may
-    hold none.
+    Each log starts after the previous one, so the newest log that has a step is used. The log of a killed run may have
+    none.
     """
     logs = (run_dir / "wandb").glob("*run-*/*.wandb")
     by_start_time = sorted(logs, key=lambda log: log.parent.name.removeprefix("offline-"))
@@ -145,72 +150,78 @@ def held_offline(run_dir: Path, note: Note) -> int:
     return 0
 
 
-def _last_step(log: Path, note: Note) -> int | None:
+def _last_step(log: Path, note: Notify) -> int | None:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(log)]
-    offline = {**os.environ, "WANDB_MODE": "offline"}  # the reader itself reports home otherwise
-    done = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        note(f"wandb: {log} cannot be read; its steps may be sent again ({done.stderr.strip()})")
+    # without this the reader sends usage data to the server
+    offline = {**os.environ, "WANDB_MODE": "offline"}
+    result = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        note(f"wandb: {log} cannot be read; its steps may be sent again ({result.stderr.strip()})")
         return None
-    step: int | None = json.loads(done.stdout)["step"]
+    step: int | None = json.loads(result.stdout)["step"]
     return step
 
 
-def _resolve_mode(run_dir: Path, asked: str, note: Note) -> str:
-    """Return online, offline or disabled. A run that began offline stays so under `auto`: its logs belong together."""
-    if asked == "disabled":
-        return asked
+def _resolve_mode(run_dir: Path, requested: str, note: Notify) -> str:
+    """Return online, offline or disabled.
+
+    Under `auto`, a run that began offline stays offline, so that its transaction logs can be synced together.
+    """
+    if requested == "disabled":
+        return requested
     if not installed():
-        if asked != "auto":
-            raise _cannot(asked, "wandb is not installed", "pip install wandb")
-        note("wandb: not installed, so nothing is sent to it; metrics.jsonl holds every number")
+        if requested != "auto":
+            raise _unavailable(requested, "wandb is not installed", "pip install wandb")
+        note("wandb: not installed, nothing is sent; metrics.jsonl has all metrics")
         return "disabled"
-    if asked != "auto":
-        return asked
-    wish = os.environ.get("WANDB_MODE", "")
-    if wish == "disabled":
-        note("wandb: off, by WANDB_MODE")
-    if wish in ("offline", "disabled"):
-        return wish
+    if requested != "auto":
+        return requested
+    from_environment = os.environ.get("WANDB_MODE", "")
+    if from_environment == "disabled":
+        note("wandb: disabled by WANDB_MODE")
+    if from_environment in ("offline", "disabled"):
+        return from_environment
     began_offline = any((run_dir / "wandb").glob("offline-run-*"))
     return "offline" if began_offline or not _logged_in() else "online"
 
 
 def _quiet_wandb() -> Any:
-    """Import wandb and silence its own words in the terminal; what matters is said through `note`."""
-    import wandb  # late: costs half a second on every rank, and may be missing
+    """Import wandb and disable its terminal output; relevant messages go through `note`."""
+    # imported here: takes half a second on every rank, and may be missing
+    import wandb
 
     wandb.setup(wandb.Settings(silent=True))
     return wandb
 
 
 def _logged_in() -> bool:
-    """Say whether wandb finds credentials (environment, settings, netrc), without asking the network or the person."""
+    """Return whether wandb finds credentials (environment, settings, netrc), without network access or a prompt."""
     wandb = _quiet_wandb()
     try:
         return bool(wandb.login(prompt=False, verify=False))
     except wandb.errors.Error as error:
-        raise _cannot("auto", str(error), "mend the credentials with `wandb login`") from error
+        raise _unavailable("auto", str(error), "renew the credentials with `wandb login`") from error
 
 
-def _start(run_dir: Path, config: RunConfig, mode: str, note: Note) -> Any:
-    """Start wandb in `mode`; under `auto`, an online run whose server is out of reach becomes an offline one."""
+def _start(run_dir: Path, config: RunConfig, mode: str, note: Notify) -> Any:
+    """Start wandb in `mode`; under `auto`, fall back to offline if the server cannot be reached."""
     wandb = _quiet_wandb()
-    asked = config.logging.wandb.mode
+    requested = config.logging.wandb.mode
     try:
         return _init(run_dir, config, mode)
     except wandb.errors.Error as error:
-        if asked != "auto" or mode == "offline":
-            raise _cannot(asked, str(error), "run `wandb login`, or check the network") from error
-        note(f"wandb: logged in, but the server did not answer ({error}); this run is offline")
-        wandb.teardown()  # its service still holds the run id of the attempt
+        if requested != "auto" or mode == "offline":
+            raise _unavailable(requested, str(error), "run `wandb login`, or check the network") from error
+        note(f"wandb: logged in, but the server cannot be reached ({error}); this run is offline")
+        # the wandb service still has the run id of the failed attempt
+        wandb.teardown()
         return _init(run_dir, config, "offline")
 
 
 def _init(run_dir: Path, config: RunConfig, mode: str) -> Any:
     wandb = _quiet_wandb()
     settings = config.logging.wandb
-    patience = float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_SECONDS))
+    timeout_seconds = float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_SECONDS))
     run = wandb.init(
         project=settings.project,
         entity=settings.entity,
@@ -221,14 +232,14 @@ def _init(run_dir: Path, config: RunConfig, mode: str) -> Any:
         mode=cast(Literal["online", "offline"], mode),
         dir=run_dir,
         config=config.model_dump(mode="json"),
-        settings=wandb.Settings(silent=True, console="off", init_timeout=patience),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=timeout_seconds),
     )
     _define_metrics(run)
     return run
 
 
 def _define_metrics(run: Any) -> None:
-    """Put tokens on every panel's x axis, and the best value beside the last where one is wanted."""
+    """Set tokens as the x axis of every panel, and the best value in the summary of metrics that define one."""
     run.define_metric(TOKENS, hidden=True)
     run.define_metric("*", step_metric=TOKENS)
     for metric in METRICS:
@@ -237,7 +248,7 @@ def _define_metrics(run: Any) -> None:
 
 
 def _run_id(run_dir: Path) -> str:
-    """Return the wandb id that this run directory keeps over all its resumes, made on first use."""
+    """Return the wandb run id of this run directory, created on first use and kept over resumes."""
     path = run_dir / "wandb" / RUN_ID_FILE
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,8 +258,8 @@ def _run_id(run_dir: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def _cannot(mode: str, found: str, remedy: str) -> UserError:
+def _unavailable(mode: str, reason: str, remedy: str) -> UserError:
     return UserError(
-        f"logging.wandb.mode={mode}: {found}. To use wandb: {remedy}. To do without: logging.wandb.mode=offline "
+        f"logging.wandb.mode={mode}: {reason}. To use wandb: {remedy}. To run without it: logging.wandb.mode=offline "
         "(upload later) or disabled."
     )

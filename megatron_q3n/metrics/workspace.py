@@ -1,7 +1,7 @@
-"""The report's panels as a wandb workspace, made by code: sections in the report's order, tokens on every x axis.
+"""wandb workspace with the report's panels: sections in the report's order, tokens as the x axis.
 
-The only file that imports `wandb_workspaces`. Saving needs wandb's server; building does not, so what would be saved
-is tested here. `tools/wandb_workspace.py` is the command.
+The only file that imports `wandb_workspaces`. Saving needs the wandb server; building does not, so tests cover
+everything up to saving. The command is `tools/wandb_workspace.py`.
 """
 
 import re
@@ -10,17 +10,18 @@ from typing import Any
 from megatron_q3n.metrics import names
 from megatron_q3n.metrics.names import TOKENS
 from megatron_q3n.metrics.report.panels import EXPERTS, MORE, PANELS, SECTIONS, Panel
-from megatron_q3n.metrics.wandb_sink import EXPERT_LOAD_PICTURE
+from megatron_q3n.metrics.wandb_sink import EXPERT_LOAD_IMAGE
 
-OTHERS = "Reinforcement learning and others"
+OTHERS = "Reinforcement learning and other metrics"
 
 
 def build_workspace(entity: str, project: str, name: str) -> Any:
-    """Return an unsaved workspace; `.save()` sends it and `.url` says where it is then.
+    """Return an unsaved workspace; `.save()` uploads it, after which `.url` is its address.
 
-    Raises: ImportError where wandb-workspaces is not installed.
+    Raises: ImportError if wandb-workspaces is not installed.
     """
-    import wandb_workspaces.workspaces as ws  # late: optional, and it imports wandb
+    # imported here: optional, and it imports wandb
+    import wandb_workspaces.workspaces as ws
 
     return ws.Workspace(
         entity=entity,
@@ -36,40 +37,40 @@ def build_workspace(entity: str, project: str, name: str) -> Any:
 
 
 def sections() -> dict[str, list[Any]]:
-    """Return the panels of each section; the table's metrics that the report has no panel for come last."""
-    import wandb_workspaces.reports.v2 as wr  # late, as above
+    """Return the panels of each section; metrics of the table without a report panel come last."""
+    import wandb_workspaces.reports.v2 as wr
 
-    found = {section: [_plot(panel) for panel in PANELS if panel.section == section] for section in SECTIONS}
-    found[EXPERTS].append(wr.MediaBrowser(title="Expert load", media_keys=[EXPERT_LOAD_PICTURE]))
+    panels = {section: [_plot(panel) for panel in PANELS if panel.section == section] for section in SECTIONS}
+    panels[EXPERTS].append(wr.MediaBrowser(title="Expert load", media_keys=[EXPERT_LOAD_IMAGE]))
     covered = {metric for panel in PANELS for metric in panel.metrics}
-    rest = [m for m in names.METRICS if m.name not in covered and m.group != "progress"]
-    return {**found, OTHERS: [_plot(Panel(OTHERS, m.name, (m.name,))) for m in rest]}
+    others = [m for m in names.METRICS if m.name not in covered and m.group != "progress"]
+    return {**panels, OTHERS: [_plot(Panel(OTHERS, m.name, (m.name,))) for m in others]}
 
 
 def _plot(panel: Panel) -> Any:
-    """Return a line plot; a metric with a place for a number in its name becomes a pattern."""
-    import wandb_workspaces.reports.v2 as wr  # late, as above
+    """Return a line plot; metric names with a `<k>` placeholder become a regular expression."""
+    import wandb_workspaces.reports.v2 as wr
 
-    how: dict[str, Any] = {"y": list(panel.metrics)}
+    options: dict[str, Any] = {"y": list(panel.metrics)}
     if any("<k>" in metric for metric in panel.metrics):
-        how = {"metric_regex": pattern(panel.metrics)}
-    if panel.noisy:
-        how |= {"smoothing_type": "gaussian", "smoothing_factor": 5, "smoothing_show_original": True}
+        options = {"metric_regex": pattern(panel.metrics)}
+    if panel.smoothed:
+        options |= {"smoothing_type": "gaussian", "smoothing_factor": 5, "smoothing_show_original": True}
     return wr.LinePlot(
         title=panel.title,
         x=TOKENS,
         title_x="tokens",
         title_y=_unit(panel),
-        ignore_outliers=panel.usual_range or None,
+        ignore_outliers=panel.clip_outliers or None,
         layout=wr.Layout(w=8, h=6),
-        **how,
+        **options,
     )
 
 
 def pattern(metrics: tuple[str, ...]) -> str:
-    """Return a regular expression for the names of these rows."""
-    each = [re.escape(metric).replace(re.escape("<k>"), r"\d+") for metric in metrics]
-    return f"^({'|'.join(each)})$"
+    """Return a regular expression that matches the names of these rows of the table."""
+    expressions = [re.escape(metric).replace(re.escape("<k>"), r"\d+") for metric in metrics]
+    return f"^({'|'.join(expressions)})$"
 
 
 def _unit(panel: Panel) -> str | None:

@@ -1,1 +1,1 @@
-"""The model: layer specs over megatron-core, our own modules in them, and the whole architecture in plain torch."""
+"""Model: layer specs over megatron-core, the modules that fill them, and a reference implementation in plain torch."""

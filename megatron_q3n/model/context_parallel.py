@@ -1,138 +1,126 @@
-"""Context parallelism: which tokens of a sequence live on which rank, and how parts travel between ranks.
+"""Context parallelism: distribution of a sequence's tokens over ranks, and the exchange of states between ranks.
 
-megatron-core's and TransformerEngine's order: every document is cut into 2n equal chunks for n
-ranks, and rank r holds chunks r and 2n-1-r, so that causal attention costs each the same. Without
-packing a row is one document. Lengths must be multiples of 2n (`data.document_alignment`).
+The zigzag order is that of megatron-core and TransformerEngine: every document is split into 2n equal chunks for n
+ranks, and rank r holds chunks r and 2n-1-r, so that causal attention costs every rank the same. Without packing a row
+is one document. Lengths must be multiples of 2n (`data.document_alignment`).
 
-T tokens of a whole row, S = T/n tokens of a rank, n ranks.
+Shapes: B rows, T tokens of a whole row, S = T/n tokens of a rank, n ranks, C channels, Hv value heads, K/V head dims.
 """
-
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any
 
 import torch
 from megatron.core.ssm.gated_delta_net.common import tensor_a2a_cp2hp, tensor_a2a_hp2cp
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megatron_q3n.kernels.gated_delta.backend import Rule
 from megatron_q3n.kernels.gated_delta.causal_conv import next_conv_state
+from megatron_q3n.packing import Packing
 
 
-def zigzag_indices(cu_seqlens: Tensor | None, tokens: int, size: int) -> Tensor:
-    """Return which tokens of the row each rank holds, in its own order.
+def zigzag_indices(packing: Packing | None, tokens: int, size: int) -> Tensor:
+    """Return which tokens of a row each rank holds, in its own order (`Packing.zigzag`); a plain row is one document.
 
-    Shapes: cu_seqlens [documents + 1] or None; returns int64 [n, S].
-    Raises: ValueError if a document's length is not a multiple of 2n.
+    Shapes: int64 [n, S].
     """
-    bounds = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
-    by_rank: list[list[Tensor]] = [[] for _ in range(size)]
-    for start, end in pairwise(bounds):
-        if (end - start) % (2 * size):
-            raise ValueError(
-                f"a document of {end - start} tokens cannot be cut into 2 × {size} equal chunks; "
-                f"set data.document_alignment to a multiple of {2 * size}"
-            )
-        chunks = torch.arange(start, end).view(2 * size, -1)
-        for rank in range(size):
-            by_rank[rank] += [chunks[rank], chunks[2 * size - 1 - rank]]
-    return torch.stack([torch.cat(parts) for parts in by_rank])
+    return (Packing.of((0, tokens)) if packing is None else packing).zigzag(size)
 
 
-def slice_for_rank(tensors: dict[str, Tensor], cu_seqlens: Tensor | None, group: Any) -> dict[str, Tensor]:
-    """Keep this rank's tokens of [B,T] tensors."""
+def slice_for_rank(tensors: dict[str, Tensor], packing: Packing | None, group: ProcessGroup) -> dict[str, Tensor]:
+    """Return this rank's tokens [B,S] of [B,T] tensors."""
     if group.size() == 1:
         return tensors
     tokens = next(iter(tensors.values())).shape[1]
-    mine = zigzag_indices(cu_seqlens, tokens, group.size())[group.rank()]
-    return {name: x.index_select(1, mine.to(x.device)) for name, x in tensors.items()}
+    indices_S = zigzag_indices(packing, tokens, group.size())[group.rank()]
+    return {name: x.index_select(1, indices_S.to(x.device)) for name, x in tensors.items()}
 
 
-def heads_for_sequence(x_SBH: Tensor, cu_seqlens: Tensor | None, group: Any) -> Tensor:
-    """Trade heads for sequence: [S,B,H] with all heads becomes [T,B,H/n] in the row's own order."""
+def heads_for_sequence(x_SBH: Tensor, packing: Packing | None, group: ProcessGroup) -> Tensor:
+    """All-to-all from [S,B,H], part of the sequence and all heads, to [T,B,H/n] in the row's order."""
     gathered = tensor_a2a_cp2hp(x_SBH, 0, -1, group, undo_attention_load_balancing=False)
-    order = zigzag_indices(cu_seqlens, gathered.shape[0], group.size()).flatten()
+    order = zigzag_indices(packing, gathered.shape[0], group.size()).flatten()
     return gathered.index_select(0, order.argsort().to(x_SBH.device))
 
 
-def sequence_for_heads(x_TBH: Tensor, cu_seqlens: Tensor | None, group: Any) -> Tensor:
-    """Undo `heads_for_sequence`."""
-    order = zigzag_indices(cu_seqlens, x_TBH.shape[0], group.size()).flatten()
+def sequence_for_heads(x_TBH: Tensor, packing: Packing | None, group: ProcessGroup) -> Tensor:
+    """Invert `heads_for_sequence`: [T,B,H/n] to [S,B,H]."""
+    order = zigzag_indices(packing, x_TBH.shape[0], group.size()).flatten()
     zigzag = x_TBH.index_select(0, order.to(x_TBH.device)).contiguous()
     return tensor_a2a_hp2cp(zigzag, 0, -1, group, redo_attention_load_balancing=False)
 
 
-def local_segments(cu_seqlens: Tensor | None, rows: int, local_tokens: int, size: int) -> Tensor:
-    """Return the bounds of this rank's chunks in its own rows laid end to end, two per document.
+def chunks_of_rank(packing: Packing | None, rows: int, local_tokens: int, size: int, device: torch.device) -> Packing:
+    """Return this rank's chunks in its own rows laid end to end, two per document; a plain row is one document."""
+    if packing is not None:
+        return packing.chunks_of_rank(size)
+    return Packing.of(range(0, rows * local_tokens + 1, local_tokens // 2), device)
 
-    Shapes: int32 [2 · documents + 1], documents = rows without packing.
+
+def inputs_before_chunks(qkv_1SC: Tensor, conv_kernel_size: int, chunks: Packing, group: ProcessGroup) -> Tensor:
+    """Return the causal convolution's halo: the last inputs before each of this rank's chunks.
+
+    Shapes: qkv [1,S,C] of chunks within `chunks`; returns [2 · documents, C, conv kernel size - 1], oldest first,
+        zeros at the start of a document.
     """
-    if cu_seqlens is None:
-        lengths = torch.full((2 * rows,), local_tokens // 2)
-    else:
-        lengths = (cu_seqlens.diff() // (2 * size)).repeat_interleave(2)
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
-
-
-def inputs_before_chunks(qkv_1SC: Tensor, taps: int, bounds: Tensor, group: Any) -> Tensor:
-    """Return the causal convolution's halo: the last taps-1 inputs before each of this rank's chunks.
-
-    Shapes: qkv [1, S, C] of chunks within `bounds`; returns [2 · documents, C, taps-1], oldest first,
-        zeros before a document.
-    """
-    tails = next_conv_state(qkv_1SC, taps, cu_seqlens=bounds)
-    lengths = bounds.diff()[::2].tolist()  # a document's chunks are all of one length
+    num_inputs = conv_kernel_size - 1
+    tails = next_conv_state(qkv_1SC, conv_kernel_size, packing=chunks)
+    # all chunks of a document have the same length
+    lengths = chunks.lengths[::2]
     before = torch.zeros_like(tails[::2])
     halos = []
     for tail in _gathered_chunks(tails, group):
         halos.append(before)
         before = torch.stack(
             [
-                torch.cat([old[:, min(length, taps - 1) :], new[:, -min(length, taps - 1) :]], -1)
+                torch.cat([old[:, min(length, num_inputs) :], new[:, -min(length, num_inputs) :]], -1)
                 for old, new, length in zip(before, tail, lengths)
             ]
         )
-    return _own_chunks(halos, group)
+    return _chunks_of_rank(halos, group)
 
 
-def states_before_chunks(rule: Callable[..., Any], inputs: list[Tensor], group: Any) -> Tensor:
+def states_before_chunks(rule: Rule, inputs: list[Tensor], group: ProcessGroup) -> Tensor:
     """Return the delta state before each of this rank's chunks, without running the whole sequence.
 
-    A chunk turns the state S before it into M S + N, and M and N are its own affair: N is its final
-    state from zero, M its final state from the identity with nothing to write. The ranks gather all
-    (M, N) and walk the few chunks of each document.
+    A chunk maps the state S before it to M S + N, where M and N depend on this chunk only: N is its final state from
+    zero, M its final state from the identity with zero values. The ranks all-gather (M, N) and scan over the few chunks
+    of each document.
 
-    Shapes: `rule` over this rank's chunks, inputs query … beta [1, S, …]; returns
+    Shapes: `rule` over this rank's chunks, inputs query, key, value, decay, beta [1,S,…]; returns
         [2 · documents, Hv, K, V] fp32.
     """
     query, key, value, decay, beta = inputs
-    _, written = rule(query, key, value, decay, beta)
+    _, addition_DHKV = rule(query, key, value, decay, beta)
+    assert addition_DHKV is not None
     width = key.shape[-1]
     identity = torch.eye(width, dtype=torch.float32, device=key.device)
-    identity = identity.expand(written.shape[0], value.shape[2], width, width).contiguous()
-    nothing = value.new_zeros(*value.shape[:3], width)
-    _, kept = rule(query, key, nothing, decay, beta, initial_state_DHKV=identity)
-    transitions = _gathered_chunks(kept.float(), group)
-    additions = _gathered_chunks(written.float(), group)
-    state = torch.zeros_like(written[::2])
+    identity = identity.expand(addition_DHKV.shape[0], value.shape[2], width, width).contiguous()
+    zero_values = value.new_zeros(*value.shape[:3], width)
+    _, transition_DHKK = rule(query, key, zero_values, decay, beta, initial_state_DHKV=identity)
+    assert transition_DHKK is not None
+    transitions = _gathered_chunks(transition_DHKK.float(), group)
+    additions = _gathered_chunks(addition_DHKV.float(), group)
+    state = torch.zeros_like(addition_DHKV[::2])
     states = []
     for transition, addition in zip(transitions, additions):
         states.append(state)
         state = transition @ state + addition
-    return _own_chunks(states, group)
+    return _chunks_of_rank(states, group)
 
 
-def _gathered_chunks(mine: Tensor, group: Any) -> list[Tensor]:
-    """From this rank's [2 · documents, …], two chunks a document, to all 2n chunks in the documents'
-    order, each [documents, …]."""
+def _gathered_chunks(local: Tensor, group: ProcessGroup) -> list[Tensor]:
+    """All-gather this rank's [2 · documents, …], two chunks per document, to all 2n chunks in the document's order.
+
+    Returns: 2n tensors [documents, …].
+    """
     size = group.size()
-    everyone = gather_from_sequence_parallel_region(mine.contiguous(), group=group)
-    halves = [x.unflatten(0, (-1, 2)) for x in everyone.chunk(size)]
+    all_ranks = gather_from_sequence_parallel_region(local.contiguous(), group=group)
+    halves = [x.unflatten(0, (-1, 2)) for x in all_ranks.chunk(size)]
     first = [halves[rank][:, 0] for rank in range(size)]
     return first + [halves[rank][:, 1] for rank in reversed(range(size))]
 
 
-def _own_chunks(chunks: list[Tensor], group: Any) -> Tensor:
-    """From all 2n chunks in order to this rank's [2 · documents, …]."""
+def _chunks_of_rank(chunks: list[Tensor], group: ProcessGroup) -> Tensor:
+    """Select this rank's [2 · documents, …] from all 2n chunks in order."""
     rank, last = group.rank(), len(chunks) - 1
     return torch.stack([chunks[rank], chunks[last - rank]], dim=1).flatten(0, 1)

@@ -1,8 +1,7 @@
-"""How our modules' parameters are described to dist_checkpointing: keys and cuts that do not depend on the layout.
+"""Sharded state dicts of this package's modules for dist_checkpointing, with keys independent of the layout.
 
-TransformerEngine adds `_extra_state` entries to its modules. The FP8 recipes here keep nothing
-between steps, and a checkpoint must load on either backend, so those entries never reach a
-checkpoint (`drop_extra_state`).
+TransformerEngine adds `_extra_state` entries to its modules. The FP8 recipes used here have no state between steps, and
+a checkpoint must load on either backend, so `drop_extra_state` removes those entries.
 """
 
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from megatron.core.transformer.utils import (
     sharded_state_dict_default,
 )
 from torch import nn
+from torch.distributed import ProcessGroup
 
 
 def sharded_parameters(
@@ -24,21 +24,21 @@ def sharded_parameters(
     prefix: str,
     sharded_offsets: tuple,
     metadata: dict | None,
-    tp_group: Any,
+    tp_group: ProcessGroup,
     tensor_parallel_axes: dict[str, int],
 ) -> dict[str, Any]:
-    """Shard a module's own vectors by the given axes, and its children by their own rules."""
+    """Shard a module's own vectors over tensor-parallel ranks by these axes, and its children by their own rules."""
     metadata = ensure_metadata_has_dp_cp_group(metadata)
-    own = {
+    vectors = {
         name: tensor
         for name, tensor in module.state_dict(prefix="", keep_vars=True).items()
         if name in tensor_parallel_axes
     }
     sharded = make_sharded_tensors_for_checkpoint(
-        own, prefix, tensor_parallel_axes, sharded_offsets, tp_group=tp_group, dp_cp_group=metadata["dp_cp_group"]
+        vectors, prefix, tensor_parallel_axes, sharded_offsets, tp_group=tp_group, dp_cp_group=metadata["dp_cp_group"]
     )
     for name, child in module.named_children():
-        if not any(key.startswith(f"{name}.") for key in own):
+        if not any(key.startswith(f"{name}.") for key in vectors):
             sharded.update(
                 sharded_state_dict_default(child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group)
             )
@@ -46,17 +46,17 @@ def sharded_parameters(
 
 
 def shard_by_section(sharded: dict[str, Any], key: str, sections: Sequence[int], names: Sequence[str]) -> None:
-    """Replace one row-sharded tensor by its named sections, each cut over tensor-parallel ranks by itself."""
+    """Replace one row-sharded tensor by its named sections, each sharded over tensor-parallel ranks separately."""
     sharded[key] = _split_tensor_factory(sharded[key], list(sections), list(names), 0)
 
 
 def stacked_experts(
-    key: str, weight: nn.Parameter, ep_group: Any, etp_group: Any, edp_rank: int, *, cut: str
+    key: str, weight: nn.Parameter, ep_group: ProcessGroup, etp_group: ProcessGroup, edp_rank: int, *, cut: str
 ) -> ShardedTensor | ShardedTensorFactory:
     """Describe [local experts, out, in] as a slice of the global [experts, out, in].
 
-    `cut` says how expert tensor parallelism slices it: "inputs" (columns), or "gated_outputs",
-    where the rows are a gate half and an up half, each sliced by itself.
+    `cut` selects how expert tensor parallelism slices it: "inputs" (columns), or "gated_outputs", where the rows are a
+    gate half and an up half, each sliced separately.
     """
     experts = (0, ep_group.rank(), ep_group.size())
     rank, size = etp_group.rank(), etp_group.size()

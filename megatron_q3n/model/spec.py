@@ -1,17 +1,16 @@
-"""The one file that names megatron-core's layer specs: which class fills which slot, per backend.
+"""Layer specs for megatron-core: the class in every slot, per backend.
 
-Two backends, one spec: the same parameter names, shapes and checkpoint keys. `torch` runs anywhere;
-`transformer_engine` needs a GPU. What differs is only the class behind a name.
+Both backends have the same spec, parameter names, shapes and checkpoint keys, and differ in the classes only. `torch`
+runs anywhere; `transformer_engine` needs a GPU.
 
-A HybridModel layer is half of what the paper calls a layer: G (Gated DeltaNet) or * (gated attention), then E (MoE).
+A HybridModel layer is half of a layer of the paper: G (Gated DeltaNet) or * (gated attention), then E (MoE).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -30,24 +29,25 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron_q3n.config import RunConfig
 from megatron_q3n.model.attention.core import TorchCausalAttention
 from megatron_q3n.model.attention.gated_attention import GatedAttention
-from megatron_q3n.model.attention.variants import VariantAttention, needs_variant
+from megatron_q3n.model.attention.variants import VariantAttention
 from megatron_q3n.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron_q3n.model.moe.experts import StackedExperts
+from megatron_q3n.model.moe.layer import Qwen3NextMoELayer
 from megatron_q3n.model.moe.router import GlobalBatchRouter
 from megatron_q3n.model.moe.shared_expert import GatedSharedExpert
-from megatron_q3n.model.moe.token_dispatcher import Qwen3NextMoELayer
 from megatron_q3n.model.norms import ZeroCenteredRMSNorm
+from megatron_q3n.model.protocols import CoreAttention, Linear, MoELayerLike, Norm
 from megatron_q3n.model.sublayers import MixerSublayer, MoESublayer
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The classes that differ between backends."""
+    """Classes that differ between backends."""
 
-    norm: Any
-    column_linear: Any
-    row_linear: Any
-    core_attention: Any
+    norm: type[Norm]
+    column_linear: type[Linear]
+    row_linear: type[Linear]
+    core_attention: type[CoreAttention]
 
 
 def backend_named(name: str) -> Backend:
@@ -55,7 +55,8 @@ def backend_named(name: str) -> Backend:
     if name == "torch":
         return Backend(ZeroCenteredRMSNorm, ColumnParallelLinear, RowParallelLinear, TorchCausalAttention)
     assert name == "transformer_engine"
-    from megatron.core.extensions.transformer_engine import (  # late: needs TransformerEngine
+    # imported here because TransformerEngine need not be installed
+    from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TEDotProductAttention,
         TENorm,
@@ -66,20 +67,16 @@ def backend_named(name: str) -> Backend:
 
 
 def stack_spec(config: RunConfig, backend: Backend) -> ModuleSpec:
-    """Return the spec of the whole stack, MTP included.
-
-    Also gives HybridStack our norm for `final_norm`, which it takes from its own module (hybrid_block.py:215).
-    """
-    hybrid_block.TENorm = backend.norm
+    """Return the spec of the whole stack, including MTP."""
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
-            gdn_layer=_mixer_layer(_gated_delta_net(config, backend), config, backend),
-            attention_layer=_mixer_layer(_gated_attention(config, backend), config, backend),
+            gdn_layer=_mixer_layer("gated_delta_net", _gated_delta_net(config, backend), config, backend),
+            attention_layer=_mixer_layer("gated_attention", _gated_attention(config, backend), config, backend),
             moe_layer=ModuleSpec(
                 module=MoESublayer,
                 submodules=TransformerLayerSubmodules(
-                    pre_mlp_layernorm=_head_norm(config, backend),
+                    pre_mlp_layernorm=_input_norm(config, backend),
                     mlp=_moe(config, backend),
                     mlp_bda=get_bias_dropout_add,
                 ),
@@ -89,40 +86,40 @@ def stack_spec(config: RunConfig, backend: Backend) -> ModuleSpec:
     )
 
 
-def _mixer_layer(mixer: ModuleSpec, config: RunConfig, backend: Backend) -> ModuleSpec:
+def _mixer_layer(kind: str, mixer: ModuleSpec, config: RunConfig, backend: Backend) -> ModuleSpec:
     return ModuleSpec(
         module=MixerSublayer,
+        params={"kind": kind},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=_head_norm(config, backend), self_attention=mixer, self_attn_bda=get_bias_dropout_add
+            input_layernorm=_input_norm(config, backend), self_attention=mixer, self_attn_bda=get_bias_dropout_add
         ),
     )
 
 
-def _head_norm(config: RunConfig, backend: Backend) -> Any:
-    """Return the norm that also hands on the stream; an fp32 stream is the backend's, which makes bf16 of it."""
-    is_wide = config.model.megatron.get("fp32_residual_connection", False)
-    return backend.norm if is_wide else ZeroCenteredRMSNorm
+def _input_norm(config: RunConfig, backend: Backend) -> type[Norm]:
+    """Return the norm at the start of a sublayer, which also returns the residual.
+
+    With an fp32 residual stream it is the backend's norm, which rounds to bf16.
+    """
+    is_fp32 = config.model.megatron.get("fp32_residual_connection", False)
+    return backend.norm if is_fp32 else ZeroCenteredRMSNorm
 
 
 def _gated_delta_net(config: RunConfig, backend: Backend) -> ModuleSpec:
     return ModuleSpec(
         module=GatedDeltaNet,
-        params={
-            "chunk_size": config.model.linear_chunk_size,
-            "time_step_init": config.model.linear_time_step_init,
-            "recompute": "gated_delta_net" in config.training.recompute_modules,
-            "passes_state": config.parallel.linear_context_parallel == "state_passing",
-        },
+        params={"chunk_size": config.model.linear_chunk_size, "time_step_init": config.model.linear_time_step_init},
         submodules=GatedDeltaNetSubmodules(
             in_proj=backend.column_linear,
-            beta_alpha_proj=ColumnParallelLinear,  # torch on both backends: out of FP8's reach
+            # torch on both backends: never in FP8
+            beta_alpha_proj=ColumnParallelLinear,
             out_proj=backend.row_linear,
         ),
     )
 
 
 def _gated_attention(config: RunConfig, backend: Backend) -> ModuleSpec:
-    variant = needs_variant(config.model)
+    variant = config.model.uses_attention_variant
     return ModuleSpec(
         module=VariantAttention if variant else GatedAttention,
         params={"attn_mask_type": AttnMaskType.causal, **({"model": config.model} if variant else {})},
@@ -136,7 +133,7 @@ def _gated_attention(config: RunConfig, backend: Backend) -> ModuleSpec:
     )
 
 
-def _moe(config: RunConfig, backend: Backend) -> Any:
+def _moe(config: RunConfig, backend: Backend) -> Callable[..., MoELayerLike]:
     rate = config.model.moe_router_bias_update_rate
     shared = MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=backend.row_linear)
     return partial(
@@ -160,7 +157,8 @@ def _mtp(backend: Backend) -> ModuleSpec:
             enorm=backend.norm,
             hnorm=backend.norm,
             eh_proj=backend.column_linear,
-            mtp_model_layer=None,  # built by HybridModel from the pattern behind "/"
+            # built by HybridModel from the pattern after "/"
+            mtp_model_layer=None,
             layer_norm=backend.norm,
         ),
     )

@@ -1,72 +1,66 @@
-"""megatron-core's two sublayers as this model uses them: a mixer (G or *) or experts (E) around the residual stream.
+"""Sublayers around the residual stream: megatron-core's with a fused norm, for a token mixer (G or *) or MoE (E).
 
-What they add: the norm at a sublayer's head gives each reader a name of its own for the normed tokens, and the
-stream one, so that backward their gradients are added in one pass (kernels/residual_norm.py). Where something
-stands against it (recomputation of a part, an fp32 stream, dropout, inference) a sublayer is megatron-core's.
-
-Whether gradients are wanted does not matter: the two ways round differently, and a full recomputation, a validation or
-a score in reinforcement learning must see the tokens, and choose the experts, that training does.
+The norm at the start of a sublayer returns one alias of the normed tokens per consumer, and the residual. Backward,
+the gradients of all of them accumulate in one pass of the fused RMSNorm backward (kernels/residual_norm.py). Where the
+plan (config/execution_rules.py) does not have `aliased_norm`, and for inference, a sublayer runs megatron-core's code.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from megatron_q3n.model.norms import ZeroCenteredRMSNorm
+from megatron_q3n.config.execution_plan import MoEPlan, SublayerPlan
+from megatron_q3n.model.protocols import MoELayerLike, TokenMixer
 
 _NOT_FOR_MIXERS = ("context", "context_mask", "padding_mask")
 
 
 class MixerSublayer(TransformerLayer):
-    """The G and * slots: hidden + mixer(norm(hidden))."""
+    """G or * sublayer: hidden + mixer(norm(hidden)). `kind` is the plan's field of the mixer."""
 
-    def _forward_attention(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
-        """Return hidden states and no context, as megatron-core's does."""
-        norm = self.input_layernorm
+    def __init__(self, *args: Any, kind: Literal["gated_delta_net", "gated_attention"], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.kind = kind
+
+    def _forward_attention(self, hidden_states: Tensor, *args: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+        """Return hidden states and, as megatron-core does, a context, which is None."""
+        plan: SublayerPlan = getattr(self.config.plan, self.kind).sublayer
         decodes = named.get("inference_context") is not None
-        if args or self.recompute_input_layernorm or decodes or not _is_plain(self, norm):
+        if args or decodes or not plan.aliased_norm:
             return super()._forward_attention(hidden_states, *args, **named)
-        named = {name: given for name, given in named.items() if name not in _NOT_FOR_MIXERS}
-        readers = getattr(self.self_attention, "readers", 1)
-        stream, *normed = norm(hidden_states, readers=readers)
-        mixed = self.self_attention(normed[0] if readers == 1 else tuple(normed), **named)
+        mixer: TokenMixer = self.self_attention
+        options = {name: value for name, value in named.items() if name not in _NOT_FOR_MIXERS}
+        residual, *normed = self.input_layernorm(hidden_states, num_consumers=plan.num_norm_consumers)
+        mixed = mixer(normed[0] if len(normed) == 1 else tuple(normed), **options)
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-            return add(mixed, stream, self.hidden_dropout), None
+            return add(mixed, residual, self.hidden_dropout), None
 
 
 class MoESublayer(MoETransformerLayer):
-    """The E slot: hidden + experts(norm(hidden)); told whether it is inside MTP.
+    """E sublayer: hidden + moe(norm(hidden)). `is_mtp_layer` is derived from the name.
 
-    HybridStack 0.19.2 tells the attention slot but not this one (hybrid_block.py:182-192); its name says it.
+    HybridStack 0.19.2 passes `is_mtp_layer` to the attention slot but not to this one
+    (megatron/core/models/hybrid/hybrid_block.py:182-192).
     """
 
     def __init__(self, *args: Any, name: str | None = None, is_mtp_layer: bool = False, **options: Any) -> None:
-        inside_mtp = is_mtp_layer or (name or "").startswith("mtp")
-        super().__init__(*args, name=name, is_mtp_layer=inside_mtp, **options)
+        is_inside_mtp = is_mtp_layer or (name or "").startswith("mtp")
+        super().__init__(*args, name=name, is_mtp_layer=is_inside_mtp, **options)
 
-    def _forward_mlp(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+    def _forward_mlp(self, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
         """Return hidden states."""
-        norm, experts = self.pre_mlp_layernorm, self.mlp
-        readers = getattr(experts, "readers", 1)
+        plan: MoEPlan = self.config.plan.moe
+        moe: MoELayerLike = self.mlp
         decodes = bool(args) and args[0] is not None
-        whole = not self.recompute_pre_mlp_layernorm and not self.recompute_mlp
-        if readers == 1 or decodes or not whole or not _is_plain(self, norm):
+        if decodes or not plan.sublayer.aliased_norm:
             return super()._forward_mlp(hidden_states, *args, **named)
-        stream, *normed = norm(hidden_states, readers=readers)
+        residual, *normed = self.pre_mlp_layernorm(hidden_states, num_consumers=plan.sublayer.num_norm_consumers)
         mask = named.get("padding_mask")
-        if not experts.adds_stream(stream):
-            return self._forward_post_mlp(experts(tuple(normed), padding_mask=mask), stream)
-        output, _ = experts(tuple(normed), padding_mask=mask, stream=stream)
-        # checkpointing refuses views
+        if not plan.fused_residual:
+            return self._forward_post_mlp(moe(tuple(normed), padding_mask=mask), residual)
+        output, _ = moe(tuple(normed), padding_mask=mask, residual=residual)
+        # activation checkpointing does not accept views
         return make_viewless_tensor(output, output.requires_grad, keep_graph=True)
-
-
-def _is_plain(layer: TransformerLayer, norm: Any) -> bool:
-    """Whether nothing of megatron-core's that a sublayer here leaves out is asked for."""
-    config = layer.config
-    asked = config.fp32_residual_connection or config.fine_grained_activation_offloading
-    asked = asked or config.mlp_chunks_for_training > 1 or config.cuda_graph_impl != "none"
-    return isinstance(norm, ZeroCenteredRMSNorm) and not asked and config.hidden_dropout == 0

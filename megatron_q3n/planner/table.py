@@ -1,4 +1,4 @@
-"""The plan as a person reads it, at 80 columns: what the run is, one row per pipeline stage, a verdict."""
+"""Terminal output of a memory plan, in 80 columns: the run, one row per pipeline stage, and whether it fits."""
 
 from math import ceil
 
@@ -9,29 +9,33 @@ from rich.text import Text
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.planner.activations import EXPERT_IMBALANCE
+from megatron_q3n.planner.execution import execution_table
 from megatron_q3n.planner.plan import GIB, Plan, StageMemory
 from megatron_q3n.planner.plan import plan as make_plan
 
 _COLUMNS = ("stage", "layers", "in flight", "params", "weights", "grads", "optim", "activ", "work", "total")
-_MAY_WRAP = ("layers", "in flight")  # one number per model chunk
+# these columns hold one number per model chunk
+_MAY_WRAP = ("layers", "in flight")
 
 
 def show(config: RunConfig) -> int:
-    """Print a run's plan on the terminal: the dry run.
+    """Print a run's memory plan on the terminal (dry run).
 
-    Returns: the exit code, 0 whether or not the run fits; that is an answer, not a failure.
+    Returns: the exit code 0, whether or not the run fits.
     """
     render(make_plan(config), Console())
     return 0
 
 
 def render(plan: Plan, console: Console) -> None:
-    """Print the plan: sizes of model and run, memory per rank of each pipeline stage, and whether it fits."""
+    """Print the plan: sizes of model and run, memory per rank, whether it fits, and which path each part takes."""
     console.print(_summary(plan))
     console.print()
     console.print(_memory_table(plan))
     console.print()
     console.print(_verdict(plan))
+    console.print()
+    console.print(execution_table(plan.config))
 
 
 def _summary(plan: Plan) -> Table:
@@ -81,7 +85,7 @@ def _layout(plan: Plan) -> str:
 
 
 def _placement(plan: Plan) -> str:
-    """Say which groups that talk all the time leave a node, ranks being numbered TP, CP, then DP and PP last."""
+    """Return the process groups with frequent communication that span nodes; rank order is TP, CP, DP, PP."""
     parallel = plan.config.parallel
     per_node, tensor = parallel.gpus_per_node, parallel.tensor_model_parallel_size
     spans = {
@@ -126,26 +130,26 @@ def _memory_table(plan: Plan) -> Table:
 
 def _cells(stage: StageMemory) -> list[str]:
     states = stage.states
-    amounts = (states.weights, states.gradients, states.optimizer, stage.activations, stage.working, stage.total)
+    amounts = (states.weights, states.gradients, states.optimizer, stage.activations, stage.backward_bytes, stage.total)
     return [
         str(stage.rank),
         "+".join(str(len(segment)) for segment in stage.segments),
         "+".join(str(count) for count in stage.in_flight),
-        _short(stage.held.total),
+        _short(stage.parameters.total),
         *(_gib(amount) for amount in amounts),
     ]
 
 
 def _verdict(plan: Plan) -> Text:
-    card, largest = plan.card, plan.largest
+    gpu, largest = plan.gpu, plan.largest
     text = Text(
-        "Layers are megatron-core's sublayers, two per layer. The fullest expert rank is taken to hold "
+        "Layers are megatron-core's sublayers, two per layer. The fullest expert rank is assumed to hold "
         f"{EXPERT_IMBALANCE:.0%} more tokens than its even share.\n"
     )
     fits = "fits" if plan.fits else "does NOT fit"
     text.append(
-        f"The largest rank, stage {largest.rank}, needs {_gib(largest.total)} GiB: it {fits} {card.name} "
-        f"({card.usable_gib:.1f} GiB usable: {card.memory_gib:.1f} less {card.reserve_gib:.1f} for context, "
+        f"The largest rank, stage {largest.rank}, needs {_gib(largest.total)} GiB: it {fits} {gpu.name} "
+        f"({gpu.usable_gib:.1f} GiB usable: {gpu.memory_gib:.1f} less {gpu.reserve_gib:.1f} for context, "
         "communication and fragmentation).\n",
         style="bold green" if plan.fits else "bold red",
     )
@@ -157,7 +161,7 @@ def _verdict(plan: Plan) -> Text:
 
 
 def _gib(amount: float) -> str:
-    """Format bytes as GiB with three significant digits or so."""
+    """Format bytes as GiB with about three significant digits."""
     value = amount / GIB
     return f"{value:.3f}" if value < 1 else f"{value:.1f}"
 

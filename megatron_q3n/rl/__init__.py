@@ -1,7 +1,7 @@
-"""Reinforcement learning on answers that can be graded.
+"""Reinforcement learning from verifiable rewards.
 
-prompts -> rollout -> rewards -> advantages -> old probabilities -> policy loss -> step -> the same weights
+prompts -> rollout -> scores -> advantages -> old log-probs -> policy loss -> optimizer step -> weight sync
 
-`samples.py` is what travels; each verb is a file; `stages/rl.py` is the loop. Grading runs in processes of
-its own, which import this room, so nothing is imported here.
+`samples.py` holds the data that every phase reads and extends; each phase is a file; `loop.py` calls them. Worker
+processes for scoring import this package, so it imports nothing here.
 """

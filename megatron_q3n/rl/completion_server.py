@@ -1,13 +1,13 @@
-"""Our own server of completions: what `http_engine.py` asks of vLLM and SGLang, by the in-process engine.
+"""Completion server: OpenAI-compatible completions over HTTP by the in-process engine, for `http_engine.py`.
 
-    GET  /health                    200 when it can answer
-    GET  /v1/models                 what is served
+    GET  /health                    200 when it can serve
+    GET  /v1/models                 the model's name
     POST /v1/completions            prompts (text, ids, or lists of either), n, max_tokens, temperature, seed,
-                                    stop_token_ids; logprobs and tokens by id always come along
+                                    stop_token_ids; always returns log-probs, and tokens by their ids
     POST /update_weights_from_disk  {"model_path": a folder of safetensors}
 
-One generation at a time, since there is one model; a request may bring many prompts. Each completion's random
-numbers depend on the request's seed and its place alone.
+There is one model, so one request generates at a time; a request may hold many prompts. Each completion's random
+numbers depend only on the request's seed and its index.
 """
 
 import json
@@ -21,25 +21,27 @@ from megatron_q3n.config import UserError
 from megatron_q3n.data.tokenizer import TextTokenizer
 from megatron_q3n.inference.generate import generate
 from megatron_q3n.inference.sampling import Sampling
-from megatron_q3n.rl.http_engine import TOKEN_NAME
+from megatron_q3n.model.decode.protocols import DecodeModel
+from megatron_q3n.rl.http_engine import TOKEN_ID_PREFIX
 
-DEFAULT_TOKENS = 16  # OpenAI's
+# OpenAI's default
+DEFAULT_MAX_TOKENS = 16
 MAX_BODY_BYTES = 1 << 28
 
 
 class BadRequest(ValueError):
-    """What was asked is not understood; the message goes back."""
+    """An invalid request; the message is returned with status 400."""
 
 
-class AnswerServer(ThreadingHTTPServer):
-    """Serves one model. `load(folder)` puts other weights into it."""
+class CompletionServer(ThreadingHTTPServer):
+    """HTTP server of one model; `load(folder)` loads weights into it."""
 
     daemon_threads = True
 
     def __init__(
         self,
         address: tuple[str, int],
-        model: Any,
+        model: DecodeModel,
         tokenizer: TextTokenizer,
         stop_tokens: frozenset[int],
         load: Callable[[Path], None],
@@ -47,45 +49,45 @@ class AnswerServer(ThreadingHTTPServer):
         super().__init__(address, _Handler)
         self._model, self._tokenizer, self._load = model, tokenizer, load
         self._stop_tokens = stop_tokens
-        self._one_at_a_time = threading.Lock()
+        self._model_lock = threading.Lock()
 
     def complete(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answer a request for completions.
+        """Return the completions of a request.
 
-        Raises: BadRequest; UserError for prompts the model cannot take.
+        Raises: BadRequest; UserError for prompts that are too long.
         """
         prompts = self._prompts(request.get("prompt"))
-        count, temperature = _whole(request, "n", 1), float(request.get("temperature", 1.0))
+        count, temperature = _positive_integer(request, "n", 1), float(request.get("temperature", 1.0))
         seed = request.get("seed", 0)
         sampling = Sampling(
-            _whole(request, "max_tokens", DEFAULT_TOKENS),
+            _positive_integer(request, "max_tokens", DEFAULT_MAX_TOKENS),
             temperature,
             stop_tokens=self._stop_tokens | frozenset(request.get("stop_token_ids", [])),
             vocab_size=self._tokenizer.vocab_size,
         )
-        asked = [prompt for prompt in prompts for _ in range(count)]
-        with self._one_at_a_time:
-            done = generate(self._model, asked, sampling, seed=[f"{seed}.{i}" for i in range(len(asked))])
+        repeated = [prompt for prompt in prompts for _ in range(count)]
+        with self._model_lock:
+            completions = generate(self._model, repeated, sampling, seed=[f"{seed}.{i}" for i in range(len(repeated))])
         choices = [
             {
                 "index": index,
-                "text": self._text(answer.tokens, sampling.stop_tokens),
-                "finish_reason": answer.finish_reason,
+                "text": self._text(completion.tokens, sampling.stop_tokens),
+                "finish_reason": completion.finish_reason,
                 "logprobs": {
-                    "tokens": [f"{TOKEN_NAME}{token}" for token in answer.tokens],
-                    "token_logprobs": answer.sampled_logprobs,
+                    "tokens": [f"{TOKEN_ID_PREFIX}{token}" for token in completion.tokens],
+                    "token_logprobs": completion.sampled_logprobs,
                 },
             }
-            for index, answer in enumerate(done)
+            for index, completion in enumerate(completions)
         ]
         return {"object": "text_completion", "model": "policy", "choices": choices}
 
     def update_weights(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Load other weights, once the generation under way is done."""
+        """Load weights, after the current generation ends."""
         folder = request.get("model_path")
         if not isinstance(folder, str):
             raise BadRequest("model_path must name a folder")
-        with self._one_at_a_time:
+        with self._model_lock:
             self._load(Path(folder))
         return {"success": True, "message": f"weights from {folder}"}
 
@@ -101,12 +103,12 @@ class AnswerServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection."""
+    """Handler of one connection; its method names are those of http.server."""
 
-    server: AnswerServer
+    server: CompletionServer
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:  # its name is the library's
+    def do_GET(self) -> None:
         if self.path == "/health":
             self._send(200, {"status": "ok"})
         elif self.path == "/v1/models":
@@ -114,18 +116,18 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(404, {"error": {"message": f"there is no {self.path}"}})
 
-    def do_POST(self) -> None:  # its name is the library's
-        known = {"/v1/completions": self.server.complete, "/update_weights_from_disk": self.server.update_weights}
-        if self.path not in known:
+    def do_POST(self) -> None:
+        routes = {"/v1/completions": self.server.complete, "/update_weights_from_disk": self.server.update_weights}
+        if self.path not in routes:
             self._send(404, {"error": {"message": f"there is no {self.path}"}})
             return
         try:
-            self._send(200, known[self.path](self._body()))
+            self._send(200, routes[self.path](self._body()))
         except (BadRequest, UserError, TypeError, ValueError) as error:
             self._send(400, {"error": {"message": str(error)}})
 
-    def log_message(self, format: str, *arguments: Any) -> None:  # its names are the library's
-        """Say nothing of every request."""
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Log nothing per request."""
 
     def _body(self) -> dict[str, Any]:
         length = int(self.headers.get("Content-Length", 0))
@@ -145,11 +147,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body)
         except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True  # whoever asked has gone; it will ask again
+            # the client closed the connection; it retries
+            self.close_connection = True
 
 
-def _whole(request: dict[str, Any], name: str, default: int) -> int:
+def _positive_integer(request: dict[str, Any], name: str, default: int) -> int:
     value = request.get(name, default)
     if not isinstance(value, int) or value < 1:
-        raise BadRequest(f"{name} must be a whole number from 1, found {value!r}")
+        raise BadRequest(f"{name} must be a positive integer, found {value!r}")
     return value

@@ -1,10 +1,10 @@
-"""The loop's verbs, each a method one can read: draw, grade, judge, look back, learn.
+"""Reinforcement learning loop, one method per phase: generate, score, compute_advantages, compute_old_logprobs, update.
 
-    prompts -> samples -> rewards -> advantages -> old probabilities -> policy loss -> step -> new weights
+    prompts -> samples -> rewards -> advantages -> old log-probs -> policy loss -> optimizer step -> new weights
 
-Everything in a rollout is a function of the weights, the seed and the number of the first prompt, so a run
-that was killed anywhere between two checkpoints makes the same samples again: none is lost or used twice.
-Every rank holds all samples of a rollout; the layout decides only who works on which.
+A rollout is a function of the weights, the seed and the number of its first prompt. A run that is killed anywhere
+between two checkpoints therefore generates the same samples again: none is lost or used twice. Every rank holds all
+samples of a rollout; the parallel layout only decides which rank works on which samples.
 """
 
 import random
@@ -17,22 +17,24 @@ import torch
 
 from megatron_q3n.config.rl import RlConfig
 from megatron_q3n.data.tokenizer import TextTokenizer
-from megatron_q3n.rl.advantages import even_groups, group_advantages, overlong_penalties, token_weights
-from megatron_q3n.rl.mismatch import Mismatch, score
-from megatron_q3n.rl.policy_batch import PolicyBatch, policy_rows, share_of
-from megatron_q3n.rl.policy_pass import SUMS, PolicyPass, taped
+from megatron_q3n.rl.advantages import group_advantages, overlong_penalties, token_weights, zero_variance_groups
+from megatron_q3n.rl.loop_metrics import mismatch_metrics, rollout_metrics, update_metrics
+from megatron_q3n.rl.mismatch import Mismatch
+from megatron_q3n.rl.policy_batch import PolicyBatch, pack_policy_batches, shard_for_rank
+from megatron_q3n.rl.policy_pass import PolicyPass, attach_routing_replays
 from megatron_q3n.rl.prompts import Prompts
-from megatron_q3n.rl.reference_policy import Reference
-from megatron_q3n.rl.rewards import Graders
+from megatron_q3n.rl.reference_policy import ReferencePolicy
+from megatron_q3n.rl.reward_workers import RewardWorkers
 from megatron_q3n.rl.rollout_engine import RolloutEngine
-from megatron_q3n.rl.samples import Prompt, Sample
+from megatron_q3n.rl.samples import Prompt, Sample, group_numbers, lengths_tokens, scores
+from megatron_q3n.rl.trainer_logprobs import compute_logprobs
 from megatron_q3n.training.state import TrainState
 from megatron_q3n.training.step import StepReport, train_step
 
 
 @dataclass(frozen=True)
-class Learnt:
-    """One update: what the step reports, the rows it was made on (this rank's), and what to record."""
+class UpdateResult:
+    """One optimizer step: its report, the packed batches of this rank, and the metrics to record."""
 
     report: StepReport
     batches: list[PolicyBatch]
@@ -41,170 +43,142 @@ class Learnt:
 
 @dataclass
 class RlLoop:
-    """All that a step needs. `next_prompt`, `tokens` and `left_out` are what a resumed run must be told.
+    """Model, rollout engine, reward workers and prompts of a run.
 
-    `left_out` holds ranges (first, behind the last) of prompts that are passed over; `drawn` those of the rollouts
-    since somebody last emptied it.
+    `next_prompt`, `tokens` and `skipped_prompts` are restored when a run resumes (stages/rl_files.py).
+    `skipped_prompts` holds half-open ranges of prompt numbers that are never generated from; `rollout_prompts` those of
+    the rollouts since the last checkpoint.
     """
 
     state: TrainState
     engine: RolloutEngine
-    graders: Graders
+    reward_workers: RewardWorkers
     prompts: Prompts
     tokenizer: TextTokenizer
     stop_tokens: frozenset[int]
-    reference: Reference | None = None
+    reference: ReferencePolicy | None = None
     next_prompt: int = 0
     tokens: int = 0
-    left_out: list[tuple[int, int]] = field(default_factory=list)
-    drawn: list[tuple[int, int]] = field(default_factory=list)
+    skipped_prompts: list[tuple[int, int]] = field(default_factory=list)
+    rollout_prompts: list[tuple[int, int]] = field(default_factory=list)
 
     def rollout(self) -> tuple[list[Sample], dict[str, float]]:
-        """Draw one batch of samples, graded, judged and with the trainer's view of them; and what to report."""
+        """Return the samples of one rollout, with advantages and old log-probs, and its metrics."""
         started = time.perf_counter()
-        samples, drawn = self.draw()
-        answered = time.perf_counter()
-        self.judge(samples)
-        mismatch = self.look_back(samples)
-        values = _rollout_values(samples)
+        samples, num_groups_generated = self.generate()
+        scored = time.perf_counter()
+        self.compute_advantages(samples)
+        mismatch = self.compute_old_logprobs(samples)
+        values = rollout_metrics(samples)
         if mismatch is not None:
-            values |= _mismatch_values(mismatch)
-        values["rollout/groups_drawn"] = drawn
-        values["rollout/seconds"] = answered - started
-        values["rollout/look_back_seconds"] = time.perf_counter() - answered
+            values |= mismatch_metrics(mismatch)
+        values["rollout/groups_generated"] = num_groups_generated
+        values["rollout/seconds"] = scored - started
+        values["rollout/logprobs_seconds"] = time.perf_counter() - scored
         return samples, values
 
-    def draw(self) -> tuple[list[Sample], int]:
-        """Answer and grade prompts until there are enough groups that teach something.
+    def generate(self) -> tuple[list[Sample], int]:
+        """Generate and score responses until there are enough groups; with dynamic sampling of non-zero variance.
 
-        Returns: the samples of `rl.rollout.prompts` groups, and how many groups were drawn for them.
+        If `rl.dynamic_sampling_rounds` do not suffice, zero-variance groups fill the batch.
+        Returns: the samples of `rl.rollout.prompts` groups, and the number of groups generated for them.
         """
         rl = self.settings
-        kept: list[Sample] = []
-        spare: list[Sample] = []
-        first, drawn = self.next_prompt, 0
-        rounds = rl.dynamic_sampling_rounds if rl.redraws_even_groups else 1
-        size, wanted = rl.rollout.samples_per_prompt, rl.rollout.prompts
-        for _ in range(rounds):
-            prompts = self._take(wanted - len(kept) // size)
-            drawn += len(prompts)
-            samples = self.engine.answer(prompts, size)
-            self.grade(samples)
-            even = even_groups(_scores(samples), _groups(samples))
-            even &= rl.redraws_even_groups
-            kept += [sample for sample, is_even in zip(samples, even) if not is_even]
-            spare += [sample for sample, is_even in zip(samples, even) if is_even]
-            if len(kept) == wanted * size:
+        selected: list[Sample] = []
+        rejected: list[Sample] = []
+        first_prompt, num_groups_generated = self.next_prompt, 0
+        max_rounds = rl.dynamic_sampling_rounds if rl.resamples_zero_variance_groups else 1
+        group_size, num_groups = rl.rollout.samples_per_prompt, rl.rollout.prompts
+        for _ in range(max_rounds):
+            prompts = self._next_prompts(num_groups - len(selected) // group_size)
+            num_groups_generated += len(prompts)
+            samples = self.engine.generate(prompts, group_size)
+            self.score(samples)
+            is_rejected_N = zero_variance_groups(scores(samples), group_numbers(samples))
+            is_rejected_N &= rl.resamples_zero_variance_groups
+            selected += [sample for sample, is_rejected in zip(samples, is_rejected_N) if not is_rejected]
+            rejected += [sample for sample, is_rejected in zip(samples, is_rejected_N) if is_rejected]
+            if len(selected) == num_groups * group_size:
                 break
-        self.drawn.append((first, self.next_prompt))
-        return kept + spare[: wanted * size - len(kept)], drawn
+        self.rollout_prompts.append((first_prompt, self.next_prompt))
+        return selected + rejected[: num_groups * group_size - len(selected)], num_groups_generated
 
-    def _take(self, count: int) -> list[Prompt]:
-        """Return the next prompts, without those left out."""
-        prompts: list[Prompt] = []
-        while len(prompts) < count:
-            behind = [last for first, last in self.left_out if first <= self.next_prompt < last]
-            if behind:
-                self.next_prompt = max(behind)
-                continue
-            prompts.append(self.prompts[self.next_prompt])
-            self.next_prompt += 1
-        return prompts
-
-    def grade(self, samples: list[Sample]) -> None:
-        """Decode and score answers, each rank its share."""
+    def score(self, samples: list[Sample]) -> None:
+        """Decode and score responses; each rank scores a share, and all ranks get all scores. A collective call."""
         for sample in samples:
-            text = [token for token in sample.tokens if token not in self.stop_tokens]
-            sample.text = self.tokenizer.decode(text)
+            tokens = [token for token in sample.tokens if token not in self.stop_tokens]
+            sample.text = self.tokenizer.decode(tokens)
         group = self.state.parallel
-        mine = samples[group.rank :: group.world_size]
-        self.graders.score(mine)
-        shares: list[Any] = [None] * group.world_size
-        found = {sample.name: (sample.score, sample.failure) for sample in mine}
-        torch.distributed.all_gather_object(shares, found)
-        everyone = {name: verdict for share in shares for name, verdict in share.items()}
+        local = samples[group.rank :: group.world_size]
+        self.reward_workers.score(local)
+        shards: list[Any] = [None] * group.world_size
+        torch.distributed.all_gather_object(shards, {sample.key: (sample.score, sample.failure) for sample in local})
+        results = {key: result for shard in shards for key, result in shard.items()}
         for sample in samples:
-            sample.score, sample.failure = everyone[sample.name]
+            sample.score, sample.failure = results[sample.key]
 
-    def judge(self, samples: list[Sample]) -> None:
-        """Turn scores into rewards and advantages."""
+    def compute_advantages(self, samples: list[Sample]) -> None:
+        """Set each sample's reward (score plus overlong penalty) and group-relative advantage."""
         rl = self.settings
-        rewards = _scores(samples)
+        rewards_N = scores(samples)
         if rl.shuffled_rewards:
-            dealt = rewards.tolist()
-            random.Random(f"{self.seed}.{samples[0].name}").shuffle(dealt)
-            rewards = np.array(dealt)
-        longest, buffer = rl.rollout.max_new_tokens, rl.overlong_buffer_tokens
-        rewards = rewards + overlong_penalties(_lengths(samples), longest, buffer, rl.overlong_penalty)
-        advantages = group_advantages(rewards, _groups(samples), rl.rules.advantage_scale)
-        for sample, reward, advantage in zip(samples, rewards, advantages):
+            shuffled = rewards_N.tolist()
+            random.Random(f"{self.seed}.{samples[0].key}").shuffle(shuffled)
+            rewards_N = np.array(shuffled)
+        max_tokens, buffer = rl.rollout.max_new_tokens, rl.overlong_buffer_tokens
+        rewards_N = rewards_N + overlong_penalties(lengths_tokens(samples), max_tokens, buffer, rl.overlong_penalty)
+        advantages_N = group_advantages(rewards_N, group_numbers(samples), rl.rules.advantage_scale)
+        for sample, reward, advantage in zip(samples, rewards_N, advantages_N):
             sample.reward, sample.advantage = float(reward), float(advantage)
 
-    def look_back(self, samples: list[Sample]) -> Mismatch | None:
-        """Ask the trainer, and the reference, what they think of the samples before anything is learnt.
+    def compute_old_logprobs(self, samples: list[Sample]) -> Mismatch | None:
+        """Set the samples' old and reference log-probs, by the weights before the update.
 
-        Between two looks the trainer is not asked: the one update of a rollout begins from its own probabilities.
+        The old log-probs are computed every `rl.old_logprobs_interval_rollouts`; in between, the only update of a
+        rollout starts from its own detached log-probs.
+        Returns: the training–rollout mismatch, None where no old log-probs were computed.
         """
         rl, mismatch = self.settings, None
-        rollouts = self.state.step // rl.updates_per_rollout
-        if rollouts % rl.look_back_interval_rollouts == 0:
-            known, mismatch = self._score(samples)
-            for sample, logprobs in zip(samples, known):
-                sample.old_logprobs = logprobs
+        num_rollouts = self.state.step // rl.updates_per_rollout
+        if num_rollouts % rl.old_logprobs_interval_rollouts == 0:
+            logprobs, mismatch = self._compute_logprobs(samples)
+            for sample, logprobs_T in zip(samples, logprobs):
+                sample.old_logprobs = logprobs_T
         if self.reference is not None:
-            with self.reference.in_place():
-                known, _ = self._score(samples, measures=False)
-            for sample, logprobs in zip(samples, known):
-                sample.reference_logprobs = logprobs
+            with self.reference.swapped_in():
+                logprobs, _ = self._compute_logprobs(samples, measures_mismatch=False)
+            for sample, logprobs_T in zip(samples, logprobs):
+                sample.reference_logprobs = logprobs_T
         return mismatch
 
-    def learn(self, samples: list[Sample]) -> Learnt:
-        """Take one optimizer step on samples."""
-        rl, group = self.settings, self.state.parallel
-        staleness = [self.state.step - sample.policy_version for sample in samples]
-        assert max(staleness) <= rl.max_staleness, "the configuration bounds it"
-        lengths = _lengths(samples)
-        weights = token_weights(lengths, rl.rules.normalisation, rl.rollout.max_new_tokens)
-        row, eod = self.state.config.training.sequence_length, self.tokenizer.eod
-        rows = policy_rows(samples, weights, row, eod, replay=rl.routing_replay)
-        mine = share_of(rows, group.data_rank, group.data_size, row, eod)
-        batches = [row.batch for row in mine]
-        policy = PolicyPass(rl, self.tokenizer.vocab_size, learns=True)
+    def update(self, samples: list[Sample]) -> UpdateResult:
+        """Take one optimizer step on the policy loss of the samples. A collective call."""
+        rl, state = self.settings, self.state
+        staleness_steps = [state.step - sample.policy_version for sample in samples]
+        assert max(staleness_steps) <= rl.max_staleness, "the configuration bounds it"
+        batches = self._packed_batches(samples)
+        policy = PolicyPass(rl, self.tokenizer.vocab_size, with_loss=True)
         began = time.perf_counter()
-        with taped(self.state.models, recording=False):
-            report = train_step(self.state, batches, policy)
-        self.state.device.synchronize()
-        self.tokens += int(sum(len(s.prompt.tokens) for s in samples) + lengths.sum())
-        values = (
-            _policy_values(self.state, policy)
-            | _load_values(report)
-            | {
-                "rl/staleness_max": max(staleness),
-                "rl/mtp_gradient": mtp_gradient(self.state),
-                "rl/balance_in_loss": _balance_in_loss(self.state, report),
-                "throughput/step_seconds": time.perf_counter() - began,
-                "learning_rate": report.learning_rate,
-                "loss/policy": report.loss,
-                "tokens": self.tokens,
-                "memory/peak_gib": self.state.device.peak_memory_gib(),
-            }
-        )
-        if self.state.skipped_steps:
-            values["skipped_steps"] = self.state.skipped_steps
-        if report.grad_norm is not None:
-            values["grad_norm"] = report.grad_norm
-        return Learnt(report, batches, values)
+        with attach_routing_replays(state.models, recording=False):
+            report = train_step(state, batches, policy)
+        state.device.synchronize()
+        self.tokens += int(sum(len(s.prompt.tokens) + len(s.tokens) for s in samples))
+        values = update_metrics(state, policy, report)
+        values["rl/staleness_max"] = max(staleness_steps)
+        values["tokens"] = self.tokens
+        values["throughput/step_seconds"] = time.perf_counter() - began
+        return UpdateResult(report, batches, values)
 
-    def shares(self, samples: list[Sample]) -> list[list[Sample]]:
-        """Split a rollout into the samples of each of its updates, whole groups each."""
+    def minibatches(self, samples: list[Sample]) -> list[list[Sample]]:
+        """Split a rollout into one mini-batch of whole groups for each of its updates."""
         size = len(samples) // self.settings.updates_per_rollout
         return [samples[first : first + size] for first in range(0, len(samples), size)]
 
-    def examine(self, held_out: Prompts) -> tuple[float, list[Sample]]:
-        """Return the share of held-out prompts whose likeliest answer gets full marks, and the answers."""
-        samples = self.engine.answer_greedily(held_out.take(0, len(held_out)))
-        self.grade(samples)
-        return float(np.mean(_scores(samples) >= 1)), samples
+    def evaluate(self, held_out: Prompts) -> tuple[float, list[Sample]]:
+        """Return the share of held-out prompts whose greedy response scores 1 or more, and the responses."""
+        samples = self.engine.generate_greedy(held_out.take(0, len(held_out)))
+        self.score(samples)
+        return float(np.mean(scores(samples) >= 1)), samples
 
     @property
     def settings(self) -> RlConfig:
@@ -216,90 +190,30 @@ class RlLoop:
         """The run's seed."""
         return self.state.config.training.seed
 
-    def _score(self, samples: list[Sample], *, measures: bool = True) -> tuple[list[np.ndarray], Mismatch | None]:
-        policy = PolicyPass(self.settings, self.tokenizer.vocab_size, learns=False)
-        replay = self.settings.routing_replay
-        eod = self.tokenizer.eod
-        return score(self.state, samples, policy, eod, replay=replay, measures=measures)
+    def _next_prompts(self, count: int) -> list[Prompt]:
+        """Return the next prompts, except those in a skipped range."""
+        prompts: list[Prompt] = []
+        while len(prompts) < count:
+            ends = [end for begin, end in self.skipped_prompts if begin <= self.next_prompt < end]
+            if ends:
+                self.next_prompt = max(ends)
+                continue
+            prompts.append(self.prompts[self.next_prompt])
+            self.next_prompt += 1
+        return prompts
 
+    def _packed_batches(self, samples: list[Sample]) -> list[PolicyBatch]:
+        """Return this rank's packed batches, with the tokens weighted as the algorithm normalizes its loss."""
+        rl, group, eod = self.settings, self.state.parallel, self.tokenizer.eod
+        sequence_length = self.state.config.training.sequence_length
+        weights_N = token_weights(lengths_tokens(samples), rl.rules.normalisation, rl.rollout.max_new_tokens)
+        packed = pack_policy_batches(samples, weights_N, sequence_length, eod, replay=rl.routing_replay)
+        local = shard_for_rank(packed, group.data_rank, group.data_size, sequence_length, eod)
+        return [packed_batch.batch for packed_batch in local]
 
-def mtp_gradient(state: TrainState) -> float:
-    """Return the largest gradient of any MTP parameter: 0 proves that nothing of MTP is in the loss."""
-    largest = torch.zeros((), device=torch.cuda.current_device())
-    for model in state.models:
-        for name, parameter in model.named_parameters():
-            if name.startswith("mtp."):
-                largest = torch.maximum(largest, parameter.main_grad.abs().max())  # type: ignore[attr-defined]
-    if state.parallel.world_size > 1:
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    return largest.item()
-
-
-def _balance_in_loss(state: TrainState, report: StepReport) -> float:
-    """Return what the balance loss added to the policy loss."""
-    losses = report.balance_losses.values()
-    return state.config.model.moe_aux_loss_coeff * sum(losses)
-
-
-def _policy_values(state: TrainState, policy: PolicyPass) -> dict[str, float]:
-    """Average the pass's sums over the tokens of all ranks."""
-    sums, group = policy.sums, state.parallel
-    if group.world_size > 1:
-        torch.distributed.all_reduce(sums, group=group.groups.dp)
-        if group.groups.pp.size() > 1:
-            last = torch.distributed.get_process_group_ranks(group.groups.pp)[-1]
-            torch.distributed.broadcast(sums, src=last, group=group.groups.pp)
-    named = dict(zip(SUMS, sums.tolist()))
-    tokens = max(named.pop("tokens"), 1)
-    return {f"rl/{name}": value / tokens for name, value in named.items()}
-
-
-def _load_values(report: StepReport) -> dict[str, float]:
-    """Say how even the experts' load is; nothing balances it here."""
-    loads = report.expert_load.values()
-    if not loads:
-        return {}
-    return {
-        "experts/max_over_mean": max(max(load) * len(load) for load in loads),
-        "experts/dead": sum(share == 0 for load in loads for share in load),
-    }
-
-
-def _rollout_values(samples: list[Sample]) -> dict[str, float]:
-    scores, lengths = _scores(samples), _lengths(samples)
-    return {
-        "reward/score": float(scores.mean()),
-        "reward/reward": float(np.mean([sample.reward for sample in samples])),
-        "reward/full_marks": float((scores >= 1).mean()),
-        "reward/even_groups": float(even_groups(scores, _groups(samples)).mean()),
-        "reward/failures": sum(sample.failure is not None for sample in samples),
-        "rollout/length_mean": float(lengths.mean()),
-        "rollout/length_max": int(lengths.max()),
-        "rollout/cut_off": float(np.mean([not sample.is_whole for sample in samples])),
-    }
-
-
-def _mismatch_values(mismatch: Mismatch) -> dict[str, float]:
-    values = {
-        "mismatch/logprob_mean": mismatch.logprob_mean,
-        "mismatch/logprob_max": mismatch.logprob_max,
-        "mismatch/kl": mismatch.kl,
-        "mismatch/chunks": mismatch.chunks,
-    }
-    for layer, share in enumerate(mismatch.routes_own, 1):
-        values[f"mismatch/routes_{layer}"] = share
-    if mismatch.routes_used:
-        values["mismatch/routes_used"] = max(mismatch.routes_used)
-    return values
-
-
-def _scores(samples: list[Sample]) -> np.ndarray:
-    return np.array([sample.score for sample in samples], np.float64)
-
-
-def _lengths(samples: list[Sample]) -> np.ndarray:
-    return np.array([len(sample.tokens) for sample in samples])
-
-
-def _groups(samples: list[Sample]) -> np.ndarray:
-    return np.array([sample.prompt.number for sample in samples])
+    def _compute_logprobs(
+        self, samples: list[Sample], *, measures_mismatch: bool = True
+    ) -> tuple[list[np.ndarray], Mismatch | None]:
+        policy = PolicyPass(self.settings, self.tokenizer.vocab_size, with_loss=False)
+        replay, eod = self.settings.routing_replay, self.tokenizer.eod
+        return compute_logprobs(self.state, samples, policy, eod, replay=replay, measures_mismatch=measures_mismatch)

@@ -1,124 +1,87 @@
-"""What the trainer's weights think of samples: their probabilities, and how far the rollout's are from them.
+"""Training–rollout mismatch: how far the trainer's log-probs and routing are from those of the rollout engine.
 
-One pass without gradient over the packed samples. It gives the "old" probabilities that ratios start from,
-or those of the reference, and on the way measures the mismatch: the same weights, once with the recurrent
-kernels of generation and once with the chunked ones of training.
+Both have the same weights, but generation runs the decode kernels (recurrent delta rule) and training the chunked ones.
+Rounding differs, and through top-k routing a small difference can select another expert.
+
+Shapes: T tokens of a packed row, K experts per token.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_q3n.model.moe.routing_replay import differing
-from megatron_q3n.rl.chunked_rule_check import ChunkCheck, checking, worst
-from megatron_q3n.rl.policy_batch import PolicyRow, policy_rows, share_of
-from megatron_q3n.rl.policy_pass import PolicyPass, taped
+from megatron_q3n.model.moe.routing_replay import routes_differ
+from megatron_q3n.rl.policy_batch import PackedPolicyBatch
 from megatron_q3n.rl.samples import Sample
 from megatron_q3n.training.state import TrainState
-from megatron_q3n.training.step import run_microbatches
 
 
 @dataclass
 class Mismatch:
-    """How trainer and rollout differ on the same tokens.
+    """Differences between trainer and rollout on the same tokens.
 
-    logprob_mean, logprob_max: absolute difference of the log probabilities of the drawn tokens, nats;
-    kl: KL(rollout, trainer) estimated from them, nats per token;
-    routes_own, routes_used: share of tokens whose experts differ, per layer: the trainer's own choice, and
-        what it used (with replay: none); empty where the rollout recorded none;
-    chunks: relative difference of the delta rule by chunks from the one by recurrence, in the worst layer.
+    logprob_diff_mean, logprob_diff_max: absolute difference of the sampled tokens' log-probs, nats;
+    kl: KL(rollout, trainer) estimated from them (k3), nats per token;
+    routing_mismatch: per layer, share of tokens for which the trainer's own top-k selects other experts; empty
+        where the rollout recorded no routes;
+    routing_mismatch_after_replay: the same of the experts that were used, 0 with routing replay;
+    chunked_rule_error: relative difference of the chunked from the recurrent delta rule, largest over the layers.
     """
 
-    logprob_mean: float
-    logprob_max: float
+    logprob_diff_mean: float
+    logprob_diff_max: float
     kl: float
-    routes_own: list[float]
-    routes_used: list[float]
-    chunks: float
+    routing_mismatch: list[float]
+    routing_mismatch_after_replay: list[float]
+    chunked_rule_error: float
 
 
-@torch.no_grad()
-def score(
-    state: TrainState, samples: list[Sample], policy: PolicyPass, eod: int, *, replay: bool, measures: bool
-) -> tuple[list[np.ndarray], Mismatch | None]:
-    """Return the log probability of each sample's tokens, in the order of the samples, and if asked the mismatch.
-
-    A collective call; every rank gets the same.
-    """
-    group, length = state.parallel, state.config.training.sequence_length
-    rows = policy_rows(samples, np.zeros(len(samples)), length, eod, replay=replay)
-    mine = share_of(rows, group.data_rank, group.data_size, length, eod)
-    for chunk in state.chunks:
-        chunk.eval()
-    knows_routes = measures and samples[0].routes is not None
-    check: AbstractContextManager[dict[int, ChunkCheck]] = checking(state.models) if measures else nullcontext({})
-    with taped(state.models, recording=knows_routes) as tapes, check as checks:
-        reports = run_microbatches(state, [row.batch for row in mine], forward_only=True, forward=policy)
-        taken = {number: tape.take() for number, tape in tapes.items()}
-    found: dict[tuple[int, int], np.ndarray] = {}
-    if group.is_last_stage:
-        for row, report in zip(mine, reports):
-            values = row.answers(report["logprobs"].cpu().numpy())
-            found |= {sample.name: v for sample, v in zip(row.samples, values)}
-    shares: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(shares, found)
-    everyone = {name: values for share in shares for name, values in share.items()}
-    logprobs = [everyone[sample.name] for sample in samples]
-    if not measures:
-        return logprobs, None
-    own, used = _differing_routes(state, mine, taken) if knows_routes else ([], [])
-    chunks = worst(checks, state.config.model.num_layers, group.world_size)
-    return logprobs, _mismatch(samples, logprobs, own, used, chunks)
-
-
-def _mismatch(
-    samples: list[Sample], logprobs: list[np.ndarray], own: list[float], used: list[float], chunks: float
-) -> Mismatch:
+def logprob_mismatch(samples: list[Sample], logprobs: list[np.ndarray]) -> tuple[float, float, float]:
+    """Return mean and largest absolute difference of trainer and rollout log-probs, and their KL (k3 estimate)."""
     rollout = np.concatenate([np.asarray(s.logprobs, np.float64) for s in samples])
     difference = np.concatenate(logprobs).astype(np.float64) - rollout
-    return Mismatch(
-        float(np.abs(difference).mean()),
-        float(np.abs(difference).max()),
-        float((np.exp(difference) - difference - 1).mean()),
-        own,
-        used,
-        chunks,
-    )
+    kl = float((np.exp(difference) - difference - 1).mean())
+    return float(np.abs(difference).mean()), float(np.abs(difference).max()), kl
 
 
-def _differing_routes(
-    state: TrainState, rows: list[PolicyRow], taken: dict[int, Any]
+def routing_mismatch(
+    state: TrainState, local: list[PackedPolicyBatch], recorded: dict[int, Any]
 ) -> tuple[list[float], list[float]]:
-    """Return, per layer, the share of tokens whose experts the trainer would choose, or used, otherwise."""
-    layers = state.config.model.num_layers
-    counts = torch.zeros(layers, 3, dtype=torch.float64, device=torch.cuda.current_device())
+    """Return, per layer, the share of tokens whose experts differ from the rollout's. A collective call.
+
+    `recorded` holds for each layer the experts of each packed batch: the trainer's own top-k, and those used.
+    Returns: shares of the own top-k, and of the experts used.
+    """
+    num_layers = state.config.model.num_layers
+    # columns: own top-k differs, used experts differ, tokens compared
+    counts = torch.zeros(num_layers, 3, dtype=torch.float64, device=torch.cuda.current_device())
     group = state.models[0].pg_collection.tp  # type: ignore[union-attr]
-    split = state.parallel.groups.tp.size()
-    for number, (own, used) in taken.items():
-        for row, own_TK, used_TK in zip(rows, own, used):
-            if not row.samples:
+    num_shards = state.parallel.groups.tp.size()
+    for layer, (topk, used) in recorded.items():
+        for packed_batch, topk_TK, used_TK in zip(local, topk, used):
+            if not packed_batch.samples:
                 continue
-            recorded_TK = _recorded(row, number, own_TK.shape[0] * split)
-            recorded_TK = recorded_TK.chunk(split)[group.rank()].to(own_TK.device)
-            known_T = recorded_TK[:, 0] >= 0
-            for place, routes_TK in enumerate((own_TK, used_TK)):
-                counts[number, place] += (differing(routes_TK, recorded_TK) & known_T).sum()
-            counts[number, 2] += known_T.sum()
+            rollout_TK = _rollout_routes(packed_batch, layer, topk_TK.shape[0] * num_shards)
+            rollout_TK = rollout_TK.chunk(num_shards)[group.rank()].to(topk_TK.device)
+            is_recorded_T = rollout_TK[:, 0] >= 0
+            for column, routes_TK in enumerate((topk_TK, used_TK)):
+                counts[layer, column] += (routes_differ(routes_TK, rollout_TK) & is_recorded_T).sum()
+            counts[layer, 2] += is_recorded_T.sum()
     if state.parallel.world_size > 1:
         torch.distributed.all_reduce(counts)
     shares = counts[:, :2] / counts[:, 2:].clamp(min=1)
     return shares[:, 0].tolist(), shares[:, 1].tolist()
 
 
-def _recorded(row: PolicyRow, layer: int, length: int) -> torch.Tensor:
-    first = row.samples[0].routes
-    assert first is not None
-    recorded = np.full((length, first.shape[-1]), -1, np.int64)
-    for sample, start in zip(row.samples, row.starts):
+def _rollout_routes(packed_batch: PackedPolicyBatch, layer: int, num_tokens: int) -> torch.Tensor:
+    """Return the rollout's experts of a layer for each token of a packed row, int64 [T,K]; -1 where none."""
+    first_routes = packed_batch.samples[0].routes
+    assert first_routes is not None
+    routes_TK = np.full((num_tokens, first_routes.shape[-1]), -1, np.int64)
+    for sample, start in zip(packed_batch.samples, packed_batch.response_starts):
         assert sample.routes is not None
         begin = start - len(sample.prompt.tokens) + 1
-        recorded[begin : begin + len(sample.routes)] = sample.routes[:, layer]
-    return torch.from_numpy(recorded)
+        routes_TK[begin : begin + len(sample.routes)] = sample.routes[:, layer]
+    return torch.from_numpy(routes_TK)

@@ -1,4 +1,4 @@
-"""The weights a run began with, kept in host memory and put in the model's place when they are asked."""
+"""Reference policy of the KL penalty: the initial weights in host memory, swapped into the model when needed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,29 +9,29 @@ from torch import Tensor
 from megatron_q3n.training.state import TrainState
 
 
-class Reference:
-    """A copy of the present weights of this rank."""
+class ReferencePolicy:
+    """A copy, on the CPU, of the weights that this rank's model has when this object is made."""
 
     def __init__(self, state: TrainState) -> None:
         self._state = state
-        self._weights = self._copies()
+        self._weights = self._copy_weights()
 
     @contextmanager
     @torch.no_grad()
-    def in_place(self) -> Iterator[None]:
-        """Run with the reference's weights, and put the policy's back."""
-        policy = self._copies()
-        self._put(self._weights)
+    def swapped_in(self) -> Iterator[None]:
+        """Give the model the reference weights, and restore the policy's weights afterwards."""
+        policy_weights = self._copy_weights()
+        self._load_weights(self._weights)
         try:
             yield
         finally:
-            self._put(policy)
+            self._load_weights(policy_weights)
 
-    def _copies(self) -> list[Tensor]:
+    def _copy_weights(self) -> list[Tensor]:
         self._state.gather_parameters()
         return [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()]
 
-    def _put(self, weights: list[Tensor]) -> None:
+    def _load_weights(self, weights: list[Tensor]) -> None:
         with torch.no_grad():
             for parameter, weight in zip(self._parameters(), weights, strict=True):
                 parameter.copy_(weight)

@@ -1,4 +1,7 @@
-"""What travels through the loop: prompts, and samples that gather what each verb finds out about them."""
+"""Prompts and samples: the data that passes through every phase of the reinforcement learning loop.
+
+Shapes: N samples.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,21 +11,24 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of the run, the `number`th that was drawn. `grading` is what a grader is told, as JSON has it."""
+    """A tokenized prompt with its number in the run; `scoring_arguments` (JSON values) go to the scoring function."""
 
     number: int
     tokens: list[int]
-    grading: dict[str, Any]
+    scoring_arguments: dict[str, Any]
 
 
 @dataclass
 class Sample:
-    """One answer.
+    """One response to a prompt.
 
-    `logprobs` are natural logarithms of the probabilities its tokens were drawn with. `policy_version` is
-    the optimizer step of the weights that drew them. `routes` are the experts of every token but the last
-    one drawn, which no model has read: uint16 [prompt + answer - 1, layers, experts per token].
-    `score` is the grader's or the rule's word (`failure` says why), `reward` what the advantage is made of.
+    `member` is its index in the prompt's group.
+    `logprobs` are the log-probs (nats) under the distribution that its tokens were sampled from.
+    `policy_version` is the optimizer step of the weights that generated it.
+    `routes` are the experts of every token except the last one, which is never an input: uint16
+        [prompt + response - 1 tokens, layers, experts per token].
+    `score` is the scoring function's result, or `rl.reward.failure_score`, with the reason in `failure`.
+    `reward` is the score plus penalties; the advantage is computed from it.
     """
 
     prompt: Prompt
@@ -41,11 +47,26 @@ class Sample:
     reference_logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
 
     @property
-    def name(self) -> tuple[int, int]:
-        """What this sample is in the run: no two have the same."""
+    def key(self) -> tuple[int, int]:
+        """Unique key within the run: (prompt number, member)."""
         return self.prompt.number, self.member
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the answer ended by itself."""
+    def is_complete(self) -> bool:
+        """Whether the response ended with a stop token, not at the length limit."""
         return self.finish_reason == "stop"
+
+
+def scores(samples: list[Sample]) -> np.ndarray:
+    """Return the scores, fp64 [N]."""
+    return np.array([sample.score for sample in samples], np.float64)
+
+
+def lengths_tokens(samples: list[Sample]) -> np.ndarray:
+    """Return the response lengths in tokens, int64 [N]."""
+    return np.array([len(sample.tokens) for sample in samples])
+
+
+def group_numbers(samples: list[Sample]) -> np.ndarray:
+    """Return the prompt number of each sample, which identifies its group, int64 [N]."""
+    return np.array([sample.prompt.number for sample in samples])

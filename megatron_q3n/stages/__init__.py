@@ -1,1 +1,1 @@
-"""What a run does, from configuration to report: the only room that composes the others."""
+"""Stages: one module per kind of run, from configuration to report; the only part that may import all others."""

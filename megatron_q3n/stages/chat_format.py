@@ -1,4 +1,4 @@
-"""The tokenizer and chat template of a post-training run: found once, then kept in the run directory."""
+"""Tokenizer and chat template of a post-training run: chosen once, then saved in the run directory."""
 
 from pathlib import Path
 
@@ -7,35 +7,35 @@ from megatron_q3n.checkpoint.folders import FOLDER
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.conversion.importing import KEPT
 from megatron_q3n.data.chat_template import TEMPLATE_FILE, ChatTemplate, chat_template
-from megatron_q3n.data.conversations import texts_of
+from megatron_q3n.data.conversations import plain_texts
 from megatron_q3n.data.manifest import verify_prepared
-from megatron_q3n.data.sft_rows import read_all
-from megatron_q3n.data.stdlib import corpus_of
+from megatron_q3n.data.sft_packing import read_sources
+from megatron_q3n.data.stdlib import load_stdlib_corpus
 from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
 from megatron_q3n.run_directory import TOKENIZER_FOLDER, write_atomically
-from megatron_q3n.stages.trained_model import tokenizer_of
+from megatron_q3n.stages.trained_model import checkpoint_tokenizer
 
 
-def chat_format(config: RunConfig, run_dir: Path) -> tuple[TextTokenizer, ChatTemplate]:
-    """Return the run's own tokenizer and template, or those its settings and its starting weights mean.
+def load_chat_format(config: RunConfig, run_dir: Path) -> tuple[TextTokenizer, ChatTemplate]:
+    """Return the tokenizer and template saved in the run directory, or those of the settings and the start checkpoint.
 
-    Raises: UserError if they cannot be found, or the model has no row for a token.
+    Raises: UserError if they cannot be found, or the model's vocabulary is smaller than the tokenizer's.
     """
-    kept = run_dir / TOKENIZER_FOLDER
-    if (kept / TEMPLATE_FILE).is_file():
-        tokenizer = TextTokenizer.load(kept)
-        return tokenizer, chat_template(None, kept, tokenizer)
+    saved = run_dir / TOKENIZER_FOLDER
+    if (saved / TEMPLATE_FILE).is_file():
+        tokenizer = TextTokenizer.load(saved)
+        return tokenizer, chat_template(None, saved, tokenizer)
     tokenizer, folder = _tokenizer(config)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size={config.model.vocab_size}; the model "
-            "needs a row for every token."
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size={config.model.vocab_size}; "
+            "the model needs an embedding row for every token."
         )
     return tokenizer, chat_template(config.sft.chat_template, folder, tokenizer)
 
 
-def keep(run_dir: Path, tokenizer: TextTokenizer, template: ChatTemplate) -> None:
-    """Leave tokenizer and template in the run directory, so that the run and its checkpoints need no other."""
+def save(run_dir: Path, tokenizer: TextTokenizer, template: ChatTemplate) -> None:
+    """Save tokenizer and template in the run directory, so that the run and its checkpoints are self-contained."""
     folder = run_dir / TOKENIZER_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
@@ -44,20 +44,20 @@ def keep(run_dir: Path, tokenizer: TextTokenizer, template: ChatTemplate) -> Non
 
 
 def _tokenizer(config: RunConfig) -> tuple[TextTokenizer, Path | None]:
-    """Return the tokenizer, and where a template of its own may lie."""
+    """Return the tokenizer, and the folder that may hold its chat template."""
     data = config.data
     if config.sft.tokenizer_vocab_size is not None:
-        texts = (text for c in read_all(config.sft.train) for text in texts_of(c))
+        texts = (text for c in read_sources(config.sft.train) for text in plain_texts(c))
         return train_bpe(texts, config.sft.tokenizer_vocab_size, single_digits=True), None
     if data.tokenizer is not None:
         return TextTokenizer.load(data.tokenizer), Path(data.tokenizer).expanduser()
     if config.checkpoint.load is not None:
         source = checkpoint.find(config.checkpoint.load)
-        kept = source.parent.parent / TOKENIZER_FOLDER if source.parent.name == FOLDER else None
-        folders = [source / KEPT, *([kept] if kept else [])]
-        found = next((f for f in folders if (f / "tokenizer.json").is_file()), None)
-        return tokenizer_of(source, None), found
+        saved = source.parent.parent / TOKENIZER_FOLDER if source.parent.name == FOLDER else None
+        folders = [source / KEPT, *([saved] if saved else [])]
+        folder = next((f for f in folders if (f / "tokenizer.json").is_file()), None)
+        return checkpoint_tokenizer(source, None), folder
     if data.source == "stdlib":
-        return TextTokenizer.load(corpus_of(data).train), None
+        return TextTokenizer.load(load_stdlib_corpus(data).train), None
     path = data.train[0].path
     return TextTokenizer.load(path, verify_prepared(path).tokenizer.eod_token), None

@@ -1,4 +1,4 @@
-"""Text from a checkpoint, as it comes: prompts from the configuration, completions to the terminal or a file."""
+"""Generate stage: completions of the configured prompts by a checkpoint, streamed to the terminal or to a file."""
 
 import json
 import sys
@@ -9,85 +9,106 @@ from pathlib import Path
 from typing import Any
 
 from megatron_q3n import parallel
-from megatron_q3n.checkpoint.reader import gathered
+from megatron_q3n.checkpoint.reader import gather_objects
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.config.inference import InferenceConfig
 from megatron_q3n.data.tokenizer import TextTokenizer
-from megatron_q3n.device import choose_device
-from megatron_q3n.inference.generate import start
-from megatron_q3n.inference.request import Abilities
+from megatron_q3n.device import select_device
+from megatron_q3n.inference.detokenizer import IncrementalDetokenizer
+from megatron_q3n.inference.generate import Generation, start
+from megatron_q3n.inference.limits import GenerationLimits
 from megatron_q3n.inference.sampling import Sampling
-from megatron_q3n.inference.sequence import Completion, acceptance, mean_accepted_length
-from megatron_q3n.inference.text import TextPieces
+from megatron_q3n.inference.sequence import Completion, acceptance, mean_acceptance_length
+from megatron_q3n.model.decode.protocols import DecodeModel
 from megatron_q3n.parallel import Parallel
 from megatron_q3n.stages import trained_model
 
 
 def run(config: RunConfig, _run_dir: Path) -> int:
-    """Generate and print. Leaves no run directory: `runs/latest` stays what was trained.
+    """Generate and print. There is no run directory, so `runs/latest` stays the last training run.
 
     Returns: 0.
     """
     if not config.inference.prompts:
         raise UserError(
-            "inference.prompts is empty: give at least one text to continue, e.g. "
+            "inference.prompts is empty: set at least one text to continue, e.g. "
             """'inference.prompts=["def "]'."""
         )
-    source = trained_model.find(config)
-    config = trained_model.with_model_of(source, config)
-    wanted = config.inference
-    tokenizer = trained_model.tokenizer_of(source, wanted.tokenizer)
-    sampling, prompts = sampling_of(wanted, tokenizer), encoded(wanted, tokenizer)
-    Abilities.configured(config).check(prompts, sampling, wanted.draft_depth)
-    device = choose_device(config)
+    source = trained_model.find_checkpoint(config)
+    config = trained_model.with_checkpoint_model(source, config)
+    settings = config.inference
+    tokenizer = trained_model.checkpoint_tokenizer(source, settings.tokenizer)
+    sampling, prompts = to_sampling(settings, tokenizer), encode_prompts(settings, tokenizer)
+    GenerationLimits.from_config(config).check(prompts, sampling, settings.draft_depth)
+    device = select_device(config)
     group = parallel.initialize(config, device)
     model = trained_model.load_model(source, config, device, group)
-    # each replica takes a share of the prompts
-    mine = range(len(prompts))[group.data_rank :: group.data_size]
+    # each data-parallel replica generates for a share of the prompts
+    local = range(len(prompts))[group.data_rank :: group.data_size]
+    is_streamed = group.is_leader and len(prompts) == 1
     began = time.monotonic()
-    generation = start(
-        model,
-        [prompts[i] for i in mine],
-        sampling,
-        seed=[f"{wanted.seed}.{i}" for i in mine],
-        draft_depth=wanted.draft_depth,
-        prefill_tokens=wanted.prefill_tokens,
-        max_sequences=wanted.max_sequences,
-        cuda_graph=wanted.cuda_graph,
-    )
-    live = group.is_leader and len(prompts) == 1
-    if live:
-        print(wanted.prompts[0], end="", flush=True)
-    text = TextPieces(tokenizer, sampling.stop_tokens)
-    for piece in generation:
-        if live:
-            print(text.add(piece.tokens), end="", flush=True)
+    generation = _start(model, settings, sampling, {i: prompts[i] for i in local})
+    _run_to_end(generation, settings.prompts[0], tokenizer, sampling, is_streamed=is_streamed)
     seconds = time.monotonic() - began
-    completions = _collected(group, dict(zip(mine, generation.completions)))
+    completions = _gather_completions(group, dict(zip(local, generation.completions)))
     if group.is_leader:
-        if live:
-            print(text.rest())
-        _report(wanted, tokenizer, sampling, completions, seconds, shown=live)
-        if device.torch_device.type == "cuda" and generation.without_graphs:
-            print(f"steps were not CUDA graphs: {generation.without_graphs}", file=sys.stderr)
+        _report(settings, tokenizer, sampling, completions, seconds, is_streamed=is_streamed)
+        if device.torch_device.type == "cuda" and generation.cuda_graph_obstacle:
+            print(f"steps were not CUDA graphs: {generation.cuda_graph_obstacle}", file=sys.stderr)
     parallel.shutdown()
     return 0
 
 
-def sampling_of(wanted: InferenceConfig, tokenizer: TextTokenizer) -> Sampling:
-    """Return how to draw; a document's end always stops.
-
-    Raises: UserError for a stop token that the tokenizer does not have.
-    """
-    stops = {tokenizer.eod, *(_stop_token(stop, tokenizer) for stop in wanted.stop)}
-    return Sampling(
-        wanted.max_new_tokens, wanted.temperature, wanted.top_k, wanted.top_p, frozenset(stops), tokenizer.vocab_size
+def _start(
+    model: DecodeModel, settings: InferenceConfig, sampling: Sampling, prompts: dict[int, list[int]]
+) -> Generation:
+    """Start the generation of the prompts, given by their indices."""
+    return start(
+        model,
+        list(prompts.values()),
+        sampling,
+        seed=[f"{settings.seed}.{i}" for i in prompts],
+        draft_depth=settings.draft_depth,
+        prefill_tokens=settings.prefill_tokens,
+        max_sequences=settings.max_sequences,
+        cuda_graph=settings.cuda_graph,
     )
 
 
-def encoded(wanted: InferenceConfig, tokenizer: TextTokenizer) -> list[list[int]]:
+def _run_to_end(
+    generation: Generation, prompt: str, tokenizer: TextTokenizer, sampling: Sampling, *, is_streamed: bool
+) -> None:
+    """Run the generation; with `is_streamed` print the prompt and each piece of its completion."""
+    if not is_streamed:
+        for _ in generation:
+            pass
+        return
+    print(prompt, end="", flush=True)
+    text = IncrementalDetokenizer(tokenizer, sampling.stop_tokens)
+    for piece in generation:
+        print(text.add(piece.tokens), end="", flush=True)
+    print(text.flush())
+
+
+def to_sampling(settings: InferenceConfig, tokenizer: TextTokenizer) -> Sampling:
+    """Return the sampling settings; the end-of-document token is always a stop token.
+
+    Raises: UserError for a stop token that the tokenizer does not have.
+    """
+    stops = {tokenizer.eod, *(_stop_token(stop, tokenizer) for stop in settings.stop)}
+    return Sampling(
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_k,
+        settings.top_p,
+        frozenset(stops),
+        tokenizer.vocab_size,
+    )
+
+
+def encode_prompts(settings: InferenceConfig, tokenizer: TextTokenizer) -> list[list[int]]:
     """Return the prompts' token ids."""
-    return [tokenizer.encode(prompt) for prompt in wanted.prompts]
+    return [tokenizer.encode(prompt) for prompt in settings.prompts]
 
 
 def _stop_token(stop: str | int, tokenizer: TextTokenizer) -> int:
@@ -107,43 +128,43 @@ def _stop_token(stop: str | int, tokenizer: TextTokenizer) -> int:
     return ids[0]
 
 
-def _collected(group: Parallel, mine: dict[int, Completion]) -> list[Completion]:
+def _gather_completions(group: Parallel, local: dict[int, Completion]) -> list[Completion]:
     """Return every replica's completions in the order of the prompts. A collective call."""
-    found = dict(item for share in gathered(group, mine) for item in share.items())
-    return [found[index] for index in sorted(found)]
+    by_index = dict(item for shard in gather_objects(group, local) for item in shard.items())
+    return [by_index[index] for index in sorted(by_index)]
 
 
 def _report(
-    wanted: InferenceConfig,
+    settings: InferenceConfig,
     tokenizer: TextTokenizer,
     sampling: Sampling,
     completions: list[Completion],
     seconds: float,
     *,
-    shown: bool,
+    is_streamed: bool,
 ) -> None:
-    """Print texts that were not shown as they came, write the file, and say how fast it was."""
-    results = list(_results(wanted, tokenizer, sampling, completions))
-    if wanted.output is not None:
+    """Write the output file or print texts that were not streamed, and print the throughput."""
+    results = list(_results(settings, tokenizer, sampling, completions))
+    if settings.output is not None:
         lines = "".join(json.dumps(result) + "\n" for result in results)
         try:
-            Path(wanted.output).write_text(lines, encoding="utf-8")
+            Path(settings.output).write_text(lines, encoding="utf-8")
         except OSError as error:
-            raise UserError(f"inference.output={wanted.output}: {error}") from None
-    elif not shown:
+            raise UserError(f"inference.output={settings.output}: {error}") from None
+    elif not is_streamed:
         for number, result in enumerate(results, 1):
             print(f"--- {number}, {result['finish_reason']}\n{result['prompt']}{result['text']}")
-    tokens = sum(len(done.tokens) for done in completions)
+    tokens = sum(len(completion.tokens) for completion in completions)
     line = f"{tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s"
-    if wanted.draft_depth:
+    if settings.draft_depth:
         shares = ", ".join(f"{kept}/{drafted}" for drafted, kept in acceptance(completions))
-        line += f"; {mean_accepted_length(completions):.2f} tokens per pass, drafts kept by depth: {shares}"
+        line += f"; {mean_acceptance_length(completions):.2f} tokens per pass, drafts accepted by depth: {shares}"
     print(line, file=sys.stderr)
 
 
 def _results(
-    wanted: InferenceConfig, tokenizer: TextTokenizer, sampling: Sampling, completions: list[Completion]
+    settings: InferenceConfig, tokenizer: TextTokenizer, sampling: Sampling, completions: list[Completion]
 ) -> Iterator[dict[str, Any]]:
-    for prompt, done in zip(wanted.prompts, completions):
-        text = TextPieces(tokenizer, sampling.stop_tokens)
-        yield {"prompt": prompt, "text": text.add(done.tokens) + text.rest(), **asdict(done)}
+    for prompt, completion in zip(settings.prompts, completions):
+        text = IncrementalDetokenizer(tokenizer, sampling.stop_tokens)
+        yield {"prompt": prompt, "text": text.add(completion.tokens) + text.flush(), **asdict(completion)}

@@ -1,4 +1,4 @@
-"""Training the multi-token prediction layer to draft: pretraining's run, on text or on conversations."""
+"""MTP stage: trains the multi-token prediction layer to draft, on text or on conversations."""
 
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_q3n.stages.sft import build_sft_data
 
 
 def run(config: RunConfig, run_dir: Path) -> int:
-    """Train the layer and report; on conversations where sft.train names some, to refresh it after fine-tuning or RL.
+    """Train the layer and report; on conversations if `sft.train` is set, to adapt it after fine-tuning or RL.
 
     Returns: 0 when all steps are done, 75 when stopped early with everything saved.
     """

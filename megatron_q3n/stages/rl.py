@@ -1,39 +1,27 @@
-"""Reinforcement learning: draw, grade, judge, look back, learn (rl/loop.py), recorded and saved like any run.
+"""Reinforcement learning stage: rollouts and updates (rl/loop.py) in a training session.
 
-A run is saved between rollouts. What a resumed one must know beside the checkpoint is which prompt comes
-next (stages/rl_files.py). A roll-back (health.*) leaves out the rollout that the bad update learnt from.
+A run is saved between rollouts. Beside the checkpoint, resuming needs the position in the prompts (stages/rl_files.py).
+A roll-back (health.*) skips the rollout of the bad update.
 """
 
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from megatron_q3n import checkpoint, parallel, run_directory
-from megatron_q3n.checkpoint import folders
-from megatron_q3n.config import EXIT_REQUEUE, RunConfig, UserError
+from megatron_q3n import run_directory
+from megatron_q3n.config import RunConfig
 from megatron_q3n.config.sizes import parameters
-from megatron_q3n.device import choose_device
-from megatron_q3n.health.watch import Watch
-from megatron_q3n.instruments import Instruments
-from megatron_q3n.kernels.startup.qualification import qualify
-from megatron_q3n.metrics import jsonl, sample_tables
-from megatron_q3n.metrics.recorder import RECORDS_FILE, Recorder, Status
-from megatron_q3n.metrics.report import write_report
-from megatron_q3n.model.build import compute_dtype
-from megatron_q3n.rl.loop import Learnt, RlLoop
+from megatron_q3n.data.chat_template import ChatTemplate
+from megatron_q3n.data.tokenizer import TextTokenizer
+from megatron_q3n.metrics import sample_tables
+from megatron_q3n.rl.loop import RlLoop
 from megatron_q3n.rl.prompts import Prompts
-from megatron_q3n.rl.rewards import Graders
+from megatron_q3n.rl.reward_workers import RewardWorkers
 from megatron_q3n.stages import chat_format
-from megatron_q3n.stages.pretrain import start_weights
 from megatron_q3n.stages.rl_files import RlFiles
 from megatron_q3n.stages.rl_setup import build_loop, held_out_prompts, introduction
-from megatron_q3n.training.guard import UpdateGuard
-from megatron_q3n.training.state import TrainState, build_state
-from megatron_q3n.training.watch import Verdict
+from megatron_q3n.stages.session import Session
+from megatron_q3n.training.callbacks import Callback, RunStatus, Verdict
+from megatron_q3n.training.loop_hooks import LoopHooks, LoopResult
 
 
 def run(config: RunConfig, run_dir: Path) -> int:
@@ -41,199 +29,117 @@ def run(config: RunConfig, run_dir: Path) -> int:
 
     Returns: 0 when all steps are done, 75 when stopped early with everything saved.
     """
-    stop = run_directory.StopRequest(config.checkpoint.time_limit_minutes, time.monotonic())
-    stop.listen()
-    device = choose_device(config)
-    group = parallel.initialize(config, device)
-    run_dir = Path(group.from_leader(str(run_dir)))
-    if checkpoint.newest_in(run_dir):
-        run_directory.check_same_data(run_dir, config)
-    tokenizer, template = chat_format.chat_format(config, run_dir)
-    group.barrier()  # all have looked before the leader writes
-    if group.is_leader:
-        run_directory.open_directory(run_dir, config)
-        chat_format.keep(run_dir, tokenizer, template)
-    kernels = qualify(config, device.torch_device, compute_dtype(config))
-    if group.is_leader:
-        run_directory.record_environment(run_dir, device, kernels)
-    state = build_state(config, device, group)
-    hooks = state.models[0].config
-    watch = Watch(config, group, run_dir, is_cuda=device.is_cuda, hooks=hooks)
-    UpdateGuard(state, watch.admit)
-    keep_load = partial(run_directory.write_expert_load, run_dir)
-    instruments = Instruments(state, keep_load if group.is_leader else lambda *_: None)
-    with Graders(config.rl.reward) as graders:
-        loop = build_loop(state, run_dir, graders, tokenizer, template, watch.beat)
-        files = RlFiles(run_dir, loop)
-        held_out = held_out_prompts(config, template)
-        session = partial(_session, loop, held_out, files, run_dir, watch, instruments, stop.reason)
-        ended = session()
-        while ended.verdict == "roll_back":
-            ended = session()
-    if ended.verdict == "stop":
-        raise UserError(watch.why_stopped())
-    if group.is_leader:
-        print(f"\nrun directory {run_dir}\nreport        {run_dir / 'report.html'}")
-    group.barrier()
-    parallel.shutdown()
-    return EXIT_REQUEUE if ended.stopped else 0
+    return Session(config, run_dir, RlStage()).run()
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a session ended: `stopped` is None when all steps are done, or the watch's verdict ended it."""
+class RlStage:
+    """Stage that alternates rollouts and updates on them."""
 
-    stopped: str | None
-    verdict: Verdict = "go_on"
-
-
-def _session(
-    loop: RlLoop,
-    held_out: Prompts | None,
-    files: RlFiles,
-    run_dir: Path,
-    watch: Watch,
-    instruments: Instruments,
-    stop_reason: Callable[[], str | None],
-) -> Ended:
-    """Train from the newest checkpoint to the end, a stop, or a bad step that ends it; record and report it."""
-    state, is_leader = loop.state, loop.state.parallel.is_leader
-    watch.start()
-    origin = start_weights(state, run_dir)
-    files.recall()
-    recorder = Recorder(
-        run_dir, state.config, first_step=state.step + 1, total_steps=state.config.training.steps, enabled=is_leader
-    )
-    status: Status = "failed"
-    try:
-        recorder.note("\n".join([introduction(loop, run_dir), *origin]))
-        saver = checkpoint.Saver(state, run_dir, recorder.note)
-        watch.begin(_past_steps(run_dir, state.config), recorder.note)
-        session = _Session(loop, held_out, files, recorder, saver, watch, instruments)
-        ended = session.go(stop_reason)
-        watch.stop()
-        if ended.verdict == "roll_back":
-            newest = checkpoint.newest_in(run_dir)
-            assert newest is not None
-            files.leave_out(state.config.health.leave_out_batches)
-            watch.leave_out(folders.step_of(newest))
-        elif ended.verdict == "stop":
-            recorder.note(watch.why_stopped())
-            return ended
-        elif ended.stopped:
-            recorder.note(f"stopped at step {state.step}: {ended.stopped}; everything is saved")
-        elif is_leader:
-            run_directory.write_json(run_dir / "summary.json", _summary(state))
-        status = "done" if state.step == state.config.training.steps else "stopped"
-    finally:
-        watch.stop()
-        recorder.close(status)
-        files.close()
-        if is_leader and (run_dir / "metrics.jsonl").exists():
-            write_report(run_dir)
-    return ended
-
-
-@dataclass
-class _Session:
-    """One process's stretch of a run."""
-
+    loss_metric = "loss/policy"
+    tokenizer: TextTokenizer
+    template: ChatTemplate
     loop: RlLoop
-    held_out: Prompts | None
     files: RlFiles
-    recorder: Recorder
-    saver: Any
-    watch: Watch
-    instruments: Instruments
+    held_out: Prompts | None
 
-    def go(self, stop_reason: Callable[[], str | None]) -> Ended:
-        """Run the loop; return how it ended."""
-        loop, state = self.loop, self.loop.state
-        last, reason = state.config.training.steps, None
-        self._save_what_to_roll_back_to()
+    def load_data(self, session: Session) -> None:
+        """Load tokenizer and chat template."""
+        self.tokenizer, self.template = chat_format.load_chat_format(session.config, session.run_dir)
+        # all ranks have read before the leader writes
+        session.group.barrier()
+
+    def build(self, session: Session) -> list[Callback]:
+        """Start the reward workers, and build the rollout engine, prompts and reference policy."""
+        config, run_dir = session.config, session.run_dir
+        if session.group.is_leader:
+            chat_format.save(run_dir, self.tokenizer, self.template)
+        workers = session.resources.enter_context(RewardWorkers(config.rl.reward))
+        self.loop = build_loop(session.state, run_dir, workers, self.tokenizer, self.template, session.heartbeat)
+        self.files = RlFiles(run_dir, self.loop)
+        self.held_out = held_out_prompts(config, self.template)
+        self._run_dir = run_dir
+        return [PromptPosition(self.files, config.health.skip_batches)]
+
+    def introduction(self) -> list[str]:
+        """Return the lines on prompts and algorithm."""
+        return introduction(self.loop)
+
+    def train(self, hooks: LoopHooks) -> LoopResult:
+        """Generate rollouts and update on them."""
+        state, result = self.loop.state, LoopResult()
         if state.step == 0:
-            self._examine()
-        while state.step < last and reason is None:
-            began = time.perf_counter()  # a step's time holds its share of the rollout
-            loop.engine.new_weights(state.step)
-            samples, values = loop.rollout()
-            self.files.write(sample_tables.ROLLOUT, state.step, samples)
-            for share in loop.shares(samples):
-                self.watch.before_step()
-                self.instruments.before_step()
-                learnt = loop.learn(share)
-                self.watch.beat(time.perf_counter() - began)
-                began = time.perf_counter()
-                values |= learnt.values | self.watch.after_step(state.step, 0.0)
-                if self.watch.verdict != "go_on":
-                    self._settle(wait=True)
-                    return Ended(None, self.watch.verdict)
-                values |= self._measure(learnt)
-                if _due(state.step, loop.settings.held_out_interval_steps, last):
-                    values |= self._examine()
-                self.recorder.log(state.step, values)
-                values = {}
-            reason = _agreed(state, stop_reason()) if state.step < last else None
-            if reason or _due(state.step, state.config.checkpoint.interval_steps, last):
-                self._save()
-            self._settle(wait=False)
-        self._settle(wait=True)
-        return Ended(reason)
+            self._evaluate(hooks)
+        while state.step < state.config.training.steps and not result.stopped:
+            result.verdict = self._train_on_rollout(hooks)
+            if result.verdict != "go_on":
+                break
+            result.stopped = hooks.agreed_stop()
+            if result.stopped or hooks.is_due(state.config.checkpoint.interval_steps):
+                hooks.save_checkpoint()
+            hooks.report_saved(wait=False)
+        hooks.report_saved(wait=True)
+        return result
 
-    def _measure(self, learnt: Learnt) -> dict[str, float]:
-        """Look inside the model, if this step is one to be looked at, and say how long that took."""
+    def conclude(self, result: LoopResult) -> None:
+        """Write summary.json."""
+        state = self.loop.state
+        summary = {"steps": state.step, "parameters": parameters(state.config.model).total_with_mtp}
+        run_directory.write_json(self._run_dir / "summary.json", summary)
+
+    def _train_on_rollout(self, hooks: LoopHooks) -> Verdict:
+        """Generate one rollout and take the optimizer steps on it. The first step's time includes the rollout."""
+        loop, state = self.loop, self.loop.state
         started = time.perf_counter()
-        measured = self.instruments.after_step(learnt.batches, learnt.report)
-        if measured:
-            self.loop.state.device.synchronize()
-            measured["throughput/instruments_seconds"] = time.perf_counter() - started
-            self.watch.beat()
-        return measured
+        loop.engine.update_weights(state.step)
+        samples, values = loop.rollout()
+        self.files.write_samples(sample_tables.ROLLOUT, state.step, samples)
+        for minibatch in loop.minibatches(samples):
+            hooks.callbacks.before_step(state.step + 1)
+            update = loop.update(minibatch)
+            seconds = time.perf_counter() - started
+            started = time.perf_counter()
+            values |= update.values | hooks.finish_step(update.report, seconds)
+            if hooks.callbacks.verdict != "go_on":
+                break
+            if hooks.is_due(loop.settings.held_out_interval_steps):
+                values |= self._evaluate(hooks)
+            hooks.recorder.log(state.step, values)
+            values = {}
+        return hooks.callbacks.verdict
 
-    def _examine(self) -> dict[str, float]:
-        """Measure the accuracy on held-out prompts, and keep the answers."""
+    def _evaluate(self, hooks: LoopHooks) -> dict[str, float]:
+        """Measure the accuracy on held-out prompts, and write the completions."""
         if self.held_out is None:
             return {}
         step = self.loop.state.step
-        self.loop.engine.new_weights(step)
-        accuracy, answers = self.loop.examine(self.held_out)
-        self.watch.beat()
-        self.files.write(sample_tables.HELD_OUT, step, answers)
-        self.recorder.note(f"held-out accuracy after step {step}: {accuracy:.3f}")
-        return {"reward/held_out": accuracy}
-
-    def _save_what_to_roll_back_to(self) -> None:
-        """Save the beginning of a run that may want to go back before its first checkpoint."""
-        health = self.loop.state.config.health
-        if self.loop.state.step == 0 and "roll_back" in (health.non_finite, health.loss_spike):
-            self._save()
-            self._settle(wait=True)
-
-    def _save(self) -> None:
-        self.files.remember()
-        self.saver.save()
-        self.watch.beat()
-
-    def _settle(self, *, wait: bool) -> None:
-        for step in self.saver.settle(wait):
-            self.recorder.checkpointed(step)
+        self.loop.engine.update_weights(step)
+        accuracy, samples = self.loop.evaluate(self.held_out)
+        self.files.write_samples(sample_tables.HELD_OUT, step, samples)
+        hooks.recorder.note(f"held-out accuracy after step {step}: {accuracy:.3f}")
+        metrics = {"reward/eval_accuracy": accuracy}
+        hooks.validated(metrics)
+        return metrics
 
 
-def _past_steps(run_dir: Path, config: RunConfig) -> list[tuple[float, float]]:
-    """Return (loss, gradient norm) of the newest recorded steps, which a new one is judged by."""
-    records = jsonl.read(run_dir / RECORDS_FILE)[-config.health.spike_window_steps :]
-    return [(r.get("loss/policy", math.nan), r.get("grad_norm", math.nan)) for r in records]
+class PromptPosition(Callback):
+    """Position in the prompts, saved and loaded with the weights."""
 
+    def __init__(self, files: RlFiles, num_skipped_rollouts: int) -> None:
+        self._files, self._num_skipped_rollouts = files, num_skipped_rollouts
 
-def _summary(state: TrainState) -> dict[str, Any]:
-    return {"steps": state.step, "parameters": parameters(state.config.model).total_with_mtp}
+    def after_load(self, step: int) -> None:
+        """Restore the position of the step."""
+        self._files.close()
+        self._files.restore()
 
+    def before_save(self, step: int) -> None:
+        """Record the position before the checkpoint: no checkpoint may be without it."""
+        self._files.record_position()
 
-def _due(step: int, interval: int, last: int) -> bool:
-    return step == last or (interval > 0 and step % interval == 0)
+    def on_rollback(self, step: int) -> None:
+        """Skip the last rollouts from now on."""
+        self._files.skip_rollouts(self._num_skipped_rollouts)
 
-
-def _agreed(state: TrainState, reason: str | None) -> str | None:
-    if state.parallel.any(reason is not None):
-        return reason or "another process was asked to stop"
-    return None
+    def on_run_end(self, status: RunStatus) -> None:
+        """Close the file."""
+        self._files.close()

@@ -1,76 +1,77 @@
-"""The loop of reinforcement learning, put together from a configuration: prompts, engine, graders, reference."""
+"""Construction of the reinforcement learning loop from a configuration: prompts, rollout engine, reference policy."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_q3n import checkpoint
 from megatron_q3n.config import RunConfig
-from megatron_q3n.config.sizes import parameters
 from megatron_q3n.data.chat_template import ChatTemplate
 from megatron_q3n.data.tokenizer import TextTokenizer
 from megatron_q3n.rl.http_engine import HttpEngine
 from megatron_q3n.rl.loop import RlLoop
 from megatron_q3n.rl.prompts import Prompts
-from megatron_q3n.rl.reference_policy import Reference
-from megatron_q3n.rl.rewards import Graders
+from megatron_q3n.rl.reference_policy import ReferencePolicy
+from megatron_q3n.rl.reward_workers import RewardWorkers
 from megatron_q3n.rl.rollout_engine import InProcessEngine, RolloutEngine
-from megatron_q3n.stages.weight_sync import Publisher
+from megatron_q3n.stages.weight_sync import WeightSync
 from megatron_q3n.training.state import TrainState
 
 
 def build_loop(
     state: TrainState,
     run_dir: Path,
-    graders: Graders,
+    reward_workers: RewardWorkers,
     tokenizer: TextTokenizer,
     template: ChatTemplate,
-    alive: Callable[[], object],
+    heartbeat: Callable[[], object],
 ) -> RlLoop:
-    """Return the loop; `alive` is called while it generates. Loads what the reference needs, so it comes before the
-    run's own weights.
+    """Build the loop; `heartbeat` is called after every forward pass of generation.
 
-    Raises: UserError for prompts that cannot be had.
+    With a KL penalty this loads the reference weights into the model, so call it before the run's own weights are
+    loaded.
+    Raises: UserError for invalid prompts.
     """
     rl = state.config.rl
     stop_tokens = frozenset({tokenizer.eod, template.end_of_turn})
-    prompts = Prompts(rl.prompts, template, longest=_longest_prompt(state.config), seed=state.config.training.seed)
-    engine = _engine(state, run_dir, tokenizer, stop_tokens, alive)
+    max_tokens, seed = _max_prompt_tokens(state.config), state.config.training.seed
+    prompts = Prompts(rl.prompts, template, max_tokens=max_tokens, seed=seed)
+    engine = _engine(state, run_dir, tokenizer, stop_tokens, heartbeat)
     reference = _reference(state) if rl.kl_coefficient else None
-    return RlLoop(state, engine, graders, prompts, tokenizer, stop_tokens, reference)
+    return RlLoop(state, engine, reward_workers, prompts, tokenizer, stop_tokens, reference)
 
 
 def held_out_prompts(config: RunConfig, template: ChatTemplate) -> Prompts | None:
-    """Return the prompts that accuracy is measured on, None where there are none."""
+    """Return the prompts on which accuracy is evaluated; None without `rl.held_out`."""
     if not config.rl.held_out:
         return None
-    longest = _longest_prompt(config)
-    return Prompts(config.rl.held_out, template, longest=longest, seed=0, shuffled=False)
+    max_tokens = _max_prompt_tokens(config)
+    return Prompts(config.rl.held_out, template, max_tokens=max_tokens, seed=0, shuffled=False)
 
 
-def introduction(loop: RlLoop, run_dir: Path) -> str:
-    """Say what is about to happen."""
-    config, rules, rollout = loop.state.config, loop.settings.rules, loop.settings.rollout
-    left_out = f", {loop.prompts.num_left_out} too long" if loop.prompts.num_left_out else ""
-    return (
-        f"run directory {run_dir}\n"
-        f"model {config.model.name}: {parameters(config.model).total_with_mtp / 1e6:.2f} M parameters, "
-        f"{loop.state.parallel.world_size} process(es), {config.precision.compute}\n"
-        f"prompts {len(loop.prompts)}{left_out}; {rollout.prompts} × {rollout.samples_per_prompt} samples a rollout, "
-        f"{loop.settings.updates_per_rollout} update(s) each, {rollout.engine} engine\n"
+def introduction(loop: RlLoop) -> list[str]:
+    """Return the lines on prompts and algorithm that are logged when the run starts."""
+    rules, rollout = loop.settings.rules, loop.settings.rollout
+    too_long = f", {loop.prompts.num_too_long} too long" if loop.prompts.num_too_long else ""
+    return [
+        f"prompts {len(loop.prompts)}{too_long}; {rollout.prompts} × {rollout.samples_per_prompt} samples a rollout, "
+        f"{loop.settings.updates_per_rollout} update(s) each, {rollout.engine} engine",
         f"{loop.settings.algorithm}: {rules.ratio} ratio, clipped {rules.clip_low:g} below and {rules.clip_high:g} "
-        f"above 1, normalised by {rules.normalisation}; routing replay "
-        f"{'on' if loop.settings.routing_replay else 'off'}"
-    )
+        f"above 1, normalized by {rules.normalisation}; routing replay "
+        f"{'on' if loop.settings.routing_replay else 'off'}",
+    ]
 
 
 def _engine(
-    state: TrainState, run_dir: Path, tokenizer: TextTokenizer, stop_tokens: frozenset[int], alive: Callable[[], object]
+    state: TrainState,
+    run_dir: Path,
+    tokenizer: TextTokenizer,
+    stop_tokens: frozenset[int],
+    heartbeat: Callable[[], object],
 ) -> RolloutEngine:
     rl, seed = state.config.rl, state.config.training.seed
     if rl.rollout.engine == "http":
-        seen_by_servers = Path(rl.rollout.handover) if rl.rollout.handover else None
-        publish = Publisher(state, run_dir, seen_by_servers)
-        return HttpEngine(state.parallel, rl.rollout, stop_tokens, seed, publish)
+        folder = Path(rl.rollout.weight_sync_dir) if rl.rollout.weight_sync_dir else None
+        return HttpEngine(state.parallel, rl.rollout, stop_tokens, seed, WeightSync(state, run_dir, folder))
     return InProcessEngine(
         state.models[0],
         state.parallel,
@@ -79,18 +80,18 @@ def _engine(
         tokenizer.vocab_size,
         seed,
         records_routes=True,
-        alive=alive,
+        heartbeat=heartbeat,
     )
 
 
-def _longest_prompt(config: RunConfig) -> int:
-    """Return the tokens of the longest prompt that leaves room for an answer in a row of the trainer."""
+def _max_prompt_tokens(config: RunConfig) -> int:
+    """Return the length of the longest prompt that fits into a packed row together with a response."""
     return config.training.sequence_length + 1 - config.rl.rollout.max_new_tokens
 
 
-def _reference(state: TrainState) -> Reference:
-    """Return the weights the run began with, whatever it goes on from."""
+def _reference(state: TrainState) -> ReferencePolicy:
+    """Return the weights the run was started from; a resumed run loads them again."""
     load = state.config.checkpoint.load
     if load is not None:
         checkpoint.load(state, checkpoint.find(load), resume=False, with_optimizer=False)
-    return Reference(state)
+    return ReferencePolicy(state)

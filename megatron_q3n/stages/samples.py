@@ -1,20 +1,23 @@
-"""Text from the trained model, for people to read, and for Python a first check: do its lines even tokenize?"""
+"""Text samples of a trained model, and for Python the share of lines that tokenize."""
 
 import io
 import tokenize
-from typing import Any
 
-from megatron_q3n.config.run import SampleConfig
+from megatron_q3n.config.reporting import SampleConfig
 from megatron_q3n.data.tokenizer import TextTokenizer
 from megatron_q3n.inference.generate import generate
 from megatron_q3n.inference.sampling import Sampling
+from megatron_q3n.model.decode.protocols import DecodeModel
 
-LINE_LENGTH = 20  # shorter lines say little
-LINES = 20
+# shorter lines are not informative
+MIN_LINE_CHARACTERS = 20
+MAX_LINES = 20
 
 
-def sample_texts(model: Any, tokenizer: TextTokenizer, settings: SampleConfig, seed: int) -> list[dict[str, str]]:
-    """Return `settings.count` samples, the prompts taken in turn."""
+def sample_texts(
+    model: DecodeModel, tokenizer: TextTokenizer, settings: SampleConfig, seed: int
+) -> list[dict[str, str]]:
+    """Return `settings.count` samples, cycling through the prompts."""
     prompts = [settings.prompts[i % len(settings.prompts)] for i in range(settings.count)]
     if not prompts:
         return []
@@ -24,28 +27,28 @@ def sample_texts(model: Any, tokenizer: TextTokenizer, settings: SampleConfig, s
     )
     completions = generate(model, ids, sampling, seed=seed)
     return [
-        {"prompt": prompt, "text": tokenizer.decode(t for t in done.tokens if t != tokenizer.eod)}
-        for prompt, done in zip(prompts, completions)
+        {"prompt": prompt, "text": tokenizer.decode(t for t in completion.tokens if t != tokenizer.eod)}
+        for prompt, completion in zip(prompts, completions)
     ]
 
 
 def share_of_python_lines(samples: list[dict[str, str]]) -> tuple[int, int]:
     """Count lines that Python's tokenizer accepts, among the first 20 complete lines of 20 characters or more.
 
-    The first and the last line of a sample are cut by prompt and length, so only the lines between count.
-    Returns: accepted, looked at.
+    The first and the last line of a sample are cut by prompt and length, so only the lines between them are counted.
+    Returns: number of lines accepted, number of lines checked.
     """
     lines = [
         line
         for sample in samples
         for line in (sample["prompt"] + sample["text"]).split("\n")[:-1]
-        if len(line) >= LINE_LENGTH
-    ][:LINES]
-    return sum(map(tokenizes, lines)), len(lines)
+        if len(line) >= MIN_LINE_CHARACTERS
+    ][:MAX_LINES]
+    return sum(map(is_tokenizable, lines)), len(lines)
 
 
-def tokenizes(line: str) -> bool:
-    """Say whether a line is made of Python tokens: no stray character, no unclosed string or bracket."""
+def is_tokenizable(line: str) -> bool:
+    """Return whether a line is made of Python tokens: no invalid character, no unclosed string or bracket."""
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(line.strip() + "\n").readline))
     except (tokenize.TokenError, SyntaxError):

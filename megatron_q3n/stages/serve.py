@@ -1,33 +1,33 @@
-"""A trained model behind HTTP: completions as OpenAI's interface has them, for rollouts of a trainer elsewhere.
+"""Serve stage: OpenAI-compatible completions of a checkpoint over HTTP, for the rollouts of another process.
 
-One process, one model; for what large models need, use vLLM or SGLang.
+One process, one model; for models that need several GPUs use vLLM or SGLang.
 """
 
 import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_q3n import parallel
 from megatron_q3n.checkpoint.weights import load_weights
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.conversion.importing import import_weights
-from megatron_q3n.device import choose_device
+from megatron_q3n.device import select_device
+from megatron_q3n.model.decode.protocols import DecodeModel
 from megatron_q3n.parallel import Parallel
-from megatron_q3n.rl.completion_server import AnswerServer
+from megatron_q3n.rl.completion_server import CompletionServer
 from megatron_q3n.stages import chat_format, trained_model
 
 
 def run(config: RunConfig, run_dir: Path) -> int:
-    """Serve until interrupted; the address is the first line of standard output. Leaves no run directory.
+    """Serve until interrupted; the address is the first line of standard output. There is no run directory.
 
     Returns: 0.
     """
-    source = trained_model.find(config)
-    config = trained_model.with_model_of(source, config)
-    tokenizer, template = chat_format.chat_format(config, run_dir)
-    device = choose_device(config)
+    source = trained_model.find_checkpoint(config)
+    config = trained_model.with_checkpoint_model(source, config)
+    tokenizer, template = chat_format.load_chat_format(config, run_dir)
+    device = select_device(config)
     group = parallel.initialize(config, device)
     if group.world_size > 1:
         raise UserError(f"stage=serve runs in one process, found {group.world_size}; use vLLM or SGLang for more.")
@@ -36,7 +36,7 @@ def run(config: RunConfig, run_dir: Path) -> int:
     load = partial(_load, model, config, group)
     try:
         address = (config.serve.host, config.serve.port)
-        server = AnswerServer(address, model, tokenizer, stop_tokens, load)
+        server = CompletionServer(address, model, tokenizer, stop_tokens, load)
     except OSError as error:
         raise UserError(
             f"serve.host={config.serve.host} serve.port={config.serve.port}: {error.strerror}; choose another port, "
@@ -52,15 +52,15 @@ def run(config: RunConfig, run_dir: Path) -> int:
     return 0
 
 
-def _load(model: Any, config: RunConfig, group: Parallel, folder: Path) -> None:
-    """Put the weights of a Hugging Face folder into the model, by way of a checkpoint."""
-    room = Path(tempfile.mkdtemp(prefix="weights-"))
+def _load(model: DecodeModel, config: RunConfig, group: Parallel, folder: Path) -> None:
+    """Load the weights of a Hugging Face folder into the model, through a temporary checkpoint."""
+    temporary = Path(tempfile.mkdtemp(prefix="weights-"))
     try:
-        imported = import_weights(folder, room / "checkpoint", _silent, _silent)
+        imported = import_weights(folder, temporary / "checkpoint", _discard, _discard)
         load_weights([model], config, group, imported.checkpoint)
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _silent(*_: object) -> None:
-    """Say nothing: a rollout has new weights every few seconds."""
+def _discard(*_: object) -> None:
+    """Discard the import's messages: a rollout brings new weights every few seconds."""

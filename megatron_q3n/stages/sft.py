@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: pretraining's run, on conversations."""
+"""Supervised fine-tuning stage: the training run of pretraining on packed conversations."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.data.folders import cache_root
-from megatron_q3n.data.sft_batches import SftData
-from megatron_q3n.data.sft_rows import spelled_sets
+from megatron_q3n.data.sft import SftData
+from megatron_q3n.data.sft_packing import tokenized_conversations
 from megatron_q3n.stages import chat_format, pretrain
 
 
@@ -20,17 +20,17 @@ def run(config: RunConfig, run_dir: Path) -> int:
 
 
 def build_sft_data(config: RunConfig, *, is_leader: bool, barrier: Callable[[], None], run_dir: Path) -> SftData:
-    """Spell and pack the conversations; the leader first, into the cache that the others read.
+    """Tokenize and pack the conversations; the leader first, into the cache that the other ranks read.
 
-    Raises: UserError for bad conversations, or none that fits.
+    Raises: UserError for invalid conversations, or if none fits.
     """
     if not is_leader:
         barrier()
-    tokenizer, template = chat_format.chat_format(config, run_dir)
-    train, validation = spelled_sets(
+    tokenizer, template = chat_format.load_chat_format(config, run_dir)
+    train, validation = tokenized_conversations(
         config.sft, template, config.training.sequence_length, cache_root(config.data.cache_dir), tokenizer.fingerprint
     )
     if is_leader:
-        chat_format.keep(run_dir, tokenizer, template)
+        chat_format.save(run_dir, tokenizer, template)
         barrier()
     return SftData.of(config, tokenizer, train, validation)

@@ -1,4 +1,4 @@
-"""A trained model to use and not to train: configuration, tokenizer and weights, from its checkpoint and beside it."""
+"""Trained model for inference: configuration, tokenizer and weights from a checkpoint and its run directory."""
 
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,17 @@ from megatron_q3n.config import ModelConfig, RunConfig, UserError, validate
 from megatron_q3n.config.data import DataConfig
 from megatron_q3n.conversion.importing import KEPT
 from megatron_q3n.data.manifest import verify_prepared
-from megatron_q3n.data.stdlib import corpus_of
+from megatron_q3n.data.stdlib import load_stdlib_corpus
 from megatron_q3n.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from megatron_q3n.device import Device
 from megatron_q3n.kernels.startup.qualification import qualify
-from megatron_q3n.model.build import build_model, compute_dtype
+from megatron_q3n.model.build import build_model
+from megatron_q3n.model.transformer_config import compute_dtype
 from megatron_q3n.parallel import Parallel
 from megatron_q3n.run_directory import CONFIG, TOKENIZER_FOLDER
 
-# what says which text a run reads; how it is laid out and cached is another matter
-TEXT = (
+# the data settings that select the text, without those of layout and caching
+TEXT_SETTINGS = (
     "source",
     "stdlib_vocab_size",
     "stdlib_validation_percent",
@@ -32,34 +33,34 @@ TEXT = (
 )
 
 
-def with_model_of(source: Path, config: RunConfig) -> RunConfig:
-    """Return the configuration with the checkpoint's model, and this one's own model settings laid over it.
+def with_checkpoint_model(source: Path, config: RunConfig) -> RunConfig:
+    """Return the configuration with the checkpoint's model, overridden by this configuration's non-default settings.
 
-    Raises: UserError if the two do not go together.
+    Raises: UserError if the two are not compatible.
     """
-    own, defaults = config.model.model_dump(mode="json"), ModelConfig().model_dump(mode="json")
-    chosen = {name: value for name, value in own.items() if value != defaults[name]}
-    saved = integrity.read(source)["model"]
-    return validate(config.model_dump(mode="json") | {"model": saved | chosen})
+    current, defaults = config.model.model_dump(mode="json"), ModelConfig().model_dump(mode="json")
+    overrides = {name: value for name, value in current.items() if value != defaults[name]}
+    saved = integrity.read_manifest(source)["model"]
+    return validate(config.model_dump(mode="json") | {"model": saved | overrides})
 
 
-def with_text_of(source: Path, config: RunConfig) -> RunConfig:
-    """Return the configuration with the text that the checkpoint's run held out, where this one names none.
+def with_checkpoint_data(source: Path, config: RunConfig) -> RunConfig:
+    """Return the configuration with the data of the checkpoint's run, unless it sets data of its own.
 
-    A tokenizer goes with its text, so that of the defaults would be refused for any other run.
+    The tokenizer belongs to the data: the default one would be rejected for any other run.
     """
     run_config = source.parent.parent / CONFIG
-    ours = config.data.model_dump(mode="json")
+    current = config.data.model_dump(mode="json")
     defaults = DataConfig().model_dump(mode="json")
-    if not run_config.is_file() or any(ours[name] != defaults[name] for name in TEXT):
+    if not run_config.is_file() or any(current[name] != defaults[name] for name in TEXT_SETTINGS):
         return config
     run = defaults | yaml.safe_load(run_config.read_text())["data"]
-    data = ours | {name: run[name] for name in TEXT}
+    data = current | {name: run[name] for name in TEXT_SETTINGS}
     return validate(config.model_dump(mode="json") | {"data": data})
 
 
 def load_model(source: Path, config: RunConfig, device: Device, group: Parallel) -> Any:
-    """Build the model on this rank and load its weights."""
+    """Build the model on this rank and load its weights. A collective call."""
     qualify(config, device.torch_device, compute_dtype(config))
     chunks = build_model(config, device.model_backend, group.groups)
     for chunk in chunks:
@@ -68,10 +69,10 @@ def load_model(source: Path, config: RunConfig, device: Device, group: Parallel)
     return chunks[0]
 
 
-def tokenizer_of(source: Path, setting: str | None) -> TextTokenizer:
-    """Return the tokenizer a checkpoint's model was trained with, or the one that is set.
+def checkpoint_tokenizer(source: Path, setting: str | None) -> TextTokenizer:
+    """Return the tokenizer that a checkpoint's model was trained with, or the one of the setting.
 
-    Raises: UserError if it cannot be found from here.
+    Raises: UserError if it cannot be found.
     """
     if setting is not None:
         return TextTokenizer.load(setting)
@@ -83,19 +84,19 @@ def tokenizer_of(source: Path, setting: str | None) -> TextTokenizer:
     run_config = run_dir / CONFIG
     if not run_config.is_file():
         raise UserError(
-            f"{source} lies in no run directory and holds no {KEPT}/{TOKENIZER_FILE}: name its tokenizer "
+            f"{source} is not in a run directory and has no {KEPT}/{TOKENIZER_FILE}: set its tokenizer "
             "with inference.tokenizer=FOLDER."
         )
     data = yaml.safe_load(run_config.read_text())["data"]
     if data["tokenizer"] is not None:
         return TextTokenizer.load(data["tokenizer"])
     if data["source"] == "stdlib":
-        return TextTokenizer.load(corpus_of(DataConfig.model_validate(data)).train)
+        return TextTokenizer.load(load_stdlib_corpus(DataConfig.model_validate(data)).train)
     folder = data["train"][0]["path"]
     return TextTokenizer.load(folder, verify_prepared(folder).tokenizer.eod_token)
 
 
-def find(config: RunConfig) -> Path:
-    """Return the checkpoint that `checkpoint.load` means."""
-    assert config.checkpoint.load is not None, "the configuration asks for it"
+def find_checkpoint(config: RunConfig) -> Path:
+    """Return the folder of the checkpoint that `checkpoint.load` names."""
+    assert config.checkpoint.load is not None, "RunConfig validates it"
     return checkpoint.find(config.checkpoint.load)

@@ -1,9 +1,9 @@
-"""The last question before an update: are this step's loss and gradient sound?
+"""UpdateGuard: the check between a step's backward pass and its update, which may withhold the update.
 
-megatron-core's optimizer computes the gradient's norm, clips, and then calls `step_with_ready_grads`; the
-guard stands there. Loss and norm are the same on every rank by then, and so is the answer. A withheld update leaves
-weights and moments as they were, and `train_step` counts it as skipped. What is sound is for others to say
-(`health/judge.py`).
+megatron-core's optimizer computes the gradient norm, clips, and calls `step_with_ready_grads`; the guard wraps that
+call. By then loss and norm are the same on every rank, and so is the decision. A withheld update leaves weights and
+moments unchanged, and `train_step` counts the step as skipped. The decision is the callbacks'
+(`Callback.before_update`), foremost the health monitor's (health/step_check.py).
 """
 
 from collections.abc import Callable
@@ -11,29 +11,29 @@ from typing import Any
 
 from megatron_q3n.training.state import TrainState
 
-Admit = Callable[[int, float, float], bool]
-"""(number of the step, its loss in nats per token, its gradient norm) -> may the update be made?"""
+BeforeUpdate = Callable[[int, float, float], bool | None]
+"""(number of the step, loss in nats per token, gradient norm) -> False to withhold the update."""
 
 
 class UpdateGuard:
-    """Asks `admit` before every update of a TrainState; made once, it stays."""
+    """Calls `before_update` before every update of a TrainState. Installed once, for the lifetime of the state."""
 
-    def __init__(self, state: TrainState, admit: Admit) -> None:
-        self._state, self._admit = state, admit
+    def __init__(self, state: TrainState, before_update: BeforeUpdate) -> None:
+        self._state, self._before_update = state, before_update
         optimizer: Any = state.optimizer
-        self._norm, self._update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+        self._grad_norm, self._update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
         self._last_norm = float("nan")
-        optimizer.get_grad_norm = self._remember_norm
-        optimizer.step_with_ready_grads = self._update_if_admitted
+        optimizer.get_grad_norm = self._record_norm
+        optimizer.step_with_ready_grads = self._update_if_allowed
         for chunk in state.chunks:
-            # megatron-core's own check raises before anyone can be asked, and takes every bucket's norm a second time
+            # megatron-core's own check raises before a policy can apply, and computes every bucket's norm again
             chunk.ddp_config.check_for_nan_in_grad = False
 
-    def _remember_norm(self) -> Any:
-        norm = self._norm()
+    def _record_norm(self) -> Any:
+        norm = self._grad_norm()
         self._last_norm = 0.0 if norm is None else float(norm)
         return norm
 
-    def _update_if_admitted(self) -> bool:
-        admitted = self._admit(self._state.step + 1, self._state.loss, self._last_norm)
-        return self._update() if admitted else False
+    def _update_if_allowed(self) -> bool:
+        is_withheld = self._before_update(self._state.step + 1, self._state.loss, self._last_norm) is False
+        return False if is_withheld else self._update()

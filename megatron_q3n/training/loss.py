@@ -1,7 +1,22 @@
-"""One forward pass and its loss, as megatron-core's pipeline schedules want them.
+"""Forward step and loss of a micro-batch, for megatron-core's pipeline schedules; normalization of losses.
 
-Losses are sums over unmasked tokens here; finalize_model_grads divides every gradient by the global
-batch's token count. So a mean is a mean over tokens, whatever the micro-batches, ranks and masks.
+**Normalization.** The training loss is the mean over the N unmasked tokens of the global batch, however they are spread
+over micro-batches, ranks and masks.
+
+1. The loss of a micro-batch is a *sum* over its unmasked tokens (`sum_losses`). With `calculate_per_token_loss`,
+   megatron-core divides it by nothing, neither tokens nor micro-batches nor data-parallel ranks.
+2. Before the passes, `train_step` counts N over all micro-batches and data-parallel ranks and writes 1/N to
+   `TrainState.loss_scale`. megatron-core multiplies the loss by it where the backward pass begins (`grad_scale_func`),
+   and the gradients of the auxiliary losses (MTP, load balancing) by the same factor. So the loss is pre-scaled by
+   1/num_tokens, and gradients that are summed over micro-batches and ranks are those of the mean.
+3. `finalize_model_grads` gets None for the number of tokens (`training/state.py`) and divides nothing; it only reduces.
+   That saves a pass over the fp32 gradients, 8 bytes of memory traffic per parameter.
+4. MTP depth k predicts M_k <= N unmasked tokens. Its summed loss is weighted by N / M_k (`MTPLosses.set_ratios`), so
+   that with the factor 1/N a mean over its own tokens remains.
+
+Reported losses are the same sums, reduced over all ranks and divided by the same counts (`reduce_losses`).
+
+Shapes: B sequences, T tokens.
 """
 
 from collections.abc import Iterator
@@ -9,42 +24,42 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_q3n.data.batch import Batch
 from megatron_q3n.model.context_parallel import slice_for_rank
+from megatron_q3n.model.packed_params import PackedParams
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-    """Run one micro-batch.
+    """Run the forward pass of one micro-batch.
 
-    Returns: per-token losses [B,T] (hidden states on earlier pipeline stages), and the function that sums them.
+    Returns: per-token losses [B, T] (hidden states on earlier pipeline stages), and the function that sums them.
     """
     batch = next(batches).to(torch.cuda.current_device())
-    packing = packed_params(batch)
+    packed = None if batch.packing is None else PackedParams.of(batch.packing)
     tensors = {
         "tokens": batch.tokens_BT,
         "labels": batch.labels_BT,
         "loss_mask": batch.loss_mask_BT,
         "position_ids": batch.position_ids_BT,
     }
-    tensors = slice_for_rank(tensors, batch.cu_seqlens, model.module.pg_collection.cp)
+    tensors = slice_for_rank(tensors, batch.packing, model.module.pg_collection.cp)
     output = model(
         tensors["tokens"],
         tensors["position_ids"],
         None,
         labels=tensors["labels"],
         loss_mask=tensors["loss_mask"],
-        packed_seq_params=packing,
+        packed_seq_params=packed,
     )
     return output, partial(sum_losses, tensors["loss_mask"])
 
 
 def sum_losses(loss_mask_BT: Tensor, losses_BT: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum the losses of unmasked tokens.
+    """Sum the losses over unmasked tokens.
 
-    Returns: the sum, the token count (int), and both as a report [2].
+    Returns: the sum in nats, the number of tokens (int), and both as a report [2].
     """
     mask = loss_mask_BT.reshape(-1).float()
     total = (losses_BT.float().reshape(-1) * mask).sum()
@@ -52,21 +67,8 @@ def sum_losses(loss_mask_BT: Tensor, losses_BT: Tensor) -> tuple[Tensor, Tensor,
     return total, count.to(torch.int), {"lm": torch.stack([total.detach(), count])}
 
 
-def packed_params(batch: Batch) -> PackedSeqParams | None:
-    """Return megatron-core's description of the documents in a packed batch."""
-    if batch.cu_seqlens is None:
-        return None
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
-
-
 def reduce_losses(reports: list[dict[str, Tensor]], parallel: Any) -> tuple[float, float]:
-    """Add up the micro-batches' reports over all ranks.
+    """Sum the micro-batches' reports over all ranks. A collective call.
 
     Returns: the summed loss in nats and the number of tokens, the same on every rank.
     """

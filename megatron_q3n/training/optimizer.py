@@ -1,20 +1,20 @@
-"""AdamW through megatron-core, with weight decay by an explicit rule, and the learning-rate schedule.
+"""Optimizer (AdamW of megatron-core), weight decay by an explicit rule, and learning-rate schedule.
 
-Which parameters are decayed (`decays`):
+Parameters with weight decay (`decays`):
 
 | parameters | decayed | why |
 |---|---|---|
 | matrices: projections, experts, router, embedding, head, conv1d | yes | as usual |
 | every norm weight, MTP's too | yes (an option) | zero-centered: decay pulls the scale to 1 |
-| A_log, dt_bias | no | 0 is a certain forgetting speed, not a small one |
+| A_log, dt_bias | no | 0 is one decay rate among others, not a small one |
 
-megatron-core alone decays only q/k norms and never the others. A norm is decayed only where its module says
-that its weight is zero-centered (`check_norms`): a plain scale would be pulled to 0, and the layer shut.
+megatron-core by default decays q/k norms and no other norm. A norm may be decayed only if its module declares a
+zero-centered weight (`check_norms`): a plain scale would be pulled to 0, and with it the layer's output.
 
-The optimizer is always megatron-core's distributed one, on one process too: its checkpoints are the
-same for fp32 and bf16, CPU and GPU, while its plain bf16 optimizer cannot save a model with some
-fp32 parameters at all. Parameters that are fp32 in every model stand in groups of their own,
-because it pairs states with parameters wrongly where a group mixes formats.
+The optimizer is always megatron-core's distributed optimizer, also on one process. Its checkpoints are the same for
+fp32 and bf16, CPU and GPU; the plain bf16 optimizer cannot save a model with some fp32 parameters at all. Parameters
+that are always fp32 are in parameter groups of their own, because megatron-core pairs optimizer states with parameters
+wrongly if a group mixes dtypes.
 """
 
 from functools import partial
@@ -46,38 +46,38 @@ ALWAYS_FP32 = ("A_log", "dt_bias", "out_norm.weight")
 
 
 def decays(parameter: torch.Tensor, name: str, *, decay_norm_weights: bool) -> bool:
-    """Say whether weight decay applies to the parameter of this name.
+    """Return whether weight decay applies to the parameter of this name.
 
-    Raises: AssertionError for a vector the rule does not know: a new parameter must be placed on purpose.
+    Raises: AssertionError for a vector without a rule, so that a new parameter is classified deliberately.
     """
     if name.endswith(NEVER_DECAYED):
         return False
     if name.endswith(NORM_WEIGHTS):
         return decay_norm_weights
-    assert parameter.dim() >= 2, f"{name}: no decay rule for this vector; place it in training/optimizer.py"
+    assert parameter.dim() >= 2, f"{name}: no decay rule for this vector; add one in training/optimizer.py"
     return True
 
 
 def check_norms(chunks: list[nn.Module]) -> None:
-    """Refuse to decay a norm whose weight is the scale itself.
+    """Check that every norm with weight decay is zero-centered.
 
-    TransformerEngine's norms say what they are by an attribute, our own by their class.
-    Raises: AssertionError naming the first norm that is not zero-centered.
+    TransformerEngine's norms declare it by an attribute, our own by their class.
+    Raises: AssertionError naming the first norm that is not.
     """
     for chunk in chunks:
         for name, _ in chunk.named_parameters():
             if not name.endswith(NORM_WEIGHTS):
                 continue
             module = chunk.get_submodule(name.rpartition(".")[0])
-            ours = isinstance(module, ZeroCenteredRMSNorm)
-            assert ours or getattr(module, "zero_centered_gamma", False), (
+            is_zero_centered = isinstance(module, ZeroCenteredRMSNorm) or getattr(module, "zero_centered_gamma", False)
+            assert is_zero_centered, (
                 f"{name} belongs to a {type(module).__name__} and is not zero-centered: decay would pull its scale "
                 "to 0, not to 1; make it zero-centered, or set optimizer.decay_norm_weights=false"
             )
 
 
 def decay_table(chunks: list[nn.Module], config: RunConfig) -> str:
-    """Return a readable list of every parameter, its shape and its decay, for the run's logs."""
+    """Return a table of every parameter with its weight decay and shape, for logs/weight_decay.txt."""
     rule = partial(decays, decay_norm_weights=config.optimizer.decay_norm_weights)
     lines = [
         f"{config.optimizer.weight_decay if rule(p, name) else 0.0:<6g} {tuple(p.shape)!s:<22} {name}"
@@ -88,9 +88,9 @@ def decay_table(chunks: list[nn.Module], config: RunConfig) -> str:
 
 
 def build_optimizer(chunks: list[nn.Module], config: RunConfig) -> MegatronOptimizer:
-    """Build AdamW over DDP-wrapped chunks with our decay groups.
+    """Build AdamW for DDP-wrapped model chunks, with parameter groups by decay and dtype.
 
-    Raises: AssertionError if norms would be decayed that are not zero-centered.
+    Raises: AssertionError if a norm that is not zero-centered would be decayed.
     """
     settings = config.optimizer
     bf16 = config.precision.compute == "bf16"
@@ -118,7 +118,7 @@ def build_optimizer(chunks: list[nn.Module], config: RunConfig) -> MegatronOptim
     def always_fp32(_: torch.Tensor, name: str) -> bool:
         return name.endswith(ALWAYS_FP32)
 
-    # start_wd and end_wd say again what holds anyway: they only mark the group as another one
+    # start_wd and end_wd repeat the default: an override is what makes megatron-core build a separate group
     same = {"start_wd": settings.weight_decay, "end_wd": settings.weight_decay}
     overrides = {
         ParamKey(with_name_predicate=ParamWithNamePredicate(name="undecayed", fn=undecayed)): {"wd_mult": 0.0},
@@ -132,22 +132,24 @@ def build_optimizer(chunks: list[nn.Module], config: RunConfig) -> MegatronOptim
 
 
 def _expect_no_step_tensor(part: Any) -> None:
-    """Let torch's AdamW load: its state holds a `step` tensor, which a checkpoint's tensors lack.
+    """Make torch's AdamW loadable: its state has a `step` tensor, which a checkpoint's tensors lack.
 
-    distrib_optimizer.py:1223 copies every tensor of the state and fails on that one; checkpoint.py sets it.
+    Loading (megatron/core/optimizer/distrib_optimizer.py:1223) copies every tensor of the state and would fail on
+    `step`, which checkpoint/state_dict.py sets.
     """
     load = part._set_main_param_and_optimizer_states
     part._set_main_param_and_optimizer_states = lambda parameter, tensors: load(parameter, {"step": None, **tensors})
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, step: int) -> OptimizerParamScheduler:
-    """Build the learning-rate schedule, positioned at `step`: it is a pure function of the step, and is not saved."""
+    """Build the learning-rate schedule, positioned at `step`. It is a function of the step alone and is not saved."""
     schedule, steps = config.schedule, config.training.steps
     wsd, decay = schedule.style == "wsd", schedule.decay(steps)
     horizon = decay if schedule.style == "cosine" and decay else steps
     scheduler = OptimizerParamScheduler(
         optimizer,
-        init_lr=schedule.lr / (schedule.warmup_steps + 1),  # the first step already learns
+        # not 0, so that the first step already learns
+        init_lr=schedule.lr / (schedule.warmup_steps + 1),
         max_lr=schedule.lr,
         min_lr=schedule.min_lr,
         lr_warmup_steps=schedule.warmup_steps,
@@ -165,12 +167,12 @@ def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, step: int) -
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """Return the present learning rate."""
+    """Return the current learning rate."""
     return float(optimizer.param_groups[0]["lr"])
 
 
 def torch_adam_states(optimizer: MegatronOptimizer) -> list[tuple[Any, Any]]:
-    """Return (torch AdamW, parameter) pairs where megatron-core fell back to torch's AdamW, else an empty list."""
+    """Return (torch AdamW, parameter) pairs if megatron-core fell back to torch's AdamW, else an empty list."""
     inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
     return [
         (adam, parameter)

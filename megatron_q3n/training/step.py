@@ -1,7 +1,10 @@
-"""One optimizer step: forward and backward over the micro-batches, clip, update, and what there is to report."""
+"""Optimizer step: forward and backward passes over the micro-batches (gradient accumulation), clipping, update, report.
+
+How losses and gradients are normalized: `training/loss.py`.
+"""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any
@@ -20,7 +23,11 @@ from megatron_q3n.training.state import TrainState
 
 @dataclass
 class StepReport:
-    """What one step did. Loads are shares of routed slots per MoE layer, by name, over the global batch."""
+    """Results of one optimizer step over the global batch; the same on every rank, except `batches` and the times.
+
+    Losses are means in nats per token. `expert_load` holds, by name of the MoE layer, the fraction of token-expert
+    assignments that each expert got.
+    """
 
     loss: float
     grad_norm: float | None
@@ -28,10 +35,19 @@ class StepReport:
     mtp_losses: list[float]
     balance_losses: dict[str, float]
     expert_load: dict[str, list[float]]
+    batches: list[Any] = field(default_factory=list)
+    """This rank's micro-batches."""
+
+    step_seconds: float = float("nan")
+    """Wall time of the step, set by the loop; in RL with the step's part of the rollout."""
+
+    data_seconds: float = 0.0
+    """Time that this rank waited for the batch, set by the loop."""
 
 
 ForwardStep = Callable[[Iterator[Any], Any], tuple[torch.Tensor, Any]]
-"""A micro-batch's forward pass and the function that makes its loss, as megatron-core's schedules want them."""
+"""`forward_step_func` of megatron-core's pipeline schedules: runs the forward pass of a micro-batch and returns its
+output and the loss function."""
 
 
 def train_step(state: TrainState, batches: Any, forward: ForwardStep = forward_step) -> StepReport:
@@ -46,7 +62,7 @@ def train_step(state: TrainState, batches: Any, forward: ForwardStep = forward_s
     total, tokens = reduce_losses(reports, state.parallel)
     state.loss = total / max(tokens, 1)
     updated, grad_norm, _ = state.optimizer.step()
-    fp8_experts.forget(state.expert_weights)
+    fp8_experts.invalidate_copies(state.expert_weights)
     state.schedule.step(1)
     state.step += 1
     state.skipped_steps += not updated
@@ -58,14 +74,15 @@ def train_step(state: TrainState, batches: Any, forward: ForwardStep = forward_s
         mtp_losses=_mtp_losses(state),
         balance_losses=balance,
         expert_load=loads,
+        batches=batches,
     )
 
 
 @torch.no_grad()
 def evaluate(state: TrainState, global_batches: Any) -> tuple[float, float]:
-    """Run validation batches.
+    """Run forward passes over validation batches, with the model in eval mode.
 
-    Returns: the summed loss in nats and the number of tokens, over all ranks.
+    Returns: the sum of the losses in nats and the number of tokens, over all ranks.
     """
     for chunk in state.chunks:
         chunk.eval()
@@ -84,14 +101,15 @@ def run_microbatches(
     forward: ForwardStep = forward_step,
     same_weights: bool = False,
 ) -> list[dict]:
-    """Drive megatron-core's schedule (plain, 1F1B or interleaved, as the layout needs) over the micro-batches.
+    """Run megatron-core's pipeline schedule (no pipelining, 1F1B or interleaved 1F1B) over the micro-batches.
 
-    Training passes are replayed as one CUDA graph where the state has one (training/step_graph.py) and the forward
-    pass is the usual one. They quantise the experts' weights anew, whatever has changed these since the last call:
-    an optimizer, a checkpoint, a hand. `same_weights` says that nothing has; only a benchmark may know that.
+    Training passes are replayed as one CUDA graph if the state has one (training/step_graph.py) and `forward` is the
+    default. Before training passes the FP8 copies of the experts' weights are invalidated, since the weights may have
+    changed; `same_weights=True` keeps the copies, and is valid only if the weights are unchanged (benchmarks).
+    Returns: one report of losses per micro-batch, on the last pipeline stage.
     """
     if not (forward_only or same_weights):
-        fp8_experts.forget(state.expert_weights)
+        fp8_experts.invalidate_copies(state.expert_weights)
     if state.graph is not None and not forward_only and forward is forward_step:
         run = partial(_run_schedule, state, forward_only=False, forward=forward)
         return state.graph.run(batches, run)
@@ -114,14 +132,18 @@ def _run_schedule(state: TrainState, batches: list[Batch], *, forward_only: bool
 
 
 def _close_balance(state: TrainState) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Hand this batch's expert counts to the next, and name each layer's load and balance loss."""
+    """Close the global batch's expert counts, which the next batch's load balancing loss uses.
+
+    Returns: each MoE layer's expert load and load balancing loss, by name, of all pipeline stages.
+    """
     routers = list(routers_of(state.models).values())
     loads: dict[str, list[float]] = {}
     balance: dict[str, float] = {}
     if routers:
         load_LE, balance_L = finish_balance(routers, state.parallel.groups.tp_dp_cp)
         for name, load, loss in zip(_layer_names(routers), load_LE.tolist(), balance_L.tolist()):
-            if any(load):  # a frozen trunk's routers do not count
+            # the routers of a frozen trunk count nothing
+            if any(load):
                 loads[name], balance[name] = load, loss
     pipeline = state.parallel.groups.pp
     if pipeline.size() > 1:
@@ -133,7 +155,7 @@ def _close_balance(state: TrainState) -> tuple[dict[str, list[float]], dict[str,
 
 
 def _layer_names(routers: list[Any]) -> list[str]:
-    """Return "layer 3" counting as the paper does, "mtp", "mtp 2"; a MoE is every second megatron-core layer."""
+    """Return "layer 3", "mtp", "mtp 2"; mixer and MoE, two layers of megatron-core, are one layer, counted from 0."""
     depths = count(1)
     return [
         ("mtp" if (depth := next(depths)) == 1 else f"mtp {depth}")
@@ -144,9 +166,9 @@ def _layer_names(routers: list[Any]) -> list[str]:
 
 
 def _count_predictions(state: TrainState, batches: list[Batch]) -> None:
-    """Count the global batch's predictions beforehand: they scale the loss, and at each depth the MTP loss."""
+    """Count the global batch's predictions before the passes, and set the scale of the loss and of each MTP depth."""
     depths = state.config.model.mtp_num_layers
-    counts = sum(count_predictions(b.loss_mask_BT, b.cu_seqlens, depths) for b in batches)
+    counts = sum(count_predictions(b.loss_mask_BT, b.packing, depths) for b in batches)
     assert isinstance(counts, torch.Tensor)
     counts = counts.to(torch.cuda.current_device())
     if state.parallel.data_size > 1:
@@ -154,30 +176,30 @@ def _count_predictions(state: TrainState, batches: list[Batch]) -> None:
     state.loss_scale.copy_(1 / counts[0].clamp(min=1))
     if depths:
         for model in state.models:
-            model.config.mtp_losses.set_ratios(counts[0] / counts[1:].clamp(min=1))  # type: ignore[union-attr]
-            model.config.mtp_losses.set_step(state.step)  # type: ignore[union-attr]
+            model.config.pass_state.mtp.set_ratios(counts[0] / counts[1:].clamp(min=1))  # type: ignore[union-attr]
+            model.config.pass_state.mtp.set_step(state.step)  # type: ignore[union-attr]
 
 
 def _mtp_losses(state: TrainState) -> list[float]:
     """Return the mean loss of each MTP depth over the global batch."""
     if state.config.model.mtp_num_layers == 0:
         return []
-    totals = _everyones(state, state.models[-1].config.mtp_losses.take_totals())  # type: ignore[union-attr]
+    totals = _all_reduced(state, state.models[-1].config.pass_state.mtp.pop_totals())  # type: ignore[union-attr]
     return (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
 
 
-def kept_drafts(state: TrainState) -> list[list[float]]:
-    """Return (drafts judged, kept greedily, Σ min(p, q)) of each depth, of the validation passes since the last call.
+def acceptance_counts(state: TrainState) -> list[list[float]]:
+    """Return and reset (drafts verified, accepted greedily, Σ min(p, q)) per depth of the validation passes so far.
 
-    A collective call. Empty where validation does not draft.
+    A collective call. Empty if validation does not draft (mtp.acceptance_depth=0).
     """
     if state.config.mtp.acceptance_depth == 0:
         return []
-    return _everyones(state, state.models[-1].config.mtp_losses.take_kept()).tolist()  # type: ignore[union-attr]
+    return _all_reduced(state, state.models[-1].config.pass_state.mtp.pop_acceptance()).tolist()  # type: ignore[union-attr]
 
 
-def _everyones(state: TrainState, sums: torch.Tensor) -> torch.Tensor:
-    """Add up sums that the last stage's ranks gathered. Returns: the same on every rank."""
+def _all_reduced(state: TrainState, sums: torch.Tensor) -> torch.Tensor:
+    """Sum over the data and context parallel ranks of the last pipeline stage. Returns: the same on every rank."""
     parallel = state.parallel
     if parallel.world_size > 1:
         torch.distributed.all_reduce(sums, group=parallel.groups.dp_cp)

@@ -1,4 +1,4 @@
-"""Quick saves: megatron-core collects garbage twice in each, over everything that imports left behind."""
+"""Fixture that makes saves fast: megatron-core collects garbage twice in each, over all imported modules."""
 
 import gc
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="package", autouse=True)
 def frozen_imports(alone: Any) -> Iterator[None]:
-    """Take what is imported out of the collector's sight, as a run does before its first step."""
+    """Exclude imported objects from garbage collection, as a run does before its first step."""
     gc.freeze()
     yield
     gc.unfreeze()

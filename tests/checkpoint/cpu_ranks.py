@@ -1,8 +1,8 @@
-"""CPU processes, in several layouts, that save checkpoints for the test's process or go on from its own.
+"""Program of test_backends_gpu.py: CPU processes in several layouts save checkpoints, or resume from the test's.
 
-A program, started by test_rungs_gpu.py without sight of a GPU: it imports megatron-core once and forks the ranks.
-Arguments: a folder, then `save` or `resume`. `save`: each layout trains, saves into <layout> and goes on.
-`resume`: each goes on from the checkpoint at `resume`. The losses of going on end in <layout>.json.
+It runs without visible GPUs, imports megatron-core once and forks the ranks. Arguments: a folder, then `save` or
+`resume`. `save`: each layout trains, saves into <layout> and continues. `resume`: each resumes from the checkpoint at
+`resume`. The losses of the continued training are written to <layout>.json.
 """
 
 import gc
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_q3n.config import RunConfig
-from megatron_q3n.device import choose_device, quiet_known_warnings
+from megatron_q3n.device import quiet_known_warnings, select_device
 from tests.backends import HERE, STEPS_AFTER, STEPS_BEFORE, train
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -30,17 +30,17 @@ def configuration(layout: str) -> RunConfig:
 
 
 def work(rank: int, layout: str, folder: Path, task: str) -> None:
-    """Be one rank."""
+    """Run one rank."""
     import torch
 
     from megatron_q3n import checkpoint, parallel
     from megatron_q3n.training.state import build_state
 
     config = configuration(layout)
-    device = choose_device(config)
-    store = torch.distributed.FileStore(str(folder / f"{task}-{layout}-meeting"), config.world_size)
-    meeting = parallel.Meeting(store, rank, config.world_size)
-    group = parallel.initialize(config, device, meeting)
+    device = select_device(config)
+    store = torch.distributed.FileStore(str(folder / f"{task}-{layout}-rendezvous"), config.world_size)
+    rendezvous = parallel.Rendezvous(store, rank, config.world_size)
+    group = parallel.initialize(config, device, rendezvous)
     state = build_state(config, device, group)
     if task == "save":
         train(state, STEPS_BEFORE)
@@ -57,7 +57,8 @@ def main() -> int:
     """Fork the ranks of one layout after the other and return how many failed."""
     quiet_known_warnings()
     folder, task = Path(sys.argv[1]), sys.argv[2]
-    choose_device(configuration("single"))  # the CPU shim, before megatron-core is imported
+    # installs the CPU shim, before megatron-core is imported
+    select_device(configuration("single"))
     import megatron_q3n.checkpoint.writer
     import megatron_q3n.training.step
 

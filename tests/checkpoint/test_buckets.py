@@ -1,7 +1,7 @@
-"""Master weights and moments are saved whole when gradients are reduced in several buckets.
+"""Master weights and moments are saved correctly when gradients are reduced in several buckets.
 
-Between buckets lies padding, which megatron-core drops from one coordinate system and not from the other. Pipeline
-stages with a copy of the embedding have two buckets too: tools/checks/check_layout.py covers those.
+Between buckets is padding, which megatron-core removes from its buffers but not from its offsets. Pipeline stages with
+a copy of the embedding have two buckets too: tools/checks/check_layout.py covers those.
 """
 
 from functools import partial
@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from megatron_q3n.checkpoint.tensors import Tensors
+from megatron_q3n.checkpoint.saved_tensors import CheckpointTensors
 from tests.checkpoint.tiny_state import fingerprint, state_of, step
 
 
 @pytest.fixture
 def small_buckets(alone: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A state whose buckets hold some thousand numbers instead of 40 million."""
+    """Return a state with buckets of a few thousand elements instead of 40 million."""
     from megatron_q3n.training import state as module
 
     config = partial(module.DistributedDataParallelConfig, bucket_size=3000)
@@ -34,15 +34,15 @@ def test_every_master_weight_equals_its_weight(small_buckets: Any, tmp_path: Pat
         for buffer in part.buffers
         for bucket in buffer.buckets[:-1]
     ]
-    assert sum(padded) > 3, "the case at hand: padding between buckets"
+    assert sum(padded) > 3, "the tested case is padding between buckets"
     step(state)
     before = fingerprint(state)
     path = checkpoint.save(state, tmp_path)
-    tensors = Tensors(path)
+    tensors = CheckpointTensors(path)
     masters = [name for name in tensors.entries if name.startswith("optimizer.state.param.")]
     assert len(masters) > 90
     for name in masters:
-        weight = tensors.whole(name.removeprefix("optimizer.state.param."))
-        assert tensors.whole(name).equal(weight), name
+        weight = tensors.read(name.removeprefix("optimizer.state.param."))
+        assert tensors.read(name).equal(weight), name
     checkpoint.load(state, path, resume=True)
     assert fingerprint(state) == before

@@ -1,7 +1,7 @@
-"""Checkpoints in this process: what is saved comes back, what is damaged or foreign is refused, what is good survives.
+"""Checkpoints in one process: exact resume, errors for damage and other architectures, retention, full disks.
 
-One process and one layout; resharding is not covered here. Damage of every kind: test_corruption.py; kills in the
-middle of a save: test_kill.py; resumption of whole runs: tests/stages/test_resume.py.
+One process and one layout; resharding is not covered here. Damage of every kind: test_corruption.py; kills during a
+save: test_kill.py; resuming of whole runs: tests/stages/test_resume.py.
 """
 
 import json
@@ -39,27 +39,27 @@ def test_resumed_training_is_bit_equal(alone: Any, tmp_path: Path, compute: str)
     for _ in range(3):
         step(first)
     path = checkpoint.save(first, tmp_path)
-    wanted = [step(first) for _ in range(3)]
+    expected = [step(first) for _ in range(3)]
     second = state_of(alone, settings)
     checkpoint.load(second, path, resume=True)
     assert second.step == 3
-    assert [step(second) for _ in range(3)] == wanted
+    assert [step(second) for _ in range(3)] == expected
     for (name, a), b in zip(first.models[0].state_dict().items(), second.models[0].state_dict().values()):
         assert a is None or torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("formats", [("fp32", "bf16"), ("bf16", "fp32")])
-def test_weights_and_moments_load_in_another_format(alone: Any, tmp_path: Path, formats: tuple[str, str]) -> None:
-    """A CPU's fp32 checkpoint goes on in a GPU's bf16, and back: master weights and moments are fp32 in both."""
+@pytest.mark.parametrize("dtypes", [("fp32", "bf16"), ("bf16", "fp32")])
+def test_weights_and_moments_load_in_another_dtype(alone: Any, tmp_path: Path, dtypes: tuple[str, str]) -> None:
+    """A checkpoint of an fp32 run resumes in bf16, and back: master weights and moments are fp32 in both."""
     from megatron_q3n import checkpoint
 
-    first, second = (state_of(alone, {"precision": {"compute": compute}}) for compute in formats)
+    first, second = (state_of(alone, {"precision": {"compute": compute}}) for compute in dtypes)
     for _ in range(3):
         step(first)
     path = checkpoint.save(first, tmp_path)
-    wanted = [step(first) for _ in range(3)]
+    expected = [step(first) for _ in range(3)]
     checkpoint.load(second, path, resume=True)
-    assert [step(second) for _ in range(3)] == pytest.approx(wanted, rel=1e-2)
+    assert [step(second) for _ in range(3)] == pytest.approx(expected, rel=1e-2)
 
 
 def test_new_run_from_weights_starts_at_step_zero(alone: Any, saved: tuple[Any, Path]) -> None:
@@ -73,7 +73,7 @@ def test_new_run_from_weights_starts_at_step_zero(alone: Any, saved: tuple[Any, 
         assert torch.equal(a, b), name
 
 
-def test_moments_go_on_at_another_learning_rate(alone: Any, saved: tuple[Any, Path]) -> None:
+def test_moments_load_with_another_learning_rate(alone: Any, saved: tuple[Any, Path]) -> None:
     from megatron_q3n import checkpoint
     from megatron_q3n.training.optimizer import torch_adam_states
 
@@ -81,9 +81,9 @@ def test_moments_go_on_at_another_learning_rate(alone: Any, saved: tuple[Any, Pa
     other = state_of(alone, {"schedule": {"lr": 7e-3, "warmup_steps": 0, "style": "constant"}})
     checkpoint.load(other, path, resume=False)
     pairs = zip(*(torch_adam_states(x.optimizer) for x in (state, other)), strict=True)
-    for (wanted, a), (found, b) in pairs:
-        assert torch.equal(wanted.state[a]["exp_avg"], found.state[b]["exp_avg"])
-        assert wanted.state[a]["exp_avg"].any()
+    for (expected, a), (found, b) in pairs:
+        assert torch.equal(expected.state[a]["exp_avg"], found.state[b]["exp_avg"])
+        assert expected.state[a]["exp_avg"].any()
     step(other)
     rates = {group["lr"] for adam, _ in torch_adam_states(other.optimizer) for group in adam.param_groups}
     assert rates == {7e-3}
@@ -99,7 +99,7 @@ def test_another_architecture_is_refused_by_name(alone: Any, saved: tuple[Any, P
     assert torch.equal(other.models[0].embedding.word_embeddings.weight, before)
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "description"])
+@pytest.mark.parametrize("damage", ["missing", "short", "manifest"])
 def test_damage_is_found_before_loading(alone: Any, saved: tuple[Any, Path], damage: str) -> None:
     from megatron_q3n import checkpoint
 
@@ -116,7 +116,7 @@ def test_damage_is_found_before_loading(alone: Any, saved: tuple[Any, Path], dam
 
 
 def test_an_unfinished_save_is_no_checkpoint(saved: tuple[Any, Path], tmp_path: Path) -> None:
-    """What a SIGKILL leaves: a hidden folder, or one without its description."""
+    """The remains of a SIGKILL: a hidden folder, or one without its manifest."""
     from megatron_q3n import checkpoint
 
     (tmp_path / "checkpoints/.step_0000009.partial").mkdir()
@@ -127,7 +127,7 @@ def test_an_unfinished_save_is_no_checkpoint(saved: tuple[Any, Path], tmp_path: 
         checkpoint.find(tmp_path / "elsewhere")
 
 
-def test_old_checkpoints_go_and_milestones_stay(alone: Any, tmp_path: Path) -> None:
+def test_old_checkpoints_are_pruned_and_milestones_are_kept(alone: Any, tmp_path: Path) -> None:
     from megatron_q3n import checkpoint
 
     state = state_of(alone, {"checkpoint": {"keep_last": 2, "keep_every_steps": 3}})
@@ -172,7 +172,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(alone: Any, small_disk: Path) 
 def test_a_write_that_fails_midway_keeps_the_last_good_checkpoint(
     alone: Any, saved: tuple[Any, Path], tmp_path: Path
 ) -> None:
-    """The disk had room when the save began: a file size limit stops the writers in the middle."""
+    """The disk had free space when the save began; a file size limit stops the writers in the middle."""
     from megatron_q3n import checkpoint
 
     state, good = saved

@@ -1,6 +1,6 @@
-"""Two hundred random corruptions: every one is found, none is loaded, none costs an older good checkpoint.
+"""Two hundred random corruptions: each is detected, none is loaded, and no intact older checkpoint is lost.
 
-What is not covered: damage between the verification and the read that follows it.
+Not covered: damage between the verification and the read that follows it.
 """
 
 import json
@@ -57,7 +57,7 @@ def extend(file: Path, dice: Dice) -> None:
 
 
 def blank(file: Path, dice: Dice) -> None:
-    """A block of zeros, as a lost disk sector leaves."""
+    """Overwrite a block with zeros, like a lost disk sector."""
     content = bytearray(file.read_bytes())
     start = dice.randrange(len(content))
     content[start : start + 4096] = bytes(len(content[start : start + 4096]))
@@ -65,21 +65,21 @@ def blank(file: Path, dice: Dice) -> None:
 
 
 def shift(file: Path, dice: Dice) -> None:
-    """The right size and the right bytes, one place off."""
+    """Rotate the content by one byte: size and byte counts stay the same."""
     content = file.read_bytes()
     file.write_bytes(content[1:] + content[:1])
 
 
 def exchange(file: Path, dice: Dice) -> None:
-    """Two files of the checkpoint under each other's name."""
+    """Swap two files of the checkpoint."""
     other = dice.choice([path for path in sorted(file.parent.iterdir()) if path != file])
-    held = file.read_bytes()
+    content = file.read_bytes()
     file.write_bytes(other.read_bytes())
-    other.write_bytes(held)
+    other.write_bytes(content)
 
 
 def borrow(file: Path, _: Dice) -> None:
-    """A file of the checkpoint before, of the same name and often of the same size."""
+    """Replace the file by that of the previous checkpoint, of the same name and often of the same size."""
     shutil.copyfile(file.parent.parent / "step_0000001" / file.name, file)
 
 
@@ -112,15 +112,15 @@ def test_every_corruption_is_found_and_none_is_loaded(
         target = tmp_path / "run"
         done = damaged_copy(run_dir[0], target, seed)
         newest = target / "checkpoints/step_0000002"
-        assert integrity.damage(newest, "full"), done
+        assert integrity.find_damage(newest, "full"), done
         with pytest.raises(UserError, match="step_0000002"):
             checkpoint.load(state, newest, resume=True)
         assert fingerprint(state) == before, done
-        assert integrity.damage(target / "checkpoints/step_0000001", "full") == [], done
+        assert integrity.find_damage(target / "checkpoints/step_0000001", "full") == [], done
         shutil.rmtree(target)
 
 
-def test_a_resume_falls_back_says_so_and_leaves_the_evidence(
+def test_a_resume_falls_back_with_a_warning_and_keeps_the_damaged_checkpoint(
     alone: Any, run_dir: tuple[Path, dict[int, str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from megatron_q3n import checkpoint
@@ -142,10 +142,10 @@ def test_a_resume_falls_back_says_so_and_leaves_the_evidence(
         shutil.rmtree(target)
 
 
-def test_pruning_never_gives_up_a_good_checkpoint_for_a_damaged_one(
+def test_pruning_never_deletes_an_intact_checkpoint_for_a_damaged_one(
     alone: Any, run_dir: tuple[Path, dict[int, str]], tmp_path: Path
 ) -> None:
-    """keep_last=2, steps 1 and 2 there, 2 damaged while the run goes on: step 3 must not push out step 1."""
+    """keep_last=2, steps 1 and 2 exist, 2 is damaged during the run: the save of step 3 must not delete step 1."""
     from megatron_q3n import checkpoint
 
     state = state_of(alone)
@@ -158,17 +158,17 @@ def test_pruning_never_gives_up_a_good_checkpoint_for_a_damaged_one(
         done = damaged_copy(run_dir[0], target, seed)
         saver = checkpoint.Saver(state, target, notes.append)
         saver.save()
-        assert saver.settle(True) == [3]
+        assert saver.wait_for_save(True) == [3]
         folder = target / "checkpoints"
         for name in ("step_0000001", "step_0000003"):
-            assert integrity.damage(folder / name, "full") == [], done
+            assert integrity.find_damage(folder / name, "full") == [], done
         assert not (folder / "step_0000002").exists() or "checkpoint.json" in done, done
         shutil.rmtree(target)
     assert all("step_0000002 is damaged" in note for note in notes)
     assert notes
 
 
-def test_without_any_good_checkpoint_a_run_does_not_start_afresh(
+def test_with_damaged_checkpoints_only_a_run_does_not_start_from_scratch(
     alone: Any, run_dir: tuple[Path, dict[int, str]], tmp_path: Path
 ) -> None:
     from megatron_q3n import checkpoint
@@ -191,26 +191,26 @@ def test_without_any_good_checkpoint_a_run_does_not_start_afresh(
 def test_a_checkpoint_without_digests_is_loaded_with_a_warning(
     alone: Any, run_dir: tuple[Path, dict[int, str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Format 1, and what a converter may write; `seal` then gives it digests."""
+    """Format 1, and checkpoints of other writers; `write_manifest` then adds digests."""
     from megatron_q3n import checkpoint
 
     target = tmp_path / "run"
     shutil.copytree(run_dir[0], target, symlinks=True)
     newest = target / "checkpoints/step_0000002"
-    description = json.loads((newest / "checkpoint.json").read_text())
-    plain = {k: v for k, v in description.items() if k not in ("seal", "digests")}
+    manifest = json.loads((newest / "checkpoint.json").read_text())
+    plain = {k: v for k, v in manifest.items() if k not in ("seal", "digests")}
     (newest / "checkpoint.json").write_text(json.dumps(plain | {"format": 1}))
     state = state_of(alone)
     checkpoint.load(state, newest, resume=True)
     assert "no digests" in capfd.readouterr().err
     assert fingerprint(state) == run_dir[1][2]
-    checkpoint.seal(newest)
+    checkpoint.write_manifest(newest)
     checkpoint.load(state, newest, resume=True)
     assert "no digests" not in capfd.readouterr().err
-    assert json.loads((newest / "checkpoint.json").read_text())["digests"] == description["digests"]
+    assert json.loads((newest / "checkpoint.json").read_text())["digests"] == manifest["digests"]
 
 
-def test_sizes_only_skips_the_contents_and_still_sees_a_cut(
+def test_verifying_sizes_skips_the_contents_and_detects_truncation(
     run_dir: tuple[Path, dict[int, str]], tmp_path: Path
 ) -> None:
     target = tmp_path / "run"
@@ -218,13 +218,13 @@ def test_sizes_only_skips_the_contents_and_still_sees_a_cut(
     newest = target / "checkpoints/step_0000002"
     largest = max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size)
     flip(largest, random.Random(0))
-    assert integrity.damage(newest, "sizes") == []
-    assert integrity.damage(newest, "full")
+    assert integrity.find_damage(newest, "sizes") == []
+    assert integrity.find_damage(newest, "full")
     cut(largest, random.Random(0))
-    assert integrity.damage(newest, "sizes")
+    assert integrity.find_damage(newest, "sizes")
 
 
-def test_processes_share_the_reading_and_together_see_everything(
+def test_processes_verify_disjoint_shares_that_cover_every_file(
     run_dir: tuple[Path, dict[int, str]], tmp_path: Path
 ) -> None:
     target = tmp_path / "run"
@@ -233,6 +233,6 @@ def test_processes_share_the_reading_and_together_see_everything(
     for file in newest.iterdir():
         if file.name != "checkpoint.json":
             flip(file, random.Random(0))
-    shares = [integrity.damage(newest, "full", rank, 2) for rank in range(2)]
-    assert sorted(shares[0] + shares[1]) == sorted(integrity.damage(newest, "full"))
+    shares = [integrity.find_damage(newest, "full", rank, 2) for rank in range(2)]
+    assert sorted(shares[0] + shares[1]) == sorted(integrity.find_damage(newest, "full"))
     assert len(shares[0] + shares[1]) == 3

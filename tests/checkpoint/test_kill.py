@@ -1,6 +1,6 @@
 """SIGKILL at any moment of a save, of its renames and of its pruning leaves a checkpoint that loads bit for bit.
 
-One process; a kill of one rank among several is a kill of the run, and not covered apart.
+One process; a kill of one rank among several kills the run, and is not covered separately.
 """
 
 from pathlib import Path

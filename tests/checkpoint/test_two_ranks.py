@@ -1,6 +1,6 @@
-"""Processes that share a checkpoint save, verify, fall back and fail as one.
+"""Two processes of one run save, verify, fall back and fail together.
 
-One layout, two pipeline stages; from any layout to any other: tools/checks/check_layout.py --reshard.
+One layout with two pipeline stages; resharding between any layouts: tools/checks/check_layout.py --reshard.
 """
 
 from pathlib import Path

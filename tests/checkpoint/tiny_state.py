@@ -1,6 +1,6 @@
-"""A model in training that is small enough to be saved hundreds of times, and a fingerprint of all that a resume needs.
+"""Training state small enough to be saved hundreds of times, and a fingerprint of everything that a resume needs.
 
-Used by the tests beside this file, in their process and in forked ones. Imports of megatron-core are late: it takes
+Used by the tests of this folder, in their process and in forked ones. Imports of megatron-core are late: they take
 seconds, and pytest collects this file.
 """
 
@@ -28,16 +28,16 @@ def state_of(alone: Any, settings: dict[str, Any] | None = None) -> Any:
 
 def step(state: Any) -> float:
     """Take a step on tokens that depend on the step alone."""
-    from megatron_q3n.data.batch import batch_of_rows
+    from megatron_q3n.data.batch import causal_batch
     from megatron_q3n.training.step import train_step
 
     rows = torch.randint(0, 64, (2, 33), generator=torch.Generator().manual_seed(state.step))
-    return train_step(state, [batch_of_rows(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(2, 32))]).loss
+    return train_step(state, [causal_batch(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(2, 32))]).loss
 
 
 def fingerprint(state: Any) -> str:
     """Return a digest of the step, weights, buffers, master weights, moments and the torch generator."""
-    seen = hashlib.sha256(str(state.step).encode())
+    digest = hashlib.sha256(str(state.step).encode())
     tensors = [t for model in state.models for t in [*model.parameters(), *model.buffers()]]
     for part in state.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
@@ -46,5 +46,5 @@ def fingerprint(state: Any) -> str:
                 tensors += [parameter, moments["exp_avg"], moments["exp_avg_sq"]]
     for tensor in [*tensors, torch.get_rng_state()]:
         plain = tensor.detach().cpu().contiguous().reshape(-1)
-        seen.update(plain.view(torch.uint8).numpy().tobytes())
-    return seen.hexdigest()
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""Two processes, one pipeline stage each, save together, fall back together and fail together.
+"""Program of test_two_ranks.py: two processes, one pipeline stage each, save, fall back and fail together.
 
-A program, started by test_two_ranks.py: it imports megatron-core once and forks the ranks.
+It imports megatron-core once and forks the ranks.
 """
 
 import gc
@@ -16,7 +16,7 @@ import pytest
 
 from megatron_q3n.checkpoint import integrity, newest_in
 from megatron_q3n.config import UserError, validate
-from megatron_q3n.device import choose_device, quiet_known_warnings
+from megatron_q3n.device import quiet_known_warnings, select_device
 from tests.checkpoint.tiny_state import TINY
 
 LAYOUT = {
@@ -31,18 +31,18 @@ def train(state: Any, steps: int) -> None:
     """Take steps of two micro-batches, which depend on the step alone."""
     import torch
 
-    from megatron_q3n.data.batch import batch_of_rows
+    from megatron_q3n.data.batch import causal_batch
     from megatron_q3n.training.step import train_step
 
     for _ in range(steps):
         generator = torch.Generator().manual_seed(state.step)
         rows = torch.randint(0, 64, (2, 1, 33), generator=generator)
         ones = torch.ones(1, 32)
-        train_step(state, [batch_of_rows(row[:, :-1], row[:, 1:].contiguous(), ones) for row in rows])
+        train_step(state, [causal_batch(row[:, :-1], row[:, 1:].contiguous(), ones) for row in rows])
 
 
 def work(rank: int, folder: Path) -> None:
-    """Be one rank."""
+    """Run one rank."""
     import torch
 
     from megatron_q3n import checkpoint, parallel
@@ -50,19 +50,20 @@ def work(rank: int, folder: Path) -> None:
     from tests.checkpoint.tiny_state import fingerprint
 
     config = validate(LAYOUT)
-    device = choose_device(config)
+    device = select_device(config)
     store = torch.distributed.FileStore(str(folder / "meeting"), 2)
-    group = parallel.initialize(config, device, parallel.Meeting(store, rank, 2))
+    group = parallel.initialize(config, device, parallel.Rendezvous(store, rank, 2))
     state = build_state(config, device, group)
     run_dir = folder / "run"
     saver = checkpoint.Saver(state, run_dir)
     prints = {}
-    for _ in range(3):  # each save but the first is begun while the one before is being written
+    # each save but the first begins while the previous one is being written
+    for _ in range(3):
         train(state, 1)
         prints[state.step] = fingerprint(state)
         saver.save()
     train(state, 2)
-    assert saver.settle(True) == [1, 2, 3]
+    assert saver.wait_for_save(True) == [1, 2, 3]
 
     checkpoint.resume(state, run_dir)
     assert (state.step, fingerprint(state)) == (3, prints[3])
@@ -87,18 +88,20 @@ def work(rank: int, folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     saver.save()
     with pytest.raises(UserError, match=r"step_0000004 could not be written.*File too large"):
-        saver.settle(True)  # both ranks are told what only rank 1 met
+        # the error of rank 1 is raised on both ranks
+        saver.wait_for_save(True)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert newest_in(run_dir) == resumed.checkpoint
     assert checkpoint.save(state, run_dir).name == "step_0000004"
-    assert integrity.damage(run_dir / "checkpoints/step_0000004", "full") == []
+    assert integrity.find_damage(run_dir / "checkpoints/step_0000004", "full") == []
     parallel.shutdown()
 
 
 def main() -> int:
     """Fork the ranks and return how many failed."""
     quiet_known_warnings()
-    choose_device(validate(LAYOUT))  # the CPU shim, before megatron-core is imported
+    # installs the CPU shim, before megatron-core is imported
+    select_device(validate(LAYOUT))
     import megatron_q3n.checkpoint.writer
     import megatron_q3n.training.step
 

@@ -1,7 +1,6 @@
-"""Ranks of several layouts load an imported checkpoint, leave their logits, and save it anew.
+"""Program of test_layouts.py: ranks of several layouts load an imported checkpoint, write their logits, and save it.
 
-A program, started by test_layouts.py: it imports megatron-core once and forks the ranks.
-Arguments: the imported checkpoint, and a folder to leave things in.
+It imports megatron-core once and forks the ranks. Arguments: the imported checkpoint, and an output folder.
 """
 
 import gc
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_q3n.config import validate
-from megatron_q3n.device import choose_device, quiet_known_warnings
+from megatron_q3n.device import quiet_known_warnings, select_device
 
 LAYOUTS = {
     "tp2": {"tensor_model_parallel_size": 2, "world_size": 2},
@@ -70,22 +69,22 @@ def work(rank: int, layout: str, checkpoint: Path, folder: Path) -> None:
     """Be one rank."""
     import torch
 
-    from megatron_q3n import checkpoint as room
+    from megatron_q3n import checkpoint as checkpointing
     from megatron_q3n import parallel
     from megatron_q3n.training.state import build_state
 
     config = configuration(checkpoint, layout)
-    device = choose_device(config)
+    device = select_device(config)
     world_size = config.parallel.world_size
     store = torch.distributed.FileStore(str(folder / f"{layout}-meeting"), world_size)
-    group = parallel.initialize(config, device, parallel.Meeting(store, rank, world_size))
+    group = parallel.initialize(config, device, parallel.Rendezvous(store, rank, world_size))
     state = build_state(config, device, group)
-    room.load(state, checkpoint, resume=False, with_optimizer=False)
+    checkpointing.load(state, checkpoint, resume=False, with_optimizer=False)
     with torch.no_grad():
         logits = logits_of(state)
     if group.is_last_stage:
         torch.save(logits[0], folder / f"{layout}-{rank}.pt")
-    room.save(state, folder / layout)
+    checkpointing.save(state, folder / layout)
     parallel.shutdown()
 
 
@@ -93,7 +92,7 @@ def main() -> int:
     """Fork the ranks of one layout after the other and return how many failed."""
     quiet_known_warnings()
     checkpoint, folder = map(Path, sys.argv[1:])
-    choose_device(configuration(checkpoint, "tp2"))  # the CPU shim, before megatron-core is imported
+    select_device(configuration(checkpoint, "tp2"))  # the CPU shim, before megatron-core is imported
     import megatron_q3n.checkpoint.writer
     import megatron_q3n.training.step
 

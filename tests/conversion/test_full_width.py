@@ -1,8 +1,7 @@
-"""The released model's full width through the converter, in 3 GiB: two layers, prediction layer, embedding and head.
+"""Conversion of the released model's full width in 3 GiB of memory: two layers, MTP layer, embedding and head.
 
-About 10 GiB of made-up bf16 weights, both ways, bit for bit. The memory that counts is anonymous:
-pages of mapped files are the kernel's to drop. Not covered: the other 46 layers, which are more of
-the same.
+About 10 GiB of random bf16 weights, both ways, bit for bit. The limit is on anonymous memory: the kernel can drop pages
+of memory-mapped files. Not covered: the other 46 layers, which have the same parameters.
 """
 
 import json
@@ -18,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_q3n.hf import QWEN3_NEXT, rules
+from megatron_q3n.hf import QWEN3_NEXT, param_mappings
 from megatron_q3n.hf.model_config import from_published
 from megatron_q3n.hf.weights import CONFIG, INDEX, PublishedWeights, ShardWriter, index_of, plan_shards
 from tests.hf.test_model_config import QWEN3_NEXT_80B
@@ -31,16 +30,16 @@ BLOCK = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat1
 
 
 def made_up(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor that follows from its name, fast: a block of noise, turned and repeated."""
+    """Return a tensor that follows from its name, fast: a block of noise, transposed and repeated."""
     num = torch.Size(shape).numel()
-    turned = BLOCK.roll(zlib.crc32(name.encode()) % BLOCK.numel())
-    return turned.repeat(-(-num // BLOCK.numel()))[:num].view(shape)
+    transposed = BLOCK.roll(zlib.crc32(name.encode()) % BLOCK.numel())
+    return transposed.repeat(-(-num // BLOCK.numel()))[:num].view(shape)
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
     config, family = from_published(CONTENT, has_mtp=True)
     assert family is QWEN3_NEXT
-    return {name: shape for rule in rules(config) for name, shape in rule.hf.items()}
+    return {name: shape for mapping in param_mappings(config) for name, shape in mapping.hf.items()}
 
 
 def write_source(folder: Path) -> Path:
@@ -94,9 +93,9 @@ def test_full_width_goes_both_ways_in_three_gib(tmp_path: Path) -> None:
         peak_export = peak_anon_gib("export", str(checkpoint), "--output", str(exported))
         shutil.rmtree(checkpoint)
         weights = PublishedWeights(exported)
-        wanted = shapes()
-        assert set(weights) == wanted.keys()
-        for name, shape in wanted.items():
+        expected = shapes()
+        assert set(weights) == expected.keys()
+        for name, shape in expected.items():
             assert torch.equal(weights[name], made_up(name, shape)), name
     finally:
         for folder in (source, checkpoint, exported):

@@ -1,6 +1,6 @@
-"""Conversions that are interrupted, repeated or fed damage: nothing half made shows, nothing finished is lost.
+"""Conversions that are interrupted, repeated, or read damaged files: outputs are complete or absent, and work resumes.
 
-Files of a few kilobytes stand for those of gigabytes; where a kill strikes is chosen by bytes done.
+Files of a few kilobytes replace those of gigabytes; the moment of a kill is chosen by the bytes done.
 """
 
 import json
@@ -21,7 +21,7 @@ from megatron_q3n.config import UserError
 from megatron_q3n.conversion import importing
 from megatron_q3n.conversion.exporting import Export, export_weights
 from megatron_q3n.conversion.importing import import_weights
-from megatron_q3n.conversion.unfinished import Unfinished
+from megatron_q3n.conversion.resumable_output import ResumableOutput
 from megatron_q3n.hf import QWEN3_NEXT
 from megatron_q3n.hf.weights import CONFIG, INDEX
 from tests.hf.published import publish, quiet, stored, transformers_model
@@ -58,10 +58,10 @@ def export_of(checkpoint: Path, output: Path) -> Export:
 def assert_exports(checkpoint: Path, output: Path, source: Path) -> None:
     """Show by exporting it that a checkpoint holds the source."""
     export_weights(export_of(checkpoint, output), quiet, quiet)
-    wanted, found = stored(source), stored(output)
-    assert wanted.keys() == found.keys()
-    for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-7)
+    expected, found = stored(source), stored(output)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-7)
 
 
 @pytest.mark.usefixtures("small_files")
@@ -82,7 +82,7 @@ def test_an_interrupted_import_goes_on(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_files")
-def test_an_interrupted_export_goes_on_and_makes_damaged_files_anew(source: Path, tmp_path: Path) -> None:
+def test_an_interrupted_export_goes_on_and_writes_damaged_files_again(source: Path, tmp_path: Path) -> None:
     import_weights(source, tmp_path / "ours", quiet, quiet)
     export = export_of(tmp_path / "ours", tmp_path / "out")
     with pytest.raises(Interruption):
@@ -96,12 +96,12 @@ def test_an_interrupted_export_goes_on_and_makes_damaged_files_anew(source: Path
     notes: list[str] = []
     export_weights(export, notes.append, quiet)
     assert notes == [
-        f"{victim.name} is not what was written; it is made anew",
+        f"{victim.name} does not match its digest; it is written again",
         f"continuing: {len(others)} finished files kept",
     ]
-    whole = export_of(tmp_path / "ours", tmp_path / "whole")
-    export_weights(whole, quiet, quiet)
-    files = {path.name: path.read_bytes() for path in whole.output.iterdir()}
+    uninterrupted = export_of(tmp_path / "ours", tmp_path / "uninterrupted")
+    export_weights(uninterrupted, quiet, quiet)
+    files = {path.name: path.read_bytes() for path in uninterrupted.output.iterdir()}
     assert files == {path.name: path.read_bytes() for path in export.output.iterdir()}
 
 
@@ -126,7 +126,7 @@ def test_a_killed_import_goes_on(source: Path, tmp_path: Path) -> None:
     assert_exports(output, tmp_path / "out", source)
 
 
-def test_a_leftover_cut_into_other_files_is_discarded(
+def test_a_partial_output_with_other_files_is_discarded(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -138,13 +138,13 @@ def test_a_leftover_cut_into_other_files_is_discarded(
 
 
 @pytest.mark.usefixtures("small_files")
-def test_a_leftover_of_another_source_is_discarded(source: Path, tmp_path: Path) -> None:
+def test_a_partial_output_of_another_source_is_discarded(source: Path, tmp_path: Path) -> None:
     other = publish(tmp_path / "other", transformers_model("qwen3_5_moe_text"))
     with pytest.raises(Interruption):
         import_weights(other, tmp_path / "ours", quiet, interrupted(3 * SMALL_FILE))
     notes: list[str] = []
     import_weights(source, tmp_path / "ours", notes.append, quiet)
-    assert notes == ["an unfinished output of another source or other options is discarded"]
+    assert notes == ["discarding the partial output of another source or other options"]
     assert_exports(tmp_path / "ours", tmp_path / "out", source)
 
 
@@ -153,17 +153,17 @@ def test_an_output_is_never_overwritten_or_written_by_two(source: Path, tmp_path
     (tmp_path / "there/file").touch()
     with pytest.raises(UserError, match=r"there exists; delete it or give another --output"):
         import_weights(source, tmp_path / "there", quiet, quiet)
-    with Unfinished(tmp_path / "ours", {}, quiet) as unfinished:
+    with ResumableOutput(tmp_path / "ours", {}, quiet) as output_files:
         with pytest.raises(UserError, match="another process is writing"):
             import_weights(source, tmp_path / "ours", quiet, quiet)
         with pytest.raises(UserError, match=r"GiB free, .* GiB needed"):
-            unfinished.require_space(2**60)
+            output_files.require_space(2**60)
 
 
 @pytest.mark.parametrize("way", ["import", "export"])
 @pytest.mark.usefixtures("small_files")
-def test_a_disk_that_fills_up_midway_is_said_and_the_rest_goes_on(source: Path, tmp_path: Path, way: str) -> None:
-    """A file size limit stands for the full disk: the space seemed enough at the start."""
+def test_a_full_disk_is_reported_and_the_conversion_resumes(source: Path, tmp_path: Path, way: str) -> None:
+    """A file size limit replaces the full disk: the free space was sufficient at the start."""
     if way == "export":
         import_weights(source, tmp_path / "ours", quiet, quiet)
         convert = partial(export_weights, export_of(tmp_path / "ours", tmp_path / "out"))
@@ -202,8 +202,8 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda f: (f / "mtp.safetensors").unlink(), r"mtp\.safetensors is missing, and .* names it"),
-        (lambda f: os.truncate(f / "mtp.safetensors", 5000), r"mtp\.safetensors is cut short"),
+        (lambda f: (f / "mtp.safetensors").unlink(), r"mtp\.safetensors is missing, and .* lists it"),
+        (lambda f: os.truncate(f / "mtp.safetensors", 5000), r"mtp\.safetensors is truncated"),
         (lambda f: (f / INDEX).write_text("{"), r"index\.json cannot be read"),
         (lambda f: (f / CONFIG).unlink(), r"config\.json: no such file"),
         (lambda f: rewrite(f, GATE, None), rf"1 missing: {GATE}"),
@@ -211,7 +211,7 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
         (lambda f: rewrite(f, EXPERT, torch.zeros(5, 32)), r"3\.up_proj\.weight has shape \[5, 32\]"),
         (
             lambda f: rewrite(f, EXPERT, torch.zeros(16, 32).to(torch.float8_e4m3fn)),
-            r"3\.up_proj\.weight is stored as F8_E4M3; .* unquantised",
+            r"3\.up_proj\.weight is stored as F8_E4M3; .* unquantized",
         ),
         (lambda f: rewrite(f, "mtp.norm.weight", None), r"1 missing: mtp\.norm\.weight"),
     ],

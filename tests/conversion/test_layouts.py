@@ -1,4 +1,4 @@
-"""An import loads in parallel layouts with transformers' logits, and what those layouts save exports again."""
+"""Imported checkpoints in parallel layouts: transformers' logits, and exact export of what those layouts save."""
 
 from pathlib import Path
 
@@ -22,13 +22,13 @@ def test_imports_and_exports_in_parallel_layouts(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     tokens = torch.randint(0, 96, (ROWS, TOKENS), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        wanted = model(tokens).logits
+        expected = model(tokens).logits
     before = stored(source)
     for layout in LAYOUTS:
         found = sorted(tmp_path.glob(f"{layout}-*.pt"))
         assert len(found) == 2, "both ranks of the last stage"
         for path in found:
-            torch.testing.assert_close(torch.load(path), wanted, rtol=0, atol=1e-4)
+            torch.testing.assert_close(torch.load(path), expected, rtol=0, atol=1e-4)
         output = tmp_path / f"{layout}-out"
         export = Export(tmp_path / layout, output, QWEN3_NEXT, torch.float32)
         export_weights(export, quiet, quiet)

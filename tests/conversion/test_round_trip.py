@@ -1,7 +1,7 @@
-"""Models of transformers through our checkpoints and back: the same logits, the same bits, no name too many.
+"""Round trips of transformers' models through our checkpoints: equal logits, equal bits, no extra parameter.
 
-One process and one layout here; a checkpoint's other layouts are tests/checkpoint's and
-tests/layouts' concern, and that a conversion's boxes can be cut anew is shown by reading a part.
+One process and one layout here; other layouts are covered by tests/checkpoint and tests/tools/layouts. Reading a part
+of a tensor shows that a conversion's chunks can be resharded.
 """
 
 import json
@@ -15,7 +15,7 @@ from torch import nn
 from megatron_q3n.config import UserError, validate
 from megatron_q3n.conversion.exporting import Export, export_weights
 from megatron_q3n.conversion.importing import import_weights
-from megatron_q3n.conversion.pieces import Box
+from megatron_q3n.conversion.tensor_chunks import TensorChunk
 from megatron_q3n.conversion.torch_dist import SavedTensors
 from megatron_q3n.hf import FAMILIES, QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_NEXT, Family
 from megatron_q3n.hf.weights import CONFIG, INDEX
@@ -31,7 +31,7 @@ def by_type(family: Family) -> str:
 
 def state_from(alone: Any, checkpoint: Path, **precision: str) -> Any:
     """Build our model with the dimensions that the import found, and load it."""
-    from megatron_q3n import checkpoint as room
+    from megatron_q3n import checkpoint as checkpointing
     from megatron_q3n.training.state import build_state
 
     section = json.loads((checkpoint / "checkpoint.json").read_text())["model"]
@@ -39,7 +39,7 @@ def state_from(alone: Any, checkpoint: Path, **precision: str) -> Any:
     training = {"sequence_length": 32, "micro_batch_size": 2, "global_batch_size": 2, "steps": 99}
     tree = {"model": section, "data": data, "training": training, "precision": precision}
     state = build_state(validate(tree), *alone)
-    room.load(state, checkpoint, resume=False, with_optimizer=False)
+    checkpointing.load(state, checkpoint, resume=False, with_optimizer=False)
     return state
 
 
@@ -73,14 +73,14 @@ def test_imports_with_the_same_logits(alone: Any, tmp_path: Path, family: Family
 @pytest.mark.parametrize("family", TEXT_FAMILIES, ids=by_type)
 def test_a_trained_state_exports_with_the_same_logits(alone: Any, tmp_path: Path, family: Family) -> None:
     from megatron_q3n import checkpoint
-    from megatron_q3n.data.batch import batch_of_rows
+    from megatron_q3n.data.batch import causal_batch
     from megatron_q3n.training.step import train_step
 
     theirs = transformers_model(family.model_type)
     imported = import_weights(publish(tmp_path / "hf", theirs), tmp_path / "ours", quiet, quiet)
     state = state_from(alone, imported.checkpoint)
     rows = torch.randint(0, 96, (2, 33), generator=torch.Generator().manual_seed(1))
-    batch = batch_of_rows(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(2, 32))
+    batch = causal_batch(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(2, 32))
     for _ in range(2):
         train_step(state, [batch])
     checkpoint.save(state, tmp_path / "run")
@@ -104,17 +104,17 @@ def test_bf16_comes_back_bit_for_bit(tmp_path: Path, family: Family) -> None:
     export_weights(Export(tmp_path / "ours", tmp_path / "out", family), quiet, quiet)
     import_weights(tmp_path / "out", tmp_path / "again", quiet, quiet)
     export_weights(Export(tmp_path / "again", tmp_path / "out2", family), quiet, quiet)
-    wanted, found, again = (stored(tmp_path / name) for name in ("hf", "out", "out2"))
+    expected, found, again = (stored(tmp_path / name) for name in ("hf", "out", "out2"))
     assert found.keys() == again.keys()
     assert all(torch.equal(found[name], again[name]) for name in found)
     if family.stacked_experts:
-        for name in [name for name in wanted if ".experts.0.gate" in name and "mtp" not in name]:
+        for name in [name for name in expected if ".experts.0.gate" in name and "mtp" not in name]:
             stack = found[name.replace("0.gate_proj.weight", "gate_up_proj")]
-            assert torch.equal(stack[0, :16], wanted[name])
+            assert torch.equal(stack[0, :16], expected[name])
     else:
-        assert found.keys() == wanted.keys()
-    for name in wanted.keys() & found.keys():
-        assert torch.equal(found[name].to(wanted[name].dtype), wanted[name]), name
+        assert found.keys() == expected.keys()
+    for name in expected.keys() & found.keys():
+        assert torch.equal(found[name].to(expected[name].dtype), expected[name]), name
         is_wide = bool(family.float32) and name.endswith(family.float32)
         assert found[name].dtype == (torch.float32 if is_wide else torch.bfloat16), name
 
@@ -123,12 +123,12 @@ def test_bf16_does_not_round_what_training_keeps_in_fp32(tmp_path: Path) -> None
     source = publish(tmp_path / "hf", transformers_model("qwen3_next"))
     import_weights(source, tmp_path / "ours", quiet, quiet)
     export_weights(Export(tmp_path / "ours", tmp_path / "out", QWEN3_NEXT), quiet, quiet)
-    wanted, found = stored(source), stored(tmp_path / "out")
-    for name in wanted:
+    expected, found = stored(source), stored(tmp_path / "out")
+    for name in expected:
         if name.endswith(("A_log", "dt_bias", "linear_attn.norm.weight")):
-            torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-7)
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-7)
         else:
-            assert torch.equal(found[name], wanted[name].bfloat16()), name
+            assert torch.equal(found[name], expected[name].bfloat16()), name
 
 
 def test_the_released_form_of_qwen3_5_comes_and_goes(alone: Any, tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_the_released_form_of_qwen3_5_comes_and_goes(alone: Any, tmp_path: Path)
     imported = import_weights(released, tmp_path / "ours", quiet, quiet)
     assert imported.num_left_out == 1
     with torch.no_grad():
-        wanted = text(TOKENS).logits
-    torch.testing.assert_close(our_logits(state_from(alone, imported.checkpoint)), wanted, rtol=0, atol=1e-4)
+        expected = text(TOKENS).logits
+    torch.testing.assert_close(our_logits(state_from(alone, imported.checkpoint)), expected, rtol=0, atol=1e-4)
     export = Export(imported.checkpoint, tmp_path / "out", QWEN3_5_MOE, torch.float32, like=released)
     export_weights(export, quiet, quiet)
     before, after = stored(released), stored(tmp_path / "out")
@@ -148,17 +148,17 @@ def test_the_released_form_of_qwen3_5_comes_and_goes(alone: Any, tmp_path: Path)
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-7)
     with torch.no_grad():
         logits = load_with_transformers(tmp_path / "out")(TOKENS).logits
-    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     shell = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert shell["image_token_id"] == 90
     assert shell["text_config"]["rope_parameters"]["rope_theta"] == 1e6
     alone_again = Export(imported.checkpoint, tmp_path / "x", QWEN3_5_MOE)
-    with pytest.raises(UserError, match=r"must come from somewhere: give --like"):
+    with pytest.raises(UserError, match=r"its vision part is not in the checkpoint: give --like"):
         export_weights(alone_again, quiet, quiet)
 
 
 def test_any_part_of_a_stored_tensor_can_be_read(alone: Any, tmp_path: Path) -> None:
-    """Across the boxes of an import, and out of the whole stacks that training saves."""
+    """Across the chunks of an import, and from the whole stacks that training saves."""
     from megatron_q3n import checkpoint
 
     source = publish(tmp_path / "hf", transformers_model("qwen3_next"))
@@ -166,10 +166,10 @@ def test_any_part_of_a_stored_tensor_can_be_read(alone: Any, tmp_path: Path) -> 
     state = state_from(alone, imported.checkpoint)
     saved = checkpoint.save(state, tmp_path / "run")
     name = "decoder.layers.1.mlp.experts.linear_fc1.weight"
-    whole = dict(state.models[0].named_parameters())[name].detach()
-    box = Box(name, tuple(whole.shape), (1, 5, 3), (2, 20, 7))
+    parameter = dict(state.models[0].named_parameters())[name].detach()
+    chunk = TensorChunk(name, tuple(parameter.shape), (1, 5, 3), (2, 20, 7))
     for folder in (imported.checkpoint, saved):
-        assert torch.equal(SavedTensors(folder).read(box), whole[1:3, 5:25, 3:10])
+        assert torch.equal(SavedTensors(folder).read(chunk), parameter[1:3, 5:25, 3:10])
 
 
 def test_index_and_config_are_complete(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Packing documents into one row."""
+"""Packing of documents into one sequence."""
 
 import itertools
 
@@ -7,23 +7,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_q3n.data.batch import Batch, batch_of_documents, batch_of_rows
+from megatron_q3n.data.batch import Batch, causal_batch, packed_batch
+from megatron_q3n.packing import Packing
 
 EOD = 0
 
 
 @given(st.lists(st.integers(0, 4), min_size=3, max_size=40))
-def test_documents_end_after_each_eod_and_do_not_see_each_other(row: list[int]) -> None:
+def test_documents_end_after_each_eod_and_do_not_attend_to_each_other(row: list[int]) -> None:
     text = torch.tensor(row)
     tokens, labels = text[None, :-1], text[None, 1:]
-    batch = batch_of_documents(tokens, labels, torch.ones(1, len(row) - 1), EOD)
-    assert batch.cu_seqlens is not None
-    edges = batch.cu_seqlens.tolist()
-    assert batch.cu_seqlens.dtype == torch.int32
+    batch = packed_batch(tokens, labels, torch.ones(1, len(row) - 1), EOD)
+    assert batch.packing is not None
+    edges = list(batch.packing.offsets)
+    assert batch.packing.cu_seqlens.dtype == torch.int32
     length = len(row) - 1
     inner = [i + 1 for i in range(length - 1) if row[i] == EOD]
     assert edges == [0, *inner, length]
-    assert batch.max_seqlen == max(b - a for a, b in itertools.pairwise(edges))
+    assert batch.packing.longest == max(b - a for a, b in itertools.pairwise(edges))
     position = 0
     for i in range(length):
         assert batch.position_ids_BT[0, i] == position
@@ -34,31 +35,30 @@ def test_documents_end_after_each_eod_and_do_not_see_each_other(row: list[int]) 
 
 def test_a_masked_position_stays_masked() -> None:
     tokens, labels = torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])
-    batch = batch_of_documents(tokens, labels, torch.tensor([[1.0, 0.0, 1.0]]), EOD)
+    batch = packed_batch(tokens, labels, torch.tensor([[1.0, 0.0, 1.0]]), EOD)
     assert batch.loss_mask_BT.tolist() == [[1.0, 0.0, 1.0]]
 
 
-def test_plain_rows() -> None:
+def test_causal_sequences() -> None:
     tokens = torch.arange(6).view(2, 3)
-    batch = batch_of_rows(tokens, tokens + 1, torch.ones(2, 3))
+    batch = causal_batch(tokens, tokens + 1, torch.ones(2, 3))
     assert batch.position_ids_BT.tolist() == [[0, 1, 2], [0, 1, 2]]
-    assert batch.cu_seqlens is None
-    assert batch.max_seqlen is None
+    assert batch.packing is None
     assert int(batch.num_loss_tokens) == 6
 
 
 def test_moving_keeps_everything() -> None:
     tokens = torch.tensor([[1, EOD, 3]])
-    batch = batch_of_documents(tokens, tokens, torch.ones(1, 3), EOD)
+    batch = packed_batch(tokens, tokens, torch.ones(1, 3), EOD)
     moved = batch.to("meta")
-    assert moved.tokens_BT.device.type == moved.cu_seqlens.device.type == "meta"  # type: ignore[union-attr]
-    assert moved.max_seqlen == batch.max_seqlen == 2
+    assert moved.tokens_BT.device.type == moved.packing.cu_seqlens.device.type == "meta"  # type: ignore[union-attr]
+    assert moved.packing.longest == batch.packing.longest == 2  # type: ignore[union-attr]
 
 
-def test_packed_rows_must_be_one() -> None:
+def test_a_packed_batch_has_one_sequence() -> None:
     two = torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(AssertionError, match="one row"):
-        Batch(two, two, two.float(), two, torch.tensor([0, 6], dtype=torch.int32), 6)
+    with pytest.raises(AssertionError, match="one sequence"):
+        Batch(two, two, two.float(), two, Packing.of([0, 6]))
 
 
 @given(
@@ -66,19 +66,19 @@ def test_packed_rows_must_be_one() -> None:
     st.sampled_from([1, 2, 4, 8]),
 )
 def test_aligned_documents_keep_their_tokens_in_order(lengths: list[int], alignment: int) -> None:
-    """Every document starts at a multiple; its asked tokens and labels are the unaligned ones, but for what was cut."""
+    """Documents start at multiples; tokens and labels with a loss are the unaligned ones, until truncation."""
     tokens = torch.cat([torch.tensor([*range(1, n), 0]) for n in lengths])[:16][None]
     labels, mask = tokens + 100, torch.ones(1, 16)
-    plain = batch_of_documents(tokens, labels, mask, eod=0)
-    aligned = batch_of_documents(tokens, labels, mask, eod=0, alignment=alignment)
-    assert aligned.cu_seqlens is not None
-    assert (aligned.cu_seqlens % alignment == 0).all()
+    plain = packed_batch(tokens, labels, mask, eod=0)
+    aligned = packed_batch(tokens, labels, mask, eod=0, alignment=alignment)
+    assert aligned.packing is not None
+    assert all(offset % alignment == 0 for offset in aligned.packing.offsets)
     assert aligned.tokens_BT.shape == (1, 16)
-    asked = aligned.loss_mask_BT.bool()
-    wanted = plain.loss_mask_BT.bool()
-    kept = int(asked.sum())
-    assert aligned.tokens_BT[asked].tolist() == plain.tokens_BT[wanted].tolist()[:kept]
-    assert aligned.labels_BT[asked].tolist() == plain.labels_BT[wanted].tolist()[:kept]
-    assert aligned.position_ids_BT[asked].tolist() == plain.position_ids_BT[wanted].tolist()[:kept]
+    has_loss = aligned.loss_mask_BT.bool()
+    expected = plain.loss_mask_BT.bool()
+    kept = int(has_loss.sum())
+    assert aligned.tokens_BT[has_loss].tolist() == plain.tokens_BT[expected].tolist()[:kept]
+    assert aligned.labels_BT[has_loss].tolist() == plain.labels_BT[expected].tolist()[:kept]
+    assert aligned.position_ids_BT[has_loss].tolist() == plain.position_ids_BT[expected].tolist()[:kept]
     if alignment == 1:
-        assert kept == int(wanted.sum())
+        assert kept == int(expected.sum())

@@ -1,4 +1,4 @@
-"""The bigram yardstick against the formulas written out pair by pair."""
+"""Bigram baseline against the formulas evaluated pair by pair."""
 
 import itertools
 import math
@@ -56,7 +56,8 @@ def test_bits_per_byte(train: list[np.ndarray], validation: list[np.ndarray]) ->
 
 def test_many_blocks_of_a_large_vocabulary_are_counted_as_one() -> None:
     generator = np.random.default_rng(0)
-    rows = list(generator.integers(0, 150_000, size=(9000, 4)))  # more rows than one block holds
+    # more sequences than one block holds
+    rows = list(generator.integers(0, 150_000, size=(9000, 4)))
     model = WittenBellBigram(rows, 150_000)
     assert model.num_pairs == 27_000
     first, second = (np.concatenate([rows[0][:-1], rows[-1][:-1]]), np.concatenate([rows[0][1:], rows[-1][1:]]))

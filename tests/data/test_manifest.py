@@ -1,4 +1,4 @@
-"""A prepared folder that is no longer what its manifest says is refused, each damage with its own words."""
+"""Prepared folders that differ from their manifest are refused, each kind of damage with its own message."""
 
 import json
 from pathlib import Path
@@ -81,9 +81,9 @@ def test_counts_that_do_not_fit_the_files(folder: Path) -> None:
         verify_prepared(folder)
 
 
-def test_exchanged_tokenizer(folder: Path) -> None:
+def test_replaced_tokenizer(folder: Path) -> None:
     train_bpe(["some other text, some other tokenizer"] * 9, 270).save(folder)
-    with pytest.raises(UserError, match="the tokenizer was exchanged"):
+    with pytest.raises(UserError, match="the tokenizer was replaced"):
         verify_prepared(folder)
 
 

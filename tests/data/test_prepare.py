@@ -1,4 +1,4 @@
-"""Preparing a folder: order, atomicity, refusals; and the command line with its exit codes."""
+"""Data preparation: order, atomicity, error messages; and the command line with its exit codes."""
 
 import errno
 import json
@@ -72,7 +72,8 @@ def test_an_error_in_the_middle_leaves_nothing(
 
 def test_an_existing_folder_is_replaced_only_by_force(corpus: Path, tmp_path: Path, tokenizer_path: Path) -> None:
     output = tmp_path / "out"
-    output.mkdir()  # an empty folder is no obstacle
+    # an empty folder is allowed
+    output.mkdir()
     request = {"inputs": (str(corpus),), "output": output, "tokenizer": tokenizer_path, "workers": 1}
     prepare(Preparation(**request))
     corpus.write_text('{"text": "now only this"}\n')
@@ -118,7 +119,7 @@ def _fail_halfway(folder: Path, code: int) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_disk_that_does_not_take_it_keeps_the_old_folder(tmp_path: Path, code: int) -> None:
+def test_a_disk_error_keeps_the_old_folder(tmp_path: Path, code: int) -> None:
     final = tmp_path / "out"
     final.mkdir()
     (final / "old").touch()
@@ -131,7 +132,7 @@ def test_a_disk_that_does_not_take_it_keeps_the_old_folder(tmp_path: Path, code:
     assert [path.name for path in final.iterdir()] == ["old"]
 
 
-def test_of_two_that_publish_at_once_the_first_stays(tmp_path: Path) -> None:
+def test_of_two_concurrent_publishes_the_first_is_kept(tmp_path: Path) -> None:
     final = tmp_path / "cache" / "corpus"
     with publish(final, setting="data.cache_dir") as slow:
         (slow / "slow").touch()

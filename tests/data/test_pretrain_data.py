@@ -1,4 +1,4 @@
-"""Pretraining batches: a function of the step, the same in every layout, checked before use."""
+"""Pretraining batches: a function of the step, equal in every parallel layout, validated before use."""
 
 import itertools
 import subprocess
@@ -50,10 +50,10 @@ def test_shapes_and_labels(make_config, folders) -> None:  # type: ignore[no-unt
         assert torch.equal(batch.tokens_BT[:, 1:], batch.labels_BT[:, :-1])
         assert batch.loss_mask_BT.dtype == torch.float32
         assert int(batch.num_loss_tokens) == 32
-        assert batch.cu_seqlens is None
+        assert batch.packing is None
 
 
-def test_first_epoch_shows_every_token_once(make_config, folders) -> None:  # type: ignore[no-untyped-def]
+def test_first_epoch_has_every_token_once(make_config, folders) -> None:  # type: ignore[no-untyped-def]
     documents = IndexedDataset(str(folders["train"] / "documents"))
     corpus = np.concatenate(documents[:])
     rows_per_epoch = (len(corpus) - 1) // 16
@@ -122,7 +122,7 @@ def test_sample_tokens_are_the_trained_rows(make_config, folders) -> None:  # ty
 def test_blend_follows_the_weights(make_config, folders) -> None:  # type: ignore[no-untyped-def]
     train = [{"path": str(folders["train"]), "weight": 3}, {"path": str(folders["other"])}]
     data = build_pretrain_data(make_config(train, [folders["held_out"]], training={"steps": 25}))
-    kinds = [int(data.train_rows[i]["dataset_id"]) for i in range(200)]
+    kinds = [int(data.train_dataset[i]["dataset_id"]) for i in range(200)]
     assert kinds.count(0) == 150
     assert kinds[:40].count(0) == 30  # evenly, not one folder after the other
     facts = data.describe()
@@ -138,7 +138,7 @@ def test_document_boundaries(make_config, folders) -> None:  # type: ignore[no-u
     eod = data.tokenizer.eod
     packed = list(itertools.chain.from_iterable(data.train_batches(0, 0, 1)))
     assert torch.equal(torch.cat([b.tokens_BT for b in packed]), torch.cat(all_rows(plain)))
-    assert any(len(batch.cu_seqlens) > 2 for batch in packed)  # type: ignore[arg-type]
+    assert any(batch.packing.num_documents > 1 for batch in packed)  # type: ignore[arg-type]
     for batch in packed:
         assert torch.equal(batch.loss_mask_BT == 0, batch.tokens_BT == eod)
 
@@ -186,11 +186,11 @@ def test_bad_data_is_refused(make_config, make_data, folders, tmp_path) -> None:
             build_pretrain_data(config)
     with (train / "documents.bin").open("ab") as stream:
         stream.write(b"\0")
-    with pytest.raises(UserError, match=r"documents.bin: \d+ bytes, the manifest says"):
+    with pytest.raises(UserError, match=r"documents.bin: \d+ bytes, the manifest records"):
         build_pretrain_data(make_config([train], [held_out]))
 
 
-def test_a_process_that_cannot_see_the_index_says_so(make_config, folders) -> None:  # type: ignore[no-untyped-def]
+def test_a_process_without_access_to_the_index_raises(make_config, folders) -> None:  # type: ignore[no-untyped-def]
     config = make_config([folders["train"]], [folders["held_out"]])
     with pytest.raises(UserError, match=r"does not see it.*data.cache_dir"):
         build_pretrain_data(config, is_leader=False)
@@ -217,14 +217,14 @@ dist.destroy_process_group()
 
 
 @pytest.mark.multiprocess
-def test_with_torch_distributed_initialised(make_config, folders, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_with_torch_distributed_initialized(make_config, folders, tmp_path) -> None:  # type: ignore[no-untyped-def]
     train = [folders["train"], folders["other"]]
     config = make_config(train, [folders["held_out"]])
     command = [sys.executable, "-c", TWO_PROCESSES]
-    arguments = [str(tmp_path / "meeting"), config.model_dump_json()]
+    arguments = [str(tmp_path / "rendezvous"), config.model_dump_json()]
     root = Path(__file__).parents[2]
     processes = [subprocess.Popen([*command, str(r), *arguments], cwd=root) for r in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     expected = torch.cat(all_rows(build_pretrain_data(config)))
     for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"meeting.{rank}"), expected)
+        assert torch.equal(torch.load(tmp_path / f"rendezvous.{rank}"), expected)

@@ -1,4 +1,4 @@
-"""Reading text, JSONL, parquet and saved datasets, packed or not; and what is refused on the way."""
+"""Readers of text, JSONL, Parquet and saved datasets, compressed or not; and their error messages."""
 
 import gzip
 import json
@@ -19,16 +19,16 @@ TEXTS = ["first\r\nline ends stay\n", "zweites ÄÖÜ 数", "", "last"]
 JSONL = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)).encode()
 
 
-def texts(*inputs: object, column: str = "text", wanted: str | None = None) -> list[str]:
-    sources = find_sources([str(given) for given in inputs], wanted)  # type: ignore[arg-type]
+def texts(*inputs: object, column: str = "text", format: str | None = None) -> list[str]:
+    sources = find_sources([str(path) for path in inputs], format)  # type: ignore[arg-type]
     return [text_of(raw, column) for source in sources for raw in read_documents(source, column)]
 
 
 def test_every_format_gives_the_same_texts(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(JSONL.replace(b"\n", b"\n\n"))  # blank lines do not count
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(JSONL[:50]) + gzip.compress(JSONL[50:]))
-    packed = zstandard.compress(JSONL[:50]) + zstandard.compress(JSONL[50:])
-    (tmp_path / "c.ndjson.zst").write_bytes(packed)
+    compressed = zstandard.compress(JSONL[:50]) + zstandard.compress(JSONL[50:])
+    (tmp_path / "c.ndjson.zst").write_bytes(compressed)
     pq.write_table(pa.table({"text": TEXTS, "id": [0, 1, 2, 3]}), tmp_path / "d.parquet")
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "e")
     for name in ("a.jsonl", "b.jsonl.gz", "c.ndjson.zst", "d.parquet", "e"):
@@ -46,17 +46,17 @@ def test_text_files_are_documents_in_the_order_of_their_paths(tmp_path: Path) ->
     assert texts(tmp_path / "[01].txt") == TEXTS[:2]
     assert texts(tmp_path / "3.txt", tmp_path / "0.txt") == [TEXTS[3], TEXTS[0]]
     (tmp_path / "corpus.dat").write_bytes(JSONL)
-    assert texts(tmp_path / "corpus.dat", wanted="jsonl") == TEXTS
+    assert texts(tmp_path / "corpus.dat", format="jsonl") == TEXTS
 
 
 def test_a_long_text_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_DOCUMENT_CHARACTERS", 100)
     text = "".join(f"line {i} of a long book\n" for i in range(40))
     (tmp_path / "book.txt").write_text(text)
-    pieces = texts(tmp_path / "book.txt")
-    assert "".join(pieces) == text
-    assert len(pieces) > 5
-    assert all(piece.endswith("\n") and 100 <= len(piece) < 130 for piece in pieces[:-1])
+    documents = texts(tmp_path / "book.txt")
+    assert "".join(documents) == text
+    assert len(documents) > 5
+    assert all(document.endswith("\n") and 100 <= len(document) < 130 for document in documents[:-1])
 
 
 def test_a_null_is_an_empty_document(tmp_path: Path) -> None:
@@ -131,8 +131,8 @@ def test_inputs_that_name_nothing_usable(tmp_path: Path) -> None:
     (tmp_path / "folder" / "x.bin").write_text("?")
     dataset = datasets.Dataset.from_dict({"text": ["x"]})
     datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "both")
-    for given, message in {
-        ("nowhere.jsonl",): "no such file or folder, and as a pattern it matches nothing",
+    for inputs, message in {
+        ("nowhere.jsonl",): "no such file or folder, and as a glob pattern it matches nothing",
         ("empty.txt",): "only empty files",
         ("unknown.xyz",): "its name does not tell the format.*--format",
         ("one.txt", "one.txt"): "given twice",
@@ -140,4 +140,4 @@ def test_inputs_that_name_nothing_usable(tmp_path: Path) -> None:
         ("both",): "DatasetDict with the splits test, train.*both/test",
     }.items():
         with pytest.raises(UserError, match=message):
-            texts(*(tmp_path / name for name in given))
+            texts(*(tmp_path / name for name in inputs))

@@ -1,6 +1,6 @@
-"""The standard library corpus: what is in it, how it is split, and its cache.
+"""Standard library corpus: its files, its split, and its cache.
 
-Not covered here: preparing the whole library (five seconds); the quickstart does that.
+Not covered here: preparing the whole library (five seconds), which the quickstart covers.
 """
 
 import os

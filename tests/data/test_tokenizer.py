@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, byte-exact, deterministic, and refused with reasons."""
+"""Tokenizers: lossless, byte-exact, deterministic; invalid files are refused with a reason."""
 
 import json
 import os
@@ -44,8 +44,8 @@ def test_special_token_counts_no_bytes_and_vocabulary_is_covered() -> None:
 
 def test_indentation_is_one_token() -> None:
     source = "def f(x):\n    return x\n"
-    pieces = [TRAINED.decode([i]) for i in TRAINED.encode(source)]
-    assert "\n    " in pieces
+    tokens = [TRAINED.decode([i]) for i in TRAINED.encode(source)]
+    assert "\n    " in tokens
 
 
 def test_training_repeats_in_other_processes(tmp_path: Path) -> None:

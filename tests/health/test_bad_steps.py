@@ -1,4 +1,4 @@
-"""Bad batches in a real run of one process, without Slurm: what each policy leaves behind.
+"""Bad batches in a real run of one process, without Slurm: the result of each policy.
 
 The faults come from tests/slurm/faults. Other layouts: tests/slurm/test_trouble.py.
 """
@@ -14,13 +14,13 @@ import pytest
 
 from tests.slurm.runs import FAULTS, ROOT, SMALL, numbers
 
-WANTED = ["--config-name", "pretrain-tiny", *SMALL]
+ARGUMENTS = ["--config-name", "pretrain-tiny", *SMALL]
 
 
 def train(run_dir: Path, fault: str, *settings: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join((str(FAULTS), os.environ["PYTHONPATH"]))
     return subprocess.run(
-        [sys.executable, "-m", "megatron_q3n.train", *WANTED, f"run_dir={run_dir}", *settings],
+        [sys.executable, "-m", "megatron_q3n.train", *ARGUMENTS, f"run_dir={run_dir}", *settings],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path, "Q3N_FAULT": fault},
         capture_output=True,
@@ -32,7 +32,7 @@ def train(run_dir: Path, fault: str, *settings: str) -> subprocess.CompletedProc
 
 @pytest.mark.slow
 def test_a_roll_back_is_the_run_without_that_batch(tmp_path: Path) -> None:
-    """Bit for bit: going back forgets the bad step, and the run goes on as if the batch had never been there."""
+    """Bit for bit: after the roll-back the run continues as if the batch had never existed."""
     bad, clean = tmp_path / "bad", tmp_path / "clean"
     done = train(bad, "nan@5", "health.non_finite=roll_back")
     assert done.returncode == 0, done.stderr
@@ -44,7 +44,7 @@ def test_a_roll_back_is_the_run_without_that_batch(tmp_path: Path) -> None:
 
 
 def test_a_withheld_update_is_counted_and_the_run_ends_well(tmp_path: Path) -> None:
-    done = train(tmp_path / "run", "spike@8", "health.loss_spike=skip", "health.spike_minimum_steps=5")
+    done = train(tmp_path / "run", "spike@8", "health.loss_spike=skip", "health.spike_min_steps=5")
     assert done.returncode == 0, done.stderr
     assert "step 9: loss" in done.stdout
     assert "update withheld (health.loss_spike=skip)" in done.stdout
@@ -55,7 +55,7 @@ def test_a_withheld_update_is_counted_and_the_run_ends_well(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_stop_leaves_the_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_stop_keeps_the_checkpoint_and_prints_how_to_continue(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     done = train(run_dir, "nan@5", "health.non_finite=stop")
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Leaving batches out: every step still has one batch, the same whether or not the run was interrupted."""
+"""Skipped batches: every step still has one batch, the same whether or not the run was interrupted."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ def taken(order: BatchOrder, first_step: int) -> list[int]:
     return [next(batches) for _ in range(first_step, STEPS)]
 
 
-def test_nothing_left_out_is_every_batch_in_order() -> None:
+def test_without_skipped_batches_every_batch_comes_in_order() -> None:
     assert taken(BatchOrder([], STEPS), 0) == list(range(STEPS))
 
 
@@ -47,4 +47,4 @@ def test_the_list_survives(tmp_path: Path) -> None:
     assert batch_order.read(tmp_path) == []
     entries = [{"step": 6, "batches": [5]}, {"step": 9, "batches": [9, 8]}]
     batch_order.write(tmp_path, entries)
-    assert batch_order.left_out(batch_order.read(tmp_path)) == [5, 8, 9]
+    assert batch_order.skipped_batches(batch_order.read(tmp_path)) == [5, 8, 9]

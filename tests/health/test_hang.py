@@ -1,4 +1,4 @@
-"""A process that gets nowhere ends itself and leaves its stacks, even when it holds Python's interpreter lock.
+"""A process without progress ends itself and writes its stacks, even when it holds Python's interpreter lock.
 
 Several ranks together: tests/slurm/test_trouble.py.
 """
@@ -20,18 +20,18 @@ from megatron_q3n.config.health import HealthConfig
 from megatron_q3n.health import hang
 
 hang.GRACE_SECONDS = 0.5
-settings = HealthConfig(hang_factor=3, hang_floor_seconds=1.5, hang_start_seconds=3)
+settings = HealthConfig(hang_factor=3, hang_min_seconds=1.5, hang_startup_seconds=3)
 
 def stuck_here():
     {stuck}
 
-watch = hang.HangWatch(settings, Path(sys.argv[1]), rank=3, host="n1")
-watch.start()
+detector = hang.HangDetector(settings, Path(sys.argv[1]), rank=3, host="n1")
+detector.start()
 for _ in range(8):
     time.sleep(0.3)
-    watch.beat(0.3)
+    detector.heartbeat(0.3)
 stuck_here()
-watch.stop()
+detector.stop()
 time.sleep(2)
 print("went on")
 """
@@ -57,7 +57,7 @@ def test_steps_in_time_and_a_short_pause_are_no_hang(tmp_path: Path) -> None:
     assert not (tmp_path / "logs" / "stacks").exists()
 
 
-def test_a_hang_leaves_stacks_a_word_in_the_log_and_code_70(tmp_path: Path) -> None:
+def test_a_hang_leaves_stacks_a_line_in_the_log_and_code_70(tmp_path: Path) -> None:
     done, seconds = run(tmp_path, "time.sleep(1000)")
     assert done.returncode == 70
     assert seconds < 20
@@ -75,14 +75,14 @@ def test_a_hang_that_holds_the_interpreter_lock_is_ended_too(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_reinforcement_learning_is_watched_too(tmp_path: Path) -> None:
+def test_a_hang_of_reinforcement_learning_is_detected_too(tmp_path: Path) -> None:
     from tests.slurm.runs import FAULTS
 
     tiny = [
         *("model.hidden_size=32", "training.sequence_length=64", "training.steps=9"),
         *("rl.held_out=[]", "rl.rollout.prompts=2", "rl.rollout.samples_per_prompt=2"),
         *("logging.wandb.mode=disabled", "data.source=stdlib", f"run_dir={tmp_path}/run"),
-        *("health.hang_floor_seconds=4", "health.hang_factor=3", "rl.dynamic_sampling=false"),
+        *("health.hang_min_seconds=4", "health.hang_factor=3", "rl.dynamic_sampling=false"),
     ]
     done = forked.run(
         "megatron_q3n.train",

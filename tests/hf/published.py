@@ -1,7 +1,7 @@
-"""Small published models for the tests: transformers saves them, multi-token prediction is added by hand.
+"""Small Hugging Face models for the tests: saved by transformers, with random multi-token prediction tensors added.
 
-transformers has no multi-token prediction, so those tensors are random and of the shapes that the
-table says; where they land is tested in tests/hf/test_table.py.
+transformers has no multi-token prediction, so those tensors are random, in the shapes of the parameter mappings;
+tests/hf/test_model_mapping.py checks the positions of their values.
 """
 
 import json
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatron_q3n.hf import rules
+from megatron_q3n.hf import param_mappings
 from megatron_q3n.hf.model_config import from_published
 from megatron_q3n.hf.weights import CONFIG, INDEX, SINGLE
 from tests.model.reference.test_model import move_from_init, qwen3_next
@@ -38,8 +38,9 @@ SIZES: dict[str, Any] = {
 
 
 def transformers_model(model_type: str) -> nn.Module:
-    """Make a random model of transformers, far from its init."""
-    modeling = qwen3_next()  # first: it keeps flash-linear-attention out
+    """Return a random model of transformers whose weights differ from the initial values."""
+    # first: it prevents the import of flash-linear-attention
+    modeling = qwen3_next()
     if model_type == "qwen3_next":
         model = modeling.Qwen3NextForCausalLM(modeling.Qwen3NextConfig(**SIZES))
     else:
@@ -57,8 +58,8 @@ def publish(folder: Path, model: nn.Module, dtype: torch.dtype = torch.float32) 
     generator = torch.Generator().manual_seed(7)
     mtp = {
         name: (0.1 * torch.randn(shape, generator=generator)).to(dtype)
-        for rule in rules(config, family)
-        for name, shape in rule.hf.items()
+        for mapping in param_mappings(config, family)
+        for name, shape in mapping.hf.items()
         if name.startswith("mtp.")
     }
     save_file(mtp, folder / "mtp.safetensors", metadata={"format": "pt"})
@@ -69,7 +70,7 @@ def publish(folder: Path, model: nn.Module, dtype: torch.dtype = torch.float32) 
 
 
 def as_released(folder: Path, source: Path) -> Path:
-    """Rewrite a Qwen3.5 text model as it is released: inside a multimodal one, experts stacked."""
+    """Rewrite a Qwen3.5 text model in the released format: part of a multimodal model, experts stacked."""
     tensors = stored(source)
     content = json.loads((source / CONFIG).read_text())
     experts = content["num_experts"]
@@ -115,4 +116,4 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 def quiet(*_: object) -> None:
-    """Take notes and progress, and say nothing."""
+    """Ignore messages and progress."""

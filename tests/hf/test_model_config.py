@@ -1,4 +1,4 @@
-"""config.json and our model section: released models land on our recipes, what we cannot represent is named.
+"""config.json and our model section: released models land on our recipes, what we is not supported is named.
 
 That the numbers then mean the same is shown by tests/conversion/test_round_trip.py.
 """
@@ -141,7 +141,7 @@ def test_transformers_reads_it_as_meant(family: Family) -> None:
 )
 def test_what_we_cannot_represent_is_named(field: str, value: object) -> None:
     name = "rope_parameters" if field == "rope_scaling" else field
-    with pytest.raises(UserError, match=rf"config\.json: {name}=.*cannot represent"):
+    with pytest.raises(UserError, match=rf"config\.json: {name}=.*is not supported"):
         from_published(QWEN3_NEXT_80B | {field: value}, has_mtp=True)
 
 
@@ -151,7 +151,7 @@ def test_impossible_sizes_are_refused_with_our_reason() -> None:
 
 
 def test_unknown_models_are_refused_with_a_suggestion() -> None:
-    with pytest.raises(UserError, match=r"model_type='llama' is not a model we convert"):
+    with pytest.raises(UserError, match=r"model_type='llama' is not supported"):
         from_published({"model_type": "llama"}, has_mtp=False)
     with pytest.raises(UserError, match=r"Did you mean 'qwen3_next'"):
         family_of("qwen3next", None)

@@ -51,10 +51,10 @@ def theirs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, float, dict[str, T
 
 def ours(state: Any, tokens: Tensor) -> tuple[Tensor, float, dict[str, Tensor]]:
     """Return logits, loss and gradients of ours, the latter under megatron-core's names."""
-    from megatron_q3n.data.batch import batch_of_rows
+    from megatron_q3n.data.batch import causal_batch
 
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    rows = batch_of_rows(inputs.cpu(), labels.cpu(), torch.ones(ROWS, TOKENS))
+    rows = causal_batch(inputs.cpu(), labels.cpu(), torch.ones(ROWS, TOKENS))
     report, gradients = gradients_of(state, [rows])
     positions = torch.arange(TOKENS, device=tokens.device).expand(ROWS, -1)
     with torch.no_grad():

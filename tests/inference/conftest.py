@@ -1,4 +1,4 @@
-"""Where fused kernels run here is decided as for the kernels' own tests."""
+"""Fixtures of the kernels' own tests: the device on which fused kernels run."""
 
 from tests.kernels.conftest import triton_device
 

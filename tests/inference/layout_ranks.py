@@ -1,7 +1,6 @@
-"""Ranks of several layouts load one checkpoint, generate, and leave their completions.
+"""Worker program of test_layouts.py: ranks of several layouts load one checkpoint, generate, and write completions.
 
-A program, started by test_layouts.py: it imports megatron-core once and forks the ranks.
-Argument: a folder to leave things in.
+It imports megatron-core once and forks the ranks. Argument: the output folder.
 """
 
 import gc
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_q3n.config import validate
-from megatron_q3n.device import choose_device, quiet_known_warnings
+from megatron_q3n.device import quiet_known_warnings, select_device
 from tests.inference.tiny_model import TINY, move_from_init, random_prompts
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -50,17 +49,17 @@ def completions(model: Any, share: list[int]) -> dict[str, Any]:
     from megatron_q3n.inference.generate import generate
     from megatron_q3n.inference.sampling import Sampling
 
-    found = {}
+    tokens_by_run = {}
     for name, settings in RUNS.items():
         options = {k: v for k, v in settings.items() if k != "temperature"}
         sampling = Sampling(12, settings["temperature"], stop_tokens=frozenset({11, 12, 13}))
         done = generate(model, [PROMPTS[i] for i in share], sampling, seed=[f"1.{i}" for i in share], **options)
-        found[name] = {index: c.tokens for index, c in zip(share, done)}
-    return found
+        tokens_by_run[name] = {index: c.tokens for index, c in zip(share, done)}
+    return tokens_by_run
 
 
 def work(rank: int, layout: str, folder: Path) -> None:
-    """Be one rank."""
+    """Run one rank."""
     import torch
 
     from megatron_q3n import checkpoint, parallel
@@ -69,10 +68,10 @@ def work(rank: int, layout: str, folder: Path) -> None:
     from megatron_q3n.training.state import build_state
 
     config = configuration(layout)
-    device = choose_device(config)
-    store = torch.distributed.FileStore(str(folder / f"{layout}-meeting"), config.world_size)
-    meeting = parallel.Meeting(store, rank, config.parallel.world_size or 1)
-    group = parallel.initialize(config, device, meeting)
+    device = select_device(config)
+    store = torch.distributed.FileStore(str(folder / f"{layout}-rendezvous"), config.world_size)
+    rendezvous = parallel.Rendezvous(store, rank, config.parallel.world_size or 1)
+    group = parallel.initialize(config, device, rendezvous)
     if layout == "single":
         state = build_state(config, device, group)
         move_from_init(state.models[0])
@@ -81,13 +80,13 @@ def work(rank: int, layout: str, folder: Path) -> None:
     else:
         model = build_model(config, device.model_backend, group.groups)[0]
         load_weights([model], config, group, checkpoint.find(folder))
-    everything = list(range(len(PROMPTS)))
-    shares = {"all": everything}
+    all_prompts = list(range(len(PROMPTS)))
+    shares = {"all": all_prompts}
     if group.data_size > 1:
-        shares["split"] = everything[group.data_rank :: group.data_size]
-        shares["idle"] = everything if group.data_rank == 0 else []
-    found = {name: completions(model, share) for name, share in shares.items()}
-    (folder / f"{layout}-{rank}.json").write_text(json.dumps(found))
+        shares["split"] = all_prompts[group.data_rank :: group.data_size]
+        shares["idle"] = all_prompts if group.data_rank == 0 else []
+    results = {name: completions(model, share) for name, share in shares.items()}
+    (folder / f"{layout}-{rank}.json").write_text(json.dumps(results))
     parallel.shutdown()
 
 
@@ -95,7 +94,7 @@ def main() -> int:
     """Fork the ranks of one layout after the other and return how many failed."""
     quiet_known_warnings()
     folder = Path(sys.argv[1])
-    choose_device(configuration("single"))  # the CPU shim, before megatron-core is imported
+    select_device(configuration("single"))  # installs the CPU shim, before megatron-core is imported
     import megatron_q3n.checkpoint.weights
     import megatron_q3n.checkpoint.writer
     import megatron_q3n.inference.generate
@@ -110,8 +109,8 @@ def main() -> int:
     failed = 0
     for layout in LAYOUTS:
         world = 1 if layout == "single" else 2
-        be = partial(work, layout=layout, folder=folder)
-        ranks = [fork.Process(target=be, args=(rank,)) for rank in range(world)]
+        target = partial(work, layout=layout, folder=folder)
+        ranks = [fork.Process(target=target, args=(rank,)) for rank in range(world)]
         for process in ranks:
             process.start()
         for process in ranks:

@@ -1,16 +1,16 @@
-"""What tokens are drawn from, that draws follow it, and that judging drafts does not change it."""
+"""Sampling distribution, samples that follow it, and verification of drafts that preserves it."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_q3n.inference.sampling import Sampling, distribution, draw, judge, likeliest
-from megatron_q3n.kernels.decode.argmax import judge_likeliest
+from megatron_q3n.inference.sampling import Sampling, distribution, greedy_tokens, rejection_sample, sample_tokens
+from megatron_q3n.kernels.decode.argmax import verify_greedy
 from tests.inference.chi_square import z_score
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
-DRAWS = 20_000
+NUM_SAMPLES = 20_000
 
 
 def uniforms(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -25,9 +25,9 @@ def test_temperature_divides_the_logits() -> None:
     assert probabilities(temperature=0.5) == pytest.approx((2 * LOGITS).softmax(0).tolist())
 
 
-def test_top_k_keeps_the_likeliest() -> None:
-    kept = LOGITS[:2].softmax(0).tolist()
-    assert probabilities(top_k=2) == pytest.approx([*kept, 0, 0, 0])
+def test_top_k_keeps_the_most_probable() -> None:
+    top_two = LOGITS[:2].softmax(0).tolist()
+    assert probabilities(top_k=2) == pytest.approx([*top_two, 0, 0, 0])
     assert probabilities(top_k=9) == pytest.approx(LOGITS.softmax(0).tolist())
 
 
@@ -38,63 +38,65 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     assert sum(probabilities(top_p=0.7)) == pytest.approx(1)
 
 
-def test_rows_that_pad_the_vocabulary_are_never_drawn() -> None:
+def test_padding_rows_of_the_vocabulary_are_never_sampled() -> None:
     assert probabilities(vocab_size=2) == pytest.approx([*LOGITS[:2].softmax(0).tolist(), 0, 0, 0])
-    assert likeliest(-LOGITS[None], Sampling(1, 0.0, vocab_size=3)).tolist() == [2]
-    assert likeliest(-LOGITS[None], Sampling(1, 0.0)).tolist() == [4]
+    assert greedy_tokens(-LOGITS[None], Sampling(1, 0.0, vocab_size=3)).tolist() == [2]
+    assert greedy_tokens(-LOGITS[None], Sampling(1, 0.0)).tolist() == [4]
 
 
-def test_draws_follow_the_distribution() -> None:
+def test_samples_follow_the_distribution() -> None:
     weights = torch.tensor([0.1, 0.0, 0.5, 0.15, 0.25])
-    tokens = draw(weights.expand(DRAWS, -1) * 3, uniforms(DRAWS))
+    tokens = sample_tokens(weights.expand(NUM_SAMPLES, -1) * 3, uniforms(NUM_SAMPLES))
     counts = torch.bincount(tokens, minlength=5).tolist()
     assert counts[1] == 0
     assert z_score(counts, weights.tolist()) < 3.5
-    assert z_score(counts, [0.1, 1e-9, 0.5, 0.2, 0.2]) > 10, "the test would not see a wrong draw"
+    assert z_score(counts, [0.1, 1e-9, 0.5, 0.2, 0.2]) > 10, "the test detects wrong samples"
 
 
-def test_draws_at_the_edges() -> None:
+def test_samples_at_the_edges() -> None:
     weights = torch.tensor([[0.0, 0.5, 0.5, 0.0]])
-    assert draw(weights, torch.zeros(1, dtype=torch.float64)).tolist() == [1]
-    assert draw(weights, torch.tensor([1 - 2.0**-53], dtype=torch.float64)).tolist() == [2]
+    assert sample_tokens(weights, torch.zeros(1, dtype=torch.float64)).tolist() == [1]
+    assert sample_tokens(weights, torch.tensor([1 - 2.0**-53], dtype=torch.float64)).tolist() == [2]
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_judged_drafts_are_distributed_as_the_target(depth: int) -> None:
-    """Each token that comes out, and how many do, as the target says; p and q differ by position."""
+def test_verified_drafts_follow_the_target_distribution(depth: int) -> None:
+    """Tokens and their number follow the target distribution; p and q differ by position."""
     generator = torch.Generator().manual_seed(depth)
     target = torch.randn(depth + 1, 5, generator=generator).softmax(-1)
     draft = torch.randn(depth, 5, generator=generator).softmax(-1)
-    q = draft.expand(DRAWS, -1, -1)
-    drafts = torch.stack([draw(q[:, d], uniforms(DRAWS, seed=10 + d)) for d in range(depth)], 1)
-    kept, drawn = judge(target.expand(DRAWS, -1, -1), q, drafts, uniforms(DRAWS, depth + 1, seed=99))
-    chosen = torch.nn.functional.pad(drafts, (0, 1)).scatter(1, kept[:, None], drawn[:, None])
-    for place in range(depth + 1):
-        tokens = chosen[kept >= place, place]
+    q = draft.expand(NUM_SAMPLES, -1, -1)
+    drafts = torch.stack([sample_tokens(q[:, d], uniforms(NUM_SAMPLES, seed=10 + d)) for d in range(depth)], 1)
+    num_accepted, sampled = rejection_sample(
+        target.expand(NUM_SAMPLES, -1, -1), q, drafts, uniforms(NUM_SAMPLES, depth + 1, seed=99)
+    )
+    chosen = torch.nn.functional.pad(drafts, (0, 1)).scatter(1, num_accepted[:, None], sampled[:, None])
+    for position in range(depth + 1):
+        tokens = chosen[num_accepted >= position, position]
         counts = torch.bincount(tokens, minlength=5).tolist()
-        assert z_score(counts, target[place].tolist()) < 3.5
-    shares = [torch.minimum(target[d], draft[d]).sum().item() for d in range(depth)]
-    reached = DRAWS
-    for d, share in enumerate(shares):
-        accepted = int((kept > d).sum())
-        assert z_score([accepted, reached - accepted], [share, 1 - share]) < 3.5
-        reached = accepted
+        assert z_score(counts, target[position].tolist()) < 3.5
+    acceptance_rates = [torch.minimum(target[d], draft[d]).sum().item() for d in range(depth)]
+    reached = NUM_SAMPLES
+    for d, rate in enumerate(acceptance_rates):
+        count = int((num_accepted > d).sum())
+        assert z_score([count, reached - count], [rate, 1 - rate]) < 3.5
+        reached = count
 
 
-def test_drafts_without_judgement_would_be_noticed() -> None:
+def test_drafts_without_verification_would_be_detected() -> None:
     target, draft = torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    counts = torch.bincount(draw(draft.expand(DRAWS, -1), uniforms(DRAWS)), minlength=5)
+    counts = torch.bincount(sample_tokens(draft.expand(NUM_SAMPLES, -1), uniforms(NUM_SAMPLES)), minlength=5)
     assert z_score(counts.tolist(), target.tolist()) > 10
 
 
-@pytest.mark.parametrize(("drafts", "kept", "drawn"), [([1, 2, 0], 2, 3), ([1, 2, 3], 3, 4), ([0, 2, 3], 0, 1)])
-def test_greedy_judgement_keeps_exactly_the_targets_own_tokens(drafts: list[int], kept: int, drawn: int) -> None:
-    """And so does the general rule, with all probability on one token."""
+@pytest.mark.parametrize(("drafts", "accepted", "sampled"), [([1, 2, 0], 2, 3), ([1, 2, 3], 3, 4), ([0, 2, 3], 0, 1)])
+def test_greedy_verification_accepts_exactly_the_argmax_tokens(drafts: list[int], accepted: int, sampled: int) -> None:
+    """The general rule does the same with all probability on one token."""
     best, proposed = torch.tensor([[1, 2, 3, 4]]), torch.tensor([drafts])
     one_hot = torch.nn.functional.one_hot
-    judged = judge_likeliest(one_hot(best, 5).float(), proposed)
-    assert judged.packed[0, 0] == kept
-    assert judged.chosen_NT.flatten()[judged.row_N].tolist() == [drawn]
+    verified = verify_greedy(one_hot(best, 5).float(), proposed)
+    assert verified.packed[0, 0] == accepted
+    assert verified.chosen_NT.flatten()[verified.row_N].tolist() == [sampled]
     zeros = torch.zeros(1, 4, dtype=torch.float64)
-    general = judge(one_hot(best, 5).float(), one_hot(proposed, 5).float(), proposed, zeros)
-    assert [x.tolist() for x in general] == [[kept], [drawn]]
+    general = rejection_sample(one_hot(best, 5).float(), one_hot(proposed, 5).float(), proposed, zeros)
+    assert [x.tolist() for x in general] == [[accepted], [sampled]]

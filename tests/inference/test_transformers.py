@@ -1,4 +1,4 @@
-"""The same greedy texts as transformers' own generation, with its cache, from the same published weights."""
+"""Greedy texts equal those of transformers' generation with its KV cache, from the same published weights."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tests.hf.published import transformers_model
 
 
 @pytest.mark.parametrize("length", [3, 90])
-def test_greedy_texts_are_those_of_transformers(alone: Any, tmp_path: Path, length: int) -> None:
+def test_greedy_texts_equal_those_of_transformers(alone: Any, tmp_path: Path, length: int) -> None:
     from megatron_q3n.inference.generate import generate
     from megatron_q3n.inference.sampling import Sampling
     from megatron_q3n.model.build import build_model
@@ -27,7 +27,7 @@ def test_greedy_texts_are_those_of_transformers(alone: Any, tmp_path: Path, leng
     ours.load_state_dict(hf.to_megatron(dict(theirs.state_dict()), config.model), strict=False)
     prompts = torch.randint(0, 96, (3, length), generator=torch.Generator().manual_seed(length))
     with torch.no_grad():
-        wanted = theirs.generate(
+        expected = theirs.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=40,
@@ -37,4 +37,4 @@ def test_greedy_texts_are_those_of_transformers(alone: Any, tmp_path: Path, leng
             use_cache=True,
         )[:, length:]
     done = generate(ours, prompts.tolist(), Sampling(40, 0.0))
-    assert [completion.tokens for completion in done] == wanted.tolist()
+    assert [completion.tokens for completion in done] == expected.tolist()

@@ -1,8 +1,8 @@
-"""Every number the instruments give against a brute-force computation in the reference model, in fp64.
+"""Every metric of the instruments against a brute-force computation in the reference model, in fp64.
 
-The reference (model/reference/model.py) shares no code with the model that is measured; here its attention and delta rule
-are listened to, and everything is computed from whole softmax matrices, states token by token, and plain means. One
-process; layouts are test_layouts.py's matter. GPUs are not covered.
+The reference (model/reference/model.py) shares no code with the model that is measured; here its attention and delta
+rule are wrapped, and everything is computed from whole softmax matrices, states token by token, and plain means. One
+process; parallel layouts: tests/tools/layouts. GPUs are not covered.
 """
 
 import math
@@ -28,14 +28,14 @@ SETTINGS: dict[str, Any] = {
 
 
 def some_batch() -> Any:
-    from megatron_q3n.data.batch import batch_of_rows
+    from megatron_q3n.data.batch import causal_batch
 
     tokens = torch.randint(0, 64, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(3))
-    return batch_of_rows(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(ROWS, TOKENS))
+    return causal_batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(ROWS, TOKENS))
 
 
 class BruteForce:
-    """Runs the reference once and keeps what its parts saw."""
+    """One run of the reference model, with the inputs of its parts recorded."""
 
     def __init__(self, exact: Any, batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shares: list[float] = []
@@ -89,19 +89,19 @@ def measured(alone: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     state.models[0].load_state_dict(weights, strict=False)
     instruments, batch = Instruments(state), some_batch()
     state.step = 5
-    report = StepReport(1.0, 1.0, 1.0, [], {}, {"layer 1": [0.5, 0.5, 0.0, 0.0], "mtp": [0.25] * 4})
-    values = instruments.after_step([batch], report)
+    loads = {"layer 1": [0.5, 0.5, 0.0, 0.0], "mtp": [0.25] * 4}
+    values = instruments.measure(StepReport(1.0, 1.0, 1.0, [], {}, loads, [batch]))
     return exact, BruteForce(exact, batch, monkeypatch), values
 
 
 def test_every_number(measured: Any) -> None:
     """fp32 against fp64: within 1e-4, relative."""
     _, brute, values = measured
-    near = lambda wanted: pytest.approx(wanted, rel=1e-4)
+    near = lambda expected: pytest.approx(expected, rel=1e-4)
     for place, share in zip(("layer_1", "layer_3", "mtp"), brute.shares, strict=True):
-        assert values[f"sinks/first_token_{place}"] == near(share)
-    assert values["sinks/first_token"] == near(statistics.fmean(brute.shares[:2])), "without MTP"
-    assert values["sinks/first_token_max"] == near(max(brute.shares[:2]))
+        assert values[f"attention/first_token_share_{place}"] == near(share)
+    assert values["attention/first_token_share"] == near(statistics.fmean(brute.shares[:2])), "without MTP"
+    assert values["attention/first_token_share_max"] == near(max(brute.shares[:2]))
     places = [*(f"layer_{layer}" for layer in range(4)), "mtp"]
     for place, hidden, entropy in zip(places, brute.residual, brute.entropies, strict=True):
         size = hidden.abs()
@@ -115,11 +115,11 @@ def test_every_number(measured: Any) -> None:
     assert values["activations/max"] == near(max(h.abs().max().item() for h in brute.residual[:4]))
     assert values["router/entropy_min"] == near(min(brute.entropies[:4]))
     for layer, lives, norm in zip((0, 2), brute.half_lives, brute.state_norms, strict=True):
-        assert values[f"delta/half_life_layer_{layer}"] == near(statistics.median(lives))
-        assert values[f"delta/state_norm_layer_{layer}"] == near(norm)
+        assert values[f"gated_delta/half_life_tokens_layer_{layer}"] == near(statistics.median(lives))
+        assert values[f"gated_delta/state_norm_layer_{layer}"] == near(norm)
     heads = [life for lives in brute.half_lives for life in lives]
-    assert values["delta/half_life_min"] == near(min(heads))
-    assert values["delta/half_life_max"] == near(max(heads))
+    assert values["gated_delta/half_life_tokens_min"] == near(min(heads))
+    assert values["gated_delta/half_life_tokens_max"] == near(max(heads))
 
 
 def test_norm_scales(measured: Any) -> None:
@@ -127,20 +127,20 @@ def test_norm_scales(measured: Any) -> None:
     scales = {name: (1 + w).abs().max().item() for name, w in exact.named_parameters() if "norm" in name}
     gated = {name: weight.abs().max().item() for name, weight in exact.named_parameters() if "linear_attn.norm" in name}
     scales |= gated  # the published ones of these are not zero-centered
-    assert values["norms/max"] == pytest.approx(max(scales.values()))
-    assert values["norms/max_delta_output"] == pytest.approx(max(gated.values()))
+    assert values["norm_scale/max"] == pytest.approx(max(scales.values()))
+    assert values["norm_scale/max_delta_output"] == pytest.approx(max(gated.values()))
     for layer in range(4):
         own = [s for name, s in scales.items() if f"model.layers.{layer}." in name]
-        assert values[f"norms/max_layer_{layer}"] == pytest.approx(max(own))
-    assert values["norms/max_query"] == pytest.approx(
+        assert values[f"norm_scale/max_layer_{layer}"] == pytest.approx(max(own))
+    assert values["norm_scale/max_query"] == pytest.approx(
         max(s for name, s in scales.items() if "q_norm" in name and not name.startswith("mtp"))
     )
 
 
 def test_loads_and_names(measured: Any) -> None:
     *_, values = measured
-    assert values["experts/max_over_mean_layer_1"] == 2
+    assert values["experts/load_imbalance_layer_1"] == 2
     assert values["experts/dead_layer_1"] == 2
-    assert values["experts/max_over_mean_mtp"] == 1
+    assert values["experts/load_imbalance_mtp"] == 1
     for name in values:
         names.check(name)

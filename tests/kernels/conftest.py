@@ -1,4 +1,4 @@
-"""Where the fused kernels run: on a GPU when there is one, else in Triton's interpreter, on CPU tensors."""
+"""Device of the fused kernels: a GPU when there is one, else Triton's interpreter on CPU tensors."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def triton_device() -> str:
-    """Name the device fused kernels run on here."""
+    """Return the device on which fused kernels run here."""
     pytest.importorskip("triton", reason="Triton ships with torch for Linux only")
     if torch.cuda.is_available():
         return "cuda"
@@ -15,7 +15,7 @@ def triton_device() -> str:
 
 
 def _let_numpy_2_5_index() -> None:
-    """Triton 3.6's interpreter turns one-element arrays into loop bounds with int(), which NumPy 2.5 refuses."""
+    """Patch Triton 3.6's interpreter: int() of one-element arrays, its loop bounds, is rejected by NumPy 2.5."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor

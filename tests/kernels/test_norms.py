@@ -11,7 +11,7 @@ def test_rms_norm_is_zero_centered() -> None:
     torch.testing.assert_close(rms_norm(x, weight, 1e-6), by_hand, rtol=1e-12, atol=0)
 
 
-def test_statistics_are_wide_for_narrow_inputs() -> None:
+def test_statistics_are_fp32_for_bf16_inputs() -> None:
     """bf16 holds 8 bits: a mean of squares in it would be off by percents."""
     x = (torch.randn(4, 4096) * 3).bfloat16()
     weight = torch.zeros(4096)

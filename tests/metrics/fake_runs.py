@@ -1,6 +1,6 @@
-"""Run directories with plausible curves, for tests of the report and for looking at it.
+"""Fake run directories with plausible curves, for tests of the report and for viewing it.
 
-python tests/metrics/fake_runs.py DIRECTORY [STEPS]     writes one and its report
+python tests/metrics/fake_runs.py DIRECTORY [STEPS]     write one run and its report
 """
 
 import json
@@ -28,11 +28,11 @@ def write_run(
     total_steps = total_steps or steps
     run_dir.mkdir(parents=True, exist_ok=True)
     file = jsonl.open_at(run_dir / "metrics.jsonl", 0)
-    inside = random.Random(seed)
+    instruments_rng = random.Random(seed)
     for step in range(1, steps + 1):
         record = _record(step, total_steps, rng)
         if step == 1 or step % max(1, total_steps // 14) == 0:
-            record |= _inside(step / total_steps, layers, gated, inside)
+            record |= _instruments(step / total_steps, layers, gated, instruments_rng)
         file.append(record)
     file.close()
     tree = {
@@ -48,7 +48,7 @@ def write_run(
     _dump(run_dir / "expert_load.json", expert_load(4, 8, rng, steps))
     baseline = {"name": "Witten-Bell bigram, same tokens", "bits_per_byte": 2.41, "bits_per_token": 5.8}
     _dump(run_dir / "baseline.json", baseline)
-    _dump(run_dir / "evaluation.json", evaluation(gated, inside))
+    _dump(run_dir / "evaluation.json", evaluation(gated, instruments_rng))
     summary = {"parameters": 1_962_496, "active_parameters": 1_175_000, "python_lines": 20, "python_lines_accepted": 13}
     if steps == total_steps:
         _dump(run_dir / "summary.json", summary)
@@ -56,7 +56,7 @@ def write_run(
 
 
 def expert_load(num_layers: int, num_experts: int, rng: random.Random, step: int) -> dict[str, Any]:
-    """Return a load with one dead and one favoured expert."""
+    """Return a load with one dead and one favored expert."""
     layers = []
     for layer in range(num_layers):
         weights = [math.exp(rng.gauss(0, 0.3)) for _ in range(num_experts)]
@@ -68,7 +68,7 @@ def expert_load(num_layers: int, num_experts: int, rng: random.Random, step: int
 
 
 def evaluation(gated: bool, rng: random.Random) -> dict[str, Any]:
-    """Return what the evaluate stage leaves: text by position (worse far on without the gate), recall, a task."""
+    """Return an evaluation.json: loss by position (worse at long positions without the gate), copy recall, a task."""
 
     def text(start: int, end: int) -> dict[str, Any]:
         loss = 2.1 + (0.0 if gated or start < 2048 else 0.8) + rng.gauss(0, 0.01)
@@ -99,14 +99,14 @@ def _record(step: int, total_steps: int, rng: random.Random) -> dict[str, float]
         "tokens": step * TOKENS_PER_STEP,
         "loss/train": loss,
         "loss/mtp_1": loss + 0.35 + rng.gauss(0, 0.05),
-        "loss/balance": 1 + 0.35 * math.exp(-step / 90) + abs(rng.gauss(0, 0.008)),
+        "loss/load_balancing": 1 + 0.35 * math.exp(-step / 90) + abs(rng.gauss(0, 0.008)),
         "grad_norm": 0.5 + 6 * math.exp(-step / 25) + abs(rng.gauss(0, 0.12)) + (4 if step == 431 else 0),
         "learning_rate": _learning_rate(step, total_steps),
         "throughput/tokens_per_second": TOKENS_PER_STEP / seconds,
         "throughput/step_seconds": seconds,
         "throughput/model_tflops_per_second": 7.1e-6 * TOKENS_PER_STEP / seconds,
         "memory/peak_gib": 1.31,
-        "experts/max_over_mean": 1.4 + 1.2 * math.exp(-step / 80) + abs(rng.gauss(0, 0.08)),
+        "experts/load_imbalance": 1.4 + 1.2 * math.exp(-step / 80) + abs(rng.gauss(0, 0.08)),
         "experts/dead": max(0, 3 - step // 40),
         "skipped_steps": 0,
     }
@@ -117,8 +117,8 @@ def _record(step: int, total_steps: int, rng: random.Random) -> dict[str, float]
     return record
 
 
-def _inside(done: float, layers: int, gated: bool, rng: random.Random) -> dict[str, float]:
-    """What instruments would show: sinks and massive activations grow without the gate."""
+def _instruments(done: float, layers: int, gated: bool, rng: random.Random) -> dict[str, float]:
+    """Return instruments metrics: attention sinks and massive activations grow without the gate."""
 
     def noisy(value: float) -> float:
         return value * math.exp(rng.gauss(0, 0.06))
@@ -131,21 +131,21 @@ def _inside(done: float, layers: int, gated: bool, rng: random.Random) -> dict[s
         values[f"activations/max_over_median_layer_{layer}"] = noisy(4 + peak * depth)
         values[f"activations/max_layer_{layer}"] = noisy(3 + peak * depth)
         values[f"activations/rms_layer_{layer}"] = noisy(1 + depth * done)
-        values[f"norms/max_layer_{layer}"] = noisy(1 + 0.3 * done)
+        values[f"norm_scale/max_layer_{layer}"] = noisy(1 + 0.3 * done)
         values[f"gradients/norm_layer_{layer}"] = noisy(0.3 - 0.2 * depth)
         values[f"router/entropy_layer_{layer}"] = 0.98 - 0.2 * done * rng.random()
-        values[f"experts/max_over_mean_layer_{layer}"] = noisy(1.3 + done * depth)
+        values[f"experts/load_imbalance_layer_{layer}"] = noisy(1.3 + done * depth)
         if layer % 4 == 3:
-            values[f"sinks/first_token_layer_{layer}"] = noisy(sink * depth)
+            values[f"attention/first_token_share_layer_{layer}"] = noisy(sink * depth)
         else:
-            values[f"delta/half_life_layer_{layer}"] = noisy(2 ** (8 * depth))
-            values[f"delta/state_norm_layer_{layer}"] = noisy(0.2 + done)
+            values[f"gated_delta/half_life_tokens_layer_{layer}"] = noisy(2 ** (8 * depth))
+            values[f"gated_delta/state_norm_layer_{layer}"] = noisy(0.2 + done)
     return {
-        "sinks/first_token": sink / 2,
-        "sinks/first_token_max": noisy(sink),
+        "attention/first_token_share": sink / 2,
+        "attention/first_token_share_max": noisy(sink),
         "activations/max_over_median": 4 + peak,
-        "norms/max": noisy(1 + 0.3 * done),
-        "delta/half_life": 4.0,
+        "norm_scale/max": noisy(1 + 0.3 * done),
+        "gated_delta/half_life_tokens": 4.0,
         "router/entropy": noisy(0.98 - 0.1 * done),
         **values,
     }
@@ -189,7 +189,8 @@ def _dump(path: Path, tree: Any) -> None:
 
 
 if __name__ == "__main__":
-    from megatron_q3n.metrics.report import write_report  # late: the tests import this file without drawing
+    # imported here, because the tests import this file without drawing
+    from megatron_q3n.metrics.report import write_report
 
     run = write_run(Path(sys.argv[1]), *map(int, sys.argv[2:3]))
     print(write_report(run))

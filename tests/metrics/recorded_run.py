@@ -1,9 +1,9 @@
-"""A stand-in for the training loop, run as a process of its own so that a test can kill it.
+"""Fake training loop, run as a separate process so that a test can kill it.
 
     python recorded_run.py RUN_DIR FIRST_STEP LAST_STEP [kill_after=K] [total=N] [pause=SECONDS] [spike=K] …
 
-The numbers are a function of the step, and a checkpoint is complete at every fifth; so is a look at the expert load.
-`wandb.mode=MODE` is the other option.
+Metrics are a function of the step. Every fifth step completes a checkpoint and writes the expert load. A further option
+is `wandb.mode=MODE`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""metrics.jsonl left in any state: what is kept, what is cut, and that a refused write is told plainly."""
+"""metrics.jsonl after kills in any state: which lines are kept or removed, and the error of a failed write."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def test_resume_on_a_torn_file(tmp_path_factory: pytest.TempPathFactory, num_ste
 
 @settings(deadline=None)  # the disk may be busy
 @given(junk=st.lists(st.binary(max_size=30), max_size=4))
-def test_lines_that_are_no_record_are_dropped(tmp_path_factory: pytest.TempPathFactory, junk: list[bytes]) -> None:
+def test_lines_that_are_not_records_are_removed(tmp_path_factory: pytest.TempPathFactory, junk: list[bytes]) -> None:
     path = tmp_path_factory.mktemp("junk") / "metrics.jsonl"
     good = _lines(3)
     path.write_bytes(good[0] + b"".join(j.replace(b"\n", b"") + b"\n" for j in junk) + good[1] + good[2])
@@ -58,7 +58,7 @@ def test_an_untouched_file_is_not_rewritten(tmp_path: Path) -> None:
     assert (path.stat().st_ino, file.cut_lines, file.last_step) == (inode, 0, 3)
 
 
-def test_every_line_is_on_its_way_at_once(tmp_path: Path) -> None:
+def test_every_line_is_written_immediately(tmp_path: Path) -> None:
     file = jsonl.open_at(tmp_path / "metrics.jsonl", 0)
     file.append({"step": 1, "loss/train": 2.5})
     assert jsonl.read(file.path) == [{"step": 1, "loss/train": 2.5}]
@@ -73,7 +73,7 @@ def test_not_a_number_is_null(tmp_path: Path) -> None:
     assert math.isnan(jsonl.read(file.path)[0]["loss/train"])
 
 
-def test_steps_only_go_forward(tmp_path: Path) -> None:
+def test_steps_must_increase(tmp_path: Path) -> None:
     file = jsonl.open_at(tmp_path / "metrics.jsonl", 0)
     file.append({"step": 2})
     with pytest.raises(AssertionError, match="not after step 2"):
@@ -81,7 +81,7 @@ def test_steps_only_go_forward(tmp_path: Path) -> None:
     file.close()
 
 
-def test_read_from_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_read_from_continues_at_its_offset(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(_lines(2)) + b'{"step": 3, ')
     records, offset = jsonl.read_from(path, 0)
@@ -92,14 +92,14 @@ def test_read_from_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_clear_message() -> None:
-    """/dev/full refuses every write as a full disk does."""
+    """/dev/full fails every write, as a full disk does."""
     file = jsonl.MetricsFile(Path("/dev/full"), last_step=0, cut_lines=0)
     with pytest.raises(UserError, match=r"/dev/full: cannot be written \(No space left on device\)"):
         file.append({"step": 1})
     file.close()
 
 
-def test_a_directory_that_cannot_be_made_is_one_clear_message(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_one_clear_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         jsonl.open_at(tmp_path / "file" / "metrics.jsonl", 0)

@@ -1,4 +1,4 @@
-"""Pace and FLOP arithmetic against numbers worked out by hand, with a clock that the test moves."""
+"""Throughput and MFU against numbers computed by hand, with a simulated clock."""
 
 import pytest
 
@@ -13,7 +13,7 @@ class Clock:
         return self.now
 
 
-def test_laps_leave_out_pauses() -> None:
+def test_laps_exclude_pauses() -> None:
     clock = Clock()
     timer = StepTimer(clock=clock)
     clock.now += 2
@@ -37,7 +37,7 @@ def test_window_forgets_old_steps() -> None:
     assert timer.tokens_per_second == 4
 
 
-def test_nothing_is_known_before_the_first_step() -> None:
+def test_values_are_none_before_the_first_step() -> None:
     timer = StepTimer()
     assert timer.median_seconds is None
     assert timer.tokens_per_second is None

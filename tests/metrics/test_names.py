@@ -1,4 +1,4 @@
-"""The table of metric names: unique, documented, closed to unknown names."""
+"""Table of metric names: unique, documented, unknown names rejected."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_known_names_are_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["loss", "loss/mtp_", "loss/mtp_x", "loss/mtp_1/x", "xloss/train"])
-def test_unknown_names_are_refused(name: str) -> None:
+def test_unknown_names_are_rejected(name: str) -> None:
     with pytest.raises(AssertionError, match="has no row"):
         names.check(name)
 

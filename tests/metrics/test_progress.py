@@ -1,4 +1,4 @@
-"""The live line rendered at real widths, and the plain lines of a log file. Colours are not covered."""
+"""Progress display: the live line at several widths, and the plain lines of a log file. Colors are not covered."""
 
 import io
 
@@ -40,7 +40,7 @@ def _rendered(width: int, total_steps: int = 2000) -> str:
     progress, _ = _progress(width, live=True, total_steps=total_steps)
     for step in (1, 2, 3):
         progress.update(step, VALUES)
-    # without colours rich leaves the rest of a bar blank
+    # without colors rich leaves the rest of a bar blank
     console = Console(width=width, force_terminal=True, color_system="standard", no_color=False)
     with console.capture() as capture:
         console.print(progress)

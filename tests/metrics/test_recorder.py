@@ -1,4 +1,4 @@
-"""The Recorder's order and its refusals; what wandb makes of it is in test_wandb_sink.py."""
+"""Recorder: order of records, rejected calls, messages. The wandb sink is in test_wandb_sink.py."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_each_step_is_one_line_with_step_time_and_values(tmp_path: Path) -> None
     assert second["time"] >= first["time"] > 1.7e9
 
 
-def test_a_resume_cuts_back_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resume_truncates_the_records_and_logs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorder = _recorder(tmp_path)
     for step in range(1, 6):
         recorder.log(step, {"tokens": step, "loss/train": 1.0})
@@ -40,9 +40,9 @@ def test_a_resume_cuts_back_and_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     resumed.close("done")
     records = jsonl.read(tmp_path / "metrics.jsonl")
     assert [(r["step"], r["loss/train"]) for r in records] == [(1, 1), (2, 1), (3, 1), (4, 9)]
-    said = "metrics.jsonl: cut back to step 3 (2 lines); those steps run again"
-    assert said in capsys.readouterr().out
-    assert said in (tmp_path / "logs" / "events.log").read_text()
+    message = "metrics.jsonl: truncated to step 3 (2 lines removed); these steps run again"
+    assert message in capsys.readouterr().out
+    assert message in (tmp_path / "logs" / "events.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_resume_cuts_back_and_says_so(tmp_path: Path, capsys: pytest.CaptureFi
         (1, {"tokens": 1, "loss/tarin": 1.0}, "'loss/tarin' has no row"),
     ],
 )
-def test_a_wrong_call_is_refused_before_anything_is_written(
+def test_an_invalid_call_is_rejected_before_anything_is_written(
     tmp_path: Path, step: int, values: dict[str, float], complaint: str
 ) -> None:
     recorder = _recorder(tmp_path)
@@ -63,7 +63,7 @@ def test_a_wrong_call_is_refused_before_anything_is_written(
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_only_the_leader_leaves_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_leader_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorder = _recorder(tmp_path / "run", enabled=False)
     recorder.log(1, {"anything": 1.0})
     recorder.checkpointed(1)

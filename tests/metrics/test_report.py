@@ -1,4 +1,4 @@
-"""The pages from run directories in every state. Not covered: how they look; people do that, in a browser."""
+"""Report pages from run directories in every state. Not covered: their appearance in a browser."""
 
 import html.parser
 import json
@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as np_strategies
 from megatron_q3n.config import UserError
 from megatron_q3n.metrics import jsonl
 from megatron_q3n.metrics.report import write_comparison, write_report
-from megatron_q3n.metrics.report.series import Series, pick, smooth, thin
+from megatron_q3n.metrics.report.series import Series, downsample, pick, smooth
 from megatron_q3n.metrics.report.variants import mean_and_spread, spread_text
 from tests.metrics.fake_runs import expert_load, write_run
 
@@ -28,7 +28,7 @@ VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
 class Checker(html.parser.HTMLParser):
-    """Follows the tags: every one closed in order, and nothing fetched from anywhere."""
+    """HTML parser that checks that tags are closed in order, and collects external references and text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Checker(html.parser.HTMLParser):
 
 
 def _checked_text(page: Path) -> str:
-    """Check that a page is whole and self-contained; return its text."""
+    """Check that a page is well-formed and self-contained; return its text."""
     source = page.read_text(encoding="utf-8")
     checker = Checker()
     checker.feed(source)
@@ -78,7 +78,7 @@ def test_a_finished_run(run_dir: Path) -> None:
     assert bits is not None
     percent = 100 * (bits / 2.41 - 1)
     assert f"{bits:.3f} {percent:.1f} % above Witten-Bell bigram" in text
-    for expected in ("60 of 60", "61.4 k", "1.96 M", "13 of 20 longer lines", "samples.prompts"):
+    for expected in ("60 of 60", "61.4 k", "1.96 M", "13 of 20 long lines", "samples.prompts"):
         assert expected in text, expected
     for title in ("Loss", "Expert load", "Gradient norm", "Throughput", "Settings", "Backends"):
         assert title in text, title
@@ -104,7 +104,7 @@ def test_the_same_run_gives_the_same_bytes(run_dir: Path) -> None:
     assert write_report(run_dir).read_bytes() == first
 
 
-def test_charts_take_the_colours_of_the_page(run_dir: Path) -> None:
+def test_charts_take_the_colors_of_the_page(run_dir: Path) -> None:
     source = write_report(run_dir).read_text()
     assert "stroke: var(--c0)" in source
     assert "DejaVu" not in source
@@ -139,7 +139,7 @@ def test_a_few_steps_of_many(tmp_path: Path, steps: int) -> None:
     assert f"unfinished, at step {steps} of 500" in _checked_text(write_report(run_dir))
 
 
-def test_values_that_are_no_number(tmp_path: Path) -> None:
+def test_non_finite_values(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", steps=40)
     file = jsonl.open_at(run_dir / "metrics.jsonl", 30)
     for step in range(31, 34):
@@ -147,7 +147,7 @@ def test_values_that_are_no_number(tmp_path: Path) -> None:
     file.close()
     text = _checked_text(write_report(run_dir))
     assert "3 values were not finite" in text
-    assert "Training loss not finite 3 such steps" in text
+    assert "Training loss not finite in 3 steps" in text
 
 
 def test_nothing_but_nan(tmp_path: Path) -> None:
@@ -188,13 +188,13 @@ def test_a_hundred_thousand_steps_stay_small(tmp_path: Path) -> None:
 )
 def test_thinning_keeps_the_extremes(values: np.ndarray, max_points: int) -> None:
     series = Series(np.arange(len(values), dtype=np.float64), values)
-    thinned = thin(series, max_points)
-    assert len(thinned) <= max(max_points, 2)
-    assert (np.diff(thinned.x) > 0).all()
-    np.testing.assert_array_equal(thinned.y, values[thinned.x.astype(int)])
+    downsampled = downsample(series, max_points)
+    assert len(downsampled) <= max(max_points, 2)
+    assert (np.diff(downsampled.x) > 0).all()
+    np.testing.assert_array_equal(downsampled.y, values[downsampled.x.astype(int)])
     if len(series.finite):
-        assert thinned.finite.min() == series.finite.min()
-        assert thinned.finite.max() == series.finite.max()
+        assert downsampled.finite.min() == series.finite.min()
+        assert downsampled.finite.max() == series.finite.max()
 
 
 @given(np_strategies.arrays(np.float64, st.integers(1, 300), elements=st.floats(-10, 10) | st.just(math.nan)))
@@ -236,7 +236,8 @@ def test_runs_that_differ_in_the_seed_are_one_variant_with_a_spread(tmp_path: Pa
         mean, spread = mean_and_spread(part)
         assert mean == pytest.approx(np.mean(part))
         assert spread == pytest.approx(np.std(part, ddof=1))
-        assert f"{mean:.2f}" in text  # ± stands behind
+        # the text continues with ±
+        assert f"{mean:.2f}" in text
     for index in range(8):
         runs.append(write_run(tmp_path / f"other-{index}", steps=1))
         _set(runs[-1], "schedule", "lr", 0.001 + index / 1000)
@@ -248,10 +249,10 @@ def test_recall_has_a_card_and_is_no_task(run_dir: Path) -> None:
     text = _checked_text(write_report(run_dir))
     found = json.loads((run_dir / "evaluation.json").read_text())["tasks"]
     accuracy = found["repeat 256 tokens"]["accuracy"]
-    assert "Recall" in text
+    assert "Copy recall (induction)" in text
     assert f"256 {accuracy:.1%} 1.480 6.100" in " ".join(text.split())
     assert "repeat 256 tokens" not in text
-    assert "brackets" in text, "what is no length of the probe stays a task"
+    assert "brackets" in text, "a task that is not part of the probe"
 
 
 def test_evaluations_are_compared(tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_evaluations_are_compared(tmp_path: Path) -> None:
         _set(run, "model", "attention_gate", "none")
     page = write_comparison(runs, tmp_path / "page.html")
     text = " ".join(_checked_text(page).split())
-    assert "Recall" in text
+    assert "Copy recall (induction)" in text
     losses = [
         [json.loads((r / "evaluation.json").read_text())["sets"]["validation"]["by_position"][3]["loss"] for r in pair]
         for pair in (runs[:2], runs[2:])
@@ -269,7 +270,7 @@ def test_evaluations_are_compared(tmp_path: Path) -> None:
     assert f"3,072 to 4,096 {cells[0]} {cells[1]}" in text
     for run in runs:
         (run / "evaluation.json").unlink()
-    assert "Recall" not in _checked_text(write_comparison(runs, tmp_path / "page.html"))
+    assert "Copy recall" not in _checked_text(write_comparison(runs, tmp_path / "page.html"))
 
 
 def _set(run_dir: Path, section: str, name: str, value: object) -> None:
@@ -283,29 +284,29 @@ def test_instruments_have_their_sections(tmp_path: Path) -> None:
     for run in (few, many):
         text = _checked_text(write_report(run))
         for title in (
-            "Attention to the first token",
+            "Attention weight on the first token",
             "Largest activation over the median by layer",
             "Gated DeltaNet",
-            "Half-life of memory",
+            "Half-life of the state",
             "Largest norm scale by layer",
             "Gradient norm by layer",
             "Router entropy by layer",
         ):
             assert title in text, title
-        assert "More" not in text.split(), "a number without a panel of its own"
+        assert "More" not in text.split(), "a metric without a panel"
     legend = '<i style="background:var(--c3)"></i>layer 3 '
     assert legend in (few / "report.html").read_text()
-    assert legend not in (many / "report.html").read_text(), "48 layers are a map"
+    assert legend not in (many / "report.html").read_text(), "48 layers are a heat map"
 
 
 def test_alerts_have_a_section(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=60, gated=False)
     text = _checked_text(write_report(run))
-    assert "Alerts What was out of the ordinary" in text
-    assert "attention sink share of attention on the first token" in text
+    assert "Alerts Alerts of this run" in text
+    assert "attention sink attention weight on the first token" in text
     assert "massive activations largest activation over median" in text
     quiet = write_run(tmp_path / "quiet", steps=10)
-    assert "out of the ordinary" not in _checked_text(write_report(quiet))
+    assert "Alerts of this run" not in _checked_text(write_report(quiet))
 
 
 def _tool(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -313,7 +314,7 @@ def _tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_tool_rebuilds_and_refuses(tmp_path: Path) -> None:
+def test_the_tool_rebuilds_reports_and_rejects_bad_input(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", steps=2)
     done = _tool(run_dir)
     assert (done.returncode, done.stdout.strip()) == (0, str(run_dir / "report.html"))

@@ -1,6 +1,6 @@
-"""The wandb workspace as it would be saved: the report's panels, real metric names, tokens on the x axis.
+"""wandb workspace before saving: the report's panels, names from the metric table, tokens as the x axis.
 
-Not covered: a server taking it.
+Not covered: saving to a server.
 """
 
 import json
@@ -21,7 +21,7 @@ from megatron_q3n.metrics.workspace import OTHERS, build_workspace, pattern
 TOOL = Path(__file__).parents[2] / "tools/wandb_workspace.py"
 
 
-def test_what_would_be_saved() -> None:
+def test_the_workspace_before_saving() -> None:
     workspace = build_workspace("team", "project", "name")
     assert [section.name for section in workspace.sections] == [*SECTIONS[:-1], OTHERS]
     spec = workspace._to_model().model_dump(by_alias=True, exclude_none=True)["spec"]
@@ -47,12 +47,12 @@ def test_what_would_be_saved() -> None:
         ("experts/dead_layer_11x", False),
     ],
 )
-def test_patterns_take_their_rows_only(name: str, fits: bool) -> None:
+def test_patterns_match_their_rows_only(name: str, fits: bool) -> None:
     expression = pattern(("experts/dead_layer_<k>", "experts/dead_mtp"))
     assert bool(re.search(expression, name)) is fits
 
 
-def test_the_tool_prints_and_refuses_without_a_login(tmp_path: Path) -> None:
+def test_the_tool_prints_and_fails_without_a_login(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     environment |= {"NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
 
@@ -61,7 +61,7 @@ def test_the_tool_prints_and_refuses_without_a_login(tmp_path: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
     outline = json.loads(run("--print").stdout)
-    assert "Attention to the first token" in [p["title"] for p in outline["Attention and activations"]]
+    assert "Attention weight on the first token" in [p["title"] for p in outline["Attention and activations"]]
     refused = run("--entity", "nobody")
     assert refused.returncode == 2
     assert "wandb did not take the workspace" in refused.stderr

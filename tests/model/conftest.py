@@ -1,4 +1,4 @@
-"""Fixtures shared with the kernels' tests: the device on which fused kernels run."""
+"""Fixtures shared with the tests of kernels: the device on which fused kernels run."""
 
 from tests.kernels.conftest import triton_device
 

@@ -1,7 +1,7 @@
-"""The GPU's spelling of the model against the reference, and against the CPU's: same names, same losses.
+"""Model on a GPU against the reference and against the CPU: same parameter names, same losses.
 
-bf16 through TransformerEngine and the fused delta rule. The rungs that a CPU climbs too take the backend as a
-parameter and stand beside what they test (fixture `backend`). Speed is not covered here.
+bf16 through TransformerEngine and the fused delta rule. Correctness tests that also run on a CPU take the backend as a
+parameter (fixture `backend`) and are next to what they test. Not covered: speed.
 """
 
 from dataclasses import replace
@@ -47,8 +47,9 @@ def errors_of(backend: Backend, settings: dict[str, Any] | None = None) -> tuple
     from megatron_q3n.model.build import build_model
     from tests.model.reference.test_model import reference
 
-    rounds = backend.compute == "bf16"  # which may route a token elsewhere: then every expert takes all
-    model_settings = MODEL | ({"moe_router_topk": 8} if rounds else {}) | (settings or {})
+    # bf16 rounding may route a token to another expert, so every token is routed to every expert
+    is_bf16 = backend.compute == "bf16"
+    model_settings = MODEL | ({"moe_router_topk": 8} if is_bf16 else {}) | (settings or {})
     config = validate({"model": model_settings, "precision": {"compute": backend.compute}})
     exact = reference(config.model)
     device, parallel = backend.alone
@@ -62,16 +63,17 @@ def errors_of(backend: Backend, settings: dict[str, Any] | None = None) -> tuple
     ours = model(cuda[0], cuda[1], None, labels=cuda[2], loss_mask=torch.ones(2, TOKENS).cuda())
     ours.sum().backward()
     gradients = {n: p.grad.float().cpu() / ours.numel() for n, p in model.named_parameters()}
-    wanted = exact(tokens[:, :-1], tokens[:, 1:])
-    wanted.loss.backward()
+    expected = exact(tokens[:, :-1], tokens[:, 1:])
+    expected.loss.backward()
     published = {n: p.grad for n, p in exact.named_parameters()}
     reference_gradients = hf.to_megatron(published, config.model, gradients=True)
-    unsteady = ("A_log", "dt_bias") if rounds else ()  # small sums of large terms
+    # small sums of large terms
+    unstable = ("A_log", "dt_bias") if is_bf16 else ()
     worst = max(
-        ((gradients[n] - g).norm() / g.norm(), n) for n, g in reference_gradients.items() if not n.endswith(unsteady)
+        ((gradients[n] - g).norm() / g.norm(), n) for n, g in reference_gradients.items() if not n.endswith(unstable)
     )
-    print(f"loss {ours.mean().item()} {wanted.lm_loss.item()}, worst gradient {worst}")
-    return ours.mean().item() / wanted.lm_loss.item() - 1, worst[0].item()
+    print(f"loss {ours.mean().item()} {expected.lm_loss.item()}, worst gradient {worst}")
+    return ours.mean().item() / expected.lm_loss.item() - 1, worst[0].item()
 
 
 @pytest.mark.parametrize(
@@ -87,8 +89,7 @@ def test_matches_the_reference(which: Backend, loss_tolerance: float, gradient_t
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_variants_match_the_reference(variant: dict[str, Any], alone: Any) -> None:
-    """Gates, windows and router options through TransformerEngine. Every expert is chosen, so the bias changes nothing
-    but the path."""
+    """Gates, windows and router options in TransformerEngine; every expert is selected: the bias has no effect."""
     loss, gradient = errors_of(replace(GPU_TE, alone=alone), variant)
     assert abs(loss) < 5e-3
     assert gradient < 0.3

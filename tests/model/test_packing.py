@@ -1,58 +1,62 @@
-"""Packed documents are the same documents run one by one: losses, and gradients through MTP too. Balance loss off.
+"""Packed documents give the losses and gradients of single documents, MTP included, without the balance loss.
 
-One process, on every backend. Packing under other layouts: tests/layouts. That the tolerances tell packed
-documents from leaking ones is shown beside: the same tokens run as one document miss every one of them.
-In bf16 every expert takes every token, since rounding would send some elsewhere.
+One process, on every backend. Packing under other layouts: tests/tools/layouts. The same tokens run as one document
+exceed every tolerance, so the tolerances detect attention or state that leaks between documents. In bf16 every token is
+routed to every expert, since rounding would change the routing of some.
 """
 
+import itertools
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_q3n.packing import Packing
 from tests.backends import MODEL, Backend
 
 LENGTHS = [5, 40, 1, 66]
-TOLERANCES = {"fp32": (1e-5, 1e-5), "bf16": (2e-3, 0.1)}  # of losses, of each gradient
-GATES = ("A_log", "dt_bias")  # their gradients are small sums of large terms: 3 times as much off a CPU
+# of losses, of each gradient
+TOLERANCES = {"fp32": (1e-5, 1e-5), "bf16": (2e-3, 0.1)}
+# Their gradients are small sums of large terms, with a threefold tolerance except in fp32 on a CPU.
+GATES = ("A_log", "dt_bias")
 
 
 def batch_of(lengths: list[int], tokens: torch.Tensor) -> Any:
-    """Pack the tokens into documents of these lengths; the last token of each asks nothing."""
+    """Pack the tokens into documents of these lengths; the last token of each has no target."""
     from megatron_q3n.data.batch import Batch
 
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    packing = Packing.of([0, *itertools.accumulate(lengths)])
     mask = torch.ones(1, sum(lengths))
-    mask[0, bounds[1:] - 1] = 0
+    mask[0, [end - 1 for _, end in packing.spans]] = 0
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     labels = torch.roll(tokens, -1, 1)
-    return Batch(tokens, labels, mask, positions, bounds.to(torch.int32), max(lengths))
+    return Batch(tokens, labels, mask, positions, packing)
 
 
 def row_of(tokens: torch.Tensor) -> Any:
-    """Make one document a plain row, without any word of packing."""
-    from megatron_q3n.data.batch import batch_of_rows
+    """Return one document as a row without packing."""
+    from megatron_q3n.data.batch import causal_batch
 
     mask = torch.ones(1, tokens.shape[1])
     mask[0, -1] = 0
-    return batch_of_rows(tokens, torch.roll(tokens, -1, 1), mask)
+    return causal_batch(tokens, torch.roll(tokens, -1, 1), mask)
 
 
 def set_weights(model: Any) -> None:
-    """Draw weights far from their init."""
+    """Set weights far from their initialization."""
     weights = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):
-                # forgetting all at once would make its gradient mere rounding
+                # with complete decay at every token its gradient would be rounding noise
                 parameter.fill_(-2.0)
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=weights) * 0.06)
 
 
 def gradients_of(state: Any, batches: list[Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Take a step that changes no weight; return its report and every gradient."""
+    """Run a step that changes no weight; return its report and every gradient."""
     from megatron_q3n.training.step import train_step
 
     state.optimizer.step = lambda: (True, None, None)
@@ -60,9 +64,9 @@ def gradients_of(state: Any, batches: list[Any]) -> tuple[Any, dict[str, torch.T
     return report, {n: p.main_grad.clone() for n, p in state.models[0].named_parameters()}
 
 
-def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
+def errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
     """Return each gradient's relative error."""
-    return {name: ((found[name] - want).norm() / want.norm().clamp(min=1e-12)).item() for name, want in wanted.items()}
+    return {name: ((actual[name] - x).norm() / x.norm().clamp(min=1e-12)).item() for name, x in expected.items()}
 
 
 @pytest.mark.parametrize("depths", [0, 1, 2])
@@ -84,11 +88,11 @@ def test_packed_documents_equal_single_ones(depths: int, backend: Backend) -> No
     loss_tolerance, gradient_tolerance = TOLERANCES[backend.compute]
     assert together.loss == pytest.approx(apart.loss, rel=loss_tolerance)
     assert together.mtp_losses == pytest.approx(apart.mtp_losses, rel=loss_tolerance)
-    found, leaks = errors(packed, single), errors(leaking, single)
-    worst = max(found, key=found.__getitem__)
-    print(f"loss off by {together.loss / apart.loss - 1:.1e}, gradient by {found[worst]:.1e}, {worst}")
-    on_a_cpu = state.device.torch_device.type == "cpu" and backend.compute == "fp32"
-    for name, error in found.items():
-        slack = 3 if name.endswith(GATES) and not on_a_cpu else 1
+    packed_errors, leaking_errors = errors(packed, single), errors(leaking, single)
+    worst = max(packed_errors, key=packed_errors.__getitem__)
+    print(f"loss off by {together.loss / apart.loss - 1:.1e}, gradient by {packed_errors[worst]:.1e}, {worst}")
+    is_cpu_fp32 = state.device.torch_device.type == "cpu" and backend.compute == "fp32"
+    for name, error in packed_errors.items():
+        slack = 3 if name.endswith(GATES) and not is_cpu_fp32 else 1
         assert error < slack * gradient_tolerance, f"{name}: gradient off by {error:.1e}"
-        assert leaks[name] > slack * gradient_tolerance, f"{name}: a leak of {leaks[name]:.1e} hides"
+        assert leaking_errors[name] > slack * gradient_tolerance, f"{name}: a leak of {leaking_errors[name]:.1e} hides"

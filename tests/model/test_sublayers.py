@@ -1,4 +1,4 @@
-"""Sublayers with their fused norms, sums and attention inputs give what megatron-core's give, gradients included.
+"""Sublayers with fused norms, sums and attention inputs equal megatron-core's, gradients included.
 
 One process: in fp32 with the kernels in Triton's interpreter, or on a GPU in bf16 between TransformerEngine's
 products.
@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from megatron_q3n.config import validate
-from megatron_q3n.kernels import registry, residual_norm
-from megatron_q3n.kernels.attention import qkv_norm_rope
-from megatron_q3n.kernels.moe import permutation, shared_expert_gate, swiglu
+from megatron_q3n.config.execution_plan import Kernel
+from tests.execution_plans import fused_plan, launched_kernels, use_plan
 
 TOKENS = 12
 MODEL = {
@@ -32,8 +31,7 @@ MODEL = {
     "num_moe_experts": 4,
     "moe_router_topk": 2,
 }
-MODULES = (qkv_norm_rope, permutation, residual_norm, shared_expert_gate, swiglu)
-FUSED = {module.OPERATION for module in MODULES}
+FUSED = {Kernel.QKV_NORM_ROPE, Kernel.PERMUTATION, Kernel.RESIDUAL_NORM, Kernel.SHARED_EXPERT_GATE, Kernel.SWIGLU}
 
 
 def loss_and_gradients(model: Any, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -49,21 +47,19 @@ def loss_and_gradients(model: Any, device: str = "cpu") -> dict[str, torch.Tenso
 
 
 def move(model: Any) -> None:
-    """Take all weights from where they begin: norms' are zero there."""
+    """Move all weights away from their initialization, where those of norms are zero."""
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
         parameter.data += 0.1 * noise.to(parameter)
 
 
 @pytest.mark.parametrize("recompute", [None, "moe", "full"])
-def test_fused_sublayers_are_megatrons(
-    recompute: str | None, alone: Any, triton_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With nothing recomputed, and with what makes a sublayer go megatron-core's way, in parts or twice."""
+def test_fused_sublayers_are_megatrons(recompute: str | None, alone: Any, triton_device: str) -> None:
+    """Without activation checkpointing (recompute), and with kinds of it that use megatron-core's code or run twice."""
     from megatron_q3n.model.build import build_model
 
     if triton_device != "cpu":
-        pytest.skip("the next test is for GPUs")
+        pytest.skip("test_fused_sublayers_are_transformer_engines is for GPUs")
     training: dict[str, Any] = {}
     if recompute == "full":
         training = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -72,55 +68,46 @@ def test_fused_sublayers_are_megatrons(
     config = validate({"model": MODEL, "training": training})
     model = build_model(config, "torch", alone[1].groups)[0].train()
     move(model)
-    wanted = loss_and_gradients(model)
-    seen = set()
-
-    def is_fused(operation: str, tensor: torch.Tensor, forced: bool | None = None) -> bool:
-        seen.add(operation)
-        return operation in FUSED
-
-    monkeypatch.setattr(registry, "is_fused", is_fused)
-    got = loss_and_gradients(model)
-    assert seen >= FUSED
-    for name, exact in wanted.items():
+    expected = loss_and_gradients(model)
+    kernels = FUSED | {Kernel.GATED_DELTA_MIXER}
+    with use_plan(model, fused_plan(config, kernels)), launched_kernels() as launched:
+        got = loss_and_gradients(model)
+    assert launched == kernels
+    for name, exact in expected.items():
         assert (got[name] - exact).norm() <= 1e-3 * exact.norm(), name
 
 
-def test_passes_without_gradients_round_alike(alone: Any, triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16, to the last bit: a full recomputation must choose the experts that its first pass chose, and a score
-    in reinforcement learning must be the trainer's."""
+def test_passes_without_gradients_round_alike(alone: Any, triton_device: str) -> None:
+    """In bf16, bit for bit: a full recomputation must select the experts of its first pass, and log probabilities in
+    reinforcement learning must be the trainer's."""
     from megatron_q3n.model.build import build_model
 
     if triton_device != "cpu":
-        pytest.skip("libraries choose their kernels by what they must keep; here only the sublayers differ")
+        pytest.skip("libraries choose other kernels without gradients; this test is about the sublayers only")
     config = validate({"model": MODEL, "precision": {"compute": "bf16"}})
     model = build_model(config, "torch", alone[1].groups)[0].train()
     move(model)
-    monkeypatch.setattr(registry, "is_fused", lambda operation, *_: operation in FUSED)
     tokens = torch.randint(0, MODEL["vocab_size"], (2, TOKENS), generator=torch.Generator())
-    given = tokens, torch.arange(TOKENS).expand(2, -1), None
-    with torch.no_grad():
-        without = model(*given)
-    assert torch.equal(without, model(*given))
+    arguments = tokens, torch.arange(TOKENS).expand(2, -1), None
+    with use_plan(model, fused_plan(config, FUSED)):
+        with torch.no_grad():
+            without = model(*arguments)
+        assert torch.equal(without, model(*arguments))
 
 
 @pytest.mark.gpu
 def test_fused_sublayers_are_transformer_engines(alone: Any) -> None:
-    """Every expert takes every token, so that no rounding sends one elsewhere."""
+    """Every token is routed to every expert, so that rounding does not change the routing."""
     from megatron_q3n.model.build import build_model
 
     sizes = {"hidden_size": 256, "kv_channels": 64, "moe_router_topk": 4}
     config = validate({"model": MODEL | sizes, "precision": {"compute": "bf16"}})
     model = build_model(config, "transformer_engine", alone[1].groups)[0].cuda().train()
     move(model)
-    registry.forget()
-    wanted = loss_and_gradients(model, "cuda")
-    try:
-        for operation in FUSED:
-            registry.allow(operation)
+    expected = loss_and_gradients(model, "cuda")
+    with use_plan(model, fused_plan(config, FUSED)), launched_kernels() as launched:
         got = loss_and_gradients(model, "cuda")
-    finally:
-        registry.forget()
-    errors = {n: ((got[n] - x).norm() / x.norm()).item() for n, x in wanted.items()}
+    assert launched == FUSED
+    errors = {n: ((got[n] - x).norm() / x.norm()).item() for n, x in expected.items()}
     print({n: f"{error:.1e}" for n, error in errors.items()})
     assert max(errors.values()) < 0.05

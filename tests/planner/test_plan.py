@@ -1,6 +1,6 @@
-"""The dry run's arithmetic: by hand on small cases, its conservation laws, one measured figure, and what it prints.
+"""Memory planner: small cases by hand, conservation over ranks, measured peaks, and the printed table.
 
-Not covered: what torch's allocator makes of these bytes on a GPU.
+Not covered: overhead of torch's allocator on a GPU.
 """
 
 import io
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.config.sizes import embedding_weights, mtp_weights, trunk_weights
-from megatron_q3n.planner import Card, plan, render
+from megatron_q3n.planner import Gpu, plan, render
 from megatron_q3n.planner.activations import EXPERT_IMBALANCE, gated_attention, mixture_of_experts
 from megatron_q3n.planner.plan import GIB
 from megatron_q3n.planner.schedule import in_flight
@@ -43,7 +43,8 @@ PIPELINE = {"world_size": 4, "pipeline_model_parallel_size": 4}
 RECOMPUTE_MODULES = ["core_attn", "moe", "moe_act", "shared_experts", "layernorm", "gated_delta_net"]
 
 
-NO_MTP = {"mtp_num_layers": 0}  # megatron-core recomputes MTP only one sublayer at a time
+# megatron-core recomputes MTP only one sublayer at a time
+NO_MTP = {"mtp_num_layers": 0}
 
 
 def run_config(**sections: Any) -> RunConfig:
@@ -78,13 +79,13 @@ def test_bytes_per_parameter_on_one_rank(
     result = plan(run_config(precision=precision))
     [stage] = result.stages
     count = result.parameters.total_with_mtp
-    assert stage.held.total == count
+    assert stage.parameters.total == count
     assert stage.states.weights == weights * count
     assert stage.states.gradients == gradients * count
     assert stage.states.optimizer == optimizer * count
 
 
-def test_fp8_keeps_two_more_copies_of_the_large_matrices() -> None:
+def test_fp8_adds_two_copies_of_the_large_matrices() -> None:
     bf16 = plan(run_config(precision={"compute": "bf16"})).stages[0]
     fp8 = plan(run_config(precision={"compute": "bf16", "fp8": "hybrid"})).stages[0]
     qkvz, out = 128 * (64 + 64 + 128 + 128), 128 * 128
@@ -96,7 +97,7 @@ def test_fp8_keeps_two_more_copies_of_the_large_matrices() -> None:
     assert fp8.activations < bf16.activations
 
 
-def test_distributed_optimizer_cuts_dense_and_expert_state_over_their_own_replicas() -> None:
+def test_distributed_optimizer_shards_dense_and_expert_state_over_their_replicas() -> None:
     """Eight ranks, TP2 × CP2 × DP2 for dense weights, EP4 × 2 replicas for experts."""
     layout = {
         "world_size": 8,
@@ -105,9 +106,9 @@ def test_distributed_optimizer_cuts_dense_and_expert_state_over_their_own_replic
         "expert_model_parallel_size": 4,
     }
     [cut] = plan(run_config(parallel=layout, training={"global_batch_size": 8})).stages
-    assert cut.states.optimizer == 8 * (cut.held.dense / 4 + cut.held.experts / 2)
-    assert cut.states.weights == 4 * cut.held.total
-    assert cut.held.experts == 5 * 2 * 3 * 128 * 64  # 4 layers and MTP, 8 experts over 4 ranks
+    assert cut.states.optimizer == 8 * (cut.parameters.dense / 4 + cut.parameters.experts / 2)
+    assert cut.states.weights == 4 * cut.parameters.total
+    assert cut.parameters.experts == 5 * 2 * 3 * 128 * 64  # 4 layers and MTP, 8 experts over 4 ranks
 
 
 @given(
@@ -122,7 +123,7 @@ def test_distributed_optimizer_cuts_dense_and_expert_state_over_their_own_replic
 def test_all_ranks_together_hold_every_tensor_once_per_replica(
     tensor: int, context: int, pipeline: int, chunks: int | None, expert: int, expert_tensor: int, depths: int
 ) -> None:
-    """The second copy of the embedding (MTP on another stage than the first) is the one exception."""
+    """The only exception is the second copy of the embedding (MTP on another stage than the first)."""
     dense_replicas = 8  # data parallel; a multiple of every expert group below
     world = dense_replicas * tensor * context * pipeline
     assume((world // pipeline) % (expert * expert_tensor) == 0)
@@ -149,8 +150,8 @@ def test_all_ranks_together_hold_every_tensor_once_per_replica(
         "none": dense_replicas * context * tensor,
         "expert": world // (expert * expert_tensor * pipeline),
     }
-    held = result.ranks_per_stage * sum(stage.held.total for stage in result.stages)
-    assert held == sum(weight.count * replicas[weight.split] for weight in weights)
+    parameters = result.ranks_per_stage * sum(stage.parameters.total for stage in result.stages)
+    assert parameters == sum(weight.count * replicas[weight.split] for weight in weights)
     assert expert_replicas(config) == replicas["expert"]
 
 
@@ -186,17 +187,17 @@ def test_gates_by_hand(gate: dict[str, Any], projected: int, gated: int) -> None
     """Tiny model, 1,024 tokens, fp32; 4 heads of 32, 2 key/value heads."""
     saved = {t.name: t.bytes for t in gated_attention(run_config(model=gate)).saved}
     assert saved["query|gate|key|value"] == 1024 * projected * 4
-    assert saved.get("what is gated, sigmoid", 0) == 1024 * gated
+    assert saved.get("gate input, sigmoid", 0) == 1024 * gated
 
 
 @pytest.mark.parametrize("module", RECOMPUTE_MODULES)
-def test_each_recompute_module_lowers_activations_and_raises_nothing_kept(module: str) -> None:
+def test_each_recompute_module_lowers_the_saved_activations(module: str) -> None:
     before, after = activations(), activations(training=selective(module))
     assert all(less <= more for less, more in zip(after, before))
     assert sum(after) < sum(before)
 
 
-def test_recompute_settings_order_as_they_should() -> None:
+def test_recompute_settings_are_ordered_by_memory() -> None:
     none, everything = (activations(model=NO_MTP), activations(model=NO_MTP, training=selective(*RECOMPUTE_MODULES)))
     uniform, coarser = (
         activations(model=NO_MTP, training=full("uniform", 1)),
@@ -207,7 +208,7 @@ def test_recompute_settings_order_as_they_should() -> None:
     assert sum(uniform) < sum(block) < sum(none)
 
 
-def test_full_recompute_keeps_the_residual_stream_of_every_group() -> None:
+def test_full_recompute_saves_the_residual_stream_of_every_group() -> None:
     """Two sublayers a stage, eight micro-batches: four of them in flight on the first stage, one less on each next."""
     stream, batch = 1024 * 128 * 4, {"global_batch_size": 32}
     one_group = activations(model=NO_MTP, training={**full("uniform", 2), **batch})
@@ -226,7 +227,7 @@ def test_more_ranks_leave_less_on_each() -> None:
         cut = stage(**{layout: 2})
         assert cut.activations == pytest.approx(alone.activations / 2)
     experts = stage(expert_model_parallel_size=2)
-    assert experts.held.experts == alone.held.experts / 2
+    assert experts.parameters.experts == alone.parameters.experts / 2
     assert experts.activations == alone.activations  # balanced: as many copies come in as go out
 
 
@@ -255,7 +256,7 @@ def _megatron_core_warmup(rank: int, ranks: int, chunks: int, microbatches: int)
         parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
 
 
-def test_measured_peaks_are_met_from_above() -> None:
+def test_estimates_are_at_most_ten_percent_above_measured_peaks() -> None:
     """One H200: pretrain-small 9.97 GiB; a period of the 80B's width, between 8 layers and 4, 19.12 GiB."""
     register_defaults()
     small = plan(configure(["--config-name", "pretrain-small"])).stages[0]
@@ -275,12 +276,12 @@ def test_measured_peaks_are_met_from_above() -> None:
     assert 19.12 <= period <= 1.1 * 19.12
 
 
-def test_verdict_depends_on_the_card() -> None:
+def test_verdict_depends_on_the_gpu() -> None:
     config = run_config(model=QWEN3_NEXT_80B)
     assert not plan(config).fits
     needed = plan(config).largest.total / GIB
-    assert plan(config, Card("just enough", needed + 4.5)).fits
-    assert not plan(config, Card("just too small", needed + 3.5)).fits
+    assert plan(config, Gpu("just enough", needed + 4.5)).fits
+    assert not plan(config, Gpu("just too small", needed + 3.5)).fits
 
 
 @pytest.mark.parametrize("width", [80, 160])
@@ -302,7 +303,7 @@ def test_table_names_the_largest_stage_and_fits_the_terminal(width: int) -> None
     assert "79.67 B + 1.65 B MTP" in flowing
 
 
-def test_groups_that_cross_nodes_are_pointed_out() -> None:
+def test_groups_that_cross_nodes_are_reported() -> None:
     def placement(**parallel: Any) -> str:
         training = {"global_batch_size": 64}
         config = run_config(parallel={"world_size": 16, **parallel}, training=training)
@@ -313,7 +314,7 @@ def test_groups_that_cross_nodes_are_pointed_out() -> None:
     assert "placement" not in " ".join(_rendered(plan(run_config()), 160).split())
 
 
-def test_planner_answers_without_torch() -> None:
+def test_planner_does_not_import_torch() -> None:
     program = (
         "import sys; from megatron_q3n.config import RunConfig; from megatron_q3n.planner import plan; "
         "plan(RunConfig()); print(sorted({'torch', 'megatron', 'omegaconf', 'hydra'} & set(sys.modules)))"
@@ -322,7 +323,7 @@ def test_planner_answers_without_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_dry_run_through_the_door_builds_nothing(run_module: Any, tmp_path: Any) -> None:
+def test_dry_run_of_the_train_module_writes_nothing(run_module: Any, tmp_path: Any) -> None:
     done = run_module("--config-name", "pretrain-80b_a3b", "dry_run=true")
     assert done.returncode == 0, done.stderr
     assert "it fits H100 80 GB" in " ".join(done.stdout.split())

@@ -1,8 +1,8 @@
-"""Ranks of several layouts draw, look back and learn, and leave what came of it.
+"""Program of test_layouts.py: ranks of several layouts generate, compute old log-probs and update.
 
-A program, started by test_layouts.py: it imports megatron-core once and forks the ranks. The single process saves its
-weights and, with their advantages, its samples; every layout begins from these weights, draws samples of its own, and
-learns from the single process's. Pipeline stages do not generate. Argument: a folder to leave things in.
+It imports megatron-core once and forks the ranks. The single process saves its weights and its samples with their
+advantages; every layout starts from these weights, generates samples, and trains on the single process's samples.
+Pipeline stages do not generate. Argument: the output folder.
 """
 
 import json
@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_q3n.device import choose_device
-from tests.rank_processes import fork_ranks, import_once, meeting
+from megatron_q3n.device import select_device
+from tests.rank_processes import fork_ranks, import_once, rendezvous
 from tests.rl.tiny_loop import tiny_config, tiny_loop
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -31,17 +31,18 @@ UPDATES = 2
 
 
 def world_of(layout: str) -> int:
-    """Return how many processes a layout has here."""
+    """Return the number of processes of a layout."""
     return WORLDS.get(layout, 2)
 
 
 def work(rank: int, layout: str, folder: Path) -> None:
-    """Be one rank."""
+    """Run one rank and write its results."""
     from megatron_q3n import checkpoint, parallel
-    from megatron_q3n.rl.rewards import Graders
+    from megatron_q3n.rl.reward_workers import RewardWorkers
 
     world, rl = world_of(layout), {}
-    if layout == "pp2":  # it answers elsewhere; here samples are given to it
+    # pipeline stages need the HTTP engine; this test passes them samples instead
+    if layout == "pp2":
         rl = {
             "rollout": {
                 "engine": "http",
@@ -53,41 +54,42 @@ def work(rank: int, layout: str, folder: Path) -> None:
             "routing_replay": False,
         }
     config = tiny_config(folder, rl, parallel={**LAYOUTS[layout], "world_size": world})
-    if layout == "pp2":  # replay's own rule is about engines, and the samples given to it have routes
+    # validation rejects replay with the HTTP engine, but the samples passed here have routes
+    if layout == "pp2":
         replaying = config.rl.model_copy(update={"routing_replay": True})
         config = config.model_copy(update={"rl": replaying})
-    device = choose_device(config)
-    group = parallel.initialize(config, device, meeting(folder, layout, rank, world))
-    with Graders(config.rl.reward) as graders:
-        loop = tiny_loop(config, device, group, graders)
+    device = select_device(config)
+    group = parallel.initialize(config, device, rendezvous(folder, layout, rank, world))
+    with RewardWorkers(config.rl.reward) as reward_workers:
+        loop = tiny_loop(config, device, group, reward_workers)
         if layout == "single":
             checkpoint.save(loop.state, folder)
         else:
             source = checkpoint.find(folder)
             checkpoint.load(loop.state, source, resume=False, with_optimizer=False)
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         if layout != "pp2":
-            drawn, _ = loop.draw()
-            loop.judge(drawn)
-            found["drawn"] = [(s.name, s.tokens, s.score, s.advantage) for s in drawn]
-            found["routes"] = [s.routes.tolist() for s in drawn if s.routes is not None]
+            generated, _ = loop.generate()
+            loop.compute_advantages(generated)
+            results["samples"] = [(s.key, s.tokens, s.score, s.advantage) for s in generated]
+            results["routes"] = [s.routes.tolist() for s in generated if s.routes is not None]
         if layout == "single":
-            (folder / "samples.pickle").write_bytes(pickle.dumps(drawn))
+            (folder / "samples.pickle").write_bytes(pickle.dumps(generated))
     samples = pickle.loads((folder / "samples.pickle").read_bytes())
-    mismatch = loop.look_back(samples)
-    found["old"] = [s.old_logprobs.tolist() for s in samples]
-    found["mismatch"] = [mismatch.logprob_max, *mismatch.routes_used]
-    found["learnt"] = []
+    mismatch = loop.compute_old_logprobs(samples)
+    results["old"] = [s.old_logprobs.tolist() for s in samples]
+    results["mismatch"] = [mismatch.logprob_diff_max, *mismatch.routing_mismatch_after_replay]
+    results["updates"] = []
     for _ in range(UPDATES):
-        values = loop.learn(samples).values
-        names = ("loss/policy", "grad_norm", "rl/ratio", "rl/clipped", "rl/entropy", "rl/kl_to_old")
-        found["learnt"].append([values[name] for name in names])
-    (folder / f"{layout}-{rank}.json").write_text(json.dumps(found))
+        values = loop.update(samples).values
+        names = ("loss/policy", "grad_norm", "rl/ratio", "rl/clip_fraction", "rl/entropy", "rl/kl_to_old")
+        results["updates"].append([values[name] for name in names])
+    (folder / f"{layout}-{rank}.json").write_text(json.dumps(results))
     parallel.shutdown()
 
 
 def main() -> int:
-    """Fork the ranks of one layout after the other and return how many failed."""
+    """Fork the ranks of one layout after the other and return the number of failed ranks."""
     folder = Path(sys.argv[1])
     import_once(tiny_config(folder), "megatron_q3n.checkpoint.writer", "megatron_q3n.rl.loop")
     failed = 0

@@ -1,4 +1,4 @@
-"""Policy losses and their gradients against the papers' formulas, written out sample by sample in fp64."""
+"""Policy losses and their gradients against the papers' formulas, computed sample by sample in fp64."""
 
 import math
 
@@ -26,7 +26,7 @@ class Case:
         self.advantages = draw(5).tolist()
 
     def packed(self, parts: list[Tensor]) -> Tensor:
-        """Lay samples into a row, with a gap before each and behind the last."""
+        """Concatenate samples to a row, with a gap before each and after the last."""
         gap = torch.full((2,), -50.0, dtype=torch.float64)
         return torch.cat([x for part in parts for x in (gap, part)] + [gap])
 
@@ -38,18 +38,18 @@ class Case:
 def packed_loss(case: Case, algorithm: str, cap: float | None) -> Tensor:
     rules = ALGORITHMS[algorithm]
     sample_T = case.sample()
-    counts_T = sample_T >= 0
+    is_response_T = sample_T >= 0
     weights = token_weights(torch.tensor(case.lengths).numpy(), rules.normalisation, LONGEST)
     index_T = sample_T.clamp(min=0)
-    weight_T = torch.where(counts_T, torch.from_numpy(weights)[index_T], 0.0)
-    advantage_T = torch.where(counts_T, torch.tensor(case.advantages).double()[index_T], 0.0)
+    weight_T = torch.where(is_response_T, torch.from_numpy(weights)[index_T], 0.0)
+    advantage_T = torch.where(is_response_T, torch.tensor(case.advantages).double()[index_T], 0.0)
     ratio_T = log_ratios(case.packed(case.new), case.packed(case.old), sample_T, rules.ratio)
     losses = clipped_surrogate(ratio_T, advantage_T, rules.clip_low, rules.clip_high)
     importance_T = truncated_importance(case.packed(case.old), case.packed(case.rollout), cap)
     return (weight_T * importance_T * losses.loss_T).sum()
 
 
-def written_out(case: Case, algorithm: str, cap: float | None) -> Tensor:
+def reference_loss(case: Case, algorithm: str, cap: float | None) -> Tensor:
     """The objective of each paper, negated."""
     low, high = {"gspo": (3e-4, 4e-4), "grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28)}[algorithm]
     per_sample = []
@@ -76,19 +76,19 @@ def written_out(case: Case, algorithm: str, cap: float | None) -> Tensor:
 @pytest.mark.parametrize("cap", [None, 1.1])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("seed", range(6))
-def test_loss_and_gradient_are_the_papers(seed: int, algorithm: str, cap: float | None) -> None:
+def test_loss_and_gradient_equal_the_papers_formulas(seed: int, algorithm: str, cap: float | None) -> None:
     spread = 3e-4 if algorithm == "gspo" and seed % 2 else 0.3
-    ours, theirs = Case(seed, spread), Case(seed, spread)
-    packed = packed_loss(ours, algorithm, cap)
-    expected = written_out(theirs, algorithm, cap)
+    packed_case, reference_case = Case(seed, spread), Case(seed, spread)
+    packed = packed_loss(packed_case, algorithm, cap)
+    expected = reference_loss(reference_case, algorithm, cap)
     torch.testing.assert_close(packed, expected)
     packed.backward()
     expected.backward()
-    for mine, other in zip(ours.new, theirs.new):
-        torch.testing.assert_close(mine.grad, other.grad)
+    for actual, expected_new in zip(packed_case.new, reference_case.new):
+        torch.testing.assert_close(actual.grad, expected_new.grad)
 
 
-def test_gradient_ends_at_the_clip_on_the_side_that_gains() -> None:
+def test_gradient_is_zero_beyond_the_clip_where_the_objective_improves() -> None:
     log_ratio = torch.tensor([0.5, 0.5, -0.5, -0.5]).requires_grad_()
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
     losses = clipped_surrogate(log_ratio, advantage, 0.2, 0.28)
@@ -98,7 +98,7 @@ def test_gradient_ends_at_the_clip_on_the_side_that_gains() -> None:
     assert (log_ratio.grad != 0).tolist() == [False, True, True, False]
 
 
-def test_kl_estimate_has_the_kl_as_its_mean() -> None:
+def test_kl_estimate_is_unbiased() -> None:
     generator = torch.Generator().manual_seed(0)
     policy = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0)
     reference = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0)

@@ -1,4 +1,4 @@
-"""A run killed inside a rollout, a grading, an update or a save goes on as a whole one: no sample lost or doubled."""
+"""Resume after a kill inside a rollout, scoring, update or save: no sample is lost or duplicated."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.rl.killed_runs import INTERVAL, PHASES, STEPS, UPDATES
 MEASURED = {
     "time",
     "rollout/seconds",
-    "rollout/look_back_seconds",
+    "rollout/logprobs_seconds",
     "throughput/step_seconds",
     "throughput/instruments_seconds",
     "memory/peak_gib",
@@ -22,7 +22,7 @@ MEASURED = {
 
 
 @pytest.fixture(scope="module")
-def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rl")
     done = subprocess.run(
         [sys.executable, "-m", "tests.rl.killed_runs", str(folder)],
@@ -47,29 +47,31 @@ def rollouts(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_killed_run_ends_as_a_whole_one(left: Path, phase: str) -> None:
-    whole, killed = left / "whole", left / phase
-    assert rollouts(killed) == rollouts(whole)
-    kept = [
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(output: Path, phase: str) -> None:
+    uninterrupted, killed = output / "uninterrupted", output / phase
+    assert rollouts(killed) == rollouts(uninterrupted)
+    metrics = [
         [{k: v for k, v in record.items() if k not in MEASURED} for record in lines(d / "metrics.jsonl")]
-        for d in (whole, killed)
+        for d in (uninterrupted, killed)
     ]
-    assert kept[0] == kept[1]
-    assert lines(whole / "progress.jsonl") == lines(killed / "progress.jsonl")
+    assert metrics[0] == metrics[1]
+    assert lines(uninterrupted / "progress.jsonl") == lines(killed / "progress.jsonl")
     events = (killed / "logs" / "events.log").read_text()
     assert "resumed from" in events
 
 
 @pytest.mark.slow
-def test_the_whole_run_is_one_to_compare_with(left: Path) -> None:
-    """Each sample once, groups were drawn anew, and the policy moved."""
-    drawn = rollouts(left / "whole")
-    assert len(drawn) == STEPS // UPDATES
-    names = [(row["prompt"], row["member"]) for rows in drawn.values() for row in rows]
+def test_the_uninterrupted_run_is_a_meaningful_reference(output: Path) -> None:
+    """Each sample appears once, zero-variance groups were replaced, and the policy changed."""
+    samples = rollouts(output / "uninterrupted")
+    assert len(samples) == STEPS // UPDATES
+    names = [(row["prompt"], row["member"]) for rows in samples.values() for row in rows]
     assert len(names) == len(set(names)) == 12 * STEPS // UPDATES
-    records = lines(left / "whole" / "metrics.jsonl")
+    records = lines(output / "uninterrupted" / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert [r["rl/staleness_max"] for r in records] == [0, 1] * (STEPS // 2)
     assert max(record["rl/kl_to_old"] for record in records) > 0
-    assert [row["step"] for row in lines(left / "whole" / "progress.jsonl")] == [*range(INTERVAL, STEPS + 1, INTERVAL)]
-    assert lines(left / "whole" / "progress.jsonl")[-1]["next_prompt"] > 4 * STEPS // UPDATES
+    assert [row["step"] for row in lines(output / "uninterrupted" / "progress.jsonl")] == [
+        *range(INTERVAL, STEPS + 1, INTERVAL)
+    ]
+    assert lines(output / "uninterrupted" / "progress.jsonl")[-1]["next_prompt"] > 4 * STEPS // UPDATES

@@ -1,4 +1,4 @@
-"""A loop small enough for a test: a tiny model far from its init, prompts of digits, and a grader in this file."""
+"""Small reinforcement learning loop for tests: a tiny model far from its init, and prompts of digits."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ from tests.inference.tiny_model import move_from_init
 VOCAB = 288
 
 
-def grade(answer: str, _grading: dict[str, Any]) -> float:
-    """Score an answer by something that differs between answers."""
+def score(answer: str, _arguments: dict[str, Any]) -> float:
+    """Return a score that differs between answers: its number of distinct characters modulo 3, halved."""
     return len(set(answer)) % 3 / 2
 
 
@@ -29,7 +29,7 @@ def tiny_config(folder: Path, rl: dict[str, Any] | None = None, **sections: Any)
     settings: dict[str, Any] = {
         "prompts": [{"path": str(file)}],
         "rollout": {"prompts": 4, "samples_per_prompt": 3, "max_new_tokens": 7},
-        "reward": {"kind": "function", "function": "tests.rl.tiny_loop:grade", "workers": 1},
+        "reward": {"kind": "function", "function": "tests.rl.tiny_loop:score", "workers": 1},
     }
     model = {"hidden_size": 32, "vocab_size": VOCAB, "max_position_embeddings": 2048, "moe_aux_loss_coeff": 0.0}
     return validate(
@@ -46,7 +46,7 @@ def tiny_config(folder: Path, rl: dict[str, Any] | None = None, **sections: Any)
     )
 
 
-def tiny_loop(config: RunConfig, device: Any, group: Any, graders: Any = None) -> Any:
+def tiny_loop(config: RunConfig, device: Any, group: Any, reward_workers: Any = None) -> Any:
     """Build the loop; megatron-core is imported late."""
     from megatron_q3n.rl.loop import RlLoop
     from megatron_q3n.rl.prompts import Prompts
@@ -58,8 +58,10 @@ def tiny_loop(config: RunConfig, device: Any, group: Any, graders: Any = None) -
         for model in state.models:
             move_from_init(model)
         state.optimizer.reload_model_params()
-    words = tokenizer()
-    prompts = Prompts(config.rl.prompts, ChatTemplate(PLAIN, words), longest=50, seed=3)
-    stop = frozenset({words.eod})
-    engine = InProcessEngine(state.models[0], group, config.rl.rollout, stop, words.vocab_size, 5, records_routes=True)
-    return RlLoop(state, engine, graders, prompts, words, stop)
+    chat_tokenizer = tokenizer()
+    prompts = Prompts(config.rl.prompts, ChatTemplate(PLAIN, chat_tokenizer), max_tokens=50, seed=3)
+    stop = frozenset({chat_tokenizer.eod})
+    engine = InProcessEngine(
+        state.models[0], group, config.rl.rollout, stop, chat_tokenizer.vocab_size, 5, records_routes=True
+    )
+    return RlLoop(state, engine, reward_workers, prompts, chat_tokenizer, stop)

@@ -1,8 +1,9 @@
-"""A real Slurm of several nodes on this machine: slurmctld, one slurmd per node, munge with a key of its own.
+"""Slurm cluster of several nodes on this machine: slurmctld, one slurmd per node, and munge with a separate key.
 
-As root or not, without systemd and cgroups, on ports of its own, all files in one folder. Debian's slurm-wlm allows
-several slurmd on one host (MULTIPLE_SLURMD). Two settings matter: with munge's usual credential lifetime of five
-minutes a requeued job waits two minutes; and MinJobAge keeps ended jobs in squeue, which tests ask.
+It runs as root or any user, without systemd and cgroups, on free ports, with all files in one folder. Debian's
+slurm-wlm allows several slurmd on one host (MULTIPLE_SLURMD). Two settings matter: cred_expire, because with munge's
+default credential lifetime of five minutes a requeued job is delayed by two minutes; and MinJobAge, which keeps ended
+jobs in squeue for the tests.
 """
 
 import getpass
@@ -20,7 +21,8 @@ from typing import Any
 import psutil
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
-SYSTEM_FOLDERS = os.pathsep.join(("/usr/sbin", "/usr/local/sbin", "/sbin"))  # not on everyone's PATH
+# often not on the PATH of users
+SYSTEM_FOLDERS = os.pathsep.join(("/usr/sbin", "/usr/local/sbin", "/sbin"))
 CONF = """\
 ClusterName=q3n
 SlurmctldHost={host}(127.0.0.1)
@@ -66,26 +68,28 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=20 PreemptMo
 
 
 def missing_programs() -> list[str]:
-    """Return the programs that are not installed here."""
+    """Return the programs that are not installed."""
     path = os.pathsep.join((os.environ["PATH"], SYSTEM_FOLDERS))
     return [program for program in PROGRAMS if shutil.which(program, path=path) is None]
 
 
 @dataclass
 class Cluster:
-    """A running Slurm; `environment` is what its client programs need."""
+    """A running Slurm cluster; `environment` contains the variables for its client programs."""
 
     root: Path
     nodes: int = 2
     cpus: int = 2
-    first_job: int = 1  # ports of a job's processes follow from its number
+    # the ports of a job's processes are derived from its id
+    first_job: int = 1
     environment: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> None:
-        """Bring it up and wait until every node is idle."""
+        """Start all daemons and wait until every node is idle."""
         for folder in ("ctld", "spool", "log", *(f"spool/n{i + 1}" for i in range(self.nodes))):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
-        self.root.chmod(0o755)  # munge wants nobody else to write here; pytest's folders are private
+        # munge requires a folder that only its owner can write, and that others can read
+        self.root.chmod(0o755)
         path = os.pathsep.join((os.environ["PATH"], SYSTEM_FOLDERS))
         self.environment = {**os.environ, "PATH": path, "SLURM_CONF": str(self.root / "slurm.conf")}
         (self.root / "slurm.conf").write_text(self._conf())
@@ -96,7 +100,7 @@ class Cluster:
         self._wait_for_nodes()
 
     def stop(self) -> None:
-        """End every job and daemon of this cluster; what does not end by itself is killed."""
+        """End all jobs and daemons of this cluster; kill daemons that do not exit on SIGTERM."""
         self.cancel_all()
         names = [*(f"slurmd-n{i + 1}" for i in range(self.nodes)), "slurmctld", "munged"]
         files = [path for name in names if (path := self.root / f"{name}.pid").exists()]
@@ -108,27 +112,28 @@ class Cluster:
             daemon.kill()
 
     def cancel_all(self) -> None:
-        """End every job."""
-        ask: dict[str, Any] = {"env": self.environment, "check": False, "capture_output": True, "text": True}
-        subprocess.run(["scancel", f"--user={getpass.getuser()}"], **ask)
-        deadline = time.monotonic() + 12  # KillWait and a little
-        while subprocess.run(["squeue", "-h"], **ask).stdout and time.monotonic() < deadline:
+        """Cancel all jobs and wait until they have ended."""
+        options: dict[str, Any] = {"env": self.environment, "check": False, "capture_output": True, "text": True}
+        subprocess.run(["scancel", f"--user={getpass.getuser()}"], **options)
+        # more than KillWait
+        deadline = time.monotonic() + 12
+        while subprocess.run(["squeue", "-h"], **options).stdout and time.monotonic() < deadline:
             time.sleep(0.2)
 
     def run(self, *command: str) -> str:
-        """Run one of Slurm's client programs and return what it prints."""
+        """Run a Slurm client program and return its output."""
         return self._run(*command).strip()
 
     def state(self, job: str) -> str:
         """Return a job's state, e.g. PENDING."""
         return self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
 
-    def lose(self, node: str) -> None:
-        """Set a node down, as an administrator does or Slurm when it no longer answers."""
+    def set_down(self, node: str) -> None:
+        """Set a node down, as an administrator would, or as Slurm does with an unresponsive node."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
-    def bring_back(self, node: str, seconds: float = 60) -> None:
-        """Resume a node that is down; one that has registered again by itself is left as it is."""
+    def resume_node(self, node: str, seconds: float = 60) -> None:
+        """Resume a node that is down, unless it has registered again already, and wait until it is idle."""
         deadline = time.monotonic() + seconds
         while (state := self.run("sinfo", "-h", "-n", node, "-p", "batch", "-o", "%T")) != "idle":
             assert time.monotonic() < deadline, state
@@ -136,18 +141,18 @@ class Cluster:
                 self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
             time.sleep(0.5)
 
-    def wait(self, job: str, *wanted: str, seconds: float = 240) -> str:
-        """Wait until a job is in one of the states and return it."""
+    def wait(self, job: str, *states: str, seconds: float = 240) -> str:
+        """Wait until a job is in one of the states and return that state."""
         deadline = time.monotonic() + seconds
-        while (state := self.state(job)) not in wanted:
-            assert time.monotonic() < deadline, f"job {job} is {state}, not {wanted}"
+        while (state := self.state(job)) not in states:
+            assert time.monotonic() < deadline, f"job {job} is {state}, not {states}"
             time.sleep(0.2)
         return state
 
     def _run(self, *command: str) -> str:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        return done.stdout
+        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+        return result.stdout
 
     def _conf(self) -> str:
         port = _free_ports(self.nodes + 1)
@@ -180,7 +185,7 @@ class Cluster:
 
 
 def _free_ports(count: int) -> int:
-    """Return the first of `count` ports in a row that nobody listens on now."""
+    """Return the first of `count` consecutive free ports."""
     for first in range(16800 + secrets.randbelow(400) * 20, 32000, 20):
         try:
             for port in range(first, first + count):

@@ -1,4 +1,4 @@
-"""One Slurm for all tests of a process, where Slurm's programs are installed; beside it may stand another's."""
+"""Fixtures: one Slurm cluster per test process, if the Slurm programs are installed; clusters can coexist."""
 
 import json
 import os
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, missing_programs
-from tests.slurm.runs import SITE, alone
+from tests.slurm.runs import SITE, train_without_slurm
 
 NOT_INSTALLED = "Slurm is not installed"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Let all tests that miss Slurm be skipped at one place, so that pytest says it in one line."""
+    """Report all tests skipped for lack of Slurm at one location, so that pytest summarizes them in one line."""
     report = yield
     if report.skipped and isinstance(report.longrepr, tuple) and NOT_INSTALLED in report.longrepr[2]:
         report.longrepr = (__file__, 0, report.longrepr[2])
@@ -24,14 +24,14 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture
 def cluster(one_cluster: Cluster) -> Iterator[Cluster]:
-    """Lend the cluster, and end what a failed test leaves in its queue."""
+    """Yield the cluster, and cancel the jobs that a failed test leaves in the queue."""
     yield one_cluster
     one_cluster.cancel_all()
 
 
 @pytest.fixture(scope="session")
 def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Start Slurm; without its programs skip, and in CI fail."""
+    """Start Slurm; without its programs skip the test, or in CI fail."""
     if missing := missing_programs():
         reason = f"{NOT_INSTALLED} (no {', '.join(missing)}): apt-get install slurm-wlm munge"
         if os.environ.get("CI") == "true":
@@ -48,7 +48,7 @@ def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Callable[..., str]:
-    """Write a site file for the cluster's nodes, with settings changed; return its path."""
+    """Return a function that writes a site file for the cluster, with changed settings, and returns its path."""
 
     def write(**changes: object) -> str:
         path = tmp_path / "site.yaml"
@@ -59,6 +59,6 @@ def site(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train the small run in one process, without Slurm and undisturbed."""
-    return alone(tmp_path_factory.mktemp("alone") / "run")
+def uninterrupted_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train the small run in one process, without Slurm and without interruption."""
+    return train_without_slurm(tmp_path_factory.mktemp("train_without_slurm") / "run")

@@ -1,4 +1,4 @@
-"""The runs that the tests here submit: small, and read back from their directories."""
+"""Small runs for the tests: settings, submission, and readers of their run directories."""
 
 import json
 import os
@@ -45,17 +45,17 @@ SMALL = [
     "logging.wandb.mode=disabled",
     "logging.interval_steps=1",
 ]
-COMPARED = ("loss/train", "loss/mtp_1", "loss/balance", "grad_norm", "learning_rate", "loss/validation")
+COMPARED = ("loss/train", "loss/mtp_1", "loss/load_balancing", "grad_norm", "learning_rate", "loss/validation")
 
 
 def with_fault(fault: str, once: Path | None = None) -> dict[str, str]:
-    """Return the environment that brings a fault into the training processes."""
+    """Return the environment variables that inject a fault into the training processes."""
     extra = {"PYTHONPATH": str(FAULTS), "Q3N_FAULT": fault}
     return SITE["environment"] | extra | ({"Q3N_FAULT_ONCE": str(once)} if once else {})
 
 
 def submit(cluster: Cluster, *arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run the submit command as a user of the cluster does."""
+    """Run the submit command as a user of the cluster."""
     return subprocess.run(
         [sys.executable, "-m", "slurm.submit", *arguments],
         cwd=root,
@@ -68,13 +68,13 @@ def submit(cluster: Cluster, *arguments: str, root: Path = ROOT) -> subprocess.C
 
 
 def submitted(cluster: Cluster, *arguments: str, root: Path = ROOT) -> list[str]:
-    """Submit what must be accepted, with the code in `root`; return the jobs' ids."""
-    done = submit(cluster, *arguments, root=root)
-    assert done.returncode == 0, done.stderr
-    return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("job ")]
+    """Submit with the code in `root`, assert success, and return the job ids."""
+    result = submit(cluster, *arguments, root=root)
+    assert result.returncode == 0, result.stderr
+    return [line.split()[1] for line in result.stdout.splitlines() if line.startswith("job ")]
 
 
-def alone(run_dir: Path, *settings: str) -> Path:
+def train_without_slurm(run_dir: Path, *settings: str) -> Path:
     """Train in one process without Slurm."""
     command = [sys.executable, "-m", "megatron_q3n.train", "--config-name", "pretrain-tiny", *SMALL]
     subprocess.run(
@@ -89,38 +89,38 @@ def alone(run_dir: Path, *settings: str) -> Path:
 
 
 def numbers(run_dir: Path, steps: int = 12) -> list[dict[str, Any]]:
-    """Return the compared values of each step, having checked that each step is there once."""
+    """Return the compared metrics of each step, after asserting that each step is recorded once."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, steps + 1)), "each step once"
     return [{name: record.get(name) for name in COMPARED} for record in records]
 
 
 def wait_for_steps(run_dir: Path, steps: int, seconds: float = 90) -> None:
-    """Wait until so many steps are recorded."""
+    """Wait until `steps` steps are recorded."""
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + seconds
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= steps):
-        assert time.monotonic() < deadline, story(run_dir)
+        assert time.monotonic() < deadline, run_logs(run_dir)
         time.sleep(0.02)
 
 
 def ranks_of(run_dir: Path) -> list[psutil.Process]:
-    """Return the training processes of a run that live on this machine, launchers not counted."""
-    found = []
+    """Return the training processes of a run on this machine, without launchers."""
+    processes = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if words[1:3] == ["-m", "megatron_q3n.train"] and str(run_dir) in words:
-            found.append(process)
-    return found
+            processes.append(process)
+    return processes
 
 
 def decisions(run_dir: Path) -> list[str]:
-    """Return what the supervisor decided at the end of each attempt that it saw the end of."""
+    """Return the supervisor's decision at the end of each attempt that it recorded."""
     lines = (run_dir / "slurm" / "attempts.jsonl").read_text().splitlines()
     return [line["decision"] for line in map(json.loads, lines) if line["event"] == "end"]
 
 
-def story(run_dir: Path) -> str:
-    """Return the run's events and its jobs' output, for a failing test to show."""
+def run_logs(run_dir: Path) -> str:
+    """Return the event log and the job output of a run, for messages of failed assertions."""
     parts = [path.read_text() for path in sorted((run_dir / "logs").glob("*.log"))]
     parts += [path.read_text()[-4000:] for path in sorted((run_dir / "logs").glob("slurm-*.out"))]
     return "\n----\n".join(parts)

@@ -1,4 +1,4 @@
-"""Pipelines: what the file may say, the chain on a real Slurm with a failing stage, the same chain without Slurm."""
+"""Pipelines: validation of the file, a chain on a Slurm cluster with a failing stage, the same chain without Slurm."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from megatron_q3n.config import UserError
 from slurm.pipeline import overrides_by_stage, read_recipe
 from tests import forked
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import FAULTS, ROOT, SITE, numbers, story, submit, submitted
+from tests.slurm.runs import FAULTS, ROOT, SITE, numbers, run_logs, submit, submitted
 
 SHORT = [
     "all.training.sequence_length=64",
@@ -55,21 +55,21 @@ def status(cluster: Cluster, folder: Path) -> str:
 
 @pytest.mark.slurm
 @pytest.mark.multiprocess
-def test_a_failed_stage_stops_the_chain_and_a_fixed_one_goes_on(
+def test_a_failed_stage_stops_the_chain_and_resume_continues_it(
     cluster: Cluster, site: Callable[..., str], tmp_path: Path
 ) -> None:
-    """A poisoned batch: the first stage skips it, the second is told to stop, and later to skip it too."""
+    """A NaN batch: the first stage skips it, the second stops (health.non_finite=stop) and is resumed with skip."""
     folder, recipes = tmp_path / "chain", tmp_path / "recipes"
     recipes.mkdir()
     (recipes / "pipeline-chain.yaml").write_text(CHAIN)
-    poison = {"PYTHONPATH": str(FAULTS), "Q3N_FAULT": "nan@1"}
+    fault = {"PYTHONPATH": str(FAULTS), "Q3N_FAULT": "nan@1"}
     strict = "longcontext.health.non_finite=stop"
-    named = ["--config-name", "pipeline-chain", "--config-dir", str(recipes)]
-    place = ["--site", site(environment=SITE["environment"] | poison)]
-    jobs = submitted(cluster, *named, *place, "--run-dir", str(folder), *SHORT, strict)
+    recipe_arguments = ["--config-name", "pipeline-chain", "--config-dir", str(recipes)]
+    site_arguments = ["--site", site(environment=SITE["environment"] | fault)]
+    jobs = submitted(cluster, *recipe_arguments, *site_arguments, "--run-dir", str(folder), *SHORT, strict)
     assert len(jobs) == 3
     states = [cluster.wait(job, *ENDED) for job in jobs]
-    assert states == ["COMPLETED", "FAILED", "CANCELLED"], story(folder / "longcontext")
+    assert states == ["COMPLETED", "FAILED", "CANCELLED"], run_logs(folder / "longcontext")
     shown = status(cluster, folder)
     assert "step 2: loss nan" in " ".join(shown.split()), shown
     assert "not started" in shown
@@ -78,17 +78,17 @@ def test_a_failed_stage_stops_the_chain_and_a_fixed_one_goes_on(
 
     before = (folder / "pretrain" / "metrics.jsonl").read_text()
     lenient = strict.replace("stop", "skip")
-    again = submitted(cluster, "--resume", str(folder), *place, lenient)
-    assert len(again) == 2, "what is done is not done again"
-    assert [cluster.wait(job, *ENDED) for job in again] == ["COMPLETED"] * 2, story(folder / "export")
+    again = submitted(cluster, "--resume", str(folder), *site_arguments, lenient)
+    assert len(again) == 2, "completed stages are not repeated"
+    assert [cluster.wait(job, *ENDED) for job in again] == ["COMPLETED"] * 2, run_logs(folder / "export")
     assert (folder / "pretrain" / "metrics.jsonl").read_text() == before
     numbers(folder / "longcontext", steps=2)
-    assert f"weights from {folder}/pretrain" in story(folder / "longcontext"), "the lineage"
+    assert f"weights from {folder}/pretrain" in run_logs(folder / "longcontext"), "the lineage"
     exported = json.loads((folder / "export" / "huggingface" / "config.json").read_text())
     assert exported["moe_intermediate_size"] == 64
     assert status(cluster, folder).count(" done ") == 3
 
-    nothing = submit(cluster, "--resume", str(folder), *place)
+    nothing = submit(cluster, "--resume", str(folder), *site_arguments)
     assert "nothing is left to do" in nothing.stdout
 
 
@@ -104,14 +104,14 @@ SHORT_LATER = [
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_same_pipeline_runs_without_slurm(tmp_path: Path) -> None:
-    """pipeline-tiny whole, each stage shortened: every stage begins with what the one before made, and is done once."""
+    """All of pipeline-tiny, with shortened stages: every stage loads the previous one's checkpoint and runs once."""
     folder = tmp_path / "chain"
     name = ["--config-name", "pipeline-tiny", "--run-dir", folder]
     done = forked.run("slurm.submit", "--local", *name, *SHORT, *SHORT_LATER, seconds=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lineage = ["pretrain", "longcontext", "sft", "rl", "mtp", "export"]
     for before, stage in itertools.pairwise(lineage[:-1]):
-        assert f"weights from {folder}/{before}/checkpoints/step_" in story(folder / stage)
+        assert f"weights from {folder}/{before}/checkpoints/step_" in run_logs(folder / stage)
     exported = folder / "export" / "huggingface"
     assert json.loads((exported / "config.json").read_text())["vocab_size"] == 512
     assert list(exported.glob("*.safetensors"))
@@ -129,18 +129,18 @@ def written(tmp_path: Path, text: str) -> Path:
     [
         ("stages: {a: {recipe: x, tool: [y]}}", "stage a needs either a recipe or a tool"),
         ("stages: {a: {}}", "stage a needs either a recipe or a tool"),
-        ("stages: {a: {recipe: x}, b: {recipe: x, from: c}}", "b is from c, which is no stage before it"),
-        ("stages: {a: {recipe: x, from: a}}", "a is from a, which is no stage before it"),
+        ("stages: {a: {recipe: x}, b: {recipe: x, from: c}}", "b is from c, which is not an earlier stage"),
+        ("stages: {a: {recipe: x, from: a}}", "a is from a, which is not an earlier stage"),
         ("stages: {a: {recipe: x, nodse: 2}}", "stages.a.nodse: Extra inputs"),
     ],
 )
-def test_a_wrong_pipeline_file_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+def test_an_invalid_pipeline_file_is_rejected(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint.replace(".", r"\.")):
         read_recipe(written(tmp_path, text))
 
 
 def test_overrides_are_for_a_stage_or_for_all() -> None:
-    given = overrides_by_stage(["a.training.steps=3", "all.model=tiny"], ["a", "b"])
-    assert given == {"a": ["training.steps=3", "model=tiny"], "b": ["model=tiny"]}
-    with pytest.raises(UserError, match="begins with its stage, one of a, b, or all"):
+    by_stage = overrides_by_stage(["a.training.steps=3", "all.model=tiny"], ["a", "b"])
+    assert by_stage == {"a": ["training.steps=3", "model=tiny"], "b": ["model=tiny"]}
+    with pytest.raises(UserError, match="starts with its stage, one of a, b, or all"):
         overrides_by_stage(["training.steps=3"], ["a", "b"])

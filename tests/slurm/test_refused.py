@@ -1,6 +1,6 @@
-"""A recipe that cannot run is refused before submission, with one message; a dry run shows all and writes nothing.
+"""Checks before submission: a recipe that cannot run is rejected with one message; a dry run writes nothing.
 
-No Slurm is needed: refusal comes first.
+Slurm is not needed, because the checks come first.
 """
 
 import subprocess
@@ -63,13 +63,13 @@ def test_a_pipeline_is_checked_as_a_whole(tmp_path: Path) -> None:
         ["mtp.sft.train=[{path: /nowhere/p.jsonl}]"],
     ],
 )
-def test_data_of_a_later_stage_is_looked_for_too(overrides: list[str]) -> None:
+def test_data_of_a_later_stage_is_checked_too(overrides: list[str]) -> None:
     done = dry_run("--config-name", "pipeline-tiny", *overrides)
     assert done.returncode == 2
-    assert "there is no /nowhere/p.jsonl on this machine" in done.stderr
+    assert "/nowhere/p.jsonl does not exist on this machine" in done.stderr
 
 
-def test_a_stage_that_does_not_fit_the_one_before_is_refused(tmp_path: Path) -> None:
+def test_a_stage_that_does_not_match_the_previous_one_is_rejected(tmp_path: Path) -> None:
     done = dry_run("--config-name", "pipeline-tiny", "longcontext.model.moe_ffn_hidden_size=48")
     assert done.returncode == 2
     assert "model.moe_ffn_hidden_size: 64 there, 48 here" in done.stderr
@@ -79,12 +79,12 @@ def test_dry_run_shows_script_and_description(
     tmp_path: Path, site: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "sesame-open")
-    wishes = site(account="lab", setup=["module load cuda"], environment={"NCCL_SOCKET_IFNAME": "ib0"})
+    site_file = site(account="lab", setup=["module load cuda"], environment={"NCCL_SOCKET_IFNAME": "ib0"})
     done = dry_run(
         "--config-name",
         "pretrain-tiny",
         "--site",
-        wishes,
+        site_file,
         "--nodes",
         "2",
         "--run-dir",
@@ -101,7 +101,7 @@ def test_dry_run_shows_script_and_description(
         "export NCCL_SOCKET_IFNAME=ib0",
     ):
         assert line in done.stdout.splitlines()
-    assert "sesame-open" not in done.stdout, "what the shell knows stays in the shell"
+    assert "sesame-open" not in done.stdout, "variables of the shell are not written"
     assert not (tmp_path / "r").exists()
 
 
@@ -115,18 +115,18 @@ def test_dry_run_shows_script_and_description(
         ({"launcher": "mpirun"}, "launcher"),
     ],
 )
-def test_a_wrong_site_is_refused(site: Callable[..., str], changes: dict[str, object], complaint: str) -> None:
+def test_an_invalid_site_is_rejected(site: Callable[..., str], changes: dict[str, object], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         load_site(site(**changes))
 
 
-def test_the_example_site_is_right() -> None:
+def test_the_example_site_is_valid() -> None:
     site = load_site("example")
     assert site.ranks_per_node == 8
     assert site.preflight is not None
 
 
-def test_a_model_larger_than_the_site_s_gpus_is_refused(site: Callable[..., str]) -> None:
+def test_a_model_larger_than_the_gpus_of_the_site_is_rejected(site: Callable[..., str]) -> None:
     config = validate({"training": {"global_batch_size": 4096, "micro_batch_size": 4096}})
     small = load_site(site(gpus_per_node=1, gpu_memory_gib=4.5))
     with pytest.raises(UserError, match="the largest rank needs"):
@@ -140,7 +140,7 @@ def test_every_pipeline_could_be_submitted(tmp_path: Path, name: str) -> None:
     assert done.stdout.count("#!/bin/bash") >= 3
 
 
-def test_the_training_door_says_where_pipelines_run() -> None:
+def test_the_training_command_names_the_command_for_pipelines() -> None:
     command = [sys.executable, "-m", "megatron_q3n.train", "--config-name", "pipeline-tiny"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""What the supervisor does with how a process ends, outside Slurm and with small commands in the place of training.
+"""Supervisor outside Slurm: its decisions by exit code and signal, with shell commands instead of training.
 
 Inside Slurm: test_interruptions.py and test_trouble.py.
 """
@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from slurm import progress
-from slurm.supervise import judge_nodes
+from slurm.supervise import find_unfit_nodes
 from tests.slurm.runs import ROOT
 
 NODE_MODULES = ("supervise", "preflight", "progress")
 
 
 def job_file(run_dir: Path, shell: str, **changes: Any) -> Path:
-    """Describe a stage whose training is a line of shell."""
+    """Write the job description of a stage whose training is a shell command."""
     for name in ("logs", "slurm", "checkpoints"):
         (run_dir / name).mkdir(parents=True)
     job: dict[str, Any] = {
@@ -62,12 +62,12 @@ def decisions(run_dir: Path) -> list[tuple[str, int]]:
         ("exit 2", 2, [("failed", 2)]),
         ("exit 1", 4, [("again", 1)] * 3 + [("gave up", 4)]),
         ("kill -KILL $$", 4, [("again", 137)] * 3 + [("gave up", 4)]),
-        # torchrun makes 1 of every code: what the training said itself counts
+        # torchrun replaces every exit code by 1, so outcome.json takes precedence
         ('echo \'{"code": 2, "message": "no"}\' > $RUN/logs/outcome.json; exit 1', 2, [("failed", 2)]),
         ("echo '{\"code\": 0}' > $RUN/logs/outcome.json; exit 143", 0, [("done", 0)]),
     ],
 )
-def test_what_follows_from_how_it_ended(tmp_path: Path, shell: str, code: int, expected: list[tuple[str, int]]) -> None:
+def test_decision_by_exit_code(tmp_path: Path, shell: str, code: int, expected: list[tuple[str, int]]) -> None:
     process = supervise(job_file(tmp_path, shell, environment={"RUN": str(tmp_path)}))
     process.communicate(timeout=60)
     assert process.returncode == code
@@ -75,7 +75,7 @@ def test_what_follows_from_how_it_ended(tmp_path: Path, shell: str, code: int, e
 
 
 def test_progress_resets_the_count(tmp_path: Path) -> None:
-    """Each attempt saves one step further and crashes; the seventh finds nothing left to do."""
+    """Each attempt saves one more step and crashes; the seventh has nothing left to do."""
     one_more = (
         "n=$(($(ls $RUN/checkpoints | wc -l) + 1)); mkdir $RUN/checkpoints/step_$n; "
         "echo '{}' > $RUN/checkpoints/step_$n/checkpoint.json; "
@@ -88,7 +88,7 @@ def test_progress_resets_the_count(tmp_path: Path) -> None:
     assert decisions(tmp_path) == [("again", 1)] * 6 + [("done", 0)]
 
 
-def test_asked_to_stop_it_asks_the_training_and_does_not_start_again(tmp_path: Path) -> None:
+def test_sigterm_is_forwarded_to_the_training_and_ends_the_run(tmp_path: Path) -> None:
     saves = "trap 'echo saved > $RUN/saved; exit 75' TERM; touch $RUN/ready; while :; do sleep 0.1; done"
     process = supervise(job_file(tmp_path, saves, environment={"RUN": str(tmp_path)}))
     deadline = time.monotonic() + 30
@@ -103,29 +103,32 @@ def test_asked_to_stop_it_asks_the_training_and_does_not_start_again(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("reports", "blamed"),
+    ("reports", "unfit"),
     [
         ({"a": [], "b": []}, []),
         ({"a": []}, ["b"]),
         ({"a": ["disk: full"], "b": []}, ["a"]),
-        ({"a": ["network: b:1 (node 1) not reached"], "b": ["network: nothing came from node 0"]}, ["b"]),
-        ({"a": [], "b": ["network: c:1 (node 2) not reached"], "c": ["network: nothing came from node 1"]}, ["c"]),
-        # what is wrong with a node itself explains more than what its neighbours could not reach
-        ({"a": ["network: b:1 (node 1) not reached"], "b": ["gpu 3: 7 uncorrected memory errors"]}, ["b"]),
+        ({"a": ["network: b:1 (node 1) cannot be reached"], "b": ["network: nothing received from node 0"]}, ["b"]),
+        (
+            {"a": [], "b": ["network: c:1 (node 2) cannot be reached"], "c": ["network: nothing received from node 1"]},
+            ["c"],
+        ),
+        # a local problem of a node takes precedence over failed connections
+        ({"a": ["network: b:1 (node 1) cannot be reached"], "b": ["gpu 3: 7 uncorrected memory errors"]}, ["b"]),
     ],
 )
-def test_which_node_is_to_blame(tmp_path: Path, reports: dict[str, list[str]], blamed: list[str]) -> None:
+def test_unfit_nodes(tmp_path: Path, reports: dict[str, list[str]], unfit: list[str]) -> None:
     nodes = ["a", "b", *(["c"] if "c" in reports else [])]
     for node, problems in reports.items():
         (tmp_path / f"{node}.json").write_text(json.dumps({"node": node, "problems": problems}))
-    told: list[str] = []
-    assert judge_nodes(tmp_path, nodes, told.append) == blamed
-    assert bool(told) == bool(blamed)
+    messages: list[str] = []
+    assert find_unfit_nodes(tmp_path, nodes, messages.append) == unfit
+    assert bool(messages) == bool(unfit)
 
 
 @pytest.mark.parametrize("name", NODE_MODULES)
-def test_what_runs_on_bare_nodes_needs_no_package(name: str) -> None:
-    """Read as Python 3.9 reads it; that it runs there is not covered."""
+def test_modules_for_nodes_use_the_standard_library_only(name: str) -> None:
+    """Parsed with the grammar of Python 3.9; execution with it is not covered."""
     source = (ROOT / "slurm" / f"{name}.py").read_text()
     tree = ast.parse(source, feature_version=(3, 9))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -1,4 +1,4 @@
-"""Sweeps: the site's settings in the words of hydra-submitit-launcher, and two trials on a real Slurm."""
+"""Sweeps: the site's settings as those of hydra-submitit-launcher, and two trials on a Slurm cluster."""
 
 import json
 import subprocess
@@ -18,13 +18,13 @@ from tests.slurm.runs import ROOT, SMALL
     ("time", "expected"),
     [("90", 90), ("30:00", 30), ("1:30:00", 90), ("0:00:20", 1), ("2-00:00:00", 2880), ("1-12", 2160)],
 )
-def test_times_are_read_as_slurm_reads_them(time: str, expected: int) -> None:
+def test_slurm_times_in_minutes(time: str, expected: int) -> None:
     assert minutes(time) == expected
 
 
 def test_a_site_s_settings_reach_the_launcher(site: Callable[..., str]) -> None:
-    wishes = load_site(site(account="lab", gpus_per_node=8, setup=["module load cuda"]))
-    settings = launcher_settings(wishes, "1:00:00")
+    settings_of_site = load_site(site(account="lab", gpus_per_node=8, setup=["module load cuda"]))
+    settings = launcher_settings(settings_of_site, "1:00:00")
     assert settings[0] == "hydra/launcher=submitit_slurm"
     for expected in ("account=lab", "partition=batch", "timeout_min=60", "gpus_per_node=1"):
         assert f"hydra.launcher.{expected}" in settings
@@ -53,4 +53,4 @@ def test_two_trials(cluster: Cluster, site: Callable[..., str], tmp_path: Path) 
         rates.add(round(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[2])["learning_rate"], 6))
     assert rates == {0.001, 0.003}
     logs = list((folder / "hydra" / ".submitit").glob("*/*_submission.sh"))
-    assert logs, "the trials were jobs of Slurm"
+    assert logs, "the trials were Slurm jobs"

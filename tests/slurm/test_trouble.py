@@ -1,6 +1,6 @@
-"""On a real Slurm: a rank that hangs, a batch that makes the loss NaN, a node unfit to train, no progress at all.
+"""Faults on a Slurm cluster: a hanging rank, a batch with NaN loss, an unfit node, attempts without progress.
 
-The faults come from outside (faults/sitecustomize.py); the product has no switch for them.
+Faults are injected from outside (faults/sitecustomize.py); the code under test has no switch for them.
 """
 
 import json
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import SITE, SMALL, decisions, numbers, story, submitted, with_fault
+from tests.slurm.runs import SITE, SMALL, decisions, numbers, run_logs, submitted, with_fault
 
 pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
-def test_a_hanging_rank_is_found_its_stack_kept_and_the_job_requeued(
-    cluster: Cluster, site: Callable[..., str], tmp_path: Path, uninterrupted: Path
+def test_a_hanging_rank_is_detected_its_stack_saved_and_the_job_requeued(
+    cluster: Cluster, site: Callable[..., str], tmp_path: Path, uninterrupted_run: Path
 ) -> None:
     run_dir = tmp_path / "run"
     (job,) = submitted(
@@ -32,10 +32,10 @@ def test_a_hanging_rank_is_found_its_stack_kept_and_the_job_requeued(
         "--site",
         site(environment=with_fault("hang@6:1", tmp_path / "once")),
         *SMALL,
-        "health.hang_floor_seconds=6",
+        "health.hang_min_seconds=6",
         "health.hang_factor=5",
     )
-    assert cluster.wait(job, *ENDED) == "COMPLETED", story(run_dir)
+    assert cluster.wait(job, *ENDED) == "COMPLETED", run_logs(run_dir)
     lines = [json.loads(text) for text in (run_dir / "slurm/attempts.jsonl").read_text().splitlines()]
     first, last = (line for line in lines if line["event"] == "end")
     assert first["code"] == 70
@@ -45,7 +45,7 @@ def test_a_hanging_rank_is_found_its_stack_kept_and_the_job_requeued(
     stacks = run_dir / "logs" / "stacks"
     assert "sitecustomize.py" in (stacks / "rank_00001.txt").read_text(), "the cause"
     assert "fit.py" in (stacks / "rank_00000.txt").read_text(), "the victim"
-    assert "rank 1 on n2: no progress" in story(run_dir)
+    assert "rank 1 on n2: no progress" in run_logs(run_dir)
     numbers(run_dir)
 
 
@@ -66,20 +66,20 @@ def test_a_poisoned_batch(cluster: Cluster, site: Callable[..., str], tmp_path: 
         *SMALL,
         f"health.non_finite={policy}",
     )
-    state, told = cluster.wait(job, *ENDED), (run_dir / "logs" / "events.log").read_text()
-    assert "step 6: loss nan, gradient norm nan, not finite" in told, story(run_dir)
+    state, event_log = cluster.wait(job, *ENDED), (run_dir / "logs" / "events.log").read_text()
+    assert "step 6: loss nan, gradient norm nan, not finite" in event_log, run_logs(run_dir)
     if policy == "stop":
         assert state == "FAILED"
         assert decisions(run_dir) == ["failed"]
-        assert "The run stops (health.non_finite=stop)" in told
+        assert "The run stops (health.non_finite=stop)" in event_log
         assert (run_dir / "checkpoints/latest").resolve().name == "step_0000004"
         return
-    assert state == "COMPLETED", story(run_dir)
+    assert state == "COMPLETED", run_logs(run_dir)
     expected = {
         "skip": "update withheld (health.non_finite=skip)",
         "roll_back": "going back to step 4, leaving out batch 5 (health.non_finite=roll_back, 1 so far)",
     }
-    assert expected[policy] in told
+    assert expected[policy] in event_log
     losses = [step["loss/train"] for step in numbers(run_dir)]
     assert [loss is None for loss in losses] == [policy == "skip" and n == 5 for n in range(12)]
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
@@ -87,7 +87,7 @@ def test_a_poisoned_batch(cluster: Cluster, site: Callable[..., str], tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_job_that_gets_nowhere_gives_up(cluster: Cluster, site: Callable[..., str], tmp_path: Path) -> None:
+def test_a_job_without_progress_gives_up(cluster: Cluster, site: Callable[..., str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     (job,) = submitted(
         cluster,
@@ -99,26 +99,26 @@ def test_a_job_that_gets_nowhere_gives_up(cluster: Cluster, site: Callable[..., 
         site(environment=with_fault("crash@2:0"), attempts_without_progress=2),
         *SMALL,
     )
-    assert cluster.wait(job, *ENDED) == "FAILED", story(run_dir)
+    assert cluster.wait(job, *ENDED) == "FAILED", run_logs(run_dir)
     assert decisions(run_dir) == ["again", "again", "gave up"]
-    assert "2 attempts in a row began at step 0 and none got further" in story(run_dir)
+    assert "2 attempts in a row began at step 0 without progress" in run_logs(run_dir)
 
 
 def fake_nvidia_smi(folder: Path, body: str) -> str:
-    """Write an nvidia-smi in shell; return the line of site setup that puts it first on PATH."""
+    """Write a shell script nvidia-smi; return the line of site setup that puts it first on PATH."""
     folder.mkdir()
     (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{body}\n")
     (folder / "nvidia-smi").chmod(0o755)
     return f"export PATH={folder}:$PATH"
 
 
-# Slurm itself is told of no GPUs; the check counts them all the same
+# Slurm has no GPUs configured; the check counts them with nvidia-smi
 ONE_GPU = {**SITE["preflight"], "gpus_expected": 1}
 
 
 @pytest.mark.slow
-def test_an_unfit_node_is_left_out(cluster: Cluster, site: Callable[..., str], tmp_path: Path) -> None:
-    """What is unfit here is n1's nvidia-smi, which sees a GPU with memory errors on that node only."""
+def test_an_unfit_node_is_excluded(cluster: Cluster, site: Callable[..., str], tmp_path: Path) -> None:
+    """The fake nvidia-smi reports memory errors on n1 only."""
     errors = '[ "$SLURMD_NODENAME" = n1 ] && errors=3\necho "0, 80000, ${errors:-0}"'
     setup = [fake_nvidia_smi(tmp_path / "bin", errors)]
     run_dir = tmp_path / "run"
@@ -132,15 +132,15 @@ def test_an_unfit_node_is_left_out(cluster: Cluster, site: Callable[..., str], t
         "--site",
         site(setup=setup, preflight=ONE_GPU),
     )
-    assert cluster.wait(job, *ENDED) == "COMPLETED", story(run_dir)
-    assert "pre-flight n1: gpu 0: 3 uncorrected memory errors" in story(run_dir)
+    assert cluster.wait(job, *ENDED) == "COMPLETED", run_logs(run_dir)
+    assert "pre-flight n1: gpu 0: 3 uncorrected memory errors" in run_logs(run_dir)
     assert (run_dir / "slurm/excluded_nodes.txt").read_text().split() == ["n1"]
     assert "ExcNodeList=n1" in cluster.run("scontrol", "show", "job", job)
     assert decisions(run_dir) == ["again", "done"]
 
 
 @pytest.mark.slow
-def test_preempted_during_the_pre_flight_no_node_is_to_blame(
+def test_preemption_during_the_pre_flight_excludes_no_node(
     cluster: Cluster, site: Callable[..., str], tmp_path: Path
 ) -> None:
     once = tmp_path / "once"
@@ -159,9 +159,9 @@ def test_preempted_during_the_pre_flight_no_node_is_to_blame(
     )
     deadline = time.monotonic() + 30
     while not once.exists():
-        assert time.monotonic() < deadline, story(run_dir)
+        assert time.monotonic() < deadline, run_logs(run_dir)
         time.sleep(0.1)
     cluster.run("scancel", "--signal=TERM", job)
-    assert cluster.wait(job, *ENDED) == "COMPLETED", story(run_dir)
+    assert cluster.wait(job, *ENDED) == "COMPLETED", run_logs(run_dir)
     assert decisions(run_dir) == ["again", "done"]
     assert not (run_dir / "slurm/excluded_nodes.txt").exists()

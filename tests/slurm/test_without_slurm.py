@@ -1,6 +1,6 @@
-"""Where Slurm is not installed its tests skip with one line; in CI that is a failure.
+"""Without Slurm its tests are skipped with one line; in CI this is a failure.
 
-Slurm's programs are sought under names that nobody has; the rest is the suite as it is.
+Missing programs are simulated by a program name that does not exist; the rest of the suite is unchanged.
 """
 
 import os
@@ -14,7 +14,7 @@ from tests.slurm.runs import ROOT
 SUITE = """
 import sys, pytest
 from tests.slurm import cluster
-cluster.PROGRAMS = ("slurm-that-nobody-has",)
+cluster.PROGRAMS = ("slurm-not-installed",)
 chosen = ["tests/slurm/test_interruptions.py", "tests/slurm/test_layout.py"]
 sys.exit(pytest.main([*chosen, "-q", "-m", "slurm"]))
 """
@@ -31,12 +31,12 @@ def test_tests_on_slurm_skip_with_one_line_and_in_ci_fail(in_ci: bool) -> None:
         text=True,
         check=False,
     )
-    said = [line for line in done.stdout.splitlines() if line.startswith(("SKIPPED", "ERROR"))]
-    assert all("apt-get install slurm-wlm munge" in line or in_ci for line in said)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("SKIPPED", "ERROR"))]
+    assert all("apt-get install slurm-wlm munge" in line or in_ci for line in lines)
     if in_ci:
         assert done.returncode == 1, done.stdout
         assert "apt-get install slurm-wlm munge" in done.stdout
         assert "passed" not in done.stdout.splitlines()[-1]
     else:
         assert done.returncode == 0, done.stdout
-        assert len(said) == 1, done.stdout
+        assert len(lines) == 1, done.stdout

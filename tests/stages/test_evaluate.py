@@ -1,6 +1,6 @@
-"""The evaluate stage: what it measures is right, in every layout; where results go; one message for bad input.
+"""Evaluate stage: correct results in every layout, output files, and one message for bad input.
 
-One small checkpoint with random weights. Layouts: one launch, which forks. Acceptance itself: tests/mtp.
+One small checkpoint with random weights. Draft acceptance itself is tested in tests/model/mtp.
 """
 
 import json
@@ -72,14 +72,14 @@ def request(run_dir: Path, **evaluate: Any) -> Any:
     return validate({"stage": "evaluate", "checkpoint": {"load": str(run_dir)}, "evaluate": evaluate})
 
 
-def test_losses_and_bytes_by_position_are_those_of_the_logits(alone: Any) -> None:
-    from megatron_q3n.evaluation.held_out import Measure, measure_rows
+def test_losses_and_bytes_by_position_match_the_logits(alone: Any) -> None:
+    from megatron_q3n.evaluation.held_out_loss import MeasurementSettings, measure_sequences
 
     model = tiny_model(alone)
     tokens = torch.randint(0, 64, (3, 17), generator=torch.Generator().manual_seed(0))
     num_bytes = torch.arange(64)
     counts = torch.tensor([True, False, True])
-    sums = measure_rows(model, [(tokens, counts)], Measure(num_bytes, 4, 0, 4, 0, 64))
+    sums = measure_sequences(model, [(tokens, counts)], MeasurementSettings(num_bytes, 4, 0, 4, 0, 64))
     wanted = torch.zeros(4, 3, dtype=torch.float64)
     for row in (0, 2):
         log_p = full_logits(model, tokens[row, :-1].tolist()).log_softmax(-1)
@@ -88,34 +88,34 @@ def test_losses_and_bytes_by_position_are_those_of_the_logits(alone: Any) -> Non
     torch.testing.assert_close(sums.text, wanted, rtol=0, atol=1e-3)
 
 
-def test_the_text_is_that_of_the_run_unless_another_is_named(run_dir: Path) -> None:
-    from megatron_q3n.stages.trained_model import with_text_of
+def test_the_text_defaults_to_that_of_the_run(run_dir: Path) -> None:
+    from megatron_q3n.stages.trained_model import with_checkpoint_data
 
     saved = yaml.safe_load((run_dir / "config.yaml").read_text())
     saved["data"] |= {"stdlib_vocab_size": 300, "stdlib_packages": ["yaml"], "cache_dir": "there"}
     beside = run_dir.parent / "another"
     source = beside / "checkpoints/step_0000001"
     source.mkdir(parents=True)
-    assert with_text_of(source, validate({})) == validate({}), "no run directory around it"
+    assert with_checkpoint_data(source, validate({})) == validate({}), "no run directory around it"
     (beside / "config.yaml").write_text(yaml.safe_dump(saved))
-    found = with_text_of(source, validate({"data": {"cache_dir": "here"}})).data
+    found = with_checkpoint_data(source, validate({"data": {"cache_dir": "here"}})).data
     assert (found.stdlib_vocab_size, found.stdlib_packages) == (300, ["yaml"])
     assert found.cache_dir == "here"
     named = validate({"data": {"stdlib_vocab_size": 400}})
-    assert with_text_of(source, named) == named
+    assert with_checkpoint_data(source, named) == named
     saved["data"].pop("stdlib_packages")  # a run from before there were any
     (beside / "config.yaml").write_text(yaml.safe_dump(saved))
-    assert with_text_of(source, validate({})).data.stdlib_packages == []
+    assert with_checkpoint_data(source, validate({})).data.stdlib_packages == []
 
 
-def test_results_name_what_was_added_up() -> None:
-    from megatron_q3n.evaluation.held_out import Sums
-    from megatron_q3n.evaluation.results import set_results
+def test_results_are_computed_from_the_sums() -> None:
+    from megatron_q3n.evaluation.held_out_loss import EvaluationSums
+    from megatron_q3n.evaluation.results import summarize_data_set
 
     wanted = request(Path("unused"), position_buckets=1, draft_depth=2, context_tokens=8, draft_stride=2)
     drafts = torch.tensor([[[10, 10, 8, 10, 6], [10, 8, 4, 5, 2]]], dtype=torch.float64)
     text = torch.tensor([[math.log(2) * 300, 100, 200]], dtype=torch.float64)
-    results = set_results(Sums(text, drafts), wanted.evaluate)
+    results = summarize_data_set(EvaluationSums(text, drafts), wanted.evaluate)
     assert results["bits_per_byte"] == pytest.approx(1.5)
     assert results["perplexity"] == pytest.approx(8)
     assert results["drafts"]["greedy"] == {"acceptance": [0.8, 0.5], "tokens_per_pass": pytest.approx(2.2)}
@@ -129,9 +129,9 @@ def test_text_drafts_recall_and_tasks_of_a_run(run_dir: Path, tasks_dir: Path, r
         "evaluate",
         f"checkpoint.load={run_dir}",
         "evaluate.draft_depth=2",
-        "evaluate.rows=6",
+        "evaluate.num_sequences=6",
         "evaluate.context_tokens=64",
-        "evaluate.batch_rows=4",
+        "evaluate.batch_size=4",
         "evaluate.draft_stride=16",
         f"evaluate.tasks_dir={tasks_dir}",
         "evaluate.tasks=[choosing,completing]",
@@ -150,18 +150,17 @@ def test_text_drafts_recall_and_tasks_of_a_run(run_dir: Path, tasks_dir: Path, r
         assert recall["loss"] > 1
         assert recall["loss of the first copy"] > 1
     report = (run_dir / "report.html").read_text()
-    for words in ("Held-out text: validation", "Drafts: validation", "choosing", "of the first copy"):
+    for words in ("Held-out text: validation", "Draft acceptance: validation", "choosing", "loss of the first copy"):
         assert words in report
 
 
-def test_harness_scores_are_the_models(alone: Any, tmp_path: Path) -> None:
-    """Continuations score as the logits of whole sequences say, whatever is packed with them; completions are the
-    likeliest tokens."""
+def test_harness_scores_match_the_model(alone: Any, tmp_path: Path) -> None:
+    """Scores match the logits of unpacked sequences; completions are the greedy tokens."""
     from lm_eval.api.instance import Instance
 
     from megatron_q3n.data.folders import cache_root
     from megatron_q3n.data.stdlib import prepare_stdlib
-    from megatron_q3n.evaluation.harness import HarnessModel
+    from megatron_q3n.evaluation.harness_adapter import HarnessModel
 
     tokenizer = TextTokenizer.load(prepare_stdlib(cache_root(None), 512, 5.0).train)
     model = tiny_model(alone, vocab_size=512)
@@ -176,24 +175,24 @@ def test_harness_scores_are_the_models(alone: Any, tmp_path: Path) -> None:
         log_p = full_logits(model, whole[:-1]).log_softmax(-1)
         wanted = sum(log_p[i - 1, whole[i]].item() for i in range(len(before), len(whole)))
         assert score == pytest.approx(wanted, abs=1e-3)
-    asked = Instance("generate_until", {}, ("def ", {"until": ["\n"], "max_gen_toks": 5}), 0)
+    requested = Instance("generate_until", {}, ("def ", {"until": ["\n"], "max_gen_toks": 5}), 0)
     tokens = tokenizer.encode("def ")
     for _ in range(5):
         tokens.append(int(full_logits(model, tokens)[-1, : tokenizer.vocab_size].argmax()))
     text = tokenizer.decode(tokens[-5:]).split("\n")[0]
-    assert adapter.generate_until([asked]) == [text]
+    assert adapter.generate_until([requested]) == [text]
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "nothing": ({"rows": 0}, "leave nothing to measure"),
+    "nothing": ({"num_sequences": 0}, "leave nothing to measure"),
     "tasks without files": ({"tasks": ["a"]}, "needs evaluate.tasks_dir"),
     "stretches": ({"context_tokens": 100, "position_buckets": 8}, "not divisible by evaluate.position_buckets"),
-    "no place to draft": ({"draft_depth": 1, "draft_stride": 512}, "no place is judged"),
+    "no position to draft": ({"draft_depth": 1, "draft_stride": 512}, "no position would be scored"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_refused_before_anything_is_built(case: str) -> None:
+def test_bad_settings_are_rejected_by_validation(case: str) -> None:
     evaluate, message = BAD[case]
     with pytest.raises(UserError, match=message):
         request(Path("anywhere"), **evaluate)
@@ -207,8 +206,8 @@ def test_a_checkpoint_is_needed() -> None:
 BAD_INPUT = {
     "no such folder of tasks": (["evaluate.tasks=[a]", "evaluate.tasks_dir=/nowhere"], "no such folder"),
     "rows longer than positions": (["evaluate.context_tokens=1024"], "max_position_embeddings=512"),
-    "recall longer than positions": (["evaluate.recall_lengths=[16,300]"], "300 tokens, twice"),
-    "no such task": (["evaluate.rows=0", "evaluate.tasks=[a]", "evaluate.tasks_dir=TASKS"], "has no task a"),
+    "recall longer than positions": (["evaluate.recall_lengths=[16,300]"], "two copies of 300 tokens"),
+    "no such task": (["evaluate.num_sequences=0", "evaluate.tasks=[a]", "evaluate.tasks_dir=TASKS"], "has no task a"),
 }
 
 
@@ -222,7 +221,7 @@ def test_bad_input_is_one_message(case: str, run_dir: Path, tasks_dir: Path, run
     assert "Traceback" not in done.stderr
 
 
-def test_tasks_without_the_harness_say_what_to_install(
+def test_without_lm_eval_the_error_names_the_requirements_file(
     run_dir: Path, tasks_dir: Path, tmp_path: Path, run_module: Callable[..., Any]
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['lm_eval'] = None\n")
@@ -231,7 +230,7 @@ def test_tasks_without_the_harness_say_what_to_install(
         "--config-name",
         "evaluate",
         f"checkpoint.load={run_dir}",
-        "evaluate.rows=0",
+        "evaluate.num_sequences=0",
         "evaluate.tasks=[choosing]",
         f"evaluate.tasks_dir={tasks_dir}",
         environment={"PYTHONPATH": path},
@@ -246,21 +245,21 @@ LAYOUTS = {"tp2": ["parallel.tensor_model_parallel_size=2"], "ep2": ["parallel.e
 @pytest.mark.multiprocess
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_find_what_one_finds(layout: str, run_dir: Path, tasks_dir: Path, tmp_path: Path) -> None:
-    """Texts, greedy drafts, recall, tasks; ranks that share experts have rows of their own, an odd number of them."""
+def test_two_ranks_give_the_results_of_one(layout: str, run_dir: Path, tasks_dir: Path, tmp_path: Path) -> None:
+    """Held-out loss, greedy drafts, recall, tasks; with expert parallelism each rank has different sequences."""
     words = [
         "--config-name",
         "evaluate",
         f"checkpoint.load={run_dir}",
         "evaluate.draft_depth=2",
-        "evaluate.rows=5",
+        "evaluate.num_sequences=5",
         "evaluate.context_tokens=64",
-        "evaluate.batch_rows=2",
+        "evaluate.batch_size=2",
         "evaluate.draft_stride=16",
         f"evaluate.tasks_dir={tasks_dir}",
         "evaluate.tasks=[choosing,completing]",
         "evaluate.recall_lengths=[5,40]",
-        "evaluate.recall_rows=7",
+        "evaluate.num_recall_sequences=7",
     ]
     found = {}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -1,4 +1,7 @@
-"""The generate stage and its tool: text out, one clear message for bad input. One small checkpoint, random weights."""
+"""Stage generate and tools/generate.py: completions, and one clear error message for bad input.
+
+One small checkpoint with random weights.
+"""
 
 import json
 from collections.abc import Callable
@@ -23,7 +26,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def trained(alone: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with a checkpoint and the tokenizer its configuration names, and beside it one without MTP."""
+    """Run directories with and without MTP: a checkpoint, and the tokenizer that its configuration names."""
     from megatron_q3n import checkpoint
     from megatron_q3n.training.state import build_state
 
@@ -61,10 +64,10 @@ def test_text_from_a_checkpoint(trained: Path, run_module: Callable[..., Any]) -
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("def main")
     assert "12 tokens in" in done.stderr
-    assert "drafts kept by depth" in done.stderr
+    assert "drafts accepted by depth" in done.stderr
 
 
-def test_the_tool_takes_any_text_and_writes_results(trained: Path, tmp_path: Path) -> None:
+def test_the_tool_accepts_any_text_and_writes_results(trained: Path, tmp_path: Path) -> None:
     prompts = ['f"${name}" \\ {x: [1]}\n\té', "class A:"]
     done = forked.run(
         ROOT / "tools" / "generate.py",
@@ -120,7 +123,7 @@ def test_empty_prompt_and_missing_checkpoint_are_refused_at_once(run_module: Cal
         assert "Traceback" not in done.stderr
 
 
-def test_layouts_that_generation_does_not_know_are_refused(trained: Path, tmp_path: Path) -> None:
+def test_layouts_that_generation_does_not_support_are_refused(trained: Path, tmp_path: Path) -> None:
     from megatron_q3n.stages import generate
 
     for name in ("pipeline_model", "context"):
@@ -131,34 +134,34 @@ def test_layouts_that_generation_does_not_know_are_refused(trained: Path, tmp_pa
 
 
 def test_stop_tokens_by_id_by_text_and_by_name(trained: Path) -> None:
-    from megatron_q3n.stages.generate import sampling_of
+    from megatron_q3n.stages.generate import to_sampling
 
     tokenizer = TextTokenizer.load(trained / "tokenizer")
-    wanted = request(trained, stop=[7, "a", "<|endoftext|>"]).inference
-    assert sampling_of(wanted, tokenizer).stop_tokens == {7, tokenizer.encode("a")[0], tokenizer.eod}
+    settings = request(trained, stop=[7, "a", "<|endoftext|>"]).inference
+    assert to_sampling(settings, tokenizer).stop_tokens == {7, tokenizer.encode("a")[0], tokenizer.eod}
 
 
-def test_model_settings_are_laid_over_the_checkpoints_and_must_fit(trained: Path) -> None:
+def test_model_settings_override_those_of_the_checkpoint(trained: Path) -> None:
     from megatron_q3n import checkpoint
-    from megatron_q3n.stages.trained_model import with_model_of
+    from megatron_q3n.stages.trained_model import with_checkpoint_model
 
     source = checkpoint.find(trained / "run")
     tree = request(trained).model_dump(mode="json")
     tree["model"]["rotary_base"] = 5e6
-    config = with_model_of(source, validate(tree))
+    config = with_checkpoint_model(source, validate(tree))
     assert (config.model.hidden_size, config.model.rotary_base) == (32, 5e6)
 
 
-def test_characters_spread_over_tokens_are_shown_whole(trained: Path) -> None:
-    from megatron_q3n.inference.text import TextPieces
+def test_characters_that_span_several_tokens_are_decoded_whole(trained: Path) -> None:
+    from megatron_q3n.inference.detokenizer import IncrementalDetokenizer
 
     tokenizer = TextTokenizer.load(trained / "tokenizer")
-    text = TextPieces(tokenizer, frozenset({tokenizer.eod}))
+    text = IncrementalDetokenizer(tokenizer, frozenset({tokenizer.eod}))
     ids = tokenizer.encode("naïve 漢字 🙂!")
     shown = [text.add([i]) for i in [*ids, tokenizer.eod]]
-    assert len(ids) > len("naïve 漢字 🙂!"), "some characters take several tokens"
+    assert len(ids) > len("naïve 漢字 🙂!"), "some characters span several tokens"
     assert "".join(shown) == "naïve 漢字 🙂!"
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(shown)
-    broken = tokenizer.encode("漢")[:1]
-    assert text.add(broken) == ""
-    assert text.rest() == "\N{REPLACEMENT CHARACTER}"
+    incomplete = tokenizer.encode("漢")[:1]
+    assert text.add(incomplete) == ""
+    assert text.flush() == "\N{REPLACEMENT CHARACTER}"

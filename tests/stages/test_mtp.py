@@ -1,4 +1,4 @@
-"""The mtp stage from a checkpoint of one depth: the trunk stays bit for bit, the layer learns, drafts are counted."""
+"""Stage mtp from a checkpoint with one depth: trunk unchanged bit for bit, MTP layer trained, acceptance reported."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def start(alone: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory whose model has one draft layer that is not repeated."""
+    """A run directory whose model has one MTP layer that is not repeated."""
     from megatron_q3n import checkpoint
     from megatron_q3n.training.state import build_state
 
@@ -38,7 +38,7 @@ def start(alone: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(alone: Any, run_dir: Path) -> dict[str, torch.Tensor]:
-    """Load a checkpoint's parameters, whatever it trained."""
+    """Load a checkpoint's parameters by name."""
     from megatron_q3n import checkpoint
     from megatron_q3n.checkpoint.weights import load_weights
     from megatron_q3n.model.build import build_model
@@ -61,18 +61,18 @@ def test_text(alone: Any, start: Path, tmp_path: Path, run_module: Callable[...,
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["grad_norm"] > 0
     assert {f"loss/mtp_{depth}" for depth in range(1, 5)} <= set(last)
-    assert 1 <= last["acceptance/greedy_length"] <= 5
-    assert 0 < last["acceptance/sampled_1"] < 1
-    assert "Drafts kept, drawn" in (run_dir / "report.html").read_text()
+    assert 1 <= last["acceptance_length/greedy"] <= 5
+    assert 0 < last["acceptance_rate/sampled_1"] < 1
+    assert "Draft acceptance rate, sampled" in (run_dir / "report.html").read_text()
 
 
 def test_conversations(start: Path, tmp_path: Path, run_module: Callable[..., Any]) -> None:
-    """Refreshing the layer after fine-tuning or reinforcement learning."""
-    talks = tmp_path / "talks.jsonl"
-    rows = [
+    """Train the MTP layer again after fine-tuning or reinforcement learning."""
+    path = tmp_path / "conversations.jsonl"
+    conversations = [
         [{"role": "user", "content": f"{n} + 1 ="}, {"role": "assistant", "content": f"{n + 1}"}] for n in range(60)
     ]
-    talks.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
     run_dir = tmp_path / "run"
     done = run_module(
         "--config-name",
@@ -81,9 +81,9 @@ def test_conversations(start: Path, tmp_path: Path, run_module: Callable[..., An
         f"run_dir={run_dir}",
         *SMALL,
         "training.micro_batch_size=1",
-        f"sft.train=[{{path: {talks}}}]",
+        f"sft.train=[{{path: {path}}}]",
     )
     assert done.returncode == 0, done.stderr
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["loss/mtp_1"] > 0
-    assert "acceptance/greedy_length" in last
+    assert "acceptance_length/greedy" in last

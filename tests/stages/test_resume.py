@@ -1,8 +1,7 @@
-"""Killed at a random moment and resumed from its directory alone, a run is the run that was never
-interrupted, bit for bit.
+"""Resume of pretraining: a run killed at a random moment equals an uninterrupted run bit for bit.
 
-CPU, one process; other layouts and a GPU are not covered here. The validation loss, the data order,
-Adam's moments and the expert counts all enter the compared losses.
+CPU, one process; other layouts and GPUs are not covered here. The validation loss, the data order, Adam's moments and
+the expert counts all affect the compared losses.
 """
 
 import json
@@ -18,7 +17,7 @@ import pytest
 from megatron_q3n.checkpoint import folders, integrity
 from tests import forked
 
-DOOR = "megatron_q3n.train"
+ENTRY_POINT = "megatron_q3n.train"
 SMALL = [
     "--config-name",
     "pretrain-tiny",
@@ -32,44 +31,52 @@ SMALL = [
     "schedule.warmup_steps=2",
     "logging.wandb.mode=offline",
 ]
-COMPARED = ("loss/train", "loss/mtp_1", "loss/balance", "grad_norm", "learning_rate", "loss/validation", "tokens")
+COMPARED = (
+    "loss/train",
+    "loss/mtp_1",
+    "loss/load_balancing",
+    "grad_norm",
+    "learning_rate",
+    "loss/validation",
+    "tokens",
+)
 
 
-def numbers(run_dir: Path) -> list[dict[str, Any]]:
+def compared_metrics(run_dir: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == list(range(1, 13)), "each step once"
+    assert [record["step"] for record in records] == list(range(1, 13)), "each step is recorded once"
     return [{name: record.get(name) for name in COMPARED} for record in records]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    done = forked.run(DOOR, *SMALL, f"run_dir={run_dir}")
+    done = forked.run(ENTRY_POINT, *SMALL, f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
-    return numbers(run_dir)
+    return compared_metrics(run_dir)
 
 
 def test_sigkill_then_resume_changes_nothing(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     run_dir = tmp_path / "run"
-    started = forked.start(DOOR, *SMALL, f"run_dir={run_dir}")
+    started = forked.start(ENTRY_POINT, *SMALL, f"run_dir={run_dir}")
     metrics = run_dir / "metrics.jsonl"
-    seen = random.randint(1, 10)
+    num_steps = random.randint(1, 10)
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= seen):
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= num_steps):
         assert started.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(random.random() * 0.2)
     started.send_signal(signal.SIGKILL)
     started.wait()
-    resumed = forked.run(DOOR, "--resume", run_dir)
+    resumed = forked.run(ENTRY_POINT, "--resume", run_dir)
     assert resumed.returncode == 0, resumed.stderr
-    assert numbers(run_dir) == uninterrupted, f"killed after {seen} steps"
+    assert compared_metrics(run_dir) == uninterrupted, f"killed after {num_steps} steps"
 
 
 def test_sigterm_saves_and_asks_to_be_requeued(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     run_dir = tmp_path / "run"
-    command = [DOOR, *SMALL, f"run_dir={run_dir}"]
+    command = [ENTRY_POINT, *SMALL, f"run_dir={run_dir}"]
     first = forked.start(*command)
     metrics = run_dir / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
@@ -86,29 +93,29 @@ def test_sigterm_saves_and_asks_to_be_requeued(tmp_path: Path, uninterrupted: li
     second = forked.run(*command)
     assert second.returncode == 0, second.stderr
     assert "resumed from step_" in second.stdout
-    assert numbers(run_dir) == uninterrupted
+    assert compared_metrics(run_dir) == uninterrupted
 
 
 @pytest.mark.parametrize(("step", "code"), [(4, 75), (12, 0)])
-def test_a_save_under_way_when_told_to_end_is_finished(
+def test_a_running_save_is_finished_after_sigterm(
     tmp_path: Path, uninterrupted: list[dict[str, Any]], step: int, code: int
 ) -> None:
-    """A checkpoint half written behind the training is neither lost nor left; after the last step the run just ends."""
+    """An asynchronous save that runs when SIGTERM arrives is completed; after the last step the run ends normally."""
     run_dir = tmp_path / "run"
-    first = forked.run("tests.stages.told_while_saving", step, *SMALL, f"run_dir={run_dir}")
+    first = forked.run("tests.stages.terminated_while_saving", step, *SMALL, f"run_dir={run_dir}")
     assert first.returncode == code, first.stderr
-    kept = folders.complete(run_dir)
-    assert [integrity.damage(path, "full") for path in kept] == [[]] * len(kept)
+    checkpoints = folders.complete_checkpoints(run_dir)
+    assert [integrity.find_damage(path, "full") for path in checkpoints] == [[]] * len(checkpoints)
     assert not list((run_dir / "checkpoints").glob(".*.partial"))
-    steps = sorted(folders.step_of(path) for path in kept)
+    steps = sorted(folders.step_of(path) for path in checkpoints)
     if code == 0:
         assert steps[-1] == 12
     else:
-        assert steps[0] == 4, "the one that was being written"
-        assert 4 < steps[-1] < 12, "and the one of the end, which waited for it"
+        assert steps[0] == 4, "the one that was being written at SIGTERM"
+        assert 4 < steps[-1] < 12, "the final one, written after it"
         assert "SIGTERM received; everything is saved" in first.stdout
-        assert forked.run(DOOR, "--resume", run_dir).returncode == 0
-    assert numbers(run_dir) == uninterrupted
+        assert forked.run(ENTRY_POINT, "--resume", run_dir).returncode == 0
+    assert compared_metrics(run_dir) == uninterrupted
 
 
 def test_time_limit_saves_and_asks_to_be_requeued(run_module: Callable[..., Any], tmp_path: Path) -> None:

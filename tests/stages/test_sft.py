@@ -1,4 +1,4 @@
-"""Fine-tuning and reinforcement learning as people start them: what is refused, and a run from talks to text."""
+"""Fine-tuning and reinforcement learning by the command line: invalid settings, and a whole run."""
 
 import json
 import math
@@ -14,13 +14,13 @@ TASK = [{"task": {"name": "chain_sum"}}]
 
 
 def tree(stage: str, **sections: Any) -> dict[str, Any]:
-    own = {"sft": {"train": TASK}} if stage == "sft" else {"rl": {"prompts": TASK}}
+    stage_section = {"sft": {"train": TASK}} if stage == "sft" else {"rl": {"prompts": TASK}}
     training = {"micro_batch_size": 1} | sections.pop("training", {})
-    return {"stage": stage, "training": training, **own, **sections}
+    return {"stage": stage, "training": training, **stage_section, **sections}
 
 
 @pytest.mark.parametrize(
-    ("stage", "sections", "words"),
+    ("stage", "sections", "message"),
     [
         ("sft", {"sft": {}}, "stage=sft needs sft.train"),
         ("sft", {"training": {"micro_batch_size": 2}}, "micro_batch_size must be 1"),
@@ -31,7 +31,7 @@ def tree(stage: str, **sections: Any) -> dict[str, Any]:
         ("sft", {"parallel": {"context_parallel_size": 2, "world_size": 2}}, "sft.alignment=1 must be"),
         ("sft", {"training": {"cuda_graph": True}}, "packs conversations"),
         ("rl", {"rl": {}}, "stage=rl needs rl.prompts"),
-        ("rl", {"rl": {"prompts": [{"path": "x.jsonl"}]}}, "kind=task grades questions of task sets"),
+        ("rl", {"rl": {"prompts": [{"path": "x.jsonl"}]}}, "kind=task scores questions of task sets"),
         ("rl", {"parallel": {"context_parallel_size": 2, "world_size": 2}}, "needs whole sequences"),
         ("rl", {"parallel": {"pipeline_model_parallel_size": 2, "world_size": 2}}, "in-process engine"),
         ("rl", {"parallel": {"overlap_grad_reduce": True}}, "MTP layers get none"),
@@ -39,7 +39,7 @@ def tree(stage: str, **sections: Any) -> dict[str, Any]:
         ("rl", {"rl": {"prompts": TASK, "updates_per_rollout": 2, "max_staleness": 0}}, "max_staleness"),
         (
             "rl",
-            {"rl": {"prompts": TASK, "updates_per_rollout": 2, "look_back_interval_rollouts": 5}},
+            {"rl": {"prompts": TASK, "updates_per_rollout": 2, "old_logprobs_interval_rollouts": 5}},
             "set one of them to 1",
         ),
         (
@@ -47,7 +47,7 @@ def tree(stage: str, **sections: Any) -> dict[str, Any]:
             {"training": {"steps": 1600}, "rl": {"prompts": TASK, "updates_per_rollout": 16}},
             "interval_steps=200 is not",
         ),
-        ("rl", {"rl": {"prompts": TASK, "rollout": {"max_new_tokens": 256}}}, "row a prompt and its"),
+        ("rl", {"rl": {"prompts": TASK, "rollout": {"max_new_tokens": 256}}}, "row that holds a prompt"),
         ("rl", {"rl": {"prompts": TASK, "rollout": {"engine": "http"}}}, "needs at least one"),
         ("rl", {"rl": {"prompts": TASK, "rollout": {"urls": ["http://x/v1"]}}}, "in_process none"),
         ("rl", {"rl": {"prompts": TASK, "rollout": {"engine": "http", "urls": ["x"]}}}, "does not carry routes"),
@@ -63,29 +63,29 @@ def tree(stage: str, **sections: Any) -> dict[str, Any]:
         ("rl", {"rl": {"prompts": TASK, "overlong_buffer_tokens": 64}}, "must be below"),
     ],
 )
-def test_what_cannot_work_is_refused(stage: str, sections: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words.replace("(", r"\(").replace("{", r"\{")):
+def test_invalid_settings_are_refused(stage: str, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("(", r"\(").replace("{", r"\{")):
         validate(tree(stage, **sections))
 
 
-def test_an_algorithm_is_its_rules_and_what_is_laid_over_them() -> None:
+def test_an_algorithm_is_its_rules_with_overrides() -> None:
     for name, rules in ALGORITHMS.items():
         assert RlConfig(algorithm=name).rules == rules  # type: ignore[arg-type]
     mixed = RlConfig(algorithm="grpo", normalisation="token", clip_high=0.28)
     assert (mixed.rules.normalisation, mixed.rules.clip_high, mixed.rules.clip_low) == ("token", 0.28, 0.2)
-    assert [RlConfig(algorithm=a).redraws_even_groups for a in ("gspo", "dapo")] == [False, True]
+    assert [RlConfig(algorithm=a).resamples_zero_variance_groups for a in ("gspo", "dapo")] == [False, True]
 
 
 @pytest.mark.slow
 def test_a_run_from_conversations_to_text(tmp_path: Path, run_module: Any) -> None:
-    """It learns one answer by heart; text from its checkpoint has it, with the run's own tokenizer; it goes on."""
-    talks = [
+    """Overfit one answer, resume, and generate from the checkpoint with the run's own tokenizer."""
+    conversations = [
         {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "seven"}]}
         for n in range(40)
     ]
-    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    (tmp_path / "conversations.jsonl").write_text("".join(json.dumps(c) + "\n" for c in conversations))
     settings = [
-        "sft.train=[{path: talks.jsonl}]",
+        "sft.train=[{path: conversations.jsonl}]",
         "sft.validation=[]",
         "sft.validation_percent=20",
         "sft.chat_template=null",
@@ -101,8 +101,8 @@ def test_a_run_from_conversations_to_text(tmp_path: Path, run_module: Any) -> No
     records = [json.loads(x) for x in (tmp_path / "first/metrics.jsonl").read_text().splitlines()]
     assert records[0]["loss/train"] == pytest.approx(math.log(512), abs=0.8)
     assert records[-1]["loss/validation"] < 0.3
-    asked = ['inference.prompts=["user:\\nsay 3"]', "inference.max_new_tokens=20"]
-    text = run_module("--config-name", "generate", "checkpoint.load=first", *asked)
+    prompt = ['inference.prompts=["user:\\nsay 3"]', "inference.max_new_tokens=20"]
+    text = run_module("--config-name", "generate", "checkpoint.load=first", *prompt)
     assert text.returncode == 0, text.stderr
     more = run_module("--resume", "first", "training.steps=62")
     assert more.returncode == 0, more.stderr

@@ -1,7 +1,7 @@
-"""tools/benchmarks/bench.py: shapes, refusals, arithmetic, tables, and whole comparisons of the tiny model on a CPU.
+"""Speed comparison of tools/benchmarks/bench.py: shapes, refusals, arithmetic, tables, and comparisons on a CPU.
 
-Not covered: stock megatron-core beyond its configuration, since its Gated DeltaNet needs a GPU; nor whether any
-figure of a GPU is right.
+Not covered: stock megatron-core beyond its configuration, since its Gated DeltaNet needs a GPU; correctness of figures
+measured on a GPU.
 """
 
 import dataclasses
@@ -19,20 +19,21 @@ from rich.console import Console
 
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.config.sizes import flops_per_token, parameters
+from megatron_q3n.recipe import register_defaults
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--config-name", "pretrain-tiny", "--precision", "fp32", "--vocabulary", "512")
 SHORT = ("--sequence-length", "64", "--iterations", "2", "--warmup", "1")
 
 
-def room(name: str) -> Any:
-    """Import a file of tools/."""
-    return importlib.import_module(name)
+def module(name: str) -> Any:
+    """Import a module of tools/benchmarks by its name there."""
+    return importlib.import_module(f"tools.benchmarks.{name}")
 
 
 def config_of(periods: int = 1, kind: str = "ours", **case: Any) -> RunConfig:
-    room("megatron_q3n.train").register_defaults()
-    cases = room("tools.benchmarks.comparison.cases")
+    register_defaults()
+    cases = module("comparison.cases")
     setting = cases.Setting("pretrain-tiny", "balanced", 512)
     shape = cases.Case(**{"experts": None, "sequence_length": 64, "tokens": 128, **case})
     return cases.config_of(setting, shape, cases.Contestant(kind, "fp32"), periods)
@@ -64,11 +65,11 @@ def test_a_case_becomes_a_configuration() -> None:
         (["start", "--config-name", "pretrain-nano"], "no such recipe"),
     ],
 )
-def test_nonsense_is_refused_before_anything_starts(
+def test_bad_arguments_are_refused_before_a_process_starts(
     arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["tools/benchmarks/bench.py", *arguments])
-    assert room("bench").main() == 2
+    assert module("bench").main() == 2
     assert complaint in capsys.readouterr().err
 
 
@@ -86,15 +87,15 @@ def test_nonsense_is_refused_before_anything_starts(
         ("void at::native::reduce_kernel<512, 1, ReduceOp>", "reductions"),
         ("rmsnorm_bwd_tuned_kernel", "norm/elementwise"),
         ("multi_tensor_apply_kernel<AdamFunctor>", "optimizer"),
-        ("something_nobody_thought_of", "other"),
+        ("an_unknown_name", "other"),
     ],
 )
 def test_kernels_are_grouped_by_name(name: str, group: str) -> None:
-    assert room("tools.benchmarks.comparison.kernel_groups").group_of(name) == group
+    assert module("comparison.kernel_groups").group_of(name) == group
 
 
 def test_busy_time_counts_overlapping_kernels_once() -> None:
-    groups = room("tools.benchmarks.comparison.kernel_groups")
+    groups = module("comparison.kernel_groups")
     spans = [groups.Span("a_gemm", 0, 10), groups.Span("copy", 5, 10), groups.Span("copy", 30, 4)]
     found = groups.summarized(spans, launches=6, steps=2)
     assert found.busy_ms == pytest.approx((15 + 4) / 1000 / 2)
@@ -102,50 +103,50 @@ def test_busy_time_counts_overlapping_kernels_once() -> None:
     assert (found.kernels, found.launches) == (1.5, 3)
 
 
-def played() -> tuple[list[Any], Any, Any]:
-    """Two contestants over one case: 1 and 3 ms a step, and 2 and 6 ms; the second with a graph's few launches."""
-    cases, referee, worker = (room(f"tools.benchmarks.comparison.{n}") for n in ("cases", "referee", "worker"))
-    groups = room("tools.benchmarks.comparison.kernel_groups")
-    case, players, configurations = cases.Case(None, 64, 128), [], {}
+def measured() -> tuple[list[Any], Any, Any]:
+    """Return measurements of two contestants in one case: 1 and 3 ms a step, and 2 and 6 ms."""
+    cases, interleaving, worker = (module(f"comparison.{n}") for n in ("cases", "interleaving", "worker"))
+    groups = module("comparison.kernel_groups")
+    case, entries, configurations = cases.Case(None, 64, 128), [], {}
     for speed, kind in ((1, "ours"), (2, "transformers")):
         contestant = cases.Contestant(kind, "fp32")
-        player = referee.Player(contestant, SimpleNamespace(), SimpleNamespace(), Path())
+        entry = interleaving.ContestantProcess(contestant, SimpleNamespace(), SimpleNamespace(), Path())
         for periods in cases.PERIODS:
             config = config_of(periods, kind)
             configurations[case, contestant, periods] = config
             ms = speed * (1 if periods == 1 else 3)
-            reading = worker.Reading(
+            measurement = worker.Measurement(
                 seconds=[ms / 1000] * 3,
                 wall_seconds=ms / 1000,
                 parameters=parameters(config.model).total,
                 peak_allocated_gib=periods,
                 profile=groups.Profile({"GEMM dense": ms / 2}, ms / 2, 100 * periods, periods),
             )
-            player.readings[case, periods] = [reading, dataclasses.replace(reading)]
-        players.append(player)
-    options = referee.Options("step", 2, 3, 1, 2, {}, "bf16")
-    return players, configurations, options
+            entry.measurements[case, periods] = [measurement, dataclasses.replace(measurement)]
+        entries.append(entry)
+    options = interleaving.Options("step", 2, 3, 1, 2, {}, "bf16")
+    return entries, configurations, options
 
 
-def test_quantising_weights_is_named_beside_the_period() -> None:
-    """A figure of its own, and the sum; nothing where it happens within the steps."""
-    players, configurations, options = played()
-    for (_, periods), readings in players[0].readings.items():
-        for reading in readings:
-            reading.renewing_seconds = 0.0004 * periods
-    first, second = room("tools.benchmarks.comparison.findings").rows_of(players, configurations, options, None)
+def test_quantizing_weights_is_reported_beside_the_period() -> None:
+    """A separate figure, and the sum; neither where it happens within the steps."""
+    entries, configurations, options = measured()
+    for (_, periods), measurements in entries[0].measurements.items():
+        for measurement in measurements:
+            measurement.quantize_seconds = 0.0004 * periods
+    first, second = module("comparison.findings").rows_of(entries, configurations, options, None)
     assert first["renewing_milliseconds"] == pytest.approx(0.4)
     assert first["milliseconds_and_renewing"] == pytest.approx(first["milliseconds"] + 0.4)
     assert "renewing_milliseconds" not in second
     shown = io.StringIO()
-    room("tools.benchmarks.comparison.tables").show_comparison([first, second], Console(file=shown, width=170))
-    assert "weights ms: quantising" in shown.getvalue()
+    module("comparison.tables").show_comparison([first, second], Console(file=shown, width=170))
+    assert "weights ms: quantizing" in shown.getvalue()
 
 
 def test_a_period_is_the_difference_of_two_models() -> None:
-    players, configurations, options = played()
-    findings = room("tools.benchmarks.comparison.findings")
-    ours, theirs = findings.rows_of(players, configurations, options, flops=1e12)
+    entries, configurations, options = measured()
+    findings = module("comparison.findings")
+    ours, theirs = findings.rows_of(entries, configurations, options, flops=1e12)
     assert ours["milliseconds"] == pytest.approx(2)
     assert ours["tokens_per_second"] == pytest.approx(128 / 0.002)
     assert theirs["first_is_times_faster"] == pytest.approx(2)
@@ -157,8 +158,8 @@ def test_a_period_is_the_difference_of_two_models() -> None:
     assert ours["mfu"] == pytest.approx((two - one) * 128 / 0.002 / 1e12)
     assert findings.disagreements([ours, theirs]) == []
     case = next(iter(configurations))[0]
-    players[1].readings[case, 2][0].parameters += 1
-    rows = findings.rows_of(players, configurations, options, flops=None)
+    entries[1].measurements[case, 2][0].parameters += 1
+    rows = findings.rows_of(entries, configurations, options, flops=None)
     assert "a period of transformers:fp32 has" in findings.disagreements(rows)[0]
 
 
@@ -166,23 +167,26 @@ def test_a_period_is_the_difference_of_two_models() -> None:
     ("one_ms", "two_ms", "flops", "is_doubtful"),
     [
         (64.4, 127.8, 1e15, False),
-        (176.9, 219.2, 1e15, True),  # as seen of a contestant that waits for its host
-        (122.2, 269.5, 1e15, True),  # a period longer than a model of one
+        # measured of a contestant that waits for its host
+        (176.9, 219.2, 1e15, True),
+        # a period longer than a model of one
+        (122.2, 269.5, 1e15, True),
         (64.4, 60.0, 1e15, True),
-        (64.4, 127.8, 1.0, True),  # faster than the device
+        # faster than the device
+        (64.4, 127.8, 1.0, True),
     ],
 )
-def test_a_difference_that_cannot_be_a_period_is_said_to_be_doubtful(
+def test_a_difference_that_cannot_be_a_period_is_marked_as_doubtful(
     one_ms: float, two_ms: float, flops: float, is_doubtful: bool
 ) -> None:
-    players, configurations, options = played()
-    for (_, periods), readings in players[0].readings.items():
-        for reading in readings:
-            reading.seconds = [(one_ms if periods == 1 else two_ms) / 1000] * 3
-    row = room("tools.benchmarks.comparison.findings").rows_of(players, configurations, options, flops)[0]
+    entries, configurations, options = measured()
+    for (_, periods), measurements in entries[0].measurements.items():
+        for measurement in measurements:
+            measurement.seconds = [(one_ms if periods == 1 else two_ms) / 1000] * 3
+    row = module("comparison.findings").rows_of(entries, configurations, options, flops)[0]
     assert bool(row["doubt"]) == is_doubtful, row["doubt"]
     shown = io.StringIO()
-    room("tools.benchmarks.comparison.tables").show_comparison([row], Console(file=shown, width=90))
+    module("comparison.tables").show_comparison([row], Console(file=shown, width=90))
     assert ("DOUBTFUL" in shown.getvalue()) == is_doubtful
     if is_doubtful:
         assert f"{two_ms / 2:,.1f} ms at most" in " ".join(shown.getvalue().split())
@@ -191,18 +195,18 @@ def test_a_difference_that_cannot_be_a_period_is_said_to_be_doubtful(
 def test_one_gated_delta_net_layer_is_a_third_of_a_period_s() -> None:
     model = config_of().model
     whole, attention = (flops_per_token(model, 64), model.model_copy(update={"mixer_pattern": "*", "num_layers": 1}))
-    wanted = whole.delta_rule + whole.projections - flops_per_token(attention, 64).projections
-    assert 3 * room("tools.benchmarks.comparison.findings").gated_delta_net_flops(model) == pytest.approx(wanted)
+    expected = whole.delta_rule + whole.projections - flops_per_token(attention, 64).projections
+    assert 3 * module("comparison.findings").gated_delta_net_flops(model) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("width", [60, 200])
 def test_a_table_fits_its_terminal(width: int) -> None:
-    players, configurations, options = played()
-    players[1].readings.clear()
-    players[1].failure = "ended with status 1\n[rank0] no such kernel"
-    rows = room("tools.benchmarks.comparison.findings").rows_of(players, configurations, options, 1e12)
+    entries, configurations, options = measured()
+    entries[1].measurements.clear()
+    entries[1].failure = "ended with status 1\n[rank0] no such kernel"
+    rows = module("comparison.findings").rows_of(entries, configurations, options, 1e12)
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    room("tools.benchmarks.comparison.tables").show_comparison(rows, console)
+    module("comparison.tables").show_comparison(rows, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= width
     for word in ("ours:fp32", "2.00", "64,000", "[rank0] no such kernel", "GEMM dense"):
@@ -210,9 +214,9 @@ def test_a_table_fits_its_terminal(width: int) -> None:
 
 
 def test_stock_is_configured_with_fields_that_megatron_core_has(alone: Any) -> None:
-    """Its fusions need TransformerEngine, so here they are off; their names are checked."""
-    stock = room("tools.benchmarks.comparison.stock")
-    from megatron.core.transformer import TransformerConfig  # late: as the device demands
+    """Its fusions need TransformerEngine, so they are disabled here; their names are checked."""
+    stock = module("comparison.stock")
+    from megatron.core.transformer import TransformerConfig  # late: imported after the device is chosen
 
     fields = stock.stock_fields(config_of(kind="stock"))
     fusions = {name: False for name, value in fields.items() if "fusion" in name and value is True}
@@ -229,12 +233,12 @@ def test_stock_is_configured_with_fields_that_megatron_core_has(alone: Any) -> N
 
 @pytest.mark.parametrize("gradients", ["bf16", "fp32"])
 def test_transformers_is_the_same_model(gradients: str) -> None:
-    """Parameters of a period as the formula counts; and balanced routing still teaches the router."""
-    import torch  # late: most tests here need none
+    """Its parameters of a period are those of the formula, and balanced routing still gives the router gradients."""
+    import torch  # late: most tests here do not need it
 
-    worker = room("tools.benchmarks.comparison.worker")
-    device = worker._plain_device(room("megatron_q3n.device"))
-    contestant = room("tools.benchmarks.comparison.huggingface").HuggingFace(device, config_of(), gradients)
+    worker = module("comparison.worker")
+    device = worker._plain_device(importlib.import_module("megatron_q3n.device"))
+    contestant = module("comparison.huggingface").HuggingFace(device, config_of(), gradients)
     counts = []
     for periods in (1, 2):
         contestant.build(config_of(periods, "transformers"))
@@ -281,7 +285,7 @@ def test_gated_delta_net_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_stock_says_what_it_needs_without_a_gpu() -> None:
+def test_stock_is_refused_without_a_gpu() -> None:
     done = run("period", *TINY, *SHORT, "--contestants", "stock")
     assert done.returncode == 2
     assert "needs a GPU, TransformerEngine and FLA" in done.stderr

@@ -1,6 +1,6 @@
-"""tools/studies/compare_mtp.py: what it makes of evaluations that are there, and one small comparison from the trunk on.
+"""tools/studies/compare_mtp.py: results from given evaluations, and a small comparison that trains its trunk.
 
-And tools/benchmarks/bench_generate.py on that trunk.
+Also tools/benchmarks/bench_generate.py on that trunk.
 """
 
 import json
@@ -23,12 +23,12 @@ def tool() -> Any:
 
 
 def results_of(tool: Any) -> dict[str, Any]:
-    """Gather two seeds of each way, the second a little better."""
-    found = {}
+    """Return the results of each way with two seeds, the second slightly better."""
+    by_way = {}
     for name, shares in SHARES.items():
         seeds = {n: {kind: [s + 0.01 * n for s in shares] for kind in tool.KINDS} for n in (0, 1)}
-        found[name] = tool.over_seeds(name, seeds)
-    return found
+        by_way[name] = tool.over_seeds(name, seeds)
+    return by_way
 
 
 def test_tokens_per_pass_are_one_and_the_drafts_kept(tool: Any) -> None:
@@ -36,21 +36,21 @@ def test_tokens_per_pass_are_one_and_the_drafts_kept(tool: Any) -> None:
     first = [1.8, 1.8 + 0.8 * 0.5, 1.8 + 0.8 * 0.5 + 0.8 * 0.5 * 0.4]
     second = [1.81, 1.81 + 0.81 * 0.51, 1.81 + 0.81 * 0.51 + 0.81 * 0.51 * 0.41]
     for depth in range(3):
-        wanted = (first[depth] + second[depth]) / 2
-        assert way["tokens_per_pass"][depth]["mean"] == pytest.approx(wanted)
+        expected = (first[depth] + second[depth]) / 2
+        assert way["tokens_per_pass"][depth]["mean"] == pytest.approx(expected)
     assert way["acceptance"][0]["spread"] == pytest.approx(0.01 / 2**0.5)
 
 
-def test_every_way_is_held_against_single_step(tool: Any, tmp_path: Path) -> None:
-    found = results_of(tool)
-    held = tool.verdict(found)
-    (length,) = (value for name, value in held.items() if "tokens per pass" in name)
-    (points,) = (value for name, value in held.items() if "points" in name)
+def test_every_way_is_compared_with_single_step(tool: Any, tmp_path: Path) -> None:
+    by_way = results_of(tool)
+    verdict = tool.verdict(by_way)
+    (length,) = (value for name, value in verdict.items() if "tokens per pass" in name)
+    (points,) = (value for name, value in verdict.items() if "points" in name)
     assert length == pytest.approx(1.199, abs=1e-3)
     assert points == pytest.approx(0)
     results = {
-        "ways": found,
-        "verdict": held,
+        "ways": by_way,
+        "verdict": verdict,
         "made_on": {},
         "trunk": "somewhere",
         "trunk_tokens": None,
@@ -60,7 +60,7 @@ def test_every_way_is_held_against_single_step(tool: Any, tmp_path: Path) -> Non
     text = tool.markdown(results)
     assert "80.5 ± 0.7 %" in text
     assert f"as-decoded: tokens per pass at depth 4, over single-step's: {length:.3f}" in text
-    tool.draw(tmp_path / "drafts.png", found)
+    tool.draw(tmp_path / "drafts.png", by_way)
     assert (tmp_path / "drafts.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -76,9 +76,10 @@ def test_a_wrong_setting_is_refused_before_anything_runs(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small comparison, from the trunk on."""
+    """Return the output of a small comparison that trains its trunk."""
     folder = tmp_path_factory.mktemp("compared")
-    for seconds in (600, 60):  # the second time nothing is left to do
+    # the second time nothing is left to do
+    for seconds in (600, 60):
         done = forked.run(
             ROOT / "tools/studies/compare_mtp.py",
             "--output",
@@ -95,7 +96,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "schedule.warmup_steps=2",
             "validation.batches=1",
             "--evaluate",
-            "evaluate.rows=4",
+            "evaluate.num_sequences=4",
             "evaluate.context_tokens=64",
             "--seeds",
             "1",
@@ -120,7 +121,7 @@ def test_a_small_comparison_has_every_way_and_depth(compared: Path) -> None:
 
 @pytest.mark.slow
 def test_generation_of_its_trunk_is_measured(compared: Path) -> None:
-    """tools/benchmarks/bench_generate.py; what it measures of graphs needs a GPU."""
+    """tools/benchmarks/bench_generate.py; its measurement of CUDA graphs needs a GPU."""
     done = forked.run(
         ROOT / "tools/benchmarks/bench_generate.py",
         compared / "trunk",

@@ -73,8 +73,8 @@ def test_the_imported_model_is_a_recipe_part(tmp_path: Path) -> None:
     [
         (["import", "nowhere", "--output", "x"], "nowhere has neither model.safetensors.index.json"),
         (["export", "nowhere", "--output", "x"], "nowhere: no checkpoint found"),
-        (["export", ".", "--output", "x", "--model-type", "gpt2"], "model_type='gpt2' is not a model"),
-        (["export", ".", "--output", "x", "--max-shard-size", "4 apples"], "'4 apples' is no size"),
+        (["export", ".", "--output", "x", "--model-type", "gpt2"], "model_type='gpt2' is not supported"),
+        (["export", ".", "--output", "x", "--max-shard-size", "4 apples"], "'4 apples' is not a size"),
         (["export", "."], "the following arguments are required: --output"),
     ],
 )
@@ -104,6 +104,6 @@ def test_a_damaged_source_exits_with_2(tmp_path: Path) -> None:
     (source / "mtp.safetensors").write_bytes(b"")
     done = convert("import", source, "--output", tmp_path / "ours")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"convert_hf.py: {source}/mtp.safetensors is cut short or damaged")
+    assert done.stderr.startswith(f"convert_hf.py: {source}/mtp.safetensors is truncated or damaged")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""

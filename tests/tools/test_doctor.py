@@ -1,6 +1,6 @@
-"""tools/doctor says what is here and what each absence costs, wherever it runs, and its exit status can be relied on.
+"""tools/doctor: its findings and their consequences on any machine and terminal width, and its exit status.
 
-GPUs are told from captured output of nvidia-smi and torch's own answers; none is touched here.
+Findings on GPUs are tested with captured output of nvidia-smi and torch; no GPU is used.
 """
 
 import json
@@ -31,31 +31,31 @@ def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_json_says_what_is_here() -> None:
+def test_json_has_all_findings() -> None:
     done = doctor("--json", PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["ok"]
     found = {finding["name"]: finding for finding in report["findings"]}
     assert found["megatron-core"]["found"] == metadata.version("megatron-core")
-    wanted = ["Python", "cores", "memory", "disk", "torch", "wandb", "NVIDIA GPU", "NCCL", "nvcc"]
-    wanted += ["transformer-engine", "flash-linear-attention", "flash-qla", "tilelang", "apex"]
-    assert {*wanted, "triton", "C compiler", "Slurm"} <= found.keys()
+    names = ["Python", "cores", "memory", "disk", "torch", "wandb", "NVIDIA GPU", "NCCL", "nvcc"]
+    names += ["transformer-engine", "flash-linear-attention", "flash-qla", "tilelang", "apex"]
+    assert {*names, "triton", "C compiler", "Slurm"} <= found.keys()
     for finding in report["findings"]:
         assert (finding["state"] == "here") == (finding["cost"] == ""), finding
 
 
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a Python that has no package."""
+    """Return a Python without packages."""
     folder = tmp_path_factory.mktemp("bare") / "venv"
-    make = [sys.executable, "-m", "venv", "--without-pip", str(folder)]
-    subprocess.run(make, check=True)
+    command = [sys.executable, "-m", "venv", "--without-pip", str(folder)]
+    subprocess.run(command, check=True)
     return str(folder / "bin/python")
 
 
 @pytest.mark.parametrize("columns", [34, 80, 200])
-def test_a_bare_python_is_told_what_is_missing_at_any_width(columns: int, bare_python: str) -> None:
+def test_a_bare_python_gets_a_list_of_what_is_missing_at_any_width(columns: int, bare_python: str) -> None:
     done = doctor(PYTHON=bare_python, COLUMNS=str(columns))
     assert done.returncode == 1
     assert max(map(len, done.stdout.splitlines())) <= min(columns, 120)
@@ -76,7 +76,7 @@ def states(findings: list[machine.Finding]) -> dict[str, tuple[str, str]]:
     return {finding.name: (finding.state, finding.found) for finding in findings}
 
 
-def test_gpus_as_driver_and_torch_see_them() -> None:
+def test_gpus_of_driver_and_torch() -> None:
     found = states(machine.gpus(machine.parse_nvidia_smi(H200), {**TORCH, "nccl": "2.28.9"}))
     assert found == {
         "NVIDIA GPU": ("here", "2 × NVIDIA H200, 143771 MiB"),
@@ -94,14 +94,14 @@ def test_an_older_gpu_runs_without_fused_kernels(capability: list[int], state: s
 
 
 def test_a_gpu_that_torch_cannot_use_is_broken_unless_it_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    smi, blind = machine.parse_nvidia_smi(H200), {**TORCH, "gpus": []}
+    smi, no_gpus = machine.parse_nvidia_smi(H200), {**TORCH, "gpus": []}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert states(machine.gpus(smi, blind))["torch on CUDA"][0] == "broken"
+    assert states(machine.gpus(smi, no_gpus))["torch on CUDA"][0] == "broken"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert states(machine.gpus(smi, blind))["torch on CUDA"][0] == "absent"
+    assert states(machine.gpus(smi, no_gpus))["torch on CUDA"][0] == "absent"
 
 
-def test_another_version_than_the_pinned_one_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_than_the_pinned_one_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     installed: dict[str, Any] = {**machine.pins(), "torch": "2.10.0a0+nv", "megatron-core": "0.18.0"}
     monkeypatch.setattr(machine, "version_of", installed.get)
     found = states(machine.required_packages(None))

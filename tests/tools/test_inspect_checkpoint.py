@@ -1,4 +1,4 @@
-"""tools/inspect_checkpoint.py says what is there, reads it right, and refuses what is no good checkpoint."""
+"""tools/inspect_checkpoint.py: summary, statistics, differences, and errors for damaged checkpoints."""
 
 import importlib.util
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_q3n.checkpoint.tensors import Tensors
+from megatron_q3n.checkpoint.saved_tensors import CheckpointTensors
 from tests.checkpoint.conftest import frozen_imports  # noqa: F401
 from tests.checkpoint.tiny_state import state_of, step
 
@@ -78,8 +78,8 @@ def test_every_tensor_is_read_as_it_is_in_memory(trained: tuple[Any, Path], insp
         "norm",
         f"{table.norm().item():.5g}",
     ]
-    tensors = Tensors(trained[1] / "checkpoints/step_0000002")
-    assert tensors.whole("embedding.word_embeddings.weight").equal(table)
+    tensors = CheckpointTensors(trained[1] / "checkpoints/step_0000002")
+    assert tensors.read("embedding.word_embeddings.weight").equal(table)
 
 
 def test_difference_between_two_checkpoints(trained: tuple[Any, Path], inspect: Inspect) -> None:
@@ -89,12 +89,12 @@ def test_difference_between_two_checkpoints(trained: tuple[Any, Path], inspect: 
     assert re.search(r"\noutput_layer\.weight\n.*max \|difference\|", out)
     assert "\n0 of " in out
     status, out, _ = inspect(folder / "step_0000002", "--diff", folder / "step_0000002")
-    total = len(Tensors(folder / "step_0000002").entries)
+    total = len(CheckpointTensors(folder / "step_0000002").entries)
     assert f"{total} of {total} tensors are equal bit for bit" in out
 
 
-@pytest.mark.parametrize("what", ["nothing", "description", "metadata", "file"])
-def test_what_is_no_good_checkpoint_is_refused(
+@pytest.mark.parametrize("what", ["nothing", "manifest", "metadata", "file"])
+def test_missing_and_damaged_checkpoints_are_refused(
     trained: tuple[Any, Path], inspect: Inspect, tmp_path: Path, what: str
 ) -> None:
     target = tmp_path / "run"
@@ -105,7 +105,7 @@ def test_what_is_no_good_checkpoint_is_refused(
     elif what == "file":
         (newest / "metadata.json").write_text("{}")
     else:
-        (newest / {"description": "checkpoint.json", "metadata": ".metadata"}[what]).write_text("x")
+        (newest / {"manifest": "checkpoint.json", "metadata": ".metadata"}[what]).write_text("x")
     status, _, err = inspect(target, "--verify")
     assert status == 2
     assert {"nothing": "no checkpoint found", "file": "metadata.json has 2 bytes instead"}.get(what, "damaged") in err

@@ -53,10 +53,10 @@ def test_norm_weights_shrink_and_gates_do_not_move(state: Any) -> None:
 
 @torch.no_grad()
 def test_every_decayed_norm_is_zero_centered(state: Any) -> None:
-    """By what it computes, not by what it says: at -1 it lets nothing through, at 0 it only normalises."""
+    """Tested by its output, not by its attributes: with weight -1 it is 0, with weight 0 it only normalizes."""
     from megatron_q3n.training.optimizer import NORM_WEIGHTS
 
-    model, seen = state.models[0], 0
+    model, num_norms = state.models[0], 0
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert name.endswith(NORM_WEIGHTS), name
@@ -66,8 +66,8 @@ def test_every_decayed_norm_is_zero_centered(state: Any) -> None:
             assert (norm(x) == 0).all(), name
             parameter.fill_(0)
             torch.testing.assert_close(norm(x).square().mean(-1), torch.ones(3), msg=name)
-            seen += 1
-    assert seen == 21
+            num_norms += 1
+    assert num_norms == 21
 
 
 def test_a_norm_that_is_a_plain_scale_is_not_decayed(alone: Any, state: Any) -> None:
@@ -79,7 +79,7 @@ def test_a_norm_that_is_a_plain_scale_is_not_decayed(alone: Any, state: Any) -> 
         build_optimizer(state.chunks, state.config)
 
 
-def test_norm_decay_can_be_turned_off(alone: Any) -> None:
+def test_norm_decay_can_be_switched_off(alone: Any) -> None:
     state = built(alone, {"optimizer": {"weight_decay": 0.5, "decay_norm_weights": False}})
     before = decay_only(state)
     for name, parameter in state.models[0].named_parameters():
@@ -133,5 +133,5 @@ def test_learning_rate_follows_its_formula(alone: Any, schedule: dict[str, Any],
     state = built(alone, {"schedule": settings, "training": {"steps": 100}})
     for step in (0, 1, 5, 10, 11, 50, 80, 90, 99):
         state.set_step(step)
-        wanted = 1 / 11 + (1 - 1 / 11) * step / 10 if step < 10 else expected(step)
-        assert learning_rate(state.optimizer) == pytest.approx(wanted, rel=1e-6), step
+        rate = 1 / 11 + (1 - 1 / 11) * step / 10 if step < 10 else expected(step)
+        assert learning_rate(state.optimizer) == pytest.approx(rate, rel=1e-6), step

@@ -22,7 +22,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 def steps_of(choice: str, alone: Any) -> list[float]:
-    from megatron_q3n.data.batch import batch_of_rows
+    from megatron_q3n.data.batch import causal_batch
     from megatron_q3n.training.state import build_state
     from megatron_q3n.training.step import train_step
 
@@ -37,7 +37,7 @@ def steps_of(choice: str, alone: Any) -> list[float]:
     values = []
     for _ in range(2):
         rows = torch.randint(0, 64, (4, 65), generator=generator)
-        batches = [batch_of_rows(part[:, :-1], part[:, 1:].contiguous(), torch.ones(2, 64)) for part in rows.split(2)]
+        batches = [causal_batch(part[:, :-1], part[:, 1:].contiguous(), torch.ones(2, 64)) for part in rows.split(2)]
         report = train_step(state, batches)
         values += [report.loss, report.grad_norm, *report.mtp_losses, *report.balance_losses.values()]
     return values

@@ -15,7 +15,7 @@ from tests.backends import GPU_TE, MODEL, TINY, qualify_kernels
 def test_says_what_keeps_a_step_from_being_a_graph() -> None:
     packed = {"mask_document_boundaries": True, **TINY["data"]}
     training = {**TINY["training"], "micro_batch_size": 1, "cuda_graph": True}
-    with pytest.raises(UserError, match="gives every batch other shapes"):
+    with pytest.raises(UserError, match="shapes differ from batch to batch"):
         validate({**TINY, "data": packed, "training": training})
     training = {**TINY["training"], "sequence_length": 255, "cuda_graph": True}
     with pytest.raises(UserError, match="sequence_length=255 is not a multiple of 128"):
@@ -23,27 +23,27 @@ def test_says_what_keeps_a_step_from_being_a_graph() -> None:
 
 
 def test_training_passes_trust_no_earlier_copy_of_weights(alone: Any) -> None:
-    """Whatever changed the weights in between; only who says that nothing did keeps them."""
-    from megatron_q3n.kernels.moe.fp8_experts import WeightCopy
+    """Whatever changed the weights in between; only `same_weights=True` keeps the copies."""
+    from megatron_q3n.kernels.moe.fp8_experts import Fp8WeightCopy
     from megatron_q3n.training.state import build_state
     from megatron_q3n.training.step import run_microbatches
 
     state = build_state(validate(TINY), *alone)
     assert len(state.expert_weights) == 2 * sum("router.weight" in n for n, _ in state.models[0].named_parameters())
     for weight in state.expert_weights:
-        weight.fp8_copy = WeightCopy((weight, weight, weight), weight._version)  # type: ignore[attr-defined]
+        weight.fp8_copy = Fp8WeightCopy((weight, weight, weight), weight._version)  # type: ignore[attr-defined]
     copies = [weight.fp8_copy for weight in state.expert_weights]  # type: ignore[attr-defined]
     batches = batches_of(0, sequence=32)[:1]
     run_microbatches(state, batches, forward_only=True)
     run_microbatches(state, batches, forward_only=False, same_weights=True)
-    assert all(copy.of_version is not None for copy in copies)
+    assert all(copy.source_version is not None for copy in copies)
     run_microbatches(state, batches, forward_only=False)
-    assert all(copy.of_version is None for copy in copies)
+    assert all(copy.source_version is None for copy in copies)
 
 
 @pytest.mark.gpu
 def test_a_graph_that_copies_from_the_host_is_found() -> None:
-    from megatron_q3n.device.graph_nodes import nodes_that_touch_the_host
+    from megatron_q3n.device.cuda_graph_nodes import find_host_nodes
 
     x = torch.zeros(64, device="cuda")
     pinned = torch.ones(64).pin_memory()
@@ -52,7 +52,7 @@ def test_a_graph_that_copies_from_the_host_is_found() -> None:
         with torch.cuda.graph(graph):
             y = x + 1
             x.copy_(pinned if from_host else y, non_blocking=True)
-        found = nodes_that_touch_the_host(graph)
+        found = find_host_nodes(graph)
         assert found == (["copy HostToDevice"] if from_host else [])
 
 
@@ -82,14 +82,14 @@ def built(alone: Any, fp8: str | None, graph: bool) -> Any:
 
 def batches_of(step: int, sequence: int = 128) -> list[Any]:
     """Return a step's three micro-batches."""
-    from megatron_q3n.data.batch import batch_of_rows
+    from megatron_q3n.data.batch import causal_batch
 
     generator = torch.Generator().manual_seed(step)
     batches = []
     for _ in range(3):
         walks = torch.randint(1, 4, (4, sequence + 1), generator=generator).cumsum(1) % 64
         mask = (torch.rand(4, sequence, generator=generator) > 0.3).float()
-        batches.append(batch_of_rows(walks[:, :-1].contiguous(), walks[:, 1:].contiguous(), mask))
+        batches.append(causal_batch(walks[:, :-1].contiguous(), walks[:, 1:].contiguous(), mask))
     return batches
 
 
@@ -113,7 +113,7 @@ def test_trains_as_without_a_graph(fp8: str | None, alone: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph", [False, True])
 def test_every_step_multiplies_by_the_weights_it_began_with(graph: bool, alone: Any) -> None:
-    """Whoever changed them: the optimizer, or a hand that torch's versions do not see, as a loaded checkpoint's."""
+    """Whatever changed them: the optimizer, or a write that torch's version counter does not see, as in loading."""
     from megatron_q3n.kernels.moe import fp8_experts, fp8_quantize_triton
     from megatron_q3n.training.step import evaluate, train_step
 
@@ -128,13 +128,13 @@ def test_every_step_multiplies_by_the_weights_it_began_with(graph: bool, alone: 
         others = [torch.full_like(p, 7) for p in state.models[0].parameters() for _ in range(2)]
         train_step(state, batches_of(step))
         assert all(other.eq(7).all() for other in others), "a graph wrote into memory of others"
-        copies = [fp8_experts.copy_of(weight) for weight in state.expert_weights]
+        copies = [fp8_experts.fp8_copy_of(weight) for weight in state.expert_weights]
         for weight, was, copy in zip(state.expert_weights, before, copies, strict=True):
             assert copy is not None
             assert not weight.equal(was), "the step changed nothing: a stale copy would not show"
-            fresh = fp8_quantize_triton.room_for_both_ways(was)
-            fp8_quantize_triton.quantise_both_ways(was, fresh)
-            for kept, wanted in zip(copy.both_ways, fresh):
-                assert kept.view(torch.uint8).equal(wanted.view(torch.uint8)), step
-        places.add(tuple(t.data_ptr() for copy in copies if copy for t in copy.both_ways))
+            fresh = fp8_quantize_triton.allocate_quantized_weight(was)
+            fp8_quantize_triton.quantize_weight(was, fresh)
+            for actual, expected in zip(copy.quantized, fresh):
+                assert actual.view(torch.uint8).equal(expected.view(torch.uint8)), step
+        places.add(tuple(t.data_ptr() for copy in copies if copy for t in copy.quantized))
     assert len(places) == 1, "a captured step reads where the copies lay then"

@@ -7,22 +7,22 @@
     tools/benchmarks/bench.py start  --config-name pretrain-small
 
 period  one period of the architecture (3 Gated DeltaNet layers and 1 attention layer, each with its MoE):
-        forward and backward of a model of two periods less that of one, so that embedding and head drop out.
-        Contestants take turns on one machine with the same shapes, tokens and seed. No optimizer, no
-        recompute, auxiliary losses and MTP off, fp32 main gradients (transformers: see --transformers-gradients).
-        In FP8, quantising our experts' weights, once a step, is a figure of its own beside the period's.
-gdn     Gated DeltaNet layers alone, likewise.
-steps   whole optimizer steps of a recipe, as training runs them.
-start   from process start to the end of the first optimizer step, with empty and with warm compile caches.
+        forward and backward of a model of two periods minus those of one, so that embedding and head cancel.
+        Contestants alternate on one machine with the same shapes, tokens and seed. No optimizer, no activation
+        checkpointing, auxiliary losses and MTP off, fp32 main gradients (transformers: --transformers-gradients).
+        In FP8, the time to quantize our experts' weights, once per step, is reported separately.
+gdn     Gated DeltaNet layers alone, measured in the same way.
+steps   whole optimizer steps of a recipe, as in training.
+start   from process start to the end of the first optimizer step, with empty and with filled compile caches.
 
-All take setting=value to change the recipe. Tokens are random; nothing is written but --json and --logs.
-Compare ratios within one run: machines and their neighbours differ. FLOPs are counted as
-megatron_q3n/config/sizes.py states; MFU is against this card's own rate in an 8192³ bf16 product.
+All accept setting=value to change the recipe. Tokens are random; only --json and --logs write files.
+Compare ratios within one run, since machines and their load differ. FLOPs are counted as in
+megatron_q3n/config/sizes.py; MFU is relative to this GPU's measured rate in an 8192³ bf16 GEMM.
 """
 
 import time
 
-# before the slow imports: the time to the first step is what users wait
+# before the slow imports, which are part of the time to the first step
 PROCESS_START = time.perf_counter()
 
 import argparse  # noqa: E402
@@ -34,17 +34,19 @@ from typing import Any  # noqa: E402
 
 from megatron_q3n.config import EXIT_BAD_INPUT, UserError  # noqa: E402
 from megatron_q3n.recipe import configure, register_defaults  # noqa: E402
-from tools.benchmarks.comparison import cases, findings, referee, startup, steps, tables  # noqa: E402
+from tools.benchmarks.comparison import cases, findings, interleaving, startup, steps, tables  # noqa: E402
 
-RECIPE, EXPERTS = ("pretrain-80b_a3b", "128")  # the width of the released model, of which one GPU holds two periods
+# the width of the released model; one GPU has memory for two periods with 128 experts
+RECIPE, EXPERTS = ("pretrain-80b_a3b", "128")
 MODES = ("period", "gdn", "steps", "start")
-GDN_EXPERTS = "model.num_moe_experts=16"  # they are built and not run: few take less time
+# experts are built and not run in mode gdn: few take less time
+GDN_EXPERTS = "model.num_moe_experts=16"
 
 
 def main() -> int:
     """Parse, measure, print.
 
-    Returns: 0; 1 when a contestant failed or was not the same model; 2 for bad input.
+    Returns: 0; 1 if a contestant failed or was another model; 2 for bad input.
     """
     arguments = sys.argv[1:]
     if not arguments or arguments[0] not in (*MODES, "-h", "--help"):
@@ -91,16 +93,16 @@ def _add_comparison_options(mode: argparse.ArgumentParser) -> None:
         default="ours,stock,transformers",
         help="ours, stock, transformers; with :PART for a precision, e.g. ours:fp8_tensorwise",
     )
-    add("--precision", default="bf16", help="of contestants that name none")
+    add("--precision", default="bf16", help="of contestants without :PART")
     add("--experts", help=f"experts per layer, e.g. 128,256,512; default {EXPERTS} for {RECIPE}, else the recipe's")
     add("--sequence-length", default="4096")
     add("--tokens", help="tokens of a micro-batch, e.g. 4096,16384; default one sequence")
-    add("--vocabulary", type=int, default=4096, help="small, as it drops out of the difference")
+    add("--vocabulary", type=int, default=4096, help="small, since it cancels in the difference")
     add("--routing", choices=("balanced", "real"), default="balanced")
-    add("--rounds", type=int, default=2, help="visits to each contestant and size")
-    add("--iterations", type=int, default=8, help="timed steps of a visit")
+    add("--rounds", type=int, default=2, help="measurements of each contestant and size")
+    add("--iterations", type=int, default=8, help="timed steps of a measurement")
     add("--warmup", type=int, default=3, help="steps before them")
-    add("--profile", action="store_true", help="kernel time by group, launches, gaps")
+    add("--profile", action="store_true", help="kernel time by group, kernel launches, gaps")
     add("--transformers-gradients", choices=("bf16", "fp32"), default="bf16")
     add(
         "--stock",
@@ -109,28 +111,28 @@ def _add_comparison_options(mode: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="a TransformerConfig field for stock, as JSON, e.g. moe_router_fusion=false",
     )
-    add("--logs", type=Path, help="folder for what the contestants print; default a temporary one")
+    add("--logs", type=Path, help="folder for the contestants' output; default a temporary one")
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> tuple[int, dict[str, Any]]:
     for name in ("rounds", "iterations", "warmup", "vocabulary"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1.")
-    alone = options.part == "gated_delta_net"
-    who = cases.contestants_named(options.contestants, options.precision)
-    if alone and any("fp8" in one.precision for one in who):
+    is_gdn_only = options.part == "gated_delta_net"
+    contestants = cases.contestants_named(options.contestants, options.precision)
+    if is_gdn_only and any("fp8" in contestant.precision for contestant in contestants):
         raise UserError("gdn measures the layers outside the model's FP8 context; use bf16 or fp32.")
-    overrides = [*([GDN_EXPERTS] if alone else []), *rest]
+    overrides = [*([GDN_EXPERTS] if is_gdn_only else []), *rest]
     setting = cases.Setting(options.config_name, options.routing, options.vocabulary, tuple(overrides))
-    experts = options.experts or (EXPERTS if options.config_name == RECIPE and not alone else None)
+    experts = options.experts or (EXPERTS if options.config_name == RECIPE and not is_gdn_only else None)
     shapes = cases.cases_of(experts, options.sequence_length, options.tokens)
     configurations = {
-        (case, one, periods): cases.config_of(setting, case, one, periods)
+        (case, contestant, periods): cases.config_of(setting, case, contestant, periods)
         for case in shapes
-        for one in who
+        for contestant in contestants
         for periods in cases.PERIODS
     }
-    played = referee.Options(
+    settings = interleaving.Options(
         options.part,
         options.rounds,
         options.iterations,
@@ -142,16 +144,16 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> tuple[int, dict[st
     with tempfile.TemporaryDirectory() as folder:
         logs = options.logs or Path(folder)
         logs.mkdir(parents=True, exist_ok=True)
-        tell = lambda line: print(line, flush=True)
-        players, flops = referee.play(configurations, played, logs, tell)
-    rows = findings.rows_of(players, configurations, played, flops)
-    return _conclude(options, players, rows, flops)
+        report = lambda line: print(line, flush=True)
+        entries, flops = interleaving.measure_all(configurations, settings, logs, report)
+    rows = findings.rows_of(entries, configurations, settings, flops)
+    return _conclude(options, entries, rows, flops)
 
 
 def _conclude(
-    options: argparse.Namespace, players: list[Any], rows: list[Any], flops: float | None
+    options: argparse.Namespace, entries: list[Any], rows: list[Any], flops: float | None
 ) -> tuple[int, dict[str, Any]]:
-    """Print the findings, and whether everybody ran the same model."""
+    """Print the findings, and whether all contestants ran the same model. Returns: exit status and figures."""
     wrong = findings.disagreements(rows)
     console = tables.console()
     console.print()
@@ -177,7 +179,7 @@ def _conclude(
                 "ready_seconds": p.ready.seconds if p.ready else None,
                 "failure": p.failure,
             }
-            for p in players
+            for p in entries
         },
         "rows": rows,
         "parameter_disagreements": wrong,
@@ -186,16 +188,17 @@ def _conclude(
     return int(bool(failed)), figures
 
 
-def _fields(given: list[str]) -> dict[str, Any]:
+def _fields(assignments: list[str]) -> dict[str, Any]:
     fields = {}
-    for item in given:
+    for item in assignments:
         name, equals, value = item.partition("=")
         if not equals:
             raise UserError(f"--stock {item}: give FIELD=VALUE, e.g. moe_router_fusion=false.")
         try:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:
-            fields[name] = value  # a bare word is a string
+            # a bare word is a string
+            fields[name] = value
     return fields
 
 
@@ -216,7 +219,8 @@ def _steps(options: argparse.Namespace, rest: list[str]) -> tuple[int, dict[str,
 def _start(options: argparse.Namespace, rest: list[str]) -> tuple[int, dict[str, Any]]:
     if options.warm_starts < 1:
         raise UserError(f"--warm-starts {options.warm_starts}: must be at least 1.")
-    configure(rest)  # a wrong setting is refused before anything starts
+    # refuses a wrong setting before a process starts
+    configure(rest)
     figures = startup.measure(rest, options.warm_starts)
     tables.show_figures(figures, tables.console())
     return 0, figures

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Measure generation with a trained model: time per token by context length and layer, and what drafts gain.
+"""Benchmark of generation with a trained model: time per token by context length and layer, and speed-up by drafts.
 
 tools/benchmarks/bench_generate.py runs/latest --precision bf16 --depths 0 1 2 3 4 --json figures.json
 
-On a GPU, steps are timed both as CUDA graphs and launched one by one; the speed-up of drafts is against
-no drafts, both as graphs. Texts are compared with those without drafts: in fp32 they are the same, in bf16
-a near tie may fall the other way, and `tie` says how near in log probability the nearest was. With --profile, where
-a round's time goes on the device, by kernel.
+On a GPU, decode steps are timed as CUDA graphs and with single kernel launches; the speed-up of drafts is relative to
+no drafts, both as graphs. Texts are compared with those without drafts: in fp32 they are equal, in bf16 a near tie may
+be decided differently, and `tie` is the largest difference in log probability at such a tie. --profile prints the time
+of a decode step by kernel.
 """
 
 import argparse
@@ -27,12 +27,14 @@ from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, UserError, validate
 from megatron_q3n.recipe import configure, register_defaults
 
 STEPS, REPEATS = 10, 5
-PROFILED, WARM, SHOWN = 20, 4, 16  # rounds, rounds before them, kernels
-ROOM = (REPEATS + 1) * STEPS  # positions that timing takes
+# decode steps profiled, decode steps before them, kernels printed
+PROFILED, WARMUP, NUM_PRINTED = 20, 4, 16
+# tokens that a sequence grows by while it is timed
+TIMED_TOKENS = (REPEATS + 1) * STEPS
 
 
 def main() -> int:
-    """Measure, print the tables, and write the figures where asked."""
+    """Measure, print the tables, and write the figures to the requested file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", metavar="RUN_DIR", help="a run directory, or a checkpoint in one")
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384])
@@ -43,70 +45,70 @@ def main() -> int:
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
     parser.add_argument("--sequences", type=int, default=1, help="sequences at once")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--profile", action="store_true", help="kernels of greedy rounds")
+    parser.add_argument("--profile", action="store_true", help="kernels of greedy decode steps")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    given = parser.parse_args()
+    options = parser.parse_args()
     try:
-        figures = measure(given)
+        figures = measure(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    if given.json:
-        given.json.write_text(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
     return 0
 
 
-def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Load the model, and measure both."""
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Load the model and measure everything."""
     register_defaults()
-    config = configure(["--config-name", "generate", "checkpoint.load=?", f"precision={given.precision}"])
+    config = configure(["--config-name", "generate", "checkpoint.load=?", f"precision={options.precision}"])
     tree = config.model_dump(mode="json")
-    tree["checkpoint"]["load"] = given.source
+    tree["checkpoint"]["load"] = options.source
     config = validate(tree)
-    # late: torch and megatron-core take seconds, and a wrong argument is told at once
-    from megatron_q3n.device import choose_device, quiet_known_warnings
+    # late: torch and megatron-core take seconds, and a wrong argument must be reported immediately
+    from megatron_q3n.device import quiet_known_warnings, select_device
 
     quiet_known_warnings()
-    device = choose_device(config)
+    device = select_device(config)
     from megatron_q3n import parallel
     from megatron_q3n.stages import trained_model
 
     group = parallel.initialize(config, device)
-    source = trained_model.find(config)
-    config = trained_model.with_model_of(source, config)
+    source = trained_model.find_checkpoint(config)
+    config = trained_model.with_checkpoint_model(source, config)
     model = trained_model.load_model(source, config, device, group)
-    where = device.choices["device"].removesuffix(" is there")
-    print(f"{source}, {given.precision}, {where}, {given.sequences} sequence(s) at once")
+    device_name = device.backends["device"].removesuffix(" is present")
+    print(f"{source}, {options.precision}, {device_name}, {options.sequences} sequence(s) at once")
     figures = {
         "source": str(source),
-        "device": where,
-        "precision": given.precision,
-        "sequences": given.sequences,
-        "contexts": contexts(model, given, device.synchronize),
-        "drafts": drafts(model, given, source),
-        "profiles": profiles(model, given, source) if given.profile else {},
+        "device": device_name,
+        "precision": options.precision,
+        "sequences": options.sequences,
+        "contexts": contexts(model, options, device.synchronize),
+        "drafts": drafts(model, options, source),
+        "profiles": profiles(model, options, source) if options.profile else {},
     }
     parallel.shutdown()
     return figures
 
 
-def contexts(model: Any, given: argparse.Namespace, synchronize: Callable[[], None]) -> list[dict[str, Any]]:
-    """Time one token of every sequence behind a context of each length, filled with noise."""
+def contexts(model: Any, options: argparse.Namespace, synchronize: Callable[[], None]) -> list[dict[str, Any]]:
+    """Time one token of every sequence after a context of each length, filled with noise."""
     import torch
 
     from megatron_q3n.model.decode.forward import generating
 
-    if not given.contexts:
+    if not options.contexts:
         return []
     print("\ncontext   ms a token   as a graph   of it: Gated DeltaNet   attention   experts")
     rows: list[dict[str, Any]] = []
-    for context in given.contexts:
+    for context in options.contexts:
         with generating(model), torch.no_grad():
-            launched = timed(step(model, noise(model, given.sequences, context), False), synchronize)
+            launched = timed(token_step(model, noise_state(model, options.sequences, context), False), synchronize)
             graph = None
             if torch.cuda.is_available():
-                graph = timed(step(model, noise(model, given.sequences, context), None), synchronize)
-            kinds = by_kind(model, noise(model, given.sequences, context), synchronize)
+                graph = timed(token_step(model, noise_state(model, options.sequences, context), None), synchronize)
+            kinds = by_kind(model, noise_state(model, options.sequences, context), synchronize)
         rows.append({"context": context, "launched": launched, "graph": graph, **kinds})
         print(
             f"{context:7d} {launched:12.3f} {'–' if graph is None else f'{graph:.3f}':>12} "
@@ -118,69 +120,69 @@ def contexts(model: Any, given: argparse.Namespace, synchronize: Callable[[], No
     return rows
 
 
-def noise(model: Any, sequences: int, context: int) -> Any:
-    """Return the state of sequences of this length that read noise."""
-    from megatron_q3n.model.decode.state import DecodeState, KeyValueCache
+def noise_state(model: Any, sequences: int, context: int) -> Any:
+    """Return the decode state of sequences of this length, with random keys and values."""
+    from megatron_q3n.model.decode.state import DecodeState, KVCache
 
     state = DecodeState.empty(model, sequences)
-    for memory in state.layers:
-        if isinstance(memory, KeyValueCache):
-            memory.resize(context + ROOM)
-            memory.key.normal_()
-            memory.value.normal_()
+    for layer_state in state.layers:
+        if isinstance(layer_state, KVCache):
+            layer_state.resize(context + TIMED_TOKENS)
+            layer_state.key.normal_()
+            layer_state.value.normal_()
     state.lengths = [context] * sequences
     return state
 
 
-def step(model: Any, state: Any, cuda_graph: bool | None) -> Callable[[], None]:
-    """Return what makes a token of every sequence greedily and waits for it."""
-    from megatron_q3n.inference.decode_graph import RoundGraphs
-    from megatron_q3n.inference.decode_step import Rounds
-    from megatron_q3n.inference.passes import Passes
+def token_step(model: Any, state: Any, cuda_graph: bool | None) -> Callable[[], None]:
+    """Return a function that generates one token of every sequence greedily and synchronizes."""
+    from megatron_q3n.inference.decode_graph import DecodeGraphs
+    from megatron_q3n.inference.decode_step import DecodeStep
+    from megatron_q3n.inference.model_runner import ModelRunner
     from megatron_q3n.inference.sampling import Sampling
 
-    rounds = Rounds(Passes(model, 0), Sampling(1, 0.0), 0)
-    graphs, longest, rows = (RoundGraphs(rounds, cuda_graph), state.lengths[0] + ROOM, len(state.lengths))
-    none = rounds.passes.numbers([[]] * rows)
-    running = rounds.begin(state, rounds.passes.tokens([1] * rows), none, none)
+    decode_step = DecodeStep(ModelRunner(model, 0), Sampling(1, 0.0), 0)
+    graphs, longest, rows = (DecodeGraphs(decode_step, cuda_graph), state.lengths[0] + TIMED_TOKENS, len(state.lengths))
+    none = decode_step.runner.uniform_tensor([[]] * rows)
+    batch = decode_step.start(state, decode_step.runner.token_tensor([1] * rows), none, none)
 
-    def make() -> None:
-        nonlocal running
-        running, packed = graphs.take_on(running, none, longest)
+    def generate_token() -> None:
+        nonlocal batch
+        batch, packed = graphs.run(batch, none, longest)
         packed.tolist()
-        running.state.count([1] * rows)
+        batch.state.advance([1] * rows)
 
-    return make
+    return generate_token
 
 
 def by_kind(model: Any, state: Any, synchronize: Callable[[], None]) -> dict[str, float]:
-    """Time all layers of one kind after the other, without the rest; on a GPU as a graph."""
+    """Time all layers of each kind, one after the other and without the rest of the model; on a GPU as a graph."""
     import torch
 
-    from megatron_q3n.model.decode.forward import rotary_of, run_layer
+    from megatron_q3n.model.decode.forward import rope_for_span, run_layer
     from megatron_q3n.model.decode.span import Span
-    from megatron_q3n.model.decode.state import KeyValueCache
+    from megatron_q3n.model.decode.state import KVCache
 
     num = len(state.lengths)
     device = next(model.parameters()).device
-    span = Span.at(torch.tensor(state.lengths, device=device), 1, state.lengths[0] + 1)
-    rotary = rotary_of(model, span, state)
+    span = Span.from_device_starts(torch.tensor(state.lengths, device=device), 1, state.lengths[0] + 1)
+    rotary = rope_for_span(model, span, state)
     weight = model.decoder.final_norm.weight
     hidden = torch.randn(1, num, len(weight), device=device).to(weight.dtype)
     kinds: dict[str, list[Any]] = {"gated_delta_net": [], "attention": [], "experts": []}
-    for layer, memory in zip(model.decoder.layers, state.layers):
-        name = "experts" if memory is None else "gated_delta_net"
-        kinds["attention" if isinstance(memory, KeyValueCache) else name].append((layer, memory))
+    for layer, layer_state in zip(model.decoder.layers, state.layers):
+        name = "experts" if layer_state is None else "gated_delta_net"
+        kinds["attention" if isinstance(layer_state, KVCache) else name].append((layer, layer_state))
 
     def run(layers: list[Any]) -> None:
-        for layer, memory in layers:
-            run_layer(layer, hidden, memory, span, rotary, False)
+        for layer, layer_state in layers:
+            run_layer(layer, hidden, layer_state, span, rotary, False)
 
-    return {name: timed(replayed(partial(run, layers)), synchronize) for name, layers in kinds.items()}
+    return {name: timed(as_graph(partial(run, layers)), synchronize) for name, layers in kinds.items()}
 
 
-def replayed(work: Callable[[], None]) -> Callable[[], None]:
-    """Return the work as a CUDA graph; without a GPU, as it is."""
+def as_graph(work: Callable[[], None]) -> Callable[[], None]:
+    """Return the replay of a CUDA graph of the function; without a GPU, the function."""
     import torch
 
     if not torch.cuda.is_available():
@@ -198,32 +200,32 @@ def replayed(work: Callable[[], None]) -> Callable[[], None]:
 
 def timed(work: Callable[[], None], synchronize: Callable[[], None]) -> float:
     """Return the median milliseconds of one call, over repeats of several calls, after a warm-up."""
-    found = []
+    milliseconds = []
     for _ in range(REPEATS + 1):
         synchronize()
         began = time.perf_counter()
         for _ in range(STEPS):
             work()
         synchronize()
-        found.append((time.perf_counter() - began) * 1e3 / STEPS)
-    return statistics.median(found[1:])
+        milliseconds.append((time.perf_counter() - began) * 1e3 / STEPS)
+    return statistics.median(milliseconds[1:])
 
 
-def drafts(model: Any, given: argparse.Namespace, source: Path) -> list[dict[str, Any]]:
-    """Continue held-out text at each draft depth, greedily and sampled, and compare with no drafts."""
+def drafts(model: Any, options: argparse.Namespace, source: Path) -> list[dict[str, Any]]:
+    """Continue held-out text at each draft depth, greedily and sampled, and compare with generation without drafts."""
     import torch
 
-    prompts = held_out(source, given)
+    prompts = held_out(source, options)
     print(
         "\ntemperature   depth   graph   launches   ms a token   tokens/s   speed-up   tokens per pass   same texts"
         "      tie   accepted by depth"
     )
     rows = []
-    for temperature in given.temperatures:
+    for temperature in options.temperatures:
         plain: list[Any] = []
         modes = [(0, False)] if torch.cuda.is_available() else []
-        for depth, cuda_graph in [*modes, *((depth, None) for depth in given.depths)]:
-            done, figures = continued(model, prompts, given, temperature, depth, cuda_graph)
+        for depth, cuda_graph in [*modes, *((depth, None) for depth in options.depths)]:
+            done, figures = continued(model, prompts, options, temperature, depth, cuda_graph)
             if not plain and cuda_graph is None:
                 plain = [figures["ms_per_token"], done]
             row = {"temperature": temperature, "depth": depth, **figures}
@@ -239,72 +241,78 @@ def drafts(model: Any, given: argparse.Namespace, source: Path) -> list[dict[str
 def continued(
     model: Any,
     prompts: list[list[int]],
-    given: argparse.Namespace,
+    options: argparse.Namespace,
     temperature: float,
     depth: int,
     cuda_graph: bool | None,
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Continue the prompts, so many at once, and time what comes after their first tokens."""
+    """Continue the prompts in groups, and time the tokens after the first of each.
+
+    Returns: completions and figures.
+    """
     from megatron_q3n.inference.generate import start
     from megatron_q3n.inference.sampling import Sampling
-    from megatron_q3n.inference.sequence import acceptance, mean_accepted_length
+    from megatron_q3n.inference.sequence import acceptance, mean_acceptance_length
 
-    sampling = Sampling(given.tokens, temperature)
-    if cuda_graph is False:  # to say how much graphs gain, a few prompts will do
-        prompts, sampling = prompts[: given.sequences], Sampling(given.tokens // 4, temperature)
+    sampling = Sampling(options.tokens, temperature)
+    # for the comparison with graphs a few prompts are enough
+    if cuda_graph is False:
+        prompts, sampling = prompts[: options.sequences], Sampling(options.tokens // 4, temperature)
     done: list[Any] = []
     seconds = tokens = 0.0
-    # the first group twice: once to warm up and to capture
-    groups = [prompts[i : i + given.sequences] for i in range(0, len(prompts), given.sequences)]
+    # the first group twice: the first time warms up and captures
+    groups = [prompts[i : i + options.sequences] for i in range(0, len(prompts), options.sequences)]
     for number, group in enumerate([groups[0], *groups]):
         seeds = [f"{number}.{i}" for i in range(len(group))]
         generation = start(model, group, sampling, seed=seeds, draft_depth=depth, cuda_graph=cuda_graph)
-        coming = iter(generation)
-        first = sum(len(next(coming).tokens) for _ in group)
+        chunks = iter(generation)
+        first = sum(len(next(chunks).tokens) for _ in group)
         began = time.perf_counter()
-        rest = sum(len(piece.tokens) for piece in coming)  # each piece waits for the device
+        # each chunk of tokens is synchronized with the device
+        rest = sum(len(chunk.tokens) for chunk in chunks)
         if number:
             seconds, tokens = seconds + time.perf_counter() - began, tokens + rest
             done += generation.completions
         assert first == len(group)
     figures = {
-        "graph": generation.without_graphs is None,
-        "without_graphs": generation.without_graphs,
+        "graph": generation.cuda_graph_obstacle is None,
+        "cuda_graph_obstacle": generation.cuda_graph_obstacle,
         "launches": generation.launches,
         "ms_per_token": 1e3 * seconds / tokens,
         "tokens_per_second": tokens / seconds,
-        "tokens_per_pass": mean_accepted_length(done) if depth else 1.0,
-        "conditional_acceptance": [kept / max(1, n) for n, kept in acceptance(done)],
+        "tokens_per_pass": mean_acceptance_length(done) if depth else 1.0,
+        "conditional_acceptance": [accepted / max(1, n) for n, accepted in acceptance(done)],
     }
     return done, figures
 
 
-def profiles(model: Any, given: argparse.Namespace, source: Path) -> dict[str, Any]:
-    """Look at the kernels of some greedy rounds behind one prompt, at each draft depth."""
+def profiles(model: Any, options: argparse.Namespace, source: Path) -> dict[str, Any]:
+    """Profile the kernels of greedy decode steps after one prompt, at each draft depth."""
     import torch
 
     from megatron_q3n.inference.generate import start
     from megatron_q3n.inference.sampling import Sampling
     from tools.benchmarks.comparison.kernel_groups import profiled
 
-    prompt, found = held_out(source, given)[0], {}
-    for depth in given.depths:
-        sampling = Sampling((PROFILED + WARM + 1) * (depth + 1), 0.0)
-        coming = iter(start(model, [prompt], sampling, draft_depth=depth, cuda_graph=None))
-        for _ in range(WARM):
-            next(coming)
-        seen = profiled(partial(next, coming), PROFILED, is_cuda=torch.cuda.is_available())
-        found[str(depth)] = dataclasses.asdict(seen)
-        print(f"\na round at depth {depth}: {seen.busy_ms:.3f} ms busy, {seen.kernels:.0f} kernels")
-        for name, milliseconds, count in seen.longest[:SHOWN]:
+    prompt, by_depth = held_out(source, options)[0], {}
+    for depth in options.depths:
+        sampling = Sampling((PROFILED + WARMUP + 1) * (depth + 1), 0.0)
+        chunks = iter(start(model, [prompt], sampling, draft_depth=depth, cuda_graph=None))
+        for _ in range(WARMUP):
+            next(chunks)
+        profile = profiled(partial(next, chunks), PROFILED, is_cuda=torch.cuda.is_available())
+        by_depth[str(depth)] = dataclasses.asdict(profile)
+        print(f"\na decode step at depth {depth}: {profile.busy_ms:.3f} ms busy, {profile.kernels:.0f} kernels")
+        for name, milliseconds, count in profile.longest[:NUM_PRINTED]:
             print(f"{1e3 * milliseconds:9.1f} µs {count:6.1f} ×   {name[:90]}", flush=True)
-    return found
+    return by_depth
 
 
 def compared(done: list[Any], plain: list[Any]) -> dict[str, Any]:
-    """Say how many texts are the plain ones, and where not, how far apart the two choices are at the first difference.
+    """Return the number of texts equal to those without drafts, and the largest gap at the first difference of others.
 
-    Both were their pass's likeliest: the log probabilities differ by rounding alone if it was a near tie.
+    The gap is between the log probabilities of the two chosen tokens. Both were the most probable of their pass, so at
+    a near tie the gap is rounding only.
     """
     gaps = []
     for a, b in zip(done, plain):
@@ -315,7 +323,7 @@ def compared(done: list[Any], plain: list[Any]) -> dict[str, Any]:
 
 
 def show(row: dict[str, Any], num_prompts: int) -> None:
-    """Print a line of the table."""
+    """Print one row of the table."""
     shares = " ".join(f"{share:.2f}" for share in row["conditional_acceptance"])
     same = f"{row['same_texts']:3d} of {num_prompts:3d}" if "same_texts" in row else ""
     gap = f"{row['largest_gap']:.3f}" if row.get("largest_gap") else ""
@@ -328,20 +336,20 @@ def show(row: dict[str, Any], num_prompts: int) -> None:
     )
 
 
-def held_out(source: Path, given: argparse.Namespace) -> list[list[int]]:
-    """Return the beginnings of the first held-out rows of the run that trained the model."""
+def held_out(source: Path, options: argparse.Namespace) -> list[list[int]]:
+    """Return the first tokens of the first held-out rows of the run that trained the model."""
     from megatron_q3n.data.pretrain import build_pretrain_data
     from megatron_q3n.run_directory import CONFIG
 
     path = source.parent.parent / CONFIG
     if not path.is_file():
-        raise UserError(f"{source} lies in no run directory, whose held-out text is continued here.")
+        raise UserError(f"{source} is not in a run directory; its validation data are needed as prompts.")
     config: RunConfig = validate(yaml.safe_load(path.read_text()))
     data = build_pretrain_data(config, is_leader=True, barrier=lambda: None)
-    rows = list(itertools.islice(data.validation_sample_tokens(), given.prompts))
-    if len(rows) < given.prompts:
-        raise UserError(f"--prompts {given.prompts}: this run validates on {len(rows)} rows only.")
-    return [row[: given.prompt_tokens].tolist() for row in rows]
+    rows = list(itertools.islice(data.validation_sample_tokens(), options.prompts))
+    if len(rows) < options.prompts:
+        raise UserError(f"--prompts {options.prompts}: this run has only {len(rows)} validation rows.")
+    return [row[: options.prompt_tokens].tolist() for row in rows]
 
 
 if __name__ == "__main__":

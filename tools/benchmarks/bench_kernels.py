@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Time each fused kernel beside its torch reference and the libraries' kernels for the same work, on one GPU.
+"""Benchmark of each fused kernel against its torch reference and the libraries' kernels, on one GPU.
 
-    tools/benchmarks/bench_kernels.py [--tokens 16384] [--sequence 4096] [--experts 128] [--only moe,gdn,…] [--json FILE]
+    tools/benchmarks/bench_kernels.py [--tokens 16384] [--sequence 4096] [--experts 128] [--only moe,…] [--json FILE]
 
 Shapes are Qwen3-Next's: hidden 2048, 16/32 heads of 128, experts 512 wide, 10 of them per token. A row is the median
 of repeated runs; GB/s counts each input read and each output written once, TFLOP/s multiply-adds as two. Compare
 within one run only.
 
-`rows` is decoding's products of a few rows, at the small and the released model's sizes, replayed as CUDA graphs with
-weights where the last replay left them, as in a round. Where ours loses to the library for the rows that matter,
-put (K, N) into `MOST_ROWS_OF` in kernels/decode/gemm.py, or try other `BLOCKS` in kernels/decode/gemm_triton.py. `steps` is
-its Gated DeltaNet of a few tokens between the projections, in the same way.
+`decode_gemm` is the decode GEMM at the small and the released model's sizes, replayed as CUDA graphs with the weights
+in the L2 cache as the last replay left them, as in a decode step. Where ours is slower than the library for the rows
+that matter, add (K, N) to `MAX_ROWS_BY_SHAPE` in kernels/decode/gemm.py, or try other `BLOCK_SIZES` in
+kernels/decode/gemm_triton.py. `decode_gated_delta` is the decode Gated DeltaNet step, measured in the same way.
 """
 
 import argparse
@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
 
-from tools.benchmarks.kernel_cases.decode_gated_delta import delta_steps
-from tools.benchmarks.kernel_cases.decode_gemm import few_rows
-from tools.benchmarks.kernel_cases.layer_heads import layer_heads
+from tools.benchmarks.kernel_cases.decode_gated_delta import bench_decode_gated_delta
+from tools.benchmarks.kernel_cases.decode_gemm import bench_decode_gemm
+from tools.benchmarks.kernel_cases.layer_heads import bench_layer_prologues
 
 HIDDEN, WIDTH, TOPK, KEY_HEADS, VALUE_HEADS, DIM = 2048, 512, 10, 16, 32, 128
 Row = tuple[str, str, float, float, float]  # group, what, ms, GB, GFLOP
@@ -53,7 +53,7 @@ class Bench:
         gflop: float = 0.0,
         timer: Callable[..., float] = do_bench,
     ) -> None:
-        """Time `run`; a library that is absent or refuses is a row that says so."""
+        """Time `run`; a library that is not installed or rejects the input is reported as such."""
         try:
             ms = timer(run, warmup=15, rep=40, return_mode="median")
         except (RuntimeError, ImportError, ValueError, AssertionError, TypeError) as problem:
@@ -75,7 +75,7 @@ class Bench:
     ) -> None:
         """Time a differentiable function forward, and forward + backward."""
         leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
-        wanted = [x for x in leaves if x.requires_grad]
+        differentiable = [x for x in leaves if x.requires_grad]
         try:
             out = run(*leaves)
         except (RuntimeError, ImportError, ValueError, AssertionError, TypeError) as problem:
@@ -84,7 +84,7 @@ class Bench:
         gradient = torch.randn_like(out)
 
         def both() -> Any:
-            return torch.autograd.grad(run(*leaves), wanted, gradient, allow_unused=True)
+            return torch.autograd.grad(run(*leaves), differentiable, gradient, allow_unused=True)
 
         with torch.no_grad():
             self.time(group, f"{what}, forward", lambda: run(*inputs), gb, gflop)
@@ -92,7 +92,7 @@ class Bench:
 
 
 def dense(bench: Bench) -> None:
-    """Large matrix products: the ceiling in practice."""
+    """Time large GEMMs: the practical upper bound."""
     for name, n, k in (("8192³", 8192, 8192), ("in_proj", 12288, 2048), ("out_proj", 2048, 4096)):
         m = 8192 if n == k else bench.tokens
         x, w = bench.random(m, k), bench.random(n, k)
@@ -106,43 +106,48 @@ def dense(bench: Bench) -> None:
 
 
 def gdn(bench: Bench) -> None:
-    """Around and inside the delta rule."""
+    """Time the delta rule, its prologue and its epilogue."""
     from megatron_q3n.kernels.gated_delta import gated_norm_triton as fused_norm
+    from megatron_q3n.kernels.gated_delta import gates_triton
     from megatron_q3n.kernels.gated_delta import mixer_inputs_triton as fused
     from megatron_q3n.kernels.gated_delta.causal_conv import causal_conv
+    from megatron_q3n.kernels.gated_delta.operands import DeltaShape
     from megatron_q3n.kernels.norms import gated_rms_norm, l2_norm
 
-    shape = fused.DeltaShape(KEY_HEADS, VALUE_HEADS, DIM)
+    shape = DeltaShape(KEY_HEADS, VALUE_HEADS, DIM)
     value = VALUE_HEADS * DIM
     x = bench.random(bench.sequence, bench.batch, shape.channels + value)
-    taps = bench.random(shape.channels, 4)
+    conv_weight = bench.random(shape.channels, 4)
     gb = bench.tokens * shape.channels * 2 / 1e9
-    ours = lambda: fused.delta_inputs(x, taps, None, shape)
+    ours = lambda: fused.delta_inputs(x, conv_weight, None, shape)
     bench.time("gdn", "inputs: ours forward", ours, 2 * gb)
     q, k, v = ours()
     dx = torch.empty_like(x)
     bench.time(
-        "gdn", "inputs: ours backward", lambda: fused.delta_inputs_backward(x, taps, None, shape, q, k, v, dx), 3 * gb
+        "gdn",
+        "inputs: ours backward",
+        lambda: fused.delta_inputs_backward(x, conv_weight, None, shape, q, k, v, dx),
+        3 * gb,
     )
 
-    def composed(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
-        mixed = causal_conv(x.transpose(0, 1)[..., : shape.channels], taps)
+    def composed(x: torch.Tensor, conv_weight: torch.Tensor) -> torch.Tensor:
+        mixed = causal_conv(x.transpose(0, 1)[..., : shape.channels], conv_weight)
         parts = mixed.split([KEY_HEADS * DIM, KEY_HEADS * DIM, value], -1)
         q, k = (l2_norm(y.unflatten(-1, (-1, DIM))).flatten(-2) for y in parts[:2])
         return torch.cat([q, k, parts[2]], -1)
 
-    bench.forward_backward("gdn", "inputs: torch", composed, [x, taps], 2 * gb)
+    bench.forward_backward("gdn", "inputs: torch", composed, [x, conv_weight], 2 * gb)
 
-    def library(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    def library(x: torch.Tensor, conv_weight: torch.Tensor) -> torch.Tensor:
         from fla.modules.convolution import causal_conv1d
         from fla.modules.l2norm import l2_norm as fla_l2_norm
 
-        mixed = causal_conv1d(x.transpose(0, 1)[..., : shape.channels].contiguous(), taps, activation="silu")[0]
+        mixed = causal_conv1d(x.transpose(0, 1)[..., : shape.channels].contiguous(), conv_weight, activation="silu")[0]
         parts = mixed.split([KEY_HEADS * DIM, KEY_HEADS * DIM, value], -1)
         q, k = (fla_l2_norm(y.unflatten(-1, (-1, DIM)).contiguous()) for y in parts[:2])
         return torch.cat([q.flatten(-2), k.flatten(-2), parts[2]], -1)
 
-    bench.forward_backward("gdn", "inputs: fla", library, [x, taps], 2 * gb)
+    bench.forward_backward("gdn", "inputs: fla", library, [x, conv_weight], 2 * gb)
     o, weight = (bench.random(bench.batch, bench.sequence, VALUE_HEADS, DIM), torch.zeros(DIM, device="cuda"))
     gb = bench.tokens * value * 2 / 1e9
     bench.time("gdn", "gated norm: ours forward", lambda: fused_norm.gated_norm(o, x, weight, 1e-6), 3 * gb)
@@ -158,15 +163,15 @@ def gdn(bench: Bench) -> None:
     bench.forward_backward("gdn", "gated norm: torch", composed_norm, [o, x, weight], 3 * gb)
     ba = bench.random(bench.sequence, bench.batch, 2 * VALUE_HEADS)
     heads = torch.ones(VALUE_HEADS, device="cuda")
-    gates = lambda: fused.delta_gates(ba, heads, heads, torch.bfloat16)
+    gates = lambda: gates_triton.delta_gates(ba, heads, heads, torch.bfloat16)
     bench.time("gdn", "gates: ours forward", gates)
     g, beta = gates()
-    bench.time("gdn", "gates: ours backward", lambda: fused.delta_gates_backward(ba, heads, heads, g, beta))
+    bench.time("gdn", "gates: ours backward", lambda: gates_triton.delta_gates_backward(ba, heads, heads, g, beta))
     delta_rule(bench, q, k, v, g, beta)
 
 
 def delta_rule(bench: Bench, q: Any, k: Any, v: Any, g: Any, beta: Any) -> None:
-    """FLA hands on to FlashQLA where it can; both layouts of the same tokens."""
+    """Time FLA's rule, which dispatches to FlashQLA where it can, for two layouts of the same tokens."""
 
     def rule(q: Any, k: Any, v: Any, g: Any, beta: Any) -> torch.Tensor:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -180,7 +185,7 @@ def delta_rule(bench: Bench, q: Any, k: Any, v: Any, g: Any, beta: Any) -> None:
 
 
 def moe(bench: Bench) -> None:
-    """Routing, permutation, expert products."""
+    """Time routing, permutation, and grouped GEMMs."""
     from megatron_q3n.kernels.moe import permutation_triton
 
     tokens, experts, rows = bench.tokens, bench.experts, bench.tokens * TOPK
@@ -213,25 +218,25 @@ def moe(bench: Bench) -> None:
 
     bench.forward_backward("moe", "top-k: TransformerEngine", router, [logits])
     bench.time("moe", "top-k: torch", lambda: logits.topk(TOPK, 1))
-    expert_products(bench, counts, gates)
+    bench_grouped_gemms(bench, counts, gates)
 
 
-def expert_products(bench: Bench, counts: torch.Tensor, gates: torch.Tensor) -> None:
-    """The experts' grouped products and their activation, on rows already sorted."""
-    from megatron_q3n.kernels.moe.grouped_gemm_triton import grouped_product, row_blocks
+def bench_grouped_gemms(bench: Bench, counts: torch.Tensor, gates: torch.Tensor) -> None:
+    """Time the experts' grouped GEMMs and SwiGLU, on permuted rows."""
+    from megatron_q3n.kernels.moe.grouped_gemm_triton import grouped_gemm, row_blocks
     from megatron_q3n.kernels.moe.grouped_wgrad_triton import grouped_weight_gradient
-    from megatron_q3n.kernels.moe.swiglu import weighted_swiglu
+    from megatron_q3n.kernels.moe.swiglu import swiglu
 
     rows, experts = bench.tokens * TOPK, bench.experts
     ends, blocks = counts.cumsum(0).to(torch.int32), row_blocks(counts, rows)
-    bench.time("moe", "blocks of rows listed", lambda: row_blocks(counts, rows))
+    bench.time("moe", "row block list", lambda: row_blocks(counts, rows))
     for name, n, k in (("fc1", 2 * WIDTH, HIDDEN), ("fc2", HIDDEN, WIDTH)):
         x, w, dy = bench.random(rows, k), bench.random(experts, n, k), bench.random(rows, n)
         main = torch.zeros(experts, n, k, device="cuda")
         products: dict[str, Callable[[], Any]] = {
             "forward: torch": lambda x=x, w=w: torch._grouped_mm(x, w.transpose(1, 2), offs=ends),
-            "forward: ours": lambda x=x, w=w: grouped_product(x, w, blocks),
-            "input gradient: ours": lambda dy=dy, w=w: grouped_product(dy, w, blocks, turned=True),
+            "forward: ours": lambda x=x, w=w: grouped_gemm(x, w, blocks),
+            "input gradient: ours": lambda dy=dy, w=w: grouped_gemm(dy, w, blocks, transposed=True),
             "weight gradient: ours, written": lambda dy=dy, x=x, main=main: grouped_weight_gradient(
                 dy, x, ends, main, False
             ),
@@ -247,16 +252,16 @@ def expert_products(bench: Bench, counts: torch.Tensor, gates: torch.Tensor) -> 
         for what, run in products.items():
             bench.time("moe", f"{name} {what}", run, gflop=2e-9 * rows * n * k)
     gate_up, gb = bench.random(rows, 2 * WIDTH), rows * WIDTH * 2 / 1e9
-    for fused, whose in ((True, "ours"), (False, "torch")):
+    for fused, name in ((True, "ours"), (False, "torch")):
 
         def activate(x: torch.Tensor, gates: torch.Tensor, fused: bool = fused) -> torch.Tensor:
-            return weighted_swiglu(x, gates, fused=fused)
+            return swiglu(x, gates, fused=fused)
 
-        bench.forward_backward("moe", f"swiglu: {whose}", activate, [gate_up, gates], 3 * gb)
+        bench.forward_backward("moe", f"swiglu: {name}", activate, [gate_up, gates], 3 * gb)
 
 
 def attention(bench: Bench) -> None:
-    """Causal attention of 16 query and 2 key heads of 256."""
+    """Time causal attention of 16 query and 2 key heads of 256."""
     q = bench.random(bench.batch, 16, bench.sequence, 256)
     k, v = (bench.random(bench.batch, 2, bench.sequence, 256) for _ in "kv")
     gflop = 2e-9 * bench.tokens * bench.sequence * 16 * 256 * 2 / 2
@@ -289,9 +294,9 @@ GROUPS = {
     "gdn": gdn,
     "moe": moe,
     "attention": attention,
-    "heads": layer_heads,
-    "rows": few_rows,
-    "steps": delta_steps,
+    "prologues": bench_layer_prologues,
+    "decode_gemm": bench_decode_gemm,
+    "decode_gated_delta": bench_decode_gated_delta,
 }
 
 

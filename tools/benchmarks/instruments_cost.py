@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""What looking inside the model costs: steps with and without instruments, by turns, in one process.
+"""Cost of the instruments: steps with and without them, alternating, in one process.
 
-    tools/benchmarks/instruments_cost.py --config-name pretrain-small [--looks 12] [--every 10] [--json FILE] [setting=value …]
+    tools/benchmarks/instruments_cost.py --config-name RECIPE [--measurements 12] [--every 10] [--json FILE]
+        [setting=value …]
 
-Steps are whole ones as training takes them, a CUDA graph where the recipe's are, on random tokens. A block of --every
-steps without instruments is followed by one of as many with them, of which one is looked at; so on until --looks looks
-are timed. The share is what a look takes over what `instruments.interval_steps` steps take. Between looks instruments
-are two calls that return at once; that row shows it, as far as steps of one length can be told apart. Leaves nothing
-but --json.
+Whole training steps are timed, as CUDA graphs if the recipe uses them, on random tokens. A block of --every steps
+without instruments alternates with a block of --every steps with them, one of which is measured by the instruments,
+until --measurements measured steps are timed. The reported share is the extra time of a measured step divided by the
+time of `instruments.interval_steps` steps. Between measured steps the instruments are two calls that return
+immediately; a separate row shows their cost. Only --json writes a file.
 """
 
 import argparse
@@ -22,9 +23,9 @@ from typing import Any
 from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, UserError, validate
 from megatron_q3n.recipe import configure, register_defaults
 
-# kernels compile, the third step is captured, and one look at least has been taken
+# kernels are compiled, the third step is captured, and at least one step is measured
 WARMUP_STEPS = 6
-PROMISED_SHARE = 0.01
+MAX_SHARE = 0.01
 
 
 def main() -> int:
@@ -35,17 +36,17 @@ def main() -> int:
         config = configure(["--config-name", options.config_name, *rest])
         interval = config.instruments.interval_steps
         if interval == 0:
-            raise UserError("instruments.interval_steps=0 never looks: there is nothing to measure.")
-        if min(options.looks, options.every) < 1:
-            raise UserError("--looks and --every must be at least 1.")
+            raise UserError("instruments.interval_steps=0 disables the instruments: there is nothing to measure.")
+        if min(options.measurements, options.every) < 1:
+            raise UserError("--measurements and --every must be at least 1.")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    timed = measure(config, options.looks, options.every)
-    found = {"recipe": options.config_name, **summary(timed, interval)}
+    timed = measure(config, options.measurements, options.every)
+    figures = {"recipe": options.config_name, **summary(timed, interval)}
     if options.json:
-        options.json.write_text(json.dumps({**found, "seconds": timed}, indent=1) + "\n")
-    print("\n".join(f"{name:<34} {value}" for name, value in found.items()))
+        options.json.write_text(json.dumps({**figures, "seconds": timed}, indent=1) + "\n")
+    print("\n".join(f"{name:<34} {value}" for name, value in figures.items()))
     return 0
 
 
@@ -54,88 +55,89 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config-name", required=True, metavar="RECIPE")
-    parser.add_argument("--looks", type=int, default=12)
+    parser.add_argument("--measurements", type=int, default=12)
     parser.add_argument("--every", type=int, default=10, help="steps in a block")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser
 
 
-def measure(config: RunConfig, looks: int, every: int) -> dict[str, list[float]]:
-    """Train; return the seconds of every step without instruments, with them between looks, and of those looked at."""
-    steps = WARMUP_STEPS + (2 * looks + 2) * every  # the schedule must not end before
+def measure(config: RunConfig, measurements: int, every: int) -> dict[str, list[float]]:
+    """Train; return the seconds of steps without instruments, between measured steps, and of measured steps."""
+    # the schedule must not end earlier
+    steps = WARMUP_STEPS + (2 * measurements + 2) * every
     tree = config.model_dump(mode="json")
     tree["instruments"]["interval_steps"] = every
     tree["training"]["steps"] = max(steps, config.training.steps)
-    # late: the device must be chosen before megatron-core loads
-    device_room = importlib.import_module("megatron_q3n.device")
-    device_room.quiet_known_warnings()
+    # late imports: the device must be chosen before megatron-core is imported
+    device_module = importlib.import_module("megatron_q3n.device")
+    device_module.quiet_known_warnings()
     config = validate(tree)
-    device = device_room.choose_device(config)
+    device = device_module.select_device(config)
     parallel = importlib.import_module("megatron_q3n.parallel")
     group = parallel.initialize(config, device)
     qualification = importlib.import_module("megatron_q3n.kernels.startup.qualification")
-    build = importlib.import_module("megatron_q3n.model.build")
-    qualification.qualify(config, device.torch_device, build.compute_dtype(config))
+    transformer_config = importlib.import_module("megatron_q3n.model.transformer_config")
+    qualification.qualify(config, device.torch_device, transformer_config.compute_dtype(config))
     state = importlib.import_module("megatron_q3n.training.state").build_state(config, device, group)
     instruments = importlib.import_module("megatron_q3n.instruments").Instruments(state)
-    take = Steps(state, instruments)
+    stepper = Stepper(state, instruments)
     for _ in range(max(WARMUP_STEPS, every + 1)):
-        take.one(watched=True)  # the first step is always looked at
-    timed: dict[str, list[float]] = {"without": [], "between looks": [], "looked at": []}
-    for _ in range(looks):
-        timed["without"] += [take.one(watched=False) for _ in range(every)]
+        stepper.step(measured=True)
+    timed: dict[str, list[float]] = {"without": [], "between measured": [], "measured": []}
+    for _ in range(measurements):
+        timed["without"] += [stepper.step(measured=False) for _ in range(every)]
         for _ in range(every):
-            looked = instruments.measures(state.step + 1)
-            timed["looked at" if looked else "between looks"].append(take.one(watched=True))
+            is_measured = instruments.is_measured(state.step + 1)
+            timed["measured" if is_measured else "between measured"].append(stepper.step(measured=True))
     parallel.shutdown()
     return timed
 
 
-class Steps:
-    """Takes training steps as the loop does, and times them."""
+class Stepper:
+    """Runs training steps as the training loop does, and times them."""
 
     def __init__(self, state: Any, instruments: Any) -> None:
         self._state, self._instruments = state, instruments
         self._batches = _random_batches(state.config, state.device.torch_device)
         self._train_step = importlib.import_module("megatron_q3n.training.step").train_step
 
-    def one(self, *, watched: bool) -> float:
-        """Take a step, with the instruments or without. Returns: seconds."""
+    def step(self, *, measured: bool) -> float:
+        """Run a step with or without the instruments. Returns: seconds."""
         data = self._batches
         self._state.device.synchronize()
         started = time.perf_counter()
-        if watched:
-            self._instruments.before_step()
+        if measured:
+            self._instruments.before_step(self._state.step + 1)
         report = self._train_step(self._state, data)
-        if watched:
-            self._instruments.after_step(data, report)
+        if measured:
+            self._instruments.measure(report)
         self._state.device.synchronize()
         return time.perf_counter() - started
 
 
 def _random_batches(config: RunConfig, device: Any) -> list[Any]:
-    """Return the micro-batches of a step, all the same one."""
-    tokens = importlib.import_module("benchmark.tokens")
-    batch_room = importlib.import_module("megatron_q3n.data.batch")
+    """Return the micro-batches of a step, all equal."""
+    tokens = importlib.import_module("tools.benchmarks.comparison.tokens")
+    batch_module = importlib.import_module("megatron_q3n.data.batch")
     rows, labels = tokens.random_rows(config, device)
-    batch = batch_room.batch_of_rows(rows, labels, rows.new_ones(rows.shape).float())
+    batch = batch_module.causal_batch(rows, labels, rows.new_ones(rows.shape).float())
     return [batch] * config.num_microbatches
 
 
 def summary(timed: dict[str, list[float]], interval: int) -> dict[str, Any]:
-    """Return the figures for people: medians, and the share of a run's time."""
+    """Return the figures to print: medians, and the share of a run's time."""
     plain = statistics.median(timed["without"])
-    between = statistics.median(timed["between looks"] or timed["without"]) - plain
-    look = statistics.median(timed["looked at"]) - plain
-    share = look / (plain * interval)
+    between = statistics.median(timed["between measured"] or timed["without"]) - plain
+    extra = statistics.median(timed["measured"]) - plain
+    share = extra / (plain * interval)
     return {
         "step, ms": round(1000 * plain, 3),
-        "more between looks, ms": round(1000 * between, 3),
-        "more for a look, ms": round(1000 * look, 3),
-        "looks": len(timed["looked at"]),
+        "more between measured steps, ms": round(1000 * between, 3),
+        "more for a measured step, ms": round(1000 * extra, 3),
+        "measurements": len(timed["measured"]),
         "instruments.interval_steps": interval,
         "share of a run's time": f"{100 * share:.2f} %",
-        "within the promised 1 %": share <= PROMISED_SHARE,
+        "within 1 %": share <= MAX_SHARE,
     }
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Train the same model on the same data in different parallel layouts and compare every step with one process.
+"""Check of parallel layouts: train the same model on the same data, and compare every step with one process.
 
     tools/checks/check_layout.py --all                                  every layout of the built-in list
     tools/checks/check_layout.py tp2-pp2 cp2-ep2-overlap                layouts by short name
     tools/checks/check_layout.py tensor_model_parallel_size=2 expert_model_parallel_size=2
     tools/checks/check_layout.py pp2 --reshard tp2:pp2 --masked 0.3 model.mtp_num_layers=2
-    tools/checks/check_layout.py --all instruments.interval_steps=2    what instruments show inside the model, too
+    tools/checks/check_layout.py --all instruments.interval_steps=2    also the numbers of the instruments
 
-One process saves its fresh weights; every layout loads them and takes the same steps on the same
-rows, which checks the resharding of weights too. With --reshard A:B a run goes on in layout B from
-what layout A saved halfway, and must equal A never having stopped. Data are random walks over the
-vocabulary, a function of step and row alone.
+One process saves its initial weights; every layout loads them and takes the same steps on the same
+rows, which also checks the resharding of weights. With --reshard A:B a run resumes in layout B from
+the checkpoint that layout A saved halfway, and must equal A without an interruption. Data are random
+walks over the vocabulary, a function of step and row only.
 
 On a CPU, over gloo. Exit status: 0 all within tolerance, 1 not, 2 bad input.
 """
@@ -80,8 +80,8 @@ WORDS = {
     "passing": {"linear_context_parallel": "state_passing"},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
 }
-# Small, and divisible by all of the above, under a strong balance loss. A large epsilon keeps Adam
-# from turning the last bit of a vanishing gradient into a whole step, which no layout could repeat.
+# Small, divisible by all of the above, with a strong balance loss. A large epsilon prevents Adam from
+# amplifying the last bit of a vanishing gradient to a full step, which other layouts cannot reproduce.
 TINY = (
     "model.hidden_size=64",
     "model.kv_channels=16",
@@ -97,9 +97,10 @@ TINY = (
     "instruments.interval_steps=0",
     "instruments.microbatches=1000",
 )
-# what a step reports -> largest relative difference allowed
+# figure of a step -> largest relative difference allowed
 TOLERANCES = {"loss": 1e-5, "grad norm": 1e-4, "mtp": 1e-5, "balance": 1e-5, "inside": 1e-4}
-ONE_ROW = ("training.micro_batch_size=1", "training.global_batch_size=4")  # as packing wants it
+# packed documents require micro-batches of one row
+ONE_ROW = ("training.micro_batch_size=1", "training.global_batch_size=4")
 
 
 def main() -> int:
@@ -181,25 +182,25 @@ def check(options: argparse.Namespace, words: list[str]) -> tuple[list[Run], lis
 
 
 def _sort_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """Tell layout names, parallel settings (together one layout) and other settings apart."""
+    """Separate layout names, parallel settings (together one layout) and other settings."""
     names = [word for word in words if "=" not in word]
-    own = [word for word in words if word.split("=")[0] in ParallelConfig.model_fields]
-    settings = [word for word in words if "=" in word and word not in own]
-    return [*names, *([" ".join(own)] if own else [])], settings
+    parallel = [word for word in words if word.split("=")[0] in ParallelConfig.model_fields]
+    settings = [word for word in words if "=" in word and word not in parallel]
+    return [*names, *([" ".join(parallel)] if parallel else [])], settings
 
 
-def _pairs(given: list[str] | None) -> list[tuple[str, str]]:
-    if given is None:
+def _pairs(words: list[str] | None) -> list[tuple[str, str]]:
+    if words is None:
         return []
-    for word in given:
+    for word in words:
         if word.count(":") != 1:
             raise UserError(f"--reshard {word}: expected two layouts, FROM:TO, such as tp2:pp2.")
-    pairs = [tuple(word.split(":")) for word in given or RESHARDS]
+    pairs = [tuple(word.split(":")) for word in words or RESHARDS]
     return [(source, target) for source, target in pairs]
 
 
 def _overrides(layout: str) -> list[str]:
-    """Translate a layout's name, or its own settings, into overrides, with the smallest world that holds it."""
+    """Return the overrides of a layout's name or settings, with the smallest possible world size."""
     if layout == SINGLE:
         return []
     if "=" in layout:
@@ -215,9 +216,9 @@ def _overrides(layout: str) -> list[str]:
 
 
 def _named(layout: str) -> tuple[dict[str, str], int]:
-    """Read "tp2-ep2-overlap".
+    """Parse e.g. "tp2-ep2-overlap".
 
-    Returns: settings, and the data parallel size asked for.
+    Returns: settings, and the requested data parallel size.
     """
     settings: dict[str, str] = {}
     for word in layout.split("-"):
@@ -235,22 +236,22 @@ def _named(layout: str) -> tuple[dict[str, str], int]:
 
 
 def compare(run: Run, reference: Run) -> dict[str, Any]:
-    """Return the largest relative difference over all steps of each kind of figure, and the verdict."""
+    """Return the largest relative difference over all steps for each kind of figure, and the verdict."""
     worst = dict.fromkeys(TOLERANCES, 0.0 if run.steps else math.nan)
-    for ours, wanted in zip(run.steps, reference.steps):
-        for name in ours.keys() | wanted.keys():
+    for ours, expected in zip(run.steps, reference.steps):
+        for name in ours.keys() | expected.keys():
             kind = next(kind for kind in worst if name.startswith(kind))
-            worst[kind] = _larger(worst[kind], _difference(ours.get(name), wanted.get(name)))
-    whole = len(run.steps) == len(reference.steps) > 0
-    ok = whole and all(worst[kind] <= TOLERANCES[kind] for kind in worst)  # nan is not
-    return {"layout": run.name, "processes": run.world_size, **worst, "ok": ok, "failed": not whole}
+            worst[kind] = _larger(worst[kind], _difference(ours.get(name), expected.get(name)))
+    is_complete = len(run.steps) == len(reference.steps) > 0
+    ok = is_complete and all(worst[kind] <= TOLERANCES[kind] for kind in worst)
+    return {"layout": run.name, "processes": run.world_size, **worst, "ok": ok, "failed": not is_complete}
 
 
-def _difference(ours: float | None, wanted: float | None) -> float:
-    """Return the relative difference; nan where only one side has the figure."""
-    if ours is None or wanted is None:
+def _difference(ours: float | None, expected: float | None) -> float:
+    """Return the relative difference; nan if only one side has the figure."""
+    if ours is None or expected is None:
         return math.nan
-    return 0.0 if ours == wanted else abs(ours - wanted) / max(abs(wanted), 1e-30)
+    return 0.0 if ours == expected else abs(ours - expected) / max(abs(expected), 1e-30)
 
 
 def _larger(a: float, b: float) -> float:

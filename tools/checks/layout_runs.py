@@ -1,9 +1,8 @@
-"""Training runs over forked processes, for tools/checks/check_layout.py: what a run is, its data, and how its ranks start.
+"""Training runs over forked processes, for tools/checks/check_layout.py: runs, data, and the start of the ranks.
 
-megatron-core is imported once, in the process that forks; a fork costs tens of milliseconds where an
-import costs eight CPU-seconds and 0.7 GiB. So nothing may compute with torch before the forks, and
-there is no GPU: a fork cannot share a CUDA context. Each rank is a fresh fork, since megatron-core
-keeps much in module globals. What is compared, and how closely, is the tool's business.
+megatron-core is imported once, in the process that forks: a fork costs tens of milliseconds, an import eight
+CPU-seconds and 0.7 GiB. So torch must not compute before the forks, and there is no GPU: a fork cannot share a CUDA
+context. Each rank is a new fork, since megatron-core keeps state in module globals.
 """
 
 import gc
@@ -22,15 +21,16 @@ from typing import Any
 
 from megatron_q3n.config import RunConfig
 
-ALIGNMENT = 8  # tokens, of packed documents: 2 × the largest context parallel size checked
+# tokens; of packed documents: 2 × the largest context parallel size checked
+ALIGNMENT = 8
 Step = dict[str, float]
-# what is at work: the pipe a rank answers through -> its run, its process, and all processes of the run
-Working = dict[Connection, tuple["Run", Any, list[Any]]]
+# pipe of a running rank -> its run, its process, and all processes of the run
+Running = dict[Connection, tuple["Run", Any, list[Any]]]
 
 
 @dataclass(frozen=True)
 class Data:
-    """How rows are made: the share of masked targets, and whether rows are packed documents."""
+    """Training data: the share of masked targets, and whether rows are packed documents."""
 
     masked: float = 0.0
     packed: bool = False
@@ -38,15 +38,17 @@ class Data:
 
 @dataclass
 class Run:
-    """One training run over `world_size` forked processes: where it starts, which steps it takes, where it saves."""
+    """One training run over `world_size` forked processes: its start, its steps, and its saves."""
 
     name: str
     config: RunConfig
     data: Data
     first_step: int
     last_step: int
-    start: Path | None = None  # None: fresh weights
-    resume: bool = False  # go on from `start` with its step and optimizer
+    # None: initial weights
+    start: Path | None = None
+    # restore step and optimizer of `start` too
+    resume: bool = False
     save: dict[int, Path] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     problem: str = ""
@@ -55,58 +57,62 @@ class Run:
 
     @property
     def world_size(self) -> int:
-        """Processes."""
+        """Return the number of processes."""
         return self.config.world_size
 
 
 def import_everything(config: RunConfig) -> None:
-    """Import once what every fork needs; the shim first, since megatron-core looks at it when imported."""
+    """Import the forks' modules once; the CPU shim first, since megatron-core needs it during its import."""
     device = importlib.import_module("megatron_q3n.device")
-    warnings.simplefilter("ignore")  # every rank of every run would say them again
+    # every rank of every run would repeat them
+    warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork cannot share a CUDA context
-    device.choose_device(config)
-    rooms = ("parallel", "checkpoint", "data.batch", "training.state", "training.step", "instruments")
-    for room in rooms:
-        importlib.import_module(f"megatron_q3n.{room}")
-    gc.freeze()  # a collection in a fork would touch, and so copy, every page
+    # a fork cannot share a CUDA context
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    device.select_device(config)
+    modules = ("parallel", "checkpoint", "data.batch", "training.state", "training.step", "instruments")
+    for module in modules:
+        importlib.import_module(f"megatron_q3n.{module}")
+    # a garbage collection in a fork would write to, and so copy, every page
+    gc.freeze()
 
 
 def launch(runs: list[Run], processes: int, folder: Path) -> None:
-    """Make the runs, as many at once as `processes` allows (at least one run); they meet in `folder`."""
-    waiting, working = list(runs), Working()
+    """Execute the runs, as many at once as `processes` allows (at least one); `folder` holds their rendezvous files."""
+    waiting, running = list(runs), Running()
     fork = multiprocessing.get_context("fork")
     try:
-        while waiting or working:
-            while waiting and (not working or len(working) + waiting[0].world_size <= processes):
-                working |= _start(waiting.pop(0), fork, folder / f"meeting-{len(waiting)}-{runs[0].name}")
-            for end in wait(list(working)):
+        while waiting or running:
+            while waiting and (not running or len(running) + waiting[0].world_size <= processes):
+                running |= _start(waiting.pop(0), fork, folder / f"rendezvous-{len(waiting)}-{runs[0].name}")
+            for end in wait(list(running)):
                 assert isinstance(end, Connection)
-                run, process, siblings = working.pop(end)
+                run, process, siblings = running.pop(end)
                 message = _message(end, process)
                 run.seconds = time.monotonic() - run.started
                 if isinstance(message, list):
                     run.steps = message or run.steps
                     continue
                 run.problem = run.problem or message
-                for sibling in siblings:  # they would wait for the dead one
+                # they would wait for the failed one
+                for sibling in siblings:
                     sibling.terminate()
     finally:
-        for _, process, _ in working.values():
+        for _, process, _ in running.values():
             process.terminate()
 
 
-def _start(run: Run, fork: Any, meeting: Path) -> Working:
+def _start(run: Run, fork: Any, rendezvous: Path) -> Running:
     """Fork the ranks of a run.
 
-    Returns: for each, the pipe its answer comes through, and whom to end if it fails.
+    Returns: for each rank the pipe of its result, with the processes to end if it fails.
     """
     run.started = time.monotonic()
-    started: Working = {}
+    started: Running = {}
     siblings: list[Any] = []
     for rank in range(run.world_size):
         ours, theirs = fork.Pipe(duplex=False)
-        process = fork.Process(target=_work, args=(run, rank, meeting, theirs))
+        process = fork.Process(target=_work, args=(run, rank, rendezvous, theirs))
         process.start()
         theirs.close()
         siblings.append(process)
@@ -118,32 +124,33 @@ def _message(end: Connection, process: Any) -> list[Step] | str:
     try:
         message = end.recv()
     except EOFError:
-        message = "ended without a word"
+        message = "ended without a result"
     process.join()
     return message if isinstance(message, list) else f"{message} (exit {process.exitcode})"
 
 
-def _work(run: Run, rank: int, meeting: Path, answer: Connection) -> None:
-    """Be one rank of a run, in a process of its own, and send back its steps or what went wrong."""
+def _work(run: Run, rank: int, rendezvous: Path, answer: Connection) -> None:
+    """Execute one rank of a run in this process, and send its steps or its error."""
     try:
-        answer.send(_train(run, rank, meeting))
+        answer.send(_train(run, rank, rendezvous))
     except BaseException:
         answer.send(f"rank {rank}:\n{traceback.format_exc()}")
-        os._exit(1)  # not politely: leaving a group with calls outstanding can wait for its timeout
+        # a normal exit can wait for the timeout of pending collectives
+        os._exit(1)
 
 
-def _train(run: Run, rank: int, meeting: Path) -> list[Step]:
-    import torch  # imported long ago, in the parent; named here to keep the parser's start quick
+def _train(run: Run, rank: int, rendezvous: Path) -> list[Step]:
+    import torch  # late: imported by the parent already; the command line must start fast
 
     from megatron_q3n import checkpoint, parallel
-    from megatron_q3n.device import choose_device
+    from megatron_q3n.device import select_device
     from megatron_q3n.instruments import Instruments
     from megatron_q3n.training.state import build_state
     from megatron_q3n.training.step import train_step
 
-    device = choose_device(run.config)
-    store = torch.distributed.FileStore(str(meeting), run.world_size)
-    group = parallel.initialize(run.config, device, parallel.Meeting(store, rank, run.world_size))
+    device = select_device(run.config)
+    store = torch.distributed.FileStore(str(rendezvous), run.world_size)
+    group = parallel.initialize(run.config, device, parallel.Rendezvous(store, rank, run.world_size))
     state = build_state(run.config, device, group)
     if run.start:
         _load(state, checkpoint.find(run.start), run.resume)
@@ -154,18 +161,18 @@ def _train(run: Run, rank: int, meeting: Path) -> list[Step]:
         if step in run.save:
             checkpoint.save(state, run.save[step])
         if step < run.last_step:
-            own = list(batches(run, step, group))
-            instruments.before_step()
-            report = train_step(state, own)
-            steps.append(_flat(report) | _measured(instruments.after_step(own, report)))
+            rank_batches = list(batches(run, step, group))
+            instruments.before_step(step + 1)
+            report = train_step(state, rank_batches)
+            steps.append(_flat(report) | _measured(instruments.measure(report)))
     parallel.shutdown()
     return steps if rank == 0 else []
 
 
 def _load(state: Any, start: Path, resume: bool) -> None:
-    """Load weights, and to resume everything; then the master weights must be the weights, bit for bit.
+    """Load weights, and the whole state to resume; then check that the master weights equal the weights bit for bit.
 
-    Training alone would not tell: the first step behind a load overwrites weights with master weights.
+    Training does not detect a difference: the first step after a load overwrites weights with master weights.
     """
     from megatron_q3n import checkpoint  # as in _train
 
@@ -175,10 +182,11 @@ def _load(state: Any, start: Path, resume: bool) -> None:
     weights = [weight.detach().clone() for model in state.models for weight in model.parameters()]
     checkpoint.load(state, start, resume=True)
     for chunk in state.chunks:
-        chunk.start_param_sync(force_sync=True)  # every rank's share of the master weights
+        # gathers every rank's share of the master weights
+        chunk.start_param_sync(force_sync=True)
     named = [pair for model in state.models for pair in model.named_parameters()]
     wrong = [name for (name, master), weight in zip(named, weights) if not master.equal(weight)]
-    assert not wrong, f"saved weights differ from the master weights saved beside them: {wrong}"
+    assert not wrong, f"saved weights differ from the saved master weights: {wrong}"
 
 
 def _flat(report: Any) -> Step:
@@ -192,10 +200,10 @@ def _measured(values: Step) -> Step:
 
 
 def batches(run: Run, step: int, group: Any) -> Iterator[Any]:
-    """Make this rank's micro-batches of a step: random walks, so that there is something to learn."""
+    """Yield this rank's micro-batches of a step: random walks, which can be learned."""
     import torch  # as in _train
 
-    from megatron_q3n.data.batch import batch_of_documents, batch_of_rows
+    from megatron_q3n.data.batch import causal_batch, packed_batch
 
     training, vocab = run.config.training, run.config.model.vocab_size
     rows, length, size = (training.global_batch_size, training.sequence_length, training.micro_batch_size)
@@ -203,7 +211,7 @@ def batches(run: Run, step: int, group: Any) -> Iterator[Any]:
     jumps = torch.randint(1, 4, (rows, length + 1), generator=random)
     jumps[:, 0] = torch.randint(0, vocab, (rows,), generator=random)
     tokens_RT = jumps.cumsum(1) % vocab
-    # each row with a share of its own, so that micro-batches count different numbers of tokens
+    # a different share in each row, so that micro-batches have different numbers of tokens
     shares = torch.rand(rows, 1, generator=random) * 2 * run.data.masked
     mask_RT = (torch.rand(rows, length, generator=random) >= shares).float()
     ends_RT = torch.rand(rows, length + 1, generator=random) < 4 / length
@@ -213,6 +221,6 @@ def batches(run: Run, step: int, group: Any) -> Iterator[Any]:
         part = slice(first, first + size)
         inputs, labels = tokens_RT[part, :-1].contiguous(), tokens_RT[part, 1:].contiguous()
         if run.data.packed:
-            yield batch_of_documents(inputs, labels, mask_RT[part], 0, ALIGNMENT)
+            yield packed_batch(inputs, labels, mask_RT[part], 0, ALIGNMENT)
         else:
-            yield batch_of_rows(inputs, labels, mask_RT[part].contiguous())
+            yield causal_batch(inputs, labels, mask_RT[part].contiguous())

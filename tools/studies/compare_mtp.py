@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Train one model's draft layer in several ways, from the same trunk on the same tokens, and count the drafts kept.
+"""Comparison of ways to train the MTP draft layer: same trunk, same tokens, and the acceptance of the drafts.
 
     tools/studies/compare_mtp.py --output runs/drafts --workers 6 --minutes 5       the trunk first (pretrain-small)
     tools/studies/compare_mtp.py runs/latest --config-name mtp-tiny --output runs/drafts [setting=value …]
 
-Ways: single-step; teacher-forced depths, as megatron-core trains them; and as decoding drafts (mtp.method=inference),
-on labels, or distilled from the model, which the mtp recipes do. The trunk is frozen, so the model that judges is the
-same for all. Acceptance is the evaluate stage's, on held-out text: really drafted, really verified by the model.
-Settings after the options go to the training of each way; --trunk's and --evaluate's to those stages. Given again, the
-command goes on where it was interrupted. Leaves in --output:
+Ways: single-step; teacher-forced depths, as megatron-core trains them; and drafting as in decoding
+(mtp.method=inference), on labels or distilled from the model, as in the mtp recipes. The trunk is frozen, so the model
+that verifies the drafts is the same for all. Acceptance is measured by the evaluate stage on held-out text, with real
+drafting and verification. Settings after the options apply to the training of each way; those of --trunk and --evaluate
+to these stages. After an interruption the same command continues. Written to --output:
 
     results.json  results.md  drafts.png  WAY-seedN/ (run directories)  trunk/ (where it was trained here)
 
@@ -30,10 +30,10 @@ from matplotlib.figure import Figure
 
 from megatron_q3n.config import EXIT_BAD_INPUT, EXIT_REQUEUE, UserError
 from megatron_q3n.recipe import configure, register_defaults
-from tools.studies.ablations.outcomes import DONE, outcome_of, remember
+from tools.studies.ablations.outcomes import DONE, outcome_of, record_arguments
 from tools.studies.ablations.recipe import QUIET, Trial
-from tools.studies.ablations.runs import Bench
-from tools.studies.ablations.schedule import Shared
+from tools.studies.ablations.runs import TrialRunner
+from tools.studies.ablations.schedule import SharedTrial
 
 DEPTH = 4
 RESULTS, TABLE, PICTURE, TRUNK = "results.json", "results.md", "drafts.png", "trunk"
@@ -47,7 +47,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "as-decoded": (AS_DECODED, *LABELS),
     "as-decoded-distilled": (AS_DECODED, *DISTILLED),
     "single-step-distilled": (AS_DECODED, *DISTILLED, *SINGLE),
-    "as-decoded-all-labels": (AS_DECODED, "mtp.after_wrong_draft=text", *LABELS),
+    "as-decoded-all-labels": (AS_DECODED, "mtp.after_wrong_draft=teacher_forcing", *LABELS),
 }
 USUAL = list(WAYS)[:4]
 KINDS = ("greedy", "drawn")
@@ -56,19 +56,26 @@ MADE_BY = ("gpu", "git")
 
 @dataclass(frozen=True)
 class Way(Trial):
-    """A draft layer's training one way with a seed, and what its evaluation is asked beside."""
+    """Training of a draft layer in one way with a seed, and additional settings of its evaluation."""
 
-    asked: tuple[str, ...] = ()
+    evaluation_settings: tuple[str, ...] = ()
 
     @property
     def evaluation(self) -> list[str]:
-        """The command line of its evaluation, in the format it was trained in."""
-        own = (f"checkpoint.load={self.run_dir}", f"precision={self.config.precision.compute}")
-        return ["--config-name", "evaluate", *own, f"evaluate.draft_depth={DEPTH}", *QUIET, *self.asked]
+        """Return the command line of the evaluation, in the dtype of the training."""
+        source = (f"checkpoint.load={self.run_dir}", f"precision={self.config.precision.compute}")
+        return [
+            "--config-name",
+            "evaluate",
+            *source,
+            f"evaluate.draft_depth={DEPTH}",
+            *QUIET,
+            *self.evaluation_settings,
+        ]
 
 
 def main() -> int:
-    """Train what is left, and say what came of all."""
+    """Train what is left, and write the results. Returns: the exit code."""
     options = parse(sys.argv[1:])
     register_defaults()
     try:
@@ -81,12 +88,12 @@ def main() -> int:
     conclude(options, trunk, ways)
     left = [way.name for way in ways if outcome_of(way) is None]
     if left:
-        print(f"left: {', '.join(left)}; give the same command again", flush=True)
+        print(f"left: {', '.join(left)}; run the same command again", flush=True)
     return EXIT_REQUEUE if left else 0
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -96,7 +103,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=USUAL, metavar="WAY")
     parser.add_argument("--seeds", type=int, default=2, help="of each way")
     parser.add_argument("--workers", type=int, default=1, help="runs at once")
-    parser.add_argument("--minutes", type=float, help="then save what runs, and stop")
+    parser.add_argument("--minutes", type=float, help="after this time save all runs, and stop")
     for name in ("trunk", "evaluate"):
         parser.add_argument(f"--{name}", nargs="*", default=[], metavar="setting=value")
     parser.add_argument("words", nargs="*", metavar="[RUN_DIR] [setting=value …]")
@@ -111,7 +118,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def trunk_of(options: argparse.Namespace) -> Trial | None:
-    """Return the trunk's training; None where a trained one is given."""
+    """Return the trunk's training; None if a trained checkpoint is named."""
     if options.checkpoint:
         return None
     arguments = ("--config-name", options.pretrain, *options.trunk)
@@ -120,47 +127,49 @@ def trunk_of(options: argparse.Namespace) -> Trial | None:
 
 
 def ways_of(options: argparse.Namespace, trunk: str) -> list[Way]:
-    """Return the ways' trainings, all of the first seed first."""
+    """Return the trainings, all ways of the first seed first."""
     base = ("--config-name", options.config_name, f"checkpoint.load={trunk}")
-    found = []
+    ways = []
     for seed in range(1, options.seeds + 1):
         for name in options.ways:
             arguments = (*base, *WAYS[name], *options.settings)
             config = configure([*arguments, *QUIET])
-            folder, asked = options.output / f"{name}-seed{seed}", tuple(options.evaluate)
-            found.append(Way(name, seed, folder, arguments, config, is_evaluated=True, asked=asked))
-    return found
+            folder, evaluation_settings = options.output / f"{name}-seed{seed}", tuple(options.evaluate)
+            ways.append(
+                Way(name, seed, folder, arguments, config, is_evaluated=True, evaluation_settings=evaluation_settings)
+            )
+    return ways
 
 
 def run(trunk: Trial | None, ways: list[Way], options: argparse.Namespace) -> None:
-    """Train the trunk, then the ways, until all is done or the time is over.
+    """Train the trunk, then the ways, until all have ended or the time is over.
 
     Raises: UserError if the trunk cannot be trained.
     """
-    remember([*([trunk] if trunk else []), *ways])
-    bench = Bench(options.workers, keep_checkpoints=True, retry=False)
-    alarm = threading.Timer(60 * options.minutes, bench.stop) if options.minutes else None
+    record_arguments([*([trunk] if trunk else []), *ways])
+    runner = TrialRunner(options.workers, keep_checkpoints=True, retry=False)
+    alarm = threading.Timer(60 * options.minutes, runner.stop) if options.minutes else None
     if alarm:
         alarm.start()
     try:
         if trunk:
-            bench.run([Shared(trunk)])
+            runner.run([SharedTrial(trunk)])
             ended = outcome_of(trunk)
             if ended is None:
                 return
             if ended["ended"] != DONE:
                 raise UserError(f"the trunk's training {ended['ended']}: {ended['message']}")
-        bench.run([Shared(way) for way in ways])
+        runner.run([SharedTrial(way) for way in ways])
     finally:
         if alarm:
             alarm.cancel()
 
 
 def conclude(options: argparse.Namespace, trunk: Trial | None, ways: list[Way]) -> None:
-    """Write results, table and picture of the ways that have ended."""
-    found = {name: gather(name, [w for w in ways if w.variant == name]) for name in options.ways}
-    found = {name: way for name, way in found.items() if way["seeds"]}
-    if not found:
+    """Write results, table and figure of the ways that have ended."""
+    by_way = {name: gather(name, [w for w in ways if w.variant == name]) for name in options.ways}
+    by_way = {name: way for name, way in by_way.items() if way["seeds"]}
+    if not by_way:
         return
     config = ways[0].config
     results = {
@@ -169,18 +178,18 @@ def conclude(options: argparse.Namespace, trunk: Trial | None, ways: list[Way]) 
         "trunk": options.checkpoint or " ".join(trunk.arguments if trunk else ()),
         "trunk_tokens": trunk.config.training.steps * trunk.config.tokens_per_step if trunk else None,
         "tokens": config.training.steps * config.tokens_per_step,
-        "ways": found,
-        "verdict": verdict(found),
+        "ways": by_way,
+        "verdict": verdict(by_way),
     }
     text = markdown(results)
     (options.output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     (options.output / TABLE).write_text(text)
-    draw(options.output / PICTURE, found)
-    print(f"\n{text}\nleft in {options.output}", flush=True)
+    draw(options.output / PICTURE, by_way)
+    print(f"\n{text}\nwritten to {options.output}", flush=True)
 
 
 def gather(name: str, ways: list[Way]) -> dict[str, Any]:
-    """Read what the evaluations of one way found, seed by seed."""
+    """Return the evaluation results of one way over its seeds."""
     seeds = {}
     for way in ways:
         path = way.run_dir / "evaluation.json"
@@ -191,7 +200,7 @@ def gather(name: str, ways: list[Way]) -> dict[str, Any]:
 
 
 def over_seeds(name: str, seeds: dict[int, dict[str, list[float | None]]]) -> dict[str, Any]:
-    """Return one way's acceptance by depth, given the drafts before were kept, and tokens per pass by draft depth."""
+    """Return one way's conditional acceptance by depth, and tokens per pass by number of drafts."""
     way: dict[str, Any] = {"settings": list(WAYS[name]), "seeds": seeds}
     for kind in KINDS if seeds else ():
         shares = [[share or 0.0 for share in seed[kind]] for seed in seeds.values()]
@@ -204,13 +213,13 @@ def over_seeds(name: str, seeds: dict[int, dict[str, list[float | None]]]) -> di
 
 
 def spread(values: tuple[float, ...]) -> dict[str, float | None]:
-    """Return mean and standard deviation over seeds; of one seed there is none."""
+    """Return mean and standard deviation over seeds; None as the deviation of a single seed."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "spread": deviation}
 
 
 def made_on(ways: list[Way]) -> dict[str, Any]:
-    """Return what the first run there is says of its machine."""
+    """Return the machine of the first run that recorded its environment."""
     for way in ways:
         path = way.run_dir / "environment.json"
         if path.is_file():
@@ -218,12 +227,12 @@ def made_on(ways: list[Way]) -> dict[str, Any]:
     return {}
 
 
-def verdict(found: dict[str, Any]) -> dict[str, float]:
-    """Hold every way against single-step: tokens per pass at the deepest (ratio), acceptance at depth 1 (points)."""
-    if "single-step" not in found:
+def verdict(by_way: dict[str, Any]) -> dict[str, float]:
+    """Compare every way with single-step: tokens per pass at the largest depth, and acceptance at depth 1 in points."""
+    if "single-step" not in by_way:
         return {}
-    plain, compared = found["single-step"]["greedy"], {}
-    for name, way in found.items():
+    plain, compared = by_way["single-step"]["greedy"], {}
+    for name, way in by_way.items():
         if name == "single-step":
             continue
         ours = way["greedy"]
@@ -235,7 +244,7 @@ def verdict(found: dict[str, Any]) -> dict[str, float]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return the table, the verdict and what it stands on."""
+    """Return the table, the comparison and the conditions of the measurement as Markdown."""
     depths = range(1, DEPTH + 1)
     head = ["way", "drafts", "runs", *(f"kept at depth {d}" for d in depths)]
     head += [f"tokens per pass, {d} drafted" for d in depths]
@@ -246,32 +255,32 @@ def markdown(results: dict[str, Any]) -> str:
             lengths = [cell(x, 1, "") for x in way[kind]["tokens_per_pass"]]
             rows.append([name, kind, str(len(way["seeds"])), *shares, *lengths])
     table = [f"| {' | '.join(row)} |" for row in rows]
-    said = [f"- {what}: {value:.3f}" for what, value in results["verdict"].items()]
-    made, trunk = results["made_on"], results["trunk_tokens"]
+    comparisons = [f"- {what}: {value:.3f}" for what, value in results["verdict"].items()]
+    machine, trunk_tokens = results["made_on"], results["trunk_tokens"]
     facts = (
         f"{results['tokens'] / 1e6:,.3g} M tokens a way, from one trunk ({results['trunk']}"
-        f"{f', {trunk / 1e6:,.3g} M tokens' if trunk else ''}); mean ± standard deviation over seeds; "
-        f"{made.get('gpu') or 'a CPU'}; commit {made.get('git') or 'unknown'}; `{results['command']}`"
+        f"{f', {trunk_tokens / 1e6:,.3g} M tokens' if trunk_tokens else ''}); mean ± standard deviation over seeds; "
+        f"{machine.get('gpu') or 'a CPU'}; commit {machine.get('git') or 'unknown'}; `{results['command']}`"
     )
-    return "\n".join([*table, "", *said, "", f"![drafts kept]({PICTURE})", "", facts, ""])
+    return "\n".join([*table, "", *comparisons, "", f"![drafts kept]({PICTURE})", "", facts, ""])
 
 
-def cell(found: dict[str, float | None], scale: float, unit: str) -> str:
-    """Return "71.3 ± 0.4 %"."""
+def cell(value: dict[str, float | None], scale: float, unit: str) -> str:
+    """Return e.g. "71.3 ± 0.4 %"."""
     places = 1 if unit else 3
-    mean, deviation = found["mean"] or 0.0, found["spread"]
+    mean, deviation = value["mean"] or 0.0, value["spread"]
     text = f"{scale * mean:.{places}f}"
     text += "" if deviation is None else f" ± {scale * deviation:.{places}f}"
     return f"{text} {unit}".strip()
 
 
-def draw(path: Path, found: dict[str, Any]) -> None:
-    """Write the picture: what greedy drafts bring by how many are drafted, and how many are kept by depth."""
+def draw(path: Path, by_way: dict[str, Any]) -> None:
+    """Write the figure: tokens per pass by number of greedy drafts, and acceptance by depth."""
     figure = Figure(figsize=(9.0, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
     titles = {"tokens_per_pass": "tokens per pass, by drafts", "acceptance": "drafts kept, by depth"}
     for axes, (what, title) in zip(panels, titles.items()):
-        for name, way in found.items():
+        for name, way in by_way.items():
             points = way["greedy"][what]
             means = [point["mean"] for point in points]
             bars = [point["spread"] or 0.0 for point in points]

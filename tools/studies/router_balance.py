@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""How evenly fresh routers spread real text over their experts: rows of equal norm against plain rows.
+"""Balance of newly initialized routers on real text: weight rows of equal norm compared with plain initialization.
 
     tools/studies/router_balance.py                                          the tiny model, the standard library's text
     tools/studies/router_balance.py model.num_moe_experts=64 model.hidden_size=256
     tools/studies/router_balance.py --config-name pretrain-small --seeds 5 --rows 8
 
-For each seed the same model is built twice, and differs in its routers' init alone. Printed, over layers and seeds:
-the fullest expert's load over the mean (1 is even), the emptiest's, and the entropy of the choice over log(experts)
-(1 is even). Training text, step 0, no update. On a CPU or a GPU, one process.
+For each seed the same model is built twice, with a different initialization of the routers only. Printed, over layers
+and seeds: the largest expert load over the mean (1 is even), the smallest, and the entropy of the routing over
+log(experts) (1 is even). Training text, step 0, no update. On a CPU or a GPU, one process.
 """
 
 import argparse
@@ -51,13 +51,13 @@ def main() -> int:
 
 
 def measure(config: RunConfig, seeds: int, rows: int) -> dict[str, list[torch.Tensor]]:
-    """Return under each init the load [E] of every layer of every seed's model, over the same rows of training text."""
-    from megatron_q3n import parallel  # late: imports megatron-core, and a bad option should not wait
+    """Return {init: loads [E] of every layer of every seed's model}, over the same rows of training text."""
+    from megatron_q3n import parallel  # late: imports megatron-core, which a bad option need not wait for
     from megatron_q3n.data.pretrain import build_pretrain_data
-    from megatron_q3n.device import choose_device, quiet_known_warnings
+    from megatron_q3n.device import quiet_known_warnings, select_device
 
     quiet_known_warnings()
-    device = choose_device(config)
+    device = select_device(config)
     group = parallel.initialize(config, device)
     text = torch.stack([torch.as_tensor(row[:-1]) for row in build_pretrain_data(config).train_sample_tokens(rows)])
     try:
@@ -65,7 +65,7 @@ def measure(config: RunConfig, seeds: int, rows: int) -> dict[str, list[torch.Te
             init: [
                 load
                 for seed in range(seeds)
-                for load in fresh_loads(_with_init(config, init == "equal norms"), seed, text, (device, group))
+                for load in initial_loads(_with_init(config, init == "equal norms"), seed, text, (device, group))
             ]
             for init in ("plain", "equal norms")
         }
@@ -79,13 +79,13 @@ def _with_init(config: RunConfig, normalized: bool) -> RunConfig:
     return validate(tree)
 
 
-def fresh_loads(config: RunConfig, seed: int, text_BT: torch.Tensor, alone: Any) -> Iterator[torch.Tensor]:
-    """Yield each trunk layer's load [E] over the text, of a model freshly drawn from the seed."""
+def initial_loads(config: RunConfig, seed: int, text_BT: torch.Tensor, process: Any) -> Iterator[torch.Tensor]:
+    """Yield each trunk layer's load [E] over the text, of a model initialized from the seed."""
     from megatron_q3n import parallel  # late, as above
     from megatron_q3n.model.build import build_model
     from megatron_q3n.model.moe.router import finish_balance, routers_of
 
-    device, group = alone
+    device, group = process
     parallel.seed(seed)
     (model,) = build_model(config, device.model_backend, group.groups)
     model.to(device.torch_device).train()

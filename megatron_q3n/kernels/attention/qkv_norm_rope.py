@@ -1,9 +1,10 @@
-"""From the projection of gated attention to its queries, gates, keys and values, normed and turned to their positions.
+"""QKV split, query/key RMSNorm and RoPE: from the projection of gated attention to its core's inputs.
 
-The reference is megatron-core's way, in fp32 within: split, RMSNorm of each query and key head, rotary position
-embedding (arXiv 2104.09864) of a head's first channels, of which each turns with the one half of them away.
+The reference follows megatron-core, in fp32 inside: split, RMSNorm of each query and key head, partial rotary position
+embedding (kernels/attention/rope.py). Fused, it is one pass over the projection in each direction.
 
-Shapes: T tokens, B rows, X = G·(2·R+2)·D channels, G groups of R query heads, D head dim.
+Shapes: T tokens, B rows, X = G·(2·R+2)·D channels ((R+2)·D per group without a gate), G groups of R query heads,
+D head dim, W rotated channels.
 """
 
 from typing import Any
@@ -11,63 +12,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_q3n.kernels import registry
-from megatron_q3n.kernels.norms import rms_norm
-
-OPERATION = "attention's inputs"
+from megatron_q3n.kernels.attention.rope import apply_rope
+from megatron_q3n.kernels.norms import accumulation_dtype, rms_norm
 
 
-def serves(qkv_TBX: Tensor, head_dim: int) -> bool:
-    """Whether the fused kernel runs here."""
-    return registry.is_fused(OPERATION, qkv_TBX) and head_dim & (head_dim - 1) == 0
-
-
-def attention_inputs(
+def qkv_norm_rope(
     qkv_TBX: Tensor,
-    angles_TR: Tensor,
+    angles_TW: Tensor,
     q_weight_D: Tensor,
     k_weight_D: Tensor,
-    groups: int,
+    num_groups: int,
     is_gated: bool,
     eps: float,
-    fused: bool | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Split, normalise and turn.
+    """Split the projection, normalize queries and keys, and apply RoPE to them.
 
-    Shapes: angles [T, turned channels] fp32, the second half as the first. `fused` forces the choice that `choices`
-        makes otherwise.
+    Shapes: angles [T,W] fp32, whose second half equals the first.
+        `fused` runs the Triton kernel instead of the reference.
     Returns: query [T,B,G·R,D], key and value [T,B,G,D], and the gate [T,B,G,R·D] where there is one.
     """
-    if registry.is_fused(OPERATION, qkv_TBX, fused):
-        cos, sin = angles_TR.cos(), angles_TR.sin()
-        query, key, value, *gate = _Fused.apply(qkv_TBX, cos, sin, q_weight_D, k_weight_D, groups, is_gated, eps)
+    if fused:
+        cos, sin = angles_TW.cos(), angles_TW.sin()
+        query, key, value, *gate = _FusedQKVNormRope.apply(
+            qkv_TBX, cos, sin, q_weight_D, k_weight_D, num_groups, is_gated, eps
+        )
         return query, key, value, gate[0] if gate else None
-    dim = q_weight_D.numel()
-    parts = qkv_TBX.unflatten(-1, (groups, -1)).split(_shape(qkv_TBX, groups, dim, is_gated).parts, -1)
-    query, gate, key, value = parts
-    query = query.unflatten(-1, (-1, dim)).flatten(2, 3)
-    query, key = (turn(rms_norm(x, weight, eps), angles_TR) for x, weight in ((query, q_weight_D), (key, k_weight_D)))
+    head_dim = q_weight_D.numel()
+    sections = _shape(qkv_TBX, num_groups, head_dim, is_gated).sections
+    query, gate, key, value = qkv_TBX.unflatten(-1, (num_groups, -1)).split(sections, -1)
+    query = query.unflatten(-1, (-1, head_dim)).flatten(2, 3)
+    angles = angles_TW[:, None, None].to(accumulation_dtype(query))
+    cos, sin = angles.cos(), angles.sin()
+    query, key = (
+        apply_rope(rms_norm(x, weight, eps), cos, sin) for x, weight in ((query, q_weight_D), (key, k_weight_D))
+    )
     return query, key, value, gate if is_gated else None
 
 
-def turn(x_TBHD: Tensor, angles_TR: Tensor) -> Tensor:
-    """Turn each head's first channels by its token's angles."""
-    angles = angles_TR[:, None, None].to(torch.promote_types(x_TBHD.dtype, torch.float32))
-    turned, rest = x_TBHD.split([angles.shape[-1], x_TBHD.shape[-1] - angles.shape[-1]], -1)
-    first, second = turned.chunk(2, -1)
-    across = torch.cat([-second, first], -1)
-    turned = turned * angles.cos() + across * angles.sin()
-    return torch.cat([turned.to(x_TBHD.dtype), rest], -1)
-
-
-def _shape(qkv_TBX: Tensor, groups: int, dim: int, is_gated: bool) -> Any:
+def _shape(qkv_TBX: Tensor, num_groups: int, head_dim: int, is_gated: bool) -> Any:
     from megatron_q3n.kernels.attention.qkv_norm_rope_triton import AttentionShape  # late: Triton
 
-    heads = qkv_TBX.shape[-1] // groups // dim - 2
-    return AttentionShape(groups, heads // 2 if is_gated else heads, dim, is_gated)
+    heads = qkv_TBX.shape[-1] // num_groups // head_dim - 2
+    return AttentionShape(num_groups, heads // 2 if is_gated else heads, head_dim, is_gated)
 
 
-class _Fused(torch.autograd.Function):
+class _FusedQKVNormRope(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -76,28 +66,28 @@ class _Fused(torch.autograd.Function):
         sin: Tensor,
         q_weight: Tensor,
         k_weight: Tensor,
-        groups: int,
+        num_groups: int,
         is_gated: bool,
         eps: float,
     ) -> Any:
-        from megatron_q3n.kernels.attention import qkv_norm_rope_triton as fused  # late: Triton
+        from megatron_q3n.kernels.attention import qkv_norm_rope_triton as kernel  # late: Triton
 
         qkv = qkv.contiguous()
-        shape = _shape(qkv, groups, q_weight.numel(), is_gated)
+        shape = _shape(qkv, num_groups, q_weight.numel(), is_gated)
         ctx.save_for_backward(qkv, cos, sin, q_weight, k_weight)
         ctx.shape, ctx.eps = shape, eps
-        made = fused.attention_inputs(qkv, cos, sin, q_weight, k_weight, shape, eps)
+        outputs = kernel.qkv_norm_rope(qkv, cos, sin, q_weight, k_weight, shape, eps)
         if not is_gated:
-            return made
-        return *made, qkv.detach().unflatten(-1, (groups, -1)).split(shape.parts, -1)[1]
+            return outputs
+        return *outputs, qkv.detach().unflatten(-1, (num_groups, -1)).split(shape.sections, -1)[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        from megatron_q3n.kernels.attention import qkv_norm_rope_triton as fused  # late: Triton
+        from megatron_q3n.kernels.attention import qkv_norm_rope_triton as kernel  # late: Triton
 
         dquery, dkey, dvalue, *dgate = (gradient.contiguous() for gradient in gradients)
         qkv, cos, sin, q_weight, k_weight = ctx.saved_tensors
-        dqkv, dq_weight, dk_weight = fused.attention_inputs_backward(
+        dqkv, dq_weight, dk_weight = kernel.qkv_norm_rope_backward(
             qkv, cos, sin, q_weight, k_weight, ctx.shape, ctx.eps, dquery, dgate[0] if dgate else None, dkey, dvalue
         )
         weights = dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)

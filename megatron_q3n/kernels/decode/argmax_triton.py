@@ -1,10 +1,13 @@
 # mypy: allow-untyped-defs
-"""Greedy decoding's reading of the logits in two launches: pieces of the vocabulary, then all of a sequence's.
+"""Decode argmax in two kernels: reduction of vocabulary blocks, then verification of the drafts per sequence.
 
-Of a piece of a token's logits there remain the largest, the sum of exponentials below it, and the likeliest token that
-may be taken; padding of the vocabulary counts in the sum and is not taken.
+**Reduce** (grid: N·T rows × cdiv(V, BLOCK_V)): of a block of logits keep the maximum m, Σ exp(x - m), and the argmax
+among ids below `limit`. Padding of the vocabulary counts in the sum, but is never the argmax.
 
-Shapes: as in kernels/decode/argmax.py; P pieces, TP and PP are T and P rounded up to a power of two.
+**Verify** (grid: N): a program combines all blocks of its sequence's T rows, compares the argmax of each row with the
+draft, and writes the accepted tokens, the new token and the log probabilities x - m - log Σ.
+
+Shapes: as in kernels/decode/argmax.py; P blocks per row, TP and PP are T and P rounded up to a power of two.
 """
 
 import torch
@@ -12,42 +15,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PIECE, WARPS_OF_PIECES = 4096, 8
+BLOCK_V, NUM_WARPS = 4096, 8
 
 
 @triton.jit
-def _pieces_kernel(logits_ptr, top_ptr, total_ptr, best_ptr, token_ptr, V, limit, pieces, PIECE: tl.constexpr):
-    row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    v = piece * PIECE + tl.arange(0, PIECE)
+def _reduce_kernel(
+    logits_ptr, max_ptr, sum_ptr, argmax_value_ptr, argmax_ptr, V, limit, num_blocks, BLOCK_V: tl.constexpr
+):
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = tl.load(logits_ptr + row * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
-    top = tl.max(logits, axis=0)
-    anchor = tl.where(top == float("-inf"), 0.0, top)
+    row_max = tl.max(logits, axis=0)
+    finite_max = tl.where(row_max == float("-inf"), 0.0, row_max)
     allowed = tl.where(v < limit, logits, float("-inf"))
-    best = tl.max(allowed, axis=0)
-    # nothing to take, or not a number: a token that loses, and is one
-    token = tl.min(tl.where((allowed == best) & (v < limit), v, limit - 1), axis=0)
-    place = row * pieces + piece
-    tl.store(top_ptr + place, top)
-    tl.store(total_ptr + place, tl.sum(tl.exp(logits - anchor), axis=0))
-    tl.store(best_ptr + place, best)
-    tl.store(token_ptr + place, token)
+    argmax_value = tl.max(allowed, axis=0)
+    # no allowed id in this block, or NaN: some valid id, which loses the comparison
+    argmax = tl.min(tl.where((allowed == argmax_value) & (v < limit), v, limit - 1), axis=0)
+    offset = row * num_blocks + block
+    tl.store(max_ptr + offset, row_max)
+    tl.store(sum_ptr + offset, tl.sum(tl.exp(logits - finite_max), axis=0))
+    tl.store(argmax_value_ptr + offset, argmax_value)
+    tl.store(argmax_ptr + offset, argmax)
 
 
 @triton.jit
-def _judge_kernel(
+def _verify_kernel(
     logits_ptr,
     drafts_ptr,
-    top_ptr,
-    total_ptr,
-    best_ptr,
-    token_ptr,
+    max_ptr,
+    sum_ptr,
+    argmax_value_ptr,
+    argmax_ptr,
     packed_ptr,
     chosen_ptr,
-    grown_ptr,
+    num_new_tokens_ptr,
     row_ptr,
     V,
     limit,
-    pieces,
+    num_blocks,
     draft_stride,
     T: tl.constexpr,
     TP: tl.constexpr,
@@ -56,96 +61,106 @@ def _judge_kernel(
     n = tl.program_id(0).to(tl.int64)
     t, p = tl.arange(0, TP), tl.arange(0, PP)
     row = n * T + t
-    there = (t < T)[:, None] & (p < pieces)[None, :]
-    place = row[:, None] * pieces + p[None, :]
-    tops = tl.load(top_ptr + place, mask=there, other=float("-inf"))
-    totals = tl.load(total_ptr + place, mask=there, other=0.0)
-    bests = tl.load(best_ptr + place, mask=there, other=float("-inf"))
-    tokens = tl.load(token_ptr + place, mask=there, other=0)
-    top = tl.max(tops, axis=1)
-    anchor = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(totals * tl.exp(tops - anchor[:, None]), axis=1)
-    best = tl.max(bests, axis=1)
-    likeliest = tl.where((bests == best[:, None]) & there, tokens, limit - 1)
-    token = tl.min(likeliest, axis=1).to(tl.int64)  # pieces are in the order of their tokens
+    mask = (t < T)[:, None] & (p < num_blocks)[None, :]
+    offset = row[:, None] * num_blocks + p[None, :]
+    maxima = tl.load(max_ptr + offset, mask=mask, other=float("-inf"))
+    sums = tl.load(sum_ptr + offset, mask=mask, other=0.0)
+    argmax_values = tl.load(argmax_value_ptr + offset, mask=mask, other=float("-inf"))
+    argmaxes = tl.load(argmax_ptr + offset, mask=mask, other=0)
+    row_max = tl.max(maxima, axis=1)
+    finite_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    row_sum = tl.sum(sums * tl.exp(maxima - finite_max[:, None]), axis=1)
+    argmax_value = tl.max(argmax_values, axis=1)
+    candidates = tl.where((argmax_values == argmax_value[:, None]) & mask, argmaxes, limit - 1)
+    # blocks are in the order of their ids
+    argmax = tl.min(candidates, axis=1).to(tl.int64)
     draft = tl.load(drafts_ptr + n * draft_stride + t, mask=t < T - 1, other=0)
-    stays = (t < T - 1) & (token == draft)
-    kept = tl.min(tl.where(stays, T - 1, tl.minimum(t, T - 1)), axis=0)
-    chosen = tl.where(t == kept, token, draft)
+    is_accepted = (t < T - 1) & (argmax == draft)
+    num_accepted = tl.min(tl.where(is_accepted, T - 1, tl.minimum(t, T - 1)), axis=0)
+    chosen = tl.where(t == num_accepted, argmax, draft)
     logit = tl.load(logits_ptr + row * V + chosen, mask=t < T, other=0.0).to(tl.float32)
-    own = logit - anchor - tl.log(total)
+    logprob = logit - finite_max - tl.log(row_sum)
     packed_ptr += n * (1 + 3 * T)
-    tl.store(packed_ptr, kept.to(tl.float64))
+    tl.store(packed_ptr, num_accepted.to(tl.float64))
     tl.store(packed_ptr + 1 + t, chosen.to(tl.float64), mask=t < T)
-    tl.store(packed_ptr + 1 + T + t, own.to(tl.float64), mask=t < T)
+    tl.store(packed_ptr + 1 + T + t, logprob.to(tl.float64), mask=t < T)
     tl.store(packed_ptr + 1 + 2 * T + t, tl.zeros([TP], tl.float64), mask=t < T)
     tl.store(chosen_ptr + row, chosen, mask=t < T)
-    tl.store(grown_ptr + n, (kept + 1).to(tl.int64))
-    tl.store(row_ptr + n, n * T + kept)
+    tl.store(num_new_tokens_ptr + n, (num_accepted + 1).to(tl.int64))
+    tl.store(row_ptr + n, n * T + num_accepted)
 
 
 @triton.jit
-def _likeliest_kernel(logits_ptr, out_ptr, logits_stride, out_stride, limit, BLOCK: tl.constexpr):
-    n, v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    there = v < limit
-    logits = tl.load(logits_ptr + n * logits_stride + v, mask=there, other=float("-inf"))
+def _argmax_kernel(logits_ptr, out_ptr, logits_stride, out_stride, limit, BLOCK_V: tl.constexpr):
+    n, v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_V)
+    mask = v < limit
+    logits = tl.load(logits_ptr + n * logits_stride + v, mask=mask, other=float("-inf"))
     logits = logits.to(tl.float32)
-    # not a number: the last token, which is one
-    is_best = there & (logits == tl.max(logits, axis=0))
-    token = tl.min(tl.where(is_best, v, limit - 1), axis=0)
-    tl.store(out_ptr + n * out_stride, token.to(tl.int64))
+    # NaN: the last valid id
+    is_best = mask & (logits == tl.max(logits, axis=0))
+    argmax = tl.min(tl.where(is_best, v, limit - 1), axis=0)
+    tl.store(out_ptr + n * out_stride, argmax.to(tl.int64))
 
 
-def take_likeliest(logits_NV: Tensor, out_N: Tensor, limit: int) -> None:
-    """Choose, as `kernels.take_likeliest`: a program has a whole row."""
+def greedy_token(logits_NV: Tensor, out_N: Tensor, limit: int) -> None:
+    """Launch the argmax, one program per row; arguments as `argmax.greedy_token`, ids below `limit`."""
     assert logits_NV.stride(1) == 1
-    _likeliest_kernel[(len(logits_NV),)](
+    _argmax_kernel[(len(logits_NV),)](
         logits_NV,
         out_N,
         logits_NV.stride(0),
         out_N.stride(0),
         limit,
-        BLOCK=triton.next_power_of_2(limit),
-        num_warps=WARPS_OF_PIECES,
+        BLOCK_V=triton.next_power_of_2(limit),
+        num_warps=NUM_WARPS,
     )
 
 
-def judge_likeliest(logits_NTV: Tensor, drafts_ND: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Judge; shapes as `kernels.judge_likeliest`, tokens below `limit` may be taken.
+def verify_greedy(logits_NTV: Tensor, drafts_ND: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch both kernels; arguments as `argmax.verify_greedy`, ids below `limit`.
 
-    Returns: packed, chosen, grown and row, as `Judged` has them.
+    Returns: packed, chosen, num_new_tokens and row, as in `VerifiedDrafts`.
     """
-    rows, tokens, vocab = logits_NTV.shape
-    assert drafts_ND.shape == (rows, tokens - 1)
-    assert tokens == 1 or drafts_ND.stride(1) == 1
-    pieces = triton.cdiv(vocab, PIECE)
-    top = logits_NTV.new_empty(rows * tokens, pieces, dtype=torch.float32)
-    total, best = torch.empty_like(top), torch.empty_like(top)
-    token = torch.empty_like(top, dtype=torch.int32)
-    _pieces_kernel[(rows * tokens, pieces)](
-        logits_NTV, top, total, best, token, vocab, limit, pieces, PIECE=PIECE, num_warps=WARPS_OF_PIECES
+    rows, argmaxes, vocab = logits_NTV.shape
+    assert drafts_ND.shape == (rows, argmaxes - 1)
+    assert argmaxes == 1 or drafts_ND.stride(1) == 1
+    num_blocks = triton.cdiv(vocab, BLOCK_V)
+    row_max = logits_NTV.new_empty(rows * argmaxes, num_blocks, dtype=torch.float32)
+    row_sum, argmax_value = torch.empty_like(row_max), torch.empty_like(row_max)
+    argmax = torch.empty_like(row_max, dtype=torch.int32)
+    _reduce_kernel[(rows * argmaxes, num_blocks)](
+        logits_NTV,
+        row_max,
+        row_sum,
+        argmax_value,
+        argmax,
+        vocab,
+        limit,
+        num_blocks,
+        BLOCK_V=BLOCK_V,
+        num_warps=NUM_WARPS,
     )
-    packed = top.new_empty(rows, 1 + 3 * tokens, dtype=torch.float64)
-    chosen = drafts_ND.new_empty(rows, tokens)
-    grown, row = drafts_ND.new_empty(rows), drafts_ND.new_empty(rows)
-    _judge_kernel[(rows,)](
+    packed = row_max.new_empty(rows, 1 + 3 * argmaxes, dtype=torch.float64)
+    chosen = drafts_ND.new_empty(rows, argmaxes)
+    num_new_tokens, row = drafts_ND.new_empty(rows), drafts_ND.new_empty(rows)
+    _verify_kernel[(rows,)](
         logits_NTV,
         drafts_ND,
-        top,
-        total,
-        best,
-        token,
+        row_max,
+        row_sum,
+        argmax_value,
+        argmax,
         packed,
         chosen,
-        grown,
+        num_new_tokens,
         row,
         vocab,
         limit,
-        pieces,
+        num_blocks,
         drafts_ND.stride(0),
-        T=tokens,
-        TP=triton.next_power_of_2(tokens),
-        PP=triton.next_power_of_2(pieces),
+        T=argmaxes,
+        TP=triton.next_power_of_2(argmaxes),
+        PP=triton.next_power_of_2(num_blocks),
         num_warps=4,
     )
-    return packed, chosen, grown, row
+    return packed, chosen, num_new_tokens, row

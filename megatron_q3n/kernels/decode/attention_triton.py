@@ -1,20 +1,21 @@
 # mypy: allow-untyped-defs
-"""Gated attention of a few new tokens in two launches: read the cache in pieces, then add the pieces up.
+"""Decode attention in two kernels: flash-decoding over splits of the KV cache, then the combination of the splits.
 
-**Reading.** A program has some rows (a token's query heads of one group, token by token) of one sequence
-and group, and takes every `splits`-th block of earlier keys, so that all have work at any length. It
-prepares its queries itself, which is less than handing them on. What comes of a piece is a sum over
-values, the sum of the weights and the largest score (online softmax, as in flash attention). The new
-tokens' own keys are a piece too, the first, taken from the projection: it writes them into the cache,
-where nobody else looks for them in this launch. How many pieces there are depends on the room,
-not on lengths, which only the device knows; programs without keys leave at once.
+**Attend** (grid: splits × row blocks × sequences·groups). A program has BLOCK_M query rows (the R query heads of one
+group, token by token) of one sequence and group. Split 0 attends to the new tokens themselves, taken from the
+projection, and writes their keys and values into the cache; no other program of this launch reads those cache
+entries. Split s ≥ 1 attends to every (num_splits - 1)-th block of BLOCK_N cached keys, so that all splits have work at
+any length. Each program applies QK-norm and RoPE to its queries itself, which costs less than a separate launch. A
+split yields, by the online softmax (FlashAttention-2, arXiv 2307.08691, section 2.3), the unnormalized output
+Σ exp(s - m)·v, the sum Σ exp(s - m) and the maximum m. The number of splits depends on `max_start`, not on the
+lengths, which are stored on the device only; programs without keys return at once, so there is no host synchronization.
 
-**Adding up.** The pieces that exist are weighed against the largest score of all, in their order, so that
-the result never depends on timing; then the gate.
+**Combine** (grid: tokens·sequences·heads × blocks of CHANNELS). Rescales the partial results to the maximum over all
+splits and adds them in a fixed order, SPLITS_PER_STEP at a time, then applies the output gate.
 
-Everything is fp32 but the operands of the products, and what the composed form stores between norm and RoPE.
+Everything is fp32 but the operands of the GEMMs, and what the reference rounds between norm and RoPE.
 
-Shapes: as in kernels/decode/attention.py; ROWS rows of T·R, P pieces.
+Shapes: as in kernels/decode/attention.py; BLOCK_M of the T·R query rows.
 """
 
 import torch
@@ -22,19 +23,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_q3n.kernels.decode.attention import AttentionHeads, HeadNorms
+from megatron_q3n.kernels.decode.operands import AttentionHeads, QKNormWeights
 
-_PROGRAMS = 132  # one for each multiprocessor of an H200: enough bytes in flight to fill its memory
-_MOST_ROWS = 32  # of a program; more take keys from the cache of the GPU once more
-_NEW = tl.constexpr(16)  # new tokens at most, and the least that a tensor core multiplies
-PIECES, CHANNELS = 64, 64  # of a program that adds up
-LAUNCH = {"num_warps": 4, "num_stages": 3}  # of one that reads
+# one program per SM of an H200: enough bytes in flight to saturate its memory bandwidth
+TARGET_PROGRAMS = 132
+# largest BLOCK_M; with more query rows the keys are read again, from the L2 cache
+MAX_BLOCK_M = 32
+# largest number of new tokens, and the smallest tile of a tensor core
+MAX_NEW_TOKENS = tl.constexpr(16)
+# blocks of the combining kernel
+SPLITS_PER_STEP, CHANNELS = 64, 64
+# launch options of the attending kernel
+LAUNCH = {"num_warps": 4, "num_stages": 3}
 
 
 @triton.jit
-def _prepared(
+def _load_norm_rope(
     x_ptr,
-    there,
+    head_mask,
     position,
     norm_ptr,
     rotary_ptr,
@@ -42,53 +48,55 @@ def _prepared(
     D: tl.constexpr,
     HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    OFFSET: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
 ):
-    """Load heads that begin at some places, norm and turn them."""
+    """Load heads that start at `x_ptr` [·], apply RMSNorm and RoPE to them."""
     d = tl.arange(0, D)
-    is_turned = d < 2 * HALF
+    is_rotated = d < 2 * HALF
     partner = tl.where(d < HALF, d + HALF, d - HALF)
-    mask = there[:, None]
-    mask_turned = mask & is_turned[None, :]
+    mask = head_mask[:, None]
+    rotary_mask = mask & is_rotated[None, :]
     stored = x_ptr.dtype.element_ty
     x = tl.load(x_ptr[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(x_ptr[:, None] + partner[None, :], mask=mask_turned, other=0.0).to(tl.float32)
+    partner_x = tl.load(x_ptr[:, None] + partner[None, :], mask=rotary_mask, other=0.0).to(tl.float32)
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-        weight = OFFSET + tl.load(norm_ptr + d).to(tl.float32)
-        partners = OFFSET + tl.load(norm_ptr + partner, mask=is_turned, other=0.0).to(tl.float32)
+        weight = WEIGHT_OFFSET + tl.load(norm_ptr + d).to(tl.float32)
+        partner_weight = WEIGHT_OFFSET + tl.load(norm_ptr + partner, mask=is_rotated, other=0.0).to(tl.float32)
         x = (x * scale * weight[None, :]).to(stored).to(tl.float32)
-        y = (y * scale * partners[None, :]).to(stored).to(tl.float32)
-    place = rotary_ptr + position[:, None] * (4 * HALF) + d[None, :]
-    cos = tl.load(place, mask=mask_turned, other=1.0).to(tl.float32)
-    sin = tl.load(place + 2 * HALF, mask=mask_turned, other=0.0).to(tl.float32)
-    return (x * cos + y * sin).to(stored)
+        partner_x = (partner_x * scale * partner_weight[None, :]).to(stored).to(tl.float32)
+    rotary_row_ptr = rotary_ptr + position[:, None] * (4 * HALF) + d[None, :]
+    cos = tl.load(rotary_row_ptr, mask=rotary_mask, other=1.0).to(tl.float32)
+    sin = tl.load(rotary_row_ptr + 2 * HALF, mask=rotary_mask, other=0.0).to(tl.float32)
+    return (x * cos + partner_x * sin).to(stored)
 
 
 @triton.jit
-def _first_key(start, window, WINDOWED: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the blocks begin that the first new token sees; the later ones see no earlier ones."""
-    first = start * 0
+def _first_key(start, window, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the first key of the block where the window of the first new token starts; later tokens start later."""
+    first_key = start * 0
     if WINDOWED:
-        first = tl.maximum(start - window + 1, 0) // BLOCK * BLOCK
-    return first
+        first_key = tl.maximum(start - window + 1, 0) // BLOCK_N * BLOCK_N
+    return first_key
 
 
 @triton.jit
-def _take_in(q, k, v, visible, top, total, core, scale):
-    """Add some keys and values to a softmax that is under way."""
+def _online_softmax_step(q, k, v, visible, row_max, row_sum, core, scale):
+    """Update a running softmax with a block of keys and values (online softmax)."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, axis=1))
-    anchor = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
-    keep = tl.exp(top - anchor)
-    weights = tl.exp(scores - anchor[:, None])
-    core = core * keep[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-    return higher, total * keep + tl.sum(weights, axis=1), core
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    # a row without any visible key so far has the maximum -inf
+    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    rescale = tl.exp(row_max - finite_max)
+    weights = tl.exp(scores - finite_max[:, None])
+    core = core * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return new_max, row_sum * rescale + tl.sum(weights, axis=1), core
 
 
-@triton.jit(do_not_specialize=["tokens"])  # one compilation for all depths of drafts
-def _read_kernel(
+# one compilation for all draft depths
+@triton.jit(do_not_specialize=["tokens"])
+def _attend_kernel(
     qkv_ptr,
     query_norm_ptr,
     key_norm_ptr,
@@ -97,8 +105,8 @@ def _read_kernel(
     key_ptr,
     value_ptr,
     core_ptr,
-    top_ptr,
-    total_ptr,
+    max_ptr,
+    sum_ptr,
     tokens,
     stride_t,
     stride_n,
@@ -113,73 +121,83 @@ def _read_kernel(
     HALF: tl.constexpr,
     GATED: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    OFFSET: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
     WINDOWED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    piece, pieces, rows = tl.program_id(0), tl.num_programs(0), tl.num_programs(1) * ROWS
-    place = tl.program_id(2).to(tl.int64)
-    n, g = place // G, place % G
+    split, num_splits, rows = tl.program_id(0), tl.num_programs(0), tl.num_programs(1) * BLOCK_M
+    pair = tl.program_id(2).to(tl.int64)
+    n, g = pair // G, pair % G
     start = tl.load(start_ptr + n).to(tl.int32)
-    step = (pieces - 1) * BLOCK
-    begin = _first_key(start, window, WINDOWED, BLOCK) + (piece - 1) * BLOCK
-    if (piece > 0) & (begin >= start):
+    step = (num_splits - 1) * BLOCK_N
+    start_offset = _first_key(start, window, WINDOWED, BLOCK_N) + (split - 1) * BLOCK_N
+    if (split > 0) & (start_offset >= start):
         return
-    own: tl.constexpr = 2 * R if GATED else R  # heads of a group before its key
-    qkv_ptr += n * stride_n + g * ((own + 2) * D)
+    # heads of a group before its key
+    key_slot: tl.constexpr = 2 * R if GATED else R
+    qkv_ptr += n * stride_n + g * ((key_slot + 2) * D)
     key_ptr += n * cache_stride_n + g * cache_stride_g
     value_ptr += n * cache_stride_n + g * cache_stride_g
-    row, d = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
+    row, d = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
     t, head = row // R, row % R
-    exists = t < tokens
-    q = _prepared(
-        qkv_ptr + t * stride_t + head * D, exists, start + t, query_norm_ptr, rotary_ptr, eps, D, HALF, HAS_NORM, OFFSET
+    row_mask = t < tokens
+    q = _load_norm_rope(
+        qkv_ptr + t * stride_t + head * D,
+        row_mask,
+        start + t,
+        query_norm_ptr,
+        rotary_ptr,
+        eps,
+        D,
+        HALF,
+        HAS_NORM,
+        WEIGHT_OFFSET,
     )
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    core = tl.zeros([ROWS, D], tl.float32)
-    if piece == 0:
-        new = tl.arange(0, _NEW)
-        there = new < tokens
-        new_ptr = qkv_ptr + new * stride_t + own * D
-        k = _prepared(new_ptr, there, start + new, key_norm_ptr, rotary_ptr, eps, D, HALF, HAS_NORM, OFFSET)
-        v = tl.load(new_ptr[:, None] + D + d[None, :], mask=there[:, None], other=0.0)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    core = tl.zeros([BLOCK_M, D], tl.float32)
+    if split == 0:
+        new = tl.arange(0, MAX_NEW_TOKENS)
+        mask = new < tokens
+        new_ptr = qkv_ptr + new * stride_t + key_slot * D
+        k = _load_norm_rope(new_ptr, mask, start + new, key_norm_ptr, rotary_ptr, eps, D, HALF, HAS_NORM, WEIGHT_OFFSET)
+        v = tl.load(new_ptr[:, None] + D + d[None, :], mask=mask[:, None], other=0.0)
         if tl.program_id(1) == 0:
-            at = (start + new)[:, None] * D + d[None, :]
-            tl.store(key_ptr + at, k, mask=there[:, None])
-            tl.store(value_ptr + at, v, mask=there[:, None])
-        visible = there[None, :] & (new[None, :] <= t[:, None])
+            cache_offset = (start + new)[:, None] * D + d[None, :]
+            tl.store(key_ptr + cache_offset, k, mask=mask[:, None])
+            tl.store(value_ptr + cache_offset, v, mask=mask[:, None])
+        visible = mask[None, :] & (new[None, :] <= t[:, None])
         if WINDOWED:
             visible &= new[None, :] > t[:, None] - window
-        top, total, core = _take_in(q, k, v, visible, top, total, core, scale)
+        row_max, row_sum, core = _online_softmax_step(q, k, v, visible, row_max, row_sum, core, scale)
     else:
-        for block in range(begin, start, step):
-            key = block + tl.arange(0, BLOCK)
-            there = key < start
-            at = key[:, None] * D + d[None, :]
-            k = tl.load(key_ptr + at, mask=there[:, None], other=0.0)
-            v = tl.load(value_ptr + at, mask=there[:, None], other=0.0)
-            visible = there[None, :]
+        for block in range(start_offset, start, step):
+            key = block + tl.arange(0, BLOCK_N)
+            mask = key < start
+            cache_offset = key[:, None] * D + d[None, :]
+            k = tl.load(key_ptr + cache_offset, mask=mask[:, None], other=0.0)
+            v = tl.load(value_ptr + cache_offset, mask=mask[:, None], other=0.0)
+            visible = mask[None, :]
             if WINDOWED:
                 visible = visible & (key[None, :] > (start + t)[:, None] - window)
-            top, total, core = _take_in(q, k, v, visible, top, total, core, scale)
-    out = (place * pieces + piece) * rows + row
-    tl.store(top_ptr + out, top, mask=exists)
-    tl.store(total_ptr + out, total, mask=exists)
-    tl.store(core_ptr + out[:, None] * D + d[None, :], core, mask=exists[:, None])
+            row_max, row_sum, core = _online_softmax_step(q, k, v, visible, row_max, row_sum, core, scale)
+    out = (pair * num_splits + split) * rows + row
+    tl.store(max_ptr + out, row_max, mask=row_mask)
+    tl.store(sum_ptr + out, row_sum, mask=row_mask)
+    tl.store(core_ptr + out[:, None] * D + d[None, :], core, mask=row_mask[:, None])
 
 
-@triton.jit(do_not_specialize=["sequences", "pieces", "rows"])
-def _join_kernel(
+@triton.jit(do_not_specialize=["sequences", "num_splits", "rows"])
+def _combine_kernel(
     core_ptr,
-    top_ptr,
-    total_ptr,
+    max_ptr,
+    sum_ptr,
     qkv_ptr,
     start_ptr,
     out_ptr,
     sequences,
-    pieces,
+    num_splits,
     rows,
     stride_t,
     stride_n,
@@ -189,8 +207,8 @@ def _join_kernel(
     D: tl.constexpr,
     GATED: tl.constexpr,
     WINDOWED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PIECES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS_PER_STEP: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     head = tl.program_id(0) % (G * R)
@@ -199,69 +217,71 @@ def _join_kernel(
     g, r = head // R, head % R
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     start = tl.load(start_ptr + n).to(tl.int32)
-    seen = start - _first_key(start, window, WINDOWED, BLOCK)
-    existing = 1 + tl.minimum(pieces - 1, (seen + BLOCK - 1) // BLOCK)
-    begin = (n * G + g) * pieces * rows + t * R + r
-    top = start * 0.0 - float("inf")
-    total = start * 0.0
+    num_keys = start - _first_key(start, window, WINDOWED, BLOCK_N)
+    num_used_splits = 1 + tl.minimum(num_splits - 1, (num_keys + BLOCK_N - 1) // BLOCK_N)
+    start_offset = (n * G + g) * num_splits * rows + t * R + r
+    row_max = start * 0.0 - float("inf")
+    row_sum = start * 0.0
     core = tl.zeros([CHANNELS], tl.float32)
-    for first in range(0, existing, PIECES):
-        piece = first + tl.arange(0, PIECES)
-        there = piece < existing
-        place = begin + piece * rows
-        tops = tl.load(top_ptr + place, mask=there, other=float("-inf"))
-        totals = tl.load(total_ptr + place, mask=there, other=0.0)
-        cores = tl.load(core_ptr + place[:, None] * D + d[None, :], mask=there[:, None], other=0.0)
-        higher = tl.maximum(top, tl.max(tops, axis=0))  # finite: the first piece sees itself
-        keep, weights = tl.exp(top - higher), tl.exp(tops - higher)
-        total = total * keep + tl.sum(totals * weights, axis=0)
-        core = core * keep + tl.sum(cores * weights[:, None], axis=0)
-        top = higher
-    core = core / total
+    for first_split in range(0, num_used_splits, SPLITS_PER_STEP):
+        split = first_split + tl.arange(0, SPLITS_PER_STEP)
+        mask = split < num_used_splits
+        index = start_offset + split * rows
+        maxima = tl.load(max_ptr + index, mask=mask, other=float("-inf"))
+        sums = tl.load(sum_ptr + index, mask=mask, other=0.0)
+        partial = tl.load(core_ptr + index[:, None] * D + d[None, :], mask=mask[:, None], other=0.0)
+        # finite: in split 0 each token attends to itself
+        new_max = tl.maximum(row_max, tl.max(maxima, axis=0))
+        rescale, weights = tl.exp(row_max - new_max), tl.exp(maxima - new_max)
+        row_sum = row_sum * rescale + tl.sum(sums * weights, axis=0)
+        core = core * rescale + tl.sum(partial * weights[:, None], axis=0)
+        row_max = new_max
+    core = core / row_sum
     if GATED:
         gate_ptr = qkv_ptr + t * stride_t + n * stride_n + (g * (2 * R + 2) + R + r) * D
         core = core * tl.sigmoid(tl.load(gate_ptr + d).to(tl.float32))
-    out_place = tl.program_id(0).to(tl.int64) * D + d
-    tl.store(out_ptr + out_place, core.to(out_ptr.dtype.element_ty))
+    out_offset = tl.program_id(0).to(tl.int64) * D + d
+    tl.store(out_ptr + out_offset, core.to(out_ptr.dtype.element_ty))
 
 
-def few_queries(
+def decode_attention(
     qkv_TNX: Tensor,
     heads: AttentionHeads,
-    norms: HeadNorms | None,
+    norms: QKNormWeights | None,
     rotary_LW: Tensor,
     start_N: Tensor,
-    room: int,
+    max_start: int,
     key_NGCD: Tensor,
     value_NGCD: Tensor,
 ) -> Tensor:
-    """Attend, and write the cache; shapes and returns as `kernels.few_queries`."""
-    (tokens, sequences, _), dim = qkv_TNX.shape, heads.dim
+    """Launch both kernels; arguments and returns as `attention.decode_attention`."""
+    (tokens, sequences, _), head_dim = qkv_TNX.shape, heads.head_dim
     assert qkv_TNX.stride(2) == rotary_LW.stride(1) == 1
-    assert start_N.is_contiguous()  # of one sequence, with any stride
+    # always true for one sequence, whatever its stride
+    assert start_N.is_contiguous()
     assert key_NGCD.stride() == value_NGCD.stride()
-    assert key_NGCD.stride()[2:] == (dim, 1)
+    assert key_NGCD.stride()[2:] == (head_dim, 1)
     assert rotary_LW.stride(0) == rotary_LW.shape[1]
-    sizes = block_sizes(tokens, heads)
-    row_blocks = triton.cdiv(tokens * heads.queries, sizes["ROWS"])
-    programs = sequences * heads.groups * row_blocks
-    pieces = 1 + num_splits(room, programs, sizes["BLOCK"], heads.window)
-    rows = row_blocks * sizes["ROWS"]
-    core = qkv_TNX.new_empty(sequences * heads.groups, pieces, rows, dim, dtype=torch.float32)
-    top, total = torch.empty_like(core[..., 0]), torch.empty_like(core[..., 0])
+    blocks = block_sizes(tokens, heads)
+    num_row_blocks = triton.cdiv(tokens * heads.queries_per_group, blocks["BLOCK_M"])
+    num_programs = sequences * heads.num_groups * num_row_blocks
+    num_splits = 1 + choose_num_splits(max_start, num_programs, blocks["BLOCK_N"], heads.window)
+    rows = num_row_blocks * blocks["BLOCK_M"]
+    core = qkv_TNX.new_empty(sequences * heads.num_groups, num_splits, rows, head_dim, dtype=torch.float32)
+    row_max, row_sum = torch.empty_like(core[..., 0]), torch.empty_like(core[..., 0])
     strides, window = (qkv_TNX.stride(0), qkv_TNX.stride(1)), heads.window or 0
     shared = {
-        "G": heads.groups,
-        "R": heads.queries,
-        "D": dim,
+        "G": heads.num_groups,
+        "R": heads.queries_per_group,
+        "D": head_dim,
         "GATED": heads.is_gated,
         "WINDOWED": heads.window is not None,
-        "BLOCK": sizes["BLOCK"],
+        "BLOCK_N": blocks["BLOCK_N"],
     }
     query_norm, key_norm, eps, offset = (
         (None, None, 0.0, 0.0) if norms is None else (norms.query_D, norms.key_D, norms.eps, norms.offset)
     )
-    _read_kernel[(pieces, row_blocks, sequences * heads.groups)](
+    _attend_kernel[(num_splits, num_row_blocks, sequences * heads.num_groups)](
         qkv_TNX,
         query_norm,
         key_norm,
@@ -270,8 +290,8 @@ def few_queries(
         key_NGCD,
         value_NGCD,
         core,
-        top,
-        total,
+        row_max,
+        row_sum,
         tokens,
         *strides,
         key_NGCD.stride(0),
@@ -281,26 +301,26 @@ def few_queries(
         window,
         HALF=rotary_LW.shape[1] // 4,
         HAS_NORM=norms is not None,
-        OFFSET=offset,
-        ROWS=sizes["ROWS"],
+        WEIGHT_OFFSET=offset,
+        BLOCK_M=blocks["BLOCK_M"],
         **shared,
         **LAUNCH,
     )
-    out = qkv_TNX.new_empty(tokens, sequences, heads.groups * heads.queries * dim)
-    channels = min(CHANNELS, dim)
-    _join_kernel[(tokens * sequences * heads.groups * heads.queries, dim // channels)](
+    out = qkv_TNX.new_empty(tokens, sequences, heads.num_groups * heads.queries_per_group * head_dim)
+    channels = min(CHANNELS, head_dim)
+    _combine_kernel[(tokens * sequences * heads.num_groups * heads.queries_per_group, head_dim // channels)](
         core,
-        top,
-        total,
+        row_max,
+        row_sum,
         qkv_TNX,
         start_N,
         out,
         sequences,
-        pieces,
+        num_splits,
         rows,
         *strides,
         window,
-        PIECES=PIECES,
+        SPLITS_PER_STEP=SPLITS_PER_STEP,
         CHANNELS=channels,
         **shared,
         num_warps=4,
@@ -309,12 +329,12 @@ def few_queries(
 
 
 def block_sizes(tokens: int, heads: AttentionHeads) -> dict[str, int]:
-    """Return how many rows a program has, and keys a block: what its registers and shared memory hold."""
-    rows = min(max(16, triton.next_power_of_2(tokens * heads.queries)), _MOST_ROWS)
-    return {"ROWS": rows, "BLOCK": 32 if heads.dim > 128 else 64}
+    """Return BLOCK_M query rows and BLOCK_N keys of a program, as registers and shared memory permit."""
+    rows = min(max(16, triton.next_power_of_2(tokens * heads.queries_per_group)), MAX_BLOCK_M)
+    return {"BLOCK_M": rows, "BLOCK_N": 32 if heads.head_dim > 128 else 64}
 
 
-def num_splits(room: int, programs: int, block: int, window: int | None) -> int:
-    """Return over how many programs earlier keys are spread, where there are so many without."""
-    reach = room if window is None else min(room, window + block)
-    return max(1, min(triton.cdiv(reach, block), triton.cdiv(_PROGRAMS, programs)))
+def choose_num_splits(max_start: int, num_programs: int, block: int, window: int | None) -> int:
+    """Return the number of splits of the cached keys, for a grid of `num_programs` programs without splitting."""
+    max_keys = max_start if window is None else min(max_start, window + block)
+    return max(1, min(triton.cdiv(max_keys, block), triton.cdiv(TARGET_PROGRAMS, num_programs)))

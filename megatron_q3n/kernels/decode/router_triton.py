@@ -1,9 +1,13 @@
 # mypy: allow-untyped-defs
-"""Which experts a few tokens go to, in one launch: a program has a token, all scores of it in registers.
+"""Decode router in one kernel: RMSNorm, router GEMM, scores, top-k selection and gates, one program per token.
 
-Where the norm is asked for too, a program norms its token and stores it for the experts.
-The highest score is taken out K times. Score and expert are one number to compare, the score's bits in an
-order that integers have too, then the expert, counted down, so that a maximum alone says which, ties included.
+Launch geometry: grid (T,). A program holds all E scores of its token in registers (EP: E rounded up to a power of
+two). With HAS_GEMM it first computes the logits, BLOCK_K input columns × EP experts at a time, from the token itself;
+with HAS_NORM it normalizes the token before and stores the normed row for the experts.
+
+Top-k is K steps of a maximum. Score and expert are packed into one integer that orders like the pair (score,
+-expert): the bits of the fp32 score, mapped to integers of the same order, times EP, plus EP - 1 - expert. So one
+maximum gives the expert, and ties go to the lower index.
 
 Shapes: as in kernels/decode/router.py; EP and KP are E and K rounded up to a power of two.
 """
@@ -13,23 +17,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_q3n.kernels.decode.gemm import RowNorm
-from megatron_q3n.kernels.decode.router import Choice
+from megatron_q3n.kernels.decode.operands import RMSNormWeights, RouterConfig
 
-_WEIGHTS_AT_ONCE = 2**15  # of a program of eight warps: 128 of each thread, two in a register
-WARPS_OF_PRODUCT, WARPS = 8, 4
+# weights of one block, for a program of eight warps: 128 per thread, two in a register
+_WEIGHTS_PER_BLOCK = 2**15
+NUM_WARPS_GEMM, NUM_WARPS = 8, 4
 
 
 @triton.jit
-def _ranked(scores, e, EP: tl.constexpr):
-    """Make of each score and its expert an integer that is the greater, the higher the score and the lower e."""
+def _pack_rank(scores, e, EP: tl.constexpr):
+    """Pack score and expert e into an integer that orders by score, then by descending e."""
     bits = scores.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     return ordered * EP + (EP - 1 - e).to(tl.int64)
 
 
 @triton.jit
-def _few_routes_kernel(
+def _decode_router_kernel(
     logits_ptr,
     x_ptr,
     norm_ptr,
@@ -45,168 +49,172 @@ def _few_routes_kernel(
     K: tl.constexpr,
     EP: tl.constexpr,
     KP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_GEMM: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    OFFSET: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
     SIGMOID: tl.constexpr,
     PRE_SOFTMAX: tl.constexpr,
-    BIASED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     e, k = tl.arange(0, EP), tl.arange(0, KP)
-    exists = e < E
-    if PRODUCT:
-        if X <= BLOCK:  # all weights are under way while the norm is taken
-            i = tl.arange(0, BLOCK)
+    expert_mask = e < E
+    if HAS_GEMM:
+        if X <= BLOCK_K:
+            # a single block: its loads are in flight while the norm is computed
+            i = tl.arange(0, BLOCK_K)
             x = tl.load(x_ptr + token * X + i, mask=i < X, other=0.0).to(tl.float32)
-            mask = exists[:, None] & (i < X)[None, :]
-            piece = tl.load(weight_ptr + e[:, None] * X + i[None, :], mask=mask, other=0.0)
-            tl.debug_barrier()  # or the assembler would load them behind it
+            mask = expert_mask[:, None] & (i < X)[None, :]
+            weight_block = tl.load(weight_ptr + e[:, None] * X + i[None, :], mask=mask, other=0.0)
+            # without the barrier the assembler places the loads behind the norm
+            tl.debug_barrier()
         scale = 1.0
         if HAS_NORM:
-            squares = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, X, BLOCK):
-                i = start + tl.arange(0, BLOCK)
-                if X > BLOCK:
+            squares = tl.zeros([BLOCK_K], tl.float32)
+            for start in range(0, X, BLOCK_K):
+                i = start + tl.arange(0, BLOCK_K)
+                if X > BLOCK_K:
                     x = tl.load(x_ptr + token * X + i, mask=i < X, other=0.0).to(tl.float32)
                 squares += x * x
             scale = tl.rsqrt(tl.sum(squares, axis=0) / X + eps)
         logits = tl.zeros([EP], tl.float32)
-        for start in range(0, X, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            if X > BLOCK:
+        for start in range(0, X, BLOCK_K):
+            i = start + tl.arange(0, BLOCK_K)
+            if X > BLOCK_K:
                 x = tl.load(x_ptr + token * X + i, mask=i < X, other=0.0).to(tl.float32)
             if HAS_NORM:
-                by = OFFSET + tl.load(norm_ptr + i, mask=i < X, other=0.0).to(tl.float32)
-                normed = (x * scale * by).to(x_ptr.dtype.element_ty)
+                norm_scale = WEIGHT_OFFSET + tl.load(norm_ptr + i, mask=i < X, other=0.0).to(tl.float32)
+                normed = (x * scale * norm_scale).to(x_ptr.dtype.element_ty)
                 tl.store(normed_ptr + token * X + i, normed, mask=i < X)
                 x = normed.to(tl.float32)
-            if X > BLOCK:
-                mask = exists[:, None] & (i < X)[None, :]
-                piece = tl.load(weight_ptr + e[:, None] * X + i[None, :], mask=mask, other=0.0)
-            logits += tl.sum(piece.to(tl.float32) * x[None, :], axis=1)
+            if X > BLOCK_K:
+                mask = expert_mask[:, None] & (i < X)[None, :]
+                weight_block = tl.load(weight_ptr + e[:, None] * X + i[None, :], mask=mask, other=0.0)
+            logits += tl.sum(weight_block.to(tl.float32) * x[None, :], axis=1)
     else:
-        logits = tl.load(logits_ptr + token * E + e, mask=exists, other=0.0)
+        logits = tl.load(logits_ptr + token * E + e, mask=expert_mask, other=0.0)
     scores = logits
     if SIGMOID:
         scores = tl.sigmoid(logits)
     if PRE_SOFTMAX:
-        highest = tl.max(tl.where(exists, logits, float("-inf")), axis=0)
-        raised = tl.where(exists, tl.exp(logits - highest), 0.0)
-        scores = raised / tl.sum(raised, axis=0)
-    ranked = scores
-    if BIASED:
-        ranked = scores + tl.load(bias_ptr + e, mask=exists, other=0.0)
-    least: tl.constexpr = -(2**62)
-    rank = tl.where(exists, _ranked(ranked, e, EP), least)
-    chosen = tl.zeros([KP], tl.int32)
+        max_logit = tl.max(tl.where(expert_mask, logits, float("-inf")), axis=0)
+        exp_logits = tl.where(expert_mask, tl.exp(logits - max_logit), 0.0)
+        scores = exp_logits / tl.sum(exp_logits, axis=0)
+    biased_scores = scores
+    if HAS_BIAS:
+        biased_scores = scores + tl.load(bias_ptr + e, mask=expert_mask, other=0.0)
+    lowest_rank: tl.constexpr = -(2**62)
+    rank = tl.where(expert_mask, _pack_rank(biased_scores, e, EP), lowest_rank)
+    selected = tl.zeros([KP], tl.int32)
     for slot in tl.static_range(K):
         best = tl.max(rank, axis=0)
         expert = (EP - 1 - (best & (EP - 1))).to(tl.int32)
-        chosen = tl.where(k == slot, expert, chosen)
-        rank = tl.where(e == expert, least, rank)
-    is_chosen = chosen[:, None] == e[None, :]
-    gates = tl.sum(tl.where(is_chosen, scores[None, :], 0.0), axis=1)
+        selected = tl.where(k == slot, expert, selected)
+        rank = tl.where(e == expert, lowest_rank, rank)
+    is_selected = selected[:, None] == e[None, :]
+    gates = tl.sum(tl.where(is_selected, scores[None, :], 0.0), axis=1)
     if SIGMOID:
         if K > 1:
             gates = gates / (tl.sum(tl.where(k < K, gates, 0.0), axis=0) + 1e-20)
     elif not PRE_SOFTMAX:
-        highest = tl.max(tl.where(k < K, gates, float("-inf")), axis=0)
-        raised = tl.where(k < K, tl.exp(gates - highest), 0.0)
-        gates = raised / tl.sum(raised, axis=0)
+        max_logit = tl.max(tl.where(k < K, gates, float("-inf")), axis=0)
+        exp_logits = tl.where(k < K, tl.exp(gates - max_logit), 0.0)
+        gates = exp_logits / tl.sum(exp_logits, axis=0)
     tl.store(gates_ptr + token * K + k, gates * scaling, mask=k < K)
-    tl.store(experts_ptr + token * K + k, chosen.to(tl.int64), mask=k < K)
+    tl.store(experts_ptr + token * K + k, selected.to(tl.int64), mask=k < K)
 
 
-def choose_few(logits_TE: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
-    """Choose by fp32 scores; returns as `kernels.route_few`."""
+def decode_topk(logits_TE: Tensor, config: RouterConfig) -> tuple[Tensor, Tensor]:
+    """Select the top-k experts by fp32 logits; returns as `router.decode_route`."""
     (tokens, experts), logits_TE = logits_TE.shape, logits_TE.contiguous()
-    gates, chosen = _results(logits_TE, tokens, choice)
-    _few_routes_kernel[(tokens,)](
+    gates, selected = _allocate_results(logits_TE, tokens, config)
+    _decode_router_kernel[(tokens,)](
         logits_TE,
         None,
         None,
         None,
         None,
-        choice.bias_E,
+        config.bias_E,
         gates,
-        chosen,
-        choice.scaling_factor or 1.0,
+        selected,
+        config.scaling_factor or 1.0,
         0.0,
-        **constants(experts, choice),
-        num_warps=WARPS,
+        **constants(experts, config),
+        num_warps=NUM_WARPS,
     )
-    return gates, chosen
+    return gates, selected
 
 
-def route_few(x_TX: Tensor, weight_EX: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
-    """Score and choose; shapes and returns as `kernels.route_few`, both tensors contiguous."""
+def decode_route(x_TX: Tensor, weight_EX: Tensor, config: RouterConfig) -> tuple[Tensor, Tensor]:
+    """Launch router GEMM and selection; arguments and returns as `router.decode_route`, both tensors contiguous."""
     tokens, width = x_TX.shape
-    gates, chosen = _results(x_TX, tokens, choice)
-    _few_routes_kernel[(tokens,)](
+    gates, selected = _allocate_results(x_TX, tokens, config)
+    _decode_router_kernel[(tokens,)](
         None,
         x_TX,
         None,
         None,
         weight_EX,
-        choice.bias_E,
+        config.bias_E,
         gates,
-        chosen,
-        choice.scaling_factor or 1.0,
+        selected,
+        config.scaling_factor or 1.0,
         0.0,
-        **constants(len(weight_EX), choice, width),
-        num_warps=WARPS_OF_PRODUCT,
+        **constants(len(weight_EX), config, width),
+        num_warps=NUM_WARPS_GEMM,
     )
-    return gates, chosen
+    return gates, selected
 
 
-def norm_and_route_few(x_TX: Tensor, norm: RowNorm, weight_EX: Tensor, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm, score and choose; shapes and returns as `kernels.norm_and_route_few`, both tensors contiguous."""
+def decode_norm_route(
+    x_TX: Tensor, norm: RMSNormWeights, weight_EX: Tensor, config: RouterConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch norm, router GEMM and selection; arguments and returns as `router.decode_norm_route`, both contiguous."""
     tokens, width = x_TX.shape
-    gates, chosen = _results(x_TX, tokens, choice)
+    gates, selected = _allocate_results(x_TX, tokens, config)
     normed = torch.empty_like(x_TX)
-    _few_routes_kernel[(tokens,)](
+    _decode_router_kernel[(tokens,)](
         None,
         x_TX,
         norm.weight_X,
         normed,
         weight_EX,
-        choice.bias_E,
+        config.bias_E,
         gates,
-        chosen,
-        choice.scaling_factor or 1.0,
+        selected,
+        config.scaling_factor or 1.0,
         norm.eps,
-        **constants(len(weight_EX), choice, width, norm),
-        num_warps=WARPS_OF_PRODUCT,
+        **constants(len(weight_EX), config, width, norm),
+        num_warps=NUM_WARPS_GEMM,
     )
-    return normed, gates, chosen
+    return normed, gates, selected
 
 
-def _results(like: Tensor, tokens: int, choice: Choice) -> tuple[Tensor, Tensor]:
+def _allocate_results(like: Tensor, tokens: int, config: RouterConfig) -> tuple[Tensor, Tensor]:
     return (
-        like.new_empty(tokens, choice.topk, dtype=torch.float32),
-        like.new_empty(tokens, choice.topk, dtype=torch.int64),
+        like.new_empty(tokens, config.topk, dtype=torch.float32),
+        like.new_empty(tokens, config.topk, dtype=torch.int64),
     )
 
 
 def constants(
-    num_experts: int, choice: Choice, width: int = 0, norm: RowNorm | None = None
+    num_experts: int, config: RouterConfig, width: int = 0, norm: RMSNormWeights | None = None
 ) -> dict[str, int | float | bool]:
-    """Return what is compiled into the kernel; a width where it has the router's product to make."""
-    padded = max(16, triton.next_power_of_2(num_experts))
-    is_sigmoid = choice.score_function == "sigmoid"
+    """Return the compile-time constants; a width > 0 where the kernel computes the router GEMM."""
+    num_padded = max(16, triton.next_power_of_2(num_experts))
+    is_sigmoid = config.score_function == "sigmoid"
     return {
         "E": num_experts,
-        "K": choice.topk,
-        "EP": padded,
-        "KP": triton.next_power_of_2(choice.topk),
+        "K": config.topk,
+        "EP": num_padded,
+        "KP": triton.next_power_of_2(config.topk),
         "X": width,
-        "BLOCK": min(_WEIGHTS_AT_ONCE // padded, triton.next_power_of_2(max(16, width))),
-        "PRODUCT": width > 0,
+        "BLOCK_K": min(_WEIGHTS_PER_BLOCK // num_padded, triton.next_power_of_2(max(16, width))),
+        "HAS_GEMM": width > 0,
         "SIGMOID": is_sigmoid,
         "HAS_NORM": norm is not None,
-        "OFFSET": 0.0 if norm is None else norm.offset,
-        "PRE_SOFTMAX": choice.use_pre_softmax and not is_sigmoid,
-        "BIASED": choice.bias_E is not None,
+        "WEIGHT_OFFSET": 0.0 if norm is None else norm.offset,
+        "PRE_SOFTMAX": config.use_pre_softmax and not is_sigmoid,
+        "HAS_BIAS": config.bias_E is not None,
     }

@@ -1,24 +1,23 @@
-"""The gated delta rule: linear attention whose state forgets and corrects itself.
+"""Gated delta rule in plain torch: the recurrent definition and the chunked form.
 
 Per value head, with a state S of shape [K, V] that maps keys to values:
 
     S_t = exp(g_t) · S_{t-1} + k_t ⊗ β_t (v_t - k_tᵀ · exp(g_t) · S_{t-1})        o_t = scale · q_tᵀ S_t
 
-Decay by exp(g_t) ≤ 1, then replace what the key k_t now recalls by a share β_t of the new value
-(Gated Delta Networks, arXiv 2412.06464, eq. 10; the chunked form is its section 3.3 and DeltaNet,
-arXiv 2406.06484).
+The state decays by exp(g_t) ≤ 1; then the value recalled by the key k_t is replaced by a fraction β_t of the new value
+(Gated Delta Networks, arXiv 2412.06464, eq. 10; the chunked form is its section 3.3 and DeltaNet, arXiv 2406.06484).
 
-Token by token that is a long chain of small operations. In a chunk of C tokens the chain is linear
-in the state at the chunk's start, so it becomes matrix products and one triangular solve:
+Token by token that is a long chain of small operations. In a chunk of C tokens the chain is linear in the state at the
+chunk's start, so it becomes matrix products and one triangular solve:
 
     A = tril(β_i (k_i·k_j) exp(G_i - G_j), -1)      G = running sum of g in the chunk
-    [u | w] = (I + A)⁻¹ [β v | β exp(G) k]           what a token writes; what the old state takes
+    [u | w] = (I + A)⁻¹ [β v | β exp(G) k]           values written; keys under which the old state is erased
     v' = u - w S                                     S ← exp(G_C) S + Σ_i exp(G_C - G_i) k_i ⊗ v'_i
     o  = exp(G) q S + tril(q kᵀ exp(G_i - G_j)) v'
 
-Only the last two lines walk over chunks. Grouped heads are not repeated in memory: q kᵀ and k kᵀ
-are computed once per key head and serve its value heads. Packed documents (`cu_seqlens`) are laid
-out so that each starts a chunk, where the state is simply set anew.
+Only the last two lines iterate over chunks. Grouped heads are not repeated in memory: q kᵀ and k kᵀ are computed once
+per key head and shared by its value heads. Packed documents (`packing`) are padded so that each starts at a chunk
+boundary, where the state is reset.
 
 Shapes: B batch, T tokens, Hk key heads, Hv = R·Hk value heads, K/V head dims, N chunks, C chunk, D documents.
 """
@@ -29,6 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_q3n.kernels.norms import accumulation_dtype
+from megatron_q3n.packing import Packing
+
 
 def chunk_gated_delta_rule(
     query_BTHK: Tensor,
@@ -38,18 +40,18 @@ def chunk_gated_delta_rule(
     beta_BTH: Tensor,
     *,
     initial_state_DHKV: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    packing: Packing | None = None,
     chunk_size: int = 64,
     output_final_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Apply the rule in chunks, in fp32 (fp64 for double inputs), on any device.
 
-    Shapes: query, key [B,T,Hk,K] (L2-normalised by the caller); value [B,T,Hv,V]; decay (log space, ≤ 0) and
-        beta [B,T,Hv]; the initial state has D rows: B without `cu_seqlens`, else one per document.
-    Returns: output [B,T,Hv,V] in value's dtype, and the final states [D,Hv,K,V] (None if not asked for).
-    Raises: ValueError if `cu_seqlens` does not describe a batch of one row.
+    Shapes: query, key [B,T,Hk,K] (L2-normalized by the caller); value [B,T,Hv,V]; decay (log space, ≤ 0) and
+        beta [B,T,Hv]; the initial state has D rows: B without `packing`, else one per document.
+    Returns: output [B,T,Hv,V] in value's dtype, and the final states [D,Hv,K,V] (None without `output_final_state`).
+    Raises: ValueError if `packing` does not cover a batch of one row.
     """
-    if cu_seqlens is not None:
+    if packing is not None:
         output_BTHV, final = _packed(
             query_BTHK,
             key_BTHK,
@@ -57,7 +59,7 @@ def chunk_gated_delta_rule(
             decay_BTH,
             beta_BTH,
             initial_state_DHKV,
-            cu_seqlens,
+            packing,
             chunk_size,
             output_final_state,
         )
@@ -80,16 +82,16 @@ def recurrent_gated_delta_rule(
     *,
     initial_state_DHKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Apply the rule token by token: the definition, and the way to decode.
+    """Apply the rule token by token: the definition, and the recurrence of decoding.
 
     Shapes and returns: as `chunk_gated_delta_rule`, without packing.
     """
-    wide = _compute_dtype(value_BTHV)
+    dtype = accumulation_dtype(value_BTHV)
     repeat = value_BTHV.shape[2] // key_BTHK.shape[2]
-    q, k = (x.to(wide).repeat_interleave(repeat, dim=2) for x in (query_BTHK, key_BTHK))
+    q, k = (x.to(dtype).repeat_interleave(repeat, dim=2) for x in (query_BTHK, key_BTHK))
     q = q * key_BTHK.shape[-1] ** -0.5
-    v, g, beta = value_BTHV.to(wide), decay_BTH.to(wide), beta_BTH.to(wide)
-    state = _zero_state(k, v) if initial_state_DHKV is None else initial_state_DHKV.to(wide)
+    v, g, beta = value_BTHV.to(dtype), decay_BTH.to(dtype), beta_BTH.to(dtype)
+    state = _zero_state(k, v) if initial_state_DHKV is None else initial_state_DHKV.to(dtype)
     outputs = []
     for t in range(v.shape[1]):
         state = state * g[:, t].exp()[..., None, None]
@@ -107,23 +109,23 @@ def _packed(
     decay: Tensor,
     beta: Tensor,
     initial_state: Tensor | None,
-    cu_seqlens: Tensor,
+    packing: Packing,
     chunk: int,
     with_states: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Lay each document out from a chunk's start, run once, and gather the tokens back."""
+    """Pad each document to start at a chunk boundary, run once, and gather the tokens back."""
     tokens = query.shape[1]
-    bounds = cu_seqlens.tolist()
-    if query.shape[0] != 1 or bounds[0] != 0 or bounds[-1] != tokens:
+    if query.shape[0] != 1 or packing.num_tokens != tokens:
         raise ValueError(
-            f"cu_seqlens must run from 0 to the number of tokens in a batch of one row: found batch {query.shape[0]}, "
-            f"{tokens} tokens, bounds {bounds[0]}…{bounds[-1]}"
+            f"packed documents must cover a batch of one row: found batch {query.shape[0]}, {tokens} tokens, documents "
+            f"of {packing.num_tokens} tokens"
         )
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    lengths = list(packing.lengths)
     inputs = [query, key, value, decay, beta]
     if initial_state is None and not with_states:
         return _by_length(inputs, lengths, chunk).to(value.dtype), None
-    chunk = min(chunk, max(1, *lengths))  # many short documents need not be padded to a whole chunk
+    # many short documents need not be padded to a whole chunk
+    chunk = min(chunk, max(1, *lengths))
     chunks = [-(-length // chunk) for length in lengths]
     output, states = _run_documents(inputs, lengths, chunk, initial_state)
     empty = _zero_state(key, value)[:1] if initial_state is None else None
@@ -135,25 +137,25 @@ def _packed(
 
 
 def _by_length(inputs: list[Tensor], lengths: list[int], chunk: int) -> Tensor:
-    """Run documents of about one length together, so that none is padded to more than twice its length."""
+    """Run documents in groups of similar length, so that none is padded to more than twice its length."""
     groups: dict[int, list[int]] = {}
     for document, length in enumerate(lengths):
         size = chunk + 1 if length > chunk else min(chunk, 1 << max(length - 1, 0).bit_length())
         groups.setdefault(size if length else 0, []).append(document)
     groups.pop(0, None)
-    firsts, places, outputs = _starts(lengths), [], []
+    firsts, indices, outputs = _starts(lengths), [], []
     for size, documents in groups.items():
-        places.append(torch.cat([firsts[d] + torch.arange(lengths[d]) for d in documents]))
-        theirs = [x.index_select(1, places[-1].to(x.device)) for x in inputs]
+        indices.append(torch.cat([firsts[d] + torch.arange(lengths[d]) for d in documents]))
+        group_inputs = [x.index_select(1, indices[-1].to(x.device)) for x in inputs]
         run = _run_short if size <= chunk else _run_long
-        outputs.append(run(theirs, [lengths[d] for d in documents], min(size, chunk)))
-    back_T = torch.cat(places).argsort().to(inputs[0].device)
-    return torch.cat(outputs, 1).index_select(1, back_T)
+        outputs.append(run(group_inputs, [lengths[d] for d in documents], min(size, chunk)))
+    restore_T = torch.cat(indices).argsort().to(inputs[0].device)
+    return torch.cat(outputs, 1).index_select(1, restore_T)
 
 
 def _run_short(inputs: list[Tensor], lengths: list[int], chunk: int) -> Tensor:
-    laid_out, place_T = _lay_out(inputs, lengths, chunk)
-    return _within_chunks(*laid_out, chunk=chunk).index_select(1, place_T)
+    padded, index_T = _pad_to_chunks(inputs, lengths, chunk)
+    return _within_chunks(*padded, chunk=chunk).index_select(1, index_T)
 
 
 def _run_long(inputs: list[Tensor], lengths: list[int], chunk: int) -> Tensor:
@@ -164,51 +166,51 @@ def _run_documents(
     inputs: list[Tensor], lengths: list[int], chunk: int, initial_state: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the outputs, and the state after every chunk."""
-    laid_out, place_T = _lay_out(inputs, lengths, chunk)
+    padded, index_T = _pad_to_chunks(inputs, lengths, chunk)
     chunks = [-(-length // chunk) for length in lengths]
     starts = {first: i for i, (first, n) in enumerate(zip(_starts(chunks), chunks)) if n}
-    output, states = _chunked(*laid_out, chunk=chunk, initial_state=initial_state, starts=starts)
-    return output.index_select(1, place_T), states
+    output, states = _chunked(*padded, chunk=chunk, initial_state=initial_state, starts=starts)
+    return output.index_select(1, index_T), states
 
 
-def _lay_out(inputs: list[Tensor], lengths: list[int], chunk: int) -> tuple[list[Tensor], Tensor]:
-    """Begin each document at a chunk of its own, zeros between. Returns: that, and where each token lies."""
+def _pad_to_chunks(inputs: list[Tensor], lengths: list[int], chunk: int) -> tuple[list[Tensor], Tensor]:
+    """Pad with zeros so that each document starts at a chunk boundary. Returns: padded inputs, index of each token."""
     chunks = [-(-length // chunk) for length in lengths]
     firsts = [first * chunk for first in _starts(chunks)]
-    place_T = torch.cat([first + torch.arange(n) for first, n in zip(firsts, lengths)])
-    place_T, room = place_T.to(inputs[0].device), sum(chunks) * chunk
-    laid_out = [x.new_zeros(1, room, *x.shape[2:]).index_copy(1, place_T, x) for x in inputs]
-    return laid_out, place_T
+    index_T = torch.cat([first + torch.arange(n) for first, n in zip(firsts, lengths)])
+    index_T, capacity = index_T.to(inputs[0].device), sum(chunks) * chunk
+    padded = [x.new_zeros(1, capacity, *x.shape[2:]).index_copy(1, index_T, x) for x in inputs]
+    return padded, index_T
 
 
 def _starts(sizes: list[int]) -> list[int]:
-    """Return where each begins when they lie in a row."""
+    """Return the start of each segment in a concatenation (exclusive prefix sum)."""
     return [0, *itertools.accumulate(sizes)][: len(sizes)]
 
 
 def _within_chunks(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, *, chunk: int) -> Tensor:
-    """Run chunks that begin without a state and hand none on: short documents, of which a row may hold hundreds.
+    """Run chunks without an initial or a final state: short documents, of which a row may contain hundreds.
 
-    What a state would take part in, which is most of the work at a few tokens a document, falls away.
+    All terms that contain the state, most of the work at a few tokens per document, are omitted.
     """
-    wide = _compute_dtype(value)
+    dtype = accumulation_dtype(value)
     batch, _, key_heads, key_dim = key.shape
     repeat = value.shape[2] // key_heads
 
     def by_chunk(x: Tensor, group: int) -> Tensor:  # [B,T,H…] -> [B,N,Hk,R,C,…]
-        x = x.to(wide).reshape(batch, -1, chunk, key_heads, group, *x.shape[3:])
+        x = x.to(dtype).reshape(batch, -1, chunk, key_heads, group, *x.shape[3:])
         return x.permute(0, 1, 3, 4, 2, *range(5, x.dim()))
 
     q, k, v = by_chunk(query, 1) * key_dim**-0.5, by_chunk(key, 1), by_chunk(value, repeat)
     beta_ = by_chunk(beta, repeat)[..., None]
-    between = _decay_between(by_chunk(decay, repeat).cumsum(-1))
-    lower = ((k @ k.transpose(-1, -2)) * between * beta_).tril(-1)
-    written = torch.linalg.solve_triangular(lower, v * beta_, upper=False, unitriangular=True)
-    output = ((q @ k.transpose(-1, -2)) * between) @ written
+    pair_decay = _pairwise_decay(by_chunk(decay, repeat).cumsum(-1))
+    lower = ((k @ k.transpose(-1, -2)) * pair_decay * beta_).tril(-1)
+    new_values = torch.linalg.solve_triangular(lower, v * beta_, upper=False, unitriangular=True)
+    output = ((q @ k.transpose(-1, -2)) * pair_decay) @ new_values
     return output.permute(0, 1, 4, 2, 3, 5).reshape(value.shape)
 
 
-def _decay_between(total: Tensor) -> Tensor:
+def _pairwise_decay(total: Tensor) -> Tensor:
     """Return exp(G_i - G_j) where j ≤ i, else 0. Shapes: running sums [...,C]; returns [...,C,C]."""
     chunk = total.shape[-1]
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=total.device).triu(1)
@@ -226,16 +228,17 @@ def _chunked(
     initial_state: Tensor | None,
     starts: dict[int, int] | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run whole chunks. `starts` maps a chunk to the document that begins there; returns the state
-    after every chunk.
+    """Run whole chunks. `starts` maps a chunk to the document that starts there.
+
+    Returns: the output, and the state after every chunk.
     """
-    wide = _compute_dtype(value)
+    dtype = accumulation_dtype(value)
     batch, tokens, key_heads, key_dim = key.shape
     value_heads, value_dim = value.shape[2:]
     repeat, num_chunks = value_heads // key_heads, tokens // chunk
 
     def by_chunk(x: Tensor, heads: int, group: int) -> Tensor:  # [B,T,H…] -> [B,Hk,R,N,C,…]
-        x = x.to(wide).reshape(batch, num_chunks, chunk, heads, group, *x.shape[3:])
+        x = x.to(dtype).reshape(batch, num_chunks, chunk, heads, group, *x.shape[3:])
         return x.permute(0, 3, 4, 1, 2, *range(5, x.dim()))
 
     q = by_chunk(query, key_heads, 1) * key_dim**-0.5
@@ -244,50 +247,49 @@ def _chunked(
     beta_ = by_chunk(beta, key_heads, repeat)[..., None]
     total = by_chunk(decay, key_heads, repeat).cumsum(-1)
 
-    between = _decay_between(total)
-    lower = ((k @ k.transpose(-1, -2)) * between * beta_).tril(-1)
+    pair_decay = _pairwise_decay(total)
+    lower = ((k @ k.transpose(-1, -2)) * pair_decay * beta_).tril(-1)
     solved = torch.linalg.solve_triangular(
         lower, torch.cat([v * beta_, (k * beta_) * total.exp()[..., None]], -1), upper=False, unitriangular=True
     )
     u, w = solved.split([value_dim, key_dim], -1)
-    local = (q @ k.transpose(-1, -2)) * between
+    local = (q @ k.transpose(-1, -2)) * pair_decay
     q_in = q * total.exp()[..., None]
     k_out = (k * (total[..., -1:] - total).exp()[..., None]).transpose(-1, -2)
-    keep = total[..., -1].exp()[..., None, None]
+    chunk_decay = total[..., -1].exp()[..., None, None]
 
-    def entering(document: int | None) -> Tensor:
+    def initial_of(document: int | None) -> Tensor:
         if initial_state is None:
             return v.new_zeros(batch, key_heads, repeat, key_dim, value_dim)
         rows = initial_state if document is None else initial_state[document : document + 1]
-        return rows.to(wide).reshape(batch, key_heads, repeat, key_dim, value_dim)
+        return rows.to(dtype).reshape(batch, key_heads, repeat, key_dim, value_dim)
 
-    if starts is not None and len(starts) == num_chunks:  # short documents: nothing to walk over
-        state = torch.stack([entering(starts[n]) for n in range(num_chunks)], 3)
-        written = u - w @ state
-        output = (q_in @ state + local @ written).permute(0, 3, 4, 1, 2, 5)
-        after = (state * keep + k_out @ written).flatten(1, 2)
+    # each document has a single chunk: no recurrence over chunks
+    if starts is not None and len(starts) == num_chunks:
+        state = torch.stack([initial_of(starts[n]) for n in range(num_chunks)], 3)
+        new_values = u - w @ state
+        output = (q_in @ state + local @ new_values).permute(0, 3, 4, 1, 2, 5)
+        after = (state * chunk_decay + k_out @ new_values).flatten(1, 2)
         return output.reshape(batch, tokens, value_heads, value_dim), list(after.unbind(2))
-    state = entering(None) if starts is None else v.new_zeros(())
+    state = initial_of(None) if starts is None else v.new_zeros(())
     outputs, states = [], []
     for n in range(num_chunks):
         if starts is not None and n in starts:
-            state = entering(starts[n])
-        written = u[:, :, :, n] - w[:, :, :, n] @ state
-        outputs.append(q_in[:, :, :, n] @ state + local[:, :, :, n] @ written)
-        state = state * keep[:, :, :, n] + k_out[:, :, :, n] @ written
+            state = initial_of(starts[n])
+        new_values = u[:, :, :, n] - w[:, :, :, n] @ state
+        outputs.append(q_in[:, :, :, n] @ state + local[:, :, :, n] @ new_values)
+        state = state * chunk_decay[:, :, :, n] + k_out[:, :, :, n] @ new_values
         states.append(state.reshape(batch, value_heads, key_dim, value_dim))
     output = torch.stack(outputs, 3).permute(0, 3, 4, 1, 2, 5)
     return output.reshape(batch, tokens, value_heads, value_dim), states
 
 
 def _pad_tokens(x: Tensor, pad: int) -> Tensor:
-    """Append zero tokens: they neither decay (g = 0) nor write (β = 0)."""
+    """Append zero tokens: they neither decay the state (g = 0) nor write to it (β = 0)."""
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad)) if pad else x
 
 
 def _zero_state(key: Tensor, value: Tensor) -> Tensor:
-    return value.new_zeros(value.shape[0], value.shape[2], key.shape[-1], value.shape[-1], dtype=_compute_dtype(value))
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return value.new_zeros(
+        value.shape[0], value.shape[2], key.shape[-1], value.shape[-1], dtype=accumulation_dtype(value)
+    )

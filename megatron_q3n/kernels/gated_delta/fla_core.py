@@ -1,8 +1,8 @@
-"""flash-linear-attention's kernels without its layers and models.
+"""Import of flash-linear-attention's kernels without its layers and models.
 
-`import fla` tries its layers and models, which import transformers and with it whatever that finds (scikit-learn,
-pandas, pyarrow): 4 of 10 s of processor time, and nothing of it is used here. fla goes without them where they are
-not installed, so for the time of its import they are said not to be.
+`import fla` also imports its layers and models if they are installed. These import transformers, which imports
+scikit-learn, pandas and pyarrow: 4 of 10 s of CPU time, for modules that are not used here. So they are hidden during
+the import.
 """
 
 import sys
@@ -14,10 +14,11 @@ _NOT_USED_HERE = ("fla.layers", "fla.models")
 
 @contextmanager
 def without_models() -> Iterator[None]:
-    """Import from fla, or what imports it, in this context; afterwards they can be imported as ever."""
+    """Hide fla.layers and fla.models from imports inside this context; afterwards they can be imported as usual."""
     hidden = [name for name in _NOT_USED_HERE if name not in sys.modules]
     for name in hidden:
-        sys.modules[name] = None  # type: ignore[assignment]  # what Python's import reads as: not there
+        # Python's import system treats None as "not found"
+        sys.modules[name] = None  # type: ignore[assignment]
     try:
         yield
     finally:

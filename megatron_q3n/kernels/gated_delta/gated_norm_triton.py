@@ -1,9 +1,14 @@
 # mypy: allow-untyped-defs
-"""Gated DeltaNet's output norm in one pass: rms_norm(o) · SiLU(z), from [B,T,Hv,V] to the [T,B,Hv·V] out_proj wants.
+"""Gated RMSNorm at the output of Gated DeltaNet in one pass: rms_norm(o) · SiLU(z), [B,T,Hv,V] to [T,B,Hv·V].
 
-z is read where it lies, as the last Hv·V channels of the projection's output, and its gradient is
-written to the same place of the projection's gradient, so nothing is sliced, transposed or
-concatenated. The weight's gradient is one partial sum per program, added in a fixed order.
+    y = o · s · (1 + w) · z σ(z)        s = rsqrt(mean(o²) + ε)
+    do = s (u - n · mean(u · n))        n = o · s,  u = dy · z σ(z) · (1 + w)
+
+z is read in place, as the last Hv·V channels of the projection's output, and its gradient is written to the same
+channels of the projection's gradient, so nothing is sliced, transposed or concatenated.
+
+Launch geometry: one program per BLOCK_R rows, a row being (token, batch row, head) with DIM channels. The gradient of
+the weight is one partial sum per program; the partial sums are added in a fixed order.
 
 T tokens, B rows, Hv heads, V head dim (a power of two), X projection channels.
 """
@@ -13,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_R = 32  # rows (token, row of the batch, head) per program
+# rows (token, batch row, head) per program
+_BLOCK_R = 32
 
 
 @triton.jit
 def _rows(start, tokens, batch, HEADS: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Number the rows (t, b, h), h fastest; return them, whether they exist, their place in [B,T,Hv], and t, b, h."""
+    """Return row indices (t, b, h; h fastest), their mask, their index in [B,T,Hv], and t, b, h."""
     r = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
     h, tb = r % HEADS, r // HEADS
     b, t = tb % batch, tb // batch
@@ -40,12 +46,12 @@ def _gated_norm_kernel(
     DIM: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    r, exists, place, t, b, h = _rows(tl.program_id(0) * BLOCK_R, tokens, batch, HEADS, BLOCK_R)
+    r, row_mask, bth_index, t, b, h = _rows(tl.program_id(0) * BLOCK_R, tokens, batch, HEADS, BLOCK_R)
     dim = tl.arange(0, DIM)
-    mask = exists[:, None]
-    o = tl.load(o_ptr + place[:, None] * DIM + dim[None, :], mask=mask, other=0.0).to(tl.float32)
-    z_place = (t * stride_t + b * stride_b + h * DIM)[:, None] + dim[None, :]
-    z = tl.load(z_ptr + z_place, mask=mask, other=0.0).to(tl.float32)
+    mask = row_mask[:, None]
+    o = tl.load(o_ptr + bth_index[:, None] * DIM + dim[None, :], mask=mask, other=0.0).to(tl.float32)
+    z_offset = (t * stride_t + b * stride_b + h * DIM)[:, None] + dim[None, :]
+    z = tl.load(z_ptr + z_offset, mask=mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(o * o, axis=1) / DIM + eps)[:, None]
     weight = 1 + tl.load(weight_ptr + dim)[None, :]
     y = o * scale * weight * z * tl.sigmoid(z)
@@ -70,29 +76,29 @@ def _gated_norm_backward_kernel(
     DIM: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    r, exists, place, t, b, h = _rows(tl.program_id(0) * BLOCK_R, tokens, batch, HEADS, BLOCK_R)
+    r, row_mask, bth_index, t, b, h = _rows(tl.program_id(0) * BLOCK_R, tokens, batch, HEADS, BLOCK_R)
     dim = tl.arange(0, DIM)
-    mask = exists[:, None]
-    o_place = place[:, None] * DIM + dim[None, :]
-    o = tl.load(o_ptr + o_place, mask=mask, other=0.0).to(tl.float32)
-    z_place = (t * stride_t + b * stride_b + h * DIM)[:, None] + dim[None, :]
-    z = tl.load(z_ptr + z_place, mask=mask, other=0.0).to(tl.float32)
+    mask = row_mask[:, None]
+    o_offset = bth_index[:, None] * DIM + dim[None, :]
+    o = tl.load(o_ptr + o_offset, mask=mask, other=0.0).to(tl.float32)
+    z_offset = (t * stride_t + b * stride_b + h * DIM)[:, None] + dim[None, :]
+    z = tl.load(z_ptr + z_offset, mask=mask, other=0.0).to(tl.float32)
     dout = tl.load(dout_ptr + r[:, None] * DIM + dim[None, :], mask=mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(o * o, axis=1) / DIM + eps)[:, None]
     weight = 1 + tl.load(weight_ptr + dim)[None, :]
     gate = tl.sigmoid(z)
-    unit = o * scale
-    dz = dout * unit * weight * gate * (1 + z * (1 - gate))
-    tl.store(dz_ptr + z_place, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    normed = o * scale
+    dz = dout * normed * weight * gate * (1 + z * (1 - gate))
+    tl.store(dz_ptr + z_offset, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     dscaled = dout * z * gate
-    tl.store(dweight_ptr + tl.program_id(0) * DIM + dim, tl.sum(dscaled * unit, axis=0))
-    dunit = dscaled * weight
-    do = scale * (dunit - unit * (tl.sum(dunit * unit, axis=1) / DIM)[:, None])
-    tl.store(do_ptr + o_place, do.to(do_ptr.dtype.element_ty), mask=mask)
+    tl.store(dweight_ptr + tl.program_id(0) * DIM + dim, tl.sum(dscaled * normed, axis=0))
+    dnormed = dscaled * weight
+    do = scale * (dnormed - normed * (tl.sum(dnormed * normed, axis=1) / DIM)[:, None])
+    tl.store(do_ptr + o_offset, do.to(do_ptr.dtype.element_ty), mask=mask)
 
 
 def gated_norm(o_BTHV: Tensor, qkvz_TBX: Tensor, weight_V: Tensor, eps: float) -> Tensor:
-    """Normalise, gate and lay out for the next projection.
+    """Normalize and gate, in the layout of the output projection.
 
     Returns: [T,B,Hv·V] in the projection's dtype.
     """
@@ -120,7 +126,7 @@ def gated_norm(o_BTHV: Tensor, qkvz_TBX: Tensor, weight_V: Tensor, eps: float) -
 def gated_norm_backward(
     o_BTHV: Tensor, qkvz_TBX: Tensor, weight_V: Tensor, eps: float, dout: Tensor, dqkvz_TBX: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Write z's gradient into the last channels of `dqkvz`, laid out as `qkvz`.
+    """Write z's gradient into the last channels of `dqkvz`, whose strides are those of `qkvz`.
 
     Returns: the gradients of o, and of the weight (fp32).
     """
@@ -129,16 +135,16 @@ def gated_norm_backward(
     z_TBX, dz_TBX = (x[..., -heads * dim :] for x in (qkvz_TBX, dqkvz_TBX))
     o = o_BTHV.contiguous()
     do = torch.empty_like(o)
-    blocks = triton.cdiv(batch * tokens * heads, _BLOCK_R)
-    shares = o.new_empty(blocks, dim, dtype=torch.float32)
-    _gated_norm_backward_kernel[(blocks,)](
+    num_blocks = triton.cdiv(batch * tokens * heads, _BLOCK_R)
+    partial_dweight = o.new_empty(num_blocks, dim, dtype=torch.float32)
+    _gated_norm_backward_kernel[(num_blocks,)](
         o,
         z_TBX,
         weight_V,
         dout.contiguous(),
         do,
         dz_TBX,
-        shares,
+        partial_dweight,
         tokens,
         batch,
         z_TBX.stride(0),
@@ -149,4 +155,4 @@ def gated_norm_backward(
         BLOCK_R=_BLOCK_R,
         num_warps=4,
     )
-    return do, shares.sum(0)
+    return do, partial_dweight.sum(0)

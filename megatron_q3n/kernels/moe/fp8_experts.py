@@ -1,20 +1,22 @@
-"""All of the experts in FP8: tokens in, the sum of their experts' outputs out, one launch per product.
+"""MoE experts in FP8: tokens in, the sum of their experts' outputs out, one launch per grouped GEMM.
 
-Every product runs in e4m3 with one scale per row and per expert; activations and gradients are quantised in the
-kernels that make them. Weight gradients sum over rows, which lie first: for them the quantised rows are turned, block
-by block, and brought to one scale per expert (`fused/fp8_weight_gradient.py`). All products add up in the tensor cores'
-own accumulator, which is fp32 by name and keeps some 14 bits: over at most 2,048 terms, for weight gradients too, whose
-longer sums go on in fp32. What was tried, and what the whole gains, is in tools/benchmarks/LOG.md.
+Every GEMM runs in e4m3 with one scale per row and per expert; activations and gradients are quantized in the kernels
+that produce them (`fp8_quantize_triton.py`). Weight gradients sum over rows, which are the first dimension: for them
+the quantized rows are transposed, block by block, and rescaled to one scale per expert (`fp8_wgrad_triton.py`). All
+GEMMs accumulate in the tensor cores' own accumulator, nominally fp32, which keeps some 14 bits: over at most 2,048
+terms; longer sums of weight gradients continue in fp32. Alternatives that were measured, and the speedup, are in
+tools/benchmarks/LOG.md.
 
-Weights are quantised once per step, into copies that stay where they are, so that a captured step reads them. A copy
-knows what it was made of: `forget` says that weights may have changed, and a change in place that torch counts shows by
-itself. A training pass that finds no current copy renews it (`quantise` does so beforehand, outside of a graph); a pass
-that does not train, between steps, makes one for itself.
+Weights are quantized once per step into copies at fixed addresses, so that a captured step (CUDA graph) reads them. A
+copy records the version of its weight: `invalidate_copies` marks all copies as outdated, and an in-place change that
+torch counts is detected automatically. A training pass that finds an outdated copy renews it (`quantize_weights` does
+so beforehand, outside of a graph); a pass without gradients, between steps, quantizes for itself.
 
-Where experts are spread over processes the rows arrive sorted already; then each is its own token.
+With expert parallelism the rows arrive permuted; then each row is its own token.
 
-Reference: DeepSeek-V3 (arXiv 2412.19437), section 3.3, for FP8 experts with fine scales; here a scale covers a row.
-Shapes: T tokens, R = T·K sorted rows, E experts, H width, F expert width.
+Reference: DeepSeek-V3 (arXiv 2412.19437), section 3.3, for FP8 experts with fine-grained scales; here a scale covers a
+row.
+Shapes: T tokens, R = T·K permuted rows, E experts, H width, F expert width.
 """
 
 from collections.abc import Iterable
@@ -24,10 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_q3n.kernels import registry
 from megatron_q3n.kernels.moe.permutation import Routes
-
-OPERATION = "fp8 experts"
 
 
 def fp8_experts(
@@ -38,14 +37,12 @@ def fp8_experts(
     routes: Routes | None,
     rows_per_expert_E: Tensor,
     add_TH: Tensor | None = None,
-    checking: bool = False,
 ) -> Tensor:
-    """Run the experts, and add `add` where given, which takes routes.
+    """Run the experts, and add `add` where it is not None, which requires `routes`.
 
-    Shapes: tokens [T,H] with routes, or sorted rows [R,H] without; gates [R]; weights [E,2F,H] and [E,H,F].
+    Shapes: tokens [T,H] with routes, or permuted rows [R,H] without; gates [R]; weights [E,2F,H] and [E,H,F].
     Returns: shaped like x.
     """
-    assert checking or registry.lacking((OPERATION,)) == []
     assert add_TH is None or routes is not None
     return _Fp8Experts.apply(
         x_TH.contiguous(),
@@ -60,55 +57,55 @@ def fp8_experts(
 
 
 @dataclass
-class WeightCopy:
-    """A weight in e4m3, straight and transposed, with the scales of both; and the weight's version it was made of.
+class Fp8WeightCopy:
+    """A weight in e4m3, its transpose, and the scales of both; and the version of the weight it was made from.
 
-    Versions count torch's changes in place. What writes through another view of the memory, as the optimizer does,
-    is not counted and has to be told (`forget`).
+    Versions count torch's in-place changes. Writes through another view of the memory, as the optimizer's, are not
+    counted and require `invalidate_copies`.
     """
 
-    both_ways: tuple[Tensor, Tensor, Tensor]
-    of_version: int | None = None
+    quantized: tuple[Tensor, Tensor, Tensor]
+    source_version: int | None = None
 
 
-def copy_of(weight: Tensor) -> WeightCopy | None:
-    """Return the copy that training passes read, if there has been one."""
+def fp8_copy_of(weight: Tensor) -> Fp8WeightCopy | None:
+    """Return the FP8 copy that training passes read, None before the first one."""
     return getattr(weight, "fp8_copy", None)
 
 
-def forget(weights: Iterable[Tensor]) -> None:
-    """Say that these weights may have changed: no copy of them is current any more."""
+def invalidate_copies(weights: Iterable[Tensor]) -> None:
+    """Mark the FP8 copies of these weights as outdated."""
     for weight in weights:
-        if (copy := copy_of(weight)) is not None:
-            copy.of_version = None
+        if (copy := fp8_copy_of(weight)) is not None:
+            copy.source_version = None
 
 
-def quantise(weights: Iterable[Tensor]) -> None:
-    """Renew, where they are, the copies that are not current of those weights that have some."""
+def quantize_weights(weights: Iterable[Tensor]) -> None:
+    """Renew the outdated FP8 copies of these weights in place; a weight without a copy is skipped."""
     for weight in weights:
-        if (copy := copy_of(weight)) is not None and copy.of_version != weight._version:
+        if (copy := fp8_copy_of(weight)) is not None and copy.source_version != weight._version:
             _renew(copy, weight)
 
 
-def _renew(copy: WeightCopy, weight: Tensor) -> None:
+def _renew(copy: Fp8WeightCopy, weight: Tensor) -> None:
     from megatron_q3n.kernels.moe import fp8_quantize_triton  # late: Triton
 
-    fp8_quantize_triton.quantise_both_ways(weight.detach(), copy.both_ways)
-    copy.of_version = weight._version
+    fp8_quantize_triton.quantize_weight(weight.detach(), copy.quantized)
+    copy.source_version = weight._version
 
 
-def _quantised(weight: Tensor, trains: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a current copy of the weight: the step's, or one for this pass alone."""
+def _quantized_weight(weight: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an up-to-date FP8 copy of the weight: that of the step, or a new one for a pass without gradients."""
     from megatron_q3n.kernels.moe import fp8_quantize_triton  # late: Triton
 
-    copy = copy_of(weight) if trains else None
+    copy = fp8_copy_of(weight) if with_gradients else None
     if copy is None:
-        copy = WeightCopy(fp8_quantize_triton.room_for_both_ways(weight.detach()))
-        if trains:
+        copy = Fp8WeightCopy(fp8_quantize_triton.allocate_quantized_weight(weight.detach()))
+        if with_gradients:
             weight.fp8_copy = copy  # type: ignore[attr-defined]
-    if copy.of_version != weight._version:
+    if copy.source_version != weight._version:
         _renew(copy, weight)
-    return copy.both_ways
+    return copy.quantized
 
 
 class _Fp8Experts(torch.autograd.Function):
@@ -122,18 +119,20 @@ class _Fp8Experts(torch.autograd.Function):
         routes: Routes | None,
         counts: Tensor,
         add: Tensor | None,
-        trains: bool,
+        with_gradients: bool,
     ) -> Tensor:
         from megatron_q3n.kernels.moe import fp8_quantize_triton, permutation_triton  # late: Triton
         from megatron_q3n.kernels.moe.grouped_gemm_triton import row_blocks
 
-        row, token = _each_its_own(x) if routes is None else (routes.row_TK, routes.token_R)
-        narrow, scale, kept = fp8_quantize_triton.scatter_quantised(x, row, keep=trains and routes is not None)
-        blocks = row_blocks(counts, narrow.shape[0])
-        gate_up = _product(narrow, scale, _quantised(fc1, trains), blocks)
-        hidden, hidden_scale = fp8_quantize_triton.swiglu_quantised(gate_up, gates)
-        out = _product(hidden, hidden_scale, _quantised(fc2, trains), blocks)
-        ctx.save_for_backward(kept, scale, gates, row, token, gate_up, hidden, hidden_scale, *blocks.tensors)
+        row, token = _identity_permutation(x) if routes is None else (routes.row_TK, routes.token_R)
+        rows_fp8, scale, tokens_fp8 = fp8_quantize_triton.scatter_quantized(
+            x, row, keep_tokens=with_gradients and routes is not None
+        )
+        blocks = row_blocks(counts, rows_fp8.shape[0])
+        gate_up = _fp8_grouped_gemm(rows_fp8, scale, _quantized_weight(fc1, with_gradients), blocks)
+        hidden, hidden_scale = fp8_quantize_triton.swiglu_quantized(gate_up, gates)
+        out = _fp8_grouped_gemm(hidden, hidden_scale, _quantized_weight(fc2, with_gradients), blocks)
+        ctx.save_for_backward(tokens_fp8, scale, gates, row, token, gate_up, hidden, hidden_scale, *blocks.tensors)
         ctx.weights, ctx.routes = (fc1, fc2), routes
         if routes is None:
             return out
@@ -142,38 +141,43 @@ class _Fp8Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         from megatron_q3n.kernels.moe import fp8_quantize_triton, permutation_triton  # late: Triton
-        from megatron_q3n.kernels.moe.fp8_wgrad_triton import turned
+        from megatron_q3n.kernels.moe.fp8_wgrad_triton import transpose_rows
         from megatron_q3n.kernels.moe.grouped_gemm_triton import RowBlocks
 
         x, x_scale, gates, row, token, gate_up, hidden, hidden_scale, *lists = ctx.saved_tensors
         blocks = RowBlocks(*lists)
         fc1, fc2 = ctx.weights
-        narrow, scale, kept = fp8_quantize_triton.scatter_quantised(dout.contiguous(), row, keep=ctx.routes is not None)
-        dhidden = _product(narrow, scale, _quantised(fc2, True), blocks, turned=True)
+        rows_fp8, scale, tokens_fp8 = fp8_quantize_triton.scatter_quantized(
+            dout.contiguous(), row, keep_tokens=ctx.routes is not None
+        )
+        dhidden = _fp8_grouped_gemm(rows_fp8, scale, _quantized_weight(fc2, True), blocks, transposed=True)
         needs_fc1, needs_fc2 = ctx.needs_input_grad[2:4]
         dfc1 = dfc2 = None
         if needs_fc2:
-            operands = (turned(kept, scale, token, blocks), turned(hidden, hidden_scale, None, blocks))
+            operands = (
+                transpose_rows(tokens_fp8, scale, token, blocks),
+                transpose_rows(hidden, hidden_scale, None, blocks),
+            )
             dfc2 = _weight_gradient(fc2, *operands, blocks)
-        narrow, scale, dgates = fp8_quantize_triton.swiglu_backward_quantised(gate_up, gates, dhidden)
-        dx = _product(narrow, scale, _quantised(fc1, True), blocks, turned=True)
+        rows_fp8, scale, dgates = fp8_quantize_triton.swiglu_backward_quantized(gate_up, gates, dhidden)
+        dx = _fp8_grouped_gemm(rows_fp8, scale, _quantized_weight(fc1, True), blocks, transposed=True)
         if needs_fc1:
-            operands = turned(narrow, scale, None, blocks), turned(x, x_scale, token, blocks)
+            operands = transpose_rows(rows_fp8, scale, None, blocks), transpose_rows(x, x_scale, token, blocks)
             dfc1 = _weight_gradient(fc1, *operands, blocks)
         if ctx.routes is not None:
             dx = permutation_triton.gather_rows(dx, row)
         return dx, dgates, dfc1, dfc2, None, None, dout if ctx.needs_input_grad[6] else None, None
 
 
-def _product(
-    rows: Tensor, row_scale: Tensor, weight: tuple[Tensor, Tensor, Tensor], blocks: Any, turned: bool = False
+def _fp8_grouped_gemm(
+    rows: Tensor, row_scale: Tensor, weight: tuple[Tensor, Tensor, Tensor], blocks: Any, transposed: bool = False
 ) -> Tensor:
-    """Multiply rows by a quantised weight, or by its transpose; both lie with their inputs last, as FP8 wants them."""
-    from megatron_q3n.kernels.moe.grouped_gemm_triton import grouped_product  # late: Triton
+    """Multiply rows by a quantized weight, or by its transpose; the summed dimension is last in both."""
+    from megatron_q3n.kernels.moe.grouped_gemm_triton import grouped_gemm  # late: Triton
 
-    straight, transpose, scale_E = weight
-    operand = transpose if turned else straight
-    return grouped_product(rows, operand, blocks, scales=(row_scale, scale_E))
+    weight_fp8, weight_transposed, scale_E = weight
+    operand = weight_transposed if transposed else weight_fp8
+    return grouped_gemm(rows, operand, blocks, scales=(row_scale, scale_E))
 
 
 def _weight_gradient(weight: Tensor, dy: Any, x: Any, blocks: Any) -> Tensor:
@@ -185,5 +189,5 @@ def _weight_gradient(weight: Tensor, dy: Any, x: Any, blocks: Any) -> Tensor:
     return target.for_autograd
 
 
-def _each_its_own(x: Tensor) -> tuple[Tensor, None]:
+def _identity_permutation(x: Tensor) -> tuple[Tensor, None]:
     return torch.arange(x.shape[0], dtype=torch.int32, device=x.device)[:, None], None

@@ -1,10 +1,9 @@
-"""Tokens to the experts' sorted rows and back, where one process holds all experts.
+"""MoE token permutation for one process that holds all experts: tokens to permuted rows and back.
 
-Rows are sorted by expert, then by token. Fused, nothing is sorted and nothing waits for the GPU:
-positions are counted, a token is read once for its K copies, and its K results are added in fp32.
-`fused` forces the choice that `choices` makes otherwise; the start-up check and tests use it.
+Permuted rows are sorted by expert, then by token. Fused, there is no sort and no host synchronization: row indices are
+computed by counting, a token is read once for its K copies, and its K results are added in fp32.
 
-Shapes: T tokens, E experts, K experts per token, R = T·K rows, H width.
+Shapes: T tokens, E experts, K experts per token, R = T·K permuted rows, H width.
 """
 
 from dataclasses import dataclass
@@ -13,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_q3n.kernels import registry
-
-OPERATION = "moe permutation"
+from megatron_q3n.kernels.norms import accumulation_dtype
 
 
 @dataclass(frozen=True)
 class Routes:
-    """Where each token's copies are, all of it on the device.
+    """Permutation of tokens to expert rows, on the device.
 
     Shapes: row [T,K] and expert [T,K] of each slot, token of each row [R], rows per expert [E].
     """
@@ -31,12 +28,13 @@ class Routes:
     rows_per_expert_E: Tensor
 
 
-def plan_routes(map_TE: Tensor, probs_TE: Tensor, topk: int, fused: bool | None = None) -> tuple[Routes, Tensor]:
-    """Number the rows of a routing map in which every token has exactly `topk` experts.
+def plan_routes(map_TE: Tensor, probs_TE: Tensor, topk: int, fused: bool = False) -> tuple[Routes, Tensor]:
+    """Compute the row indices of a routing map in which every token has exactly `topk` experts.
 
+    `fused` runs the Triton kernel instead of the reference.
     Returns: the routes, and the router gate of each row [R], differentiable in `probs`.
     """
-    if registry.is_fused(OPERATION, map_TE, fused):
+    if fused:
         row, expert, token, counts, gates = _Plan.apply(map_TE, probs_TE, topk)
         return Routes(row, expert, token, counts), gates
     expert_R, token_R = map_TE.T.nonzero(as_tuple=True)
@@ -44,19 +42,18 @@ def plan_routes(map_TE: Tensor, probs_TE: Tensor, topk: int, fused: bool | None 
     return Routes(row_TK, expert_R[row_TK], token_R, map_TE.sum(0)), probs_TE[token_R, expert_R]
 
 
-def scatter_rows(x_TH: Tensor, routes: Routes, fused: bool | None = None) -> Tensor:
+def scatter_rows(x_TH: Tensor, routes: Routes, fused: bool = False) -> Tensor:
     """Copy each token to its rows. Returns: [R,H]."""
-    if registry.is_fused(OPERATION, x_TH, fused):
+    if fused:
         return _Scatter.apply(x_TH, routes.row_TK)
     return x_TH.index_select(0, routes.token_R)
 
 
-def gather_rows(rows_RH: Tensor, routes: Routes, add_TH: Tensor | None = None, fused: bool | None = None) -> Tensor:
-    """Add up each token's rows in fp32, and `add` where given. Returns: [T,H] in the rows' format."""
-    if registry.is_fused(OPERATION, rows_RH, fused):
+def gather_rows(rows_RH: Tensor, routes: Routes, add_TH: Tensor | None = None, fused: bool = False) -> Tensor:
+    """Sum each token's rows in fp32, and `add` where it is not None. Returns: [T,H] in the rows' dtype."""
+    if fused:
         return _Gather.apply(rows_RH, routes.row_TK, add_TH)
-    wide = rows_RH if rows_RH.dtype == torch.float64 else rows_RH.float()
-    total = wide[routes.row_TK.long()].sum(1)
+    total = rows_RH.to(accumulation_dtype(rows_RH))[routes.row_TK.long()].sum(1)
     return (total if add_TH is None else total + add_TH).to(rows_RH.dtype)
 
 
@@ -101,8 +98,8 @@ class _Gather(torch.autograd.Function):
         from megatron_q3n.kernels.moe import permutation_triton as fused  # late: Triton
 
         ctx.save_for_backward(row_TK)
-        added = None if add_TH is None else add_TH.contiguous()
-        return fused.gather_rows(rows_RH.contiguous(), row_TK, added)
+        add_TH = None if add_TH is None else add_TH.contiguous()
+        return fused.gather_rows(rows_RH.contiguous(), row_TK, add_TH)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, Tensor | None]:

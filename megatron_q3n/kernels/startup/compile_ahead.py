@@ -1,15 +1,15 @@
-"""Compile the delta rule's kernels while the libraries are imported: the waiting side, which needs no torch.
+"""Ahead-of-time compilation of the delta rule's kernels in a helper process, parent side; does not import torch.
 
-On a cold machine a start waits for compilation above all: FlashQLA's seven kernels took 75 to 100 s on H200s' hosts,
-one after the other, each where the check first needs it, and 31 to 47 of them were the backward kernel's. So the
-first process of a machine starts a helper (`delta_rule_compiler.py`) before it imports torch; that compiles them side
-by side into TileLang's cache, and the check finds them there. Nothing depends on it: whatever the helper lacks or
-fails at, the check compiles as ever, and environment.json says so.
+On a cold machine the start-up time is mostly compilation: FlashQLA's seven kernels took 75 to 100 s on H200 hosts, one
+after the other, each where the check first needs it; 31 to 47 s of them for the backward kernel. So the first process
+of a machine starts a helper (`delta_rule_compiler.py`) before it imports torch. The helper compiles the kernels in
+parallel into TileLang's cache, where the check finds them. The helper is optional: if it fails, the kernels are
+compiled during the check, and environment.json reports it.
 
-Helper and cache. TileLang publishes a kernel by renaming a whole folder and verifies it when it is read, so processes
-may share a cache. A file lock goes with the helper: the other processes of this machine wait for it and then find the
-same kernels; it ends with the helper, however that ends. A stamp in the cache says that all was compiled before,
-so that a warm start starts no helper. The helper ends with this process: its input is a pipe from here.
+TileLang publishes a kernel by renaming a whole folder and verifies it when it is read, so processes may share a cache.
+The helper holds a file lock: the other processes of this machine wait for the lock and then find the same kernels. The
+lock is released when the helper ends, however it ends. A stamp file in the cache records that all kernels were
+compiled, so a warm start does not start a helper. The helper ends with its parent: its stdin is a pipe from it.
 """
 
 import atexit
@@ -35,13 +35,15 @@ from megatron_q3n.kernels.startup.delta_rule_problems import problems_to_compile
 _ROOT = Path(__file__).resolve().parents[3]
 _COMMAND = (sys.executable, "-m", "megatron_q3n.kernels.startup.delta_rule_compiler")
 _PACKAGES = ("flash-qla", "tilelang")
-_TRACES_OF_A_GPU = ("/dev/nvidiactl", "/proc/driver/nvidia/version")  # a sandbox may lack either
-_PATIENCE_SECONDS = 300.0  # then the check goes on alone: it needs no more than that by itself
+# files that exist on a machine with an NVIDIA GPU; a sandbox may lack either
+_GPU_FILES = ("/dev/nvidiactl", "/proc/driver/nvidia/version")
+# after that the kernels are compiled during the check, which takes no longer
+_TIMEOUT_SECONDS = 300.0
 
 
 @dataclass
 class _Helper:
-    """The helper of this process, or only the lock of another process's."""
+    """The helper of this process, or only the lock of another process's helper (`process` is None)."""
 
     lock: IO[bytes]
     process: subprocess.Popen[bytes] | None
@@ -54,57 +56,58 @@ _report: str | None = None
 
 
 def start(config: RunConfig) -> None:
-    """Begin to compile, if this machine has a GPU, the packages, and not yet these kernels. Returns at once."""
-    if _helper is None and _serves(config):
+    """Start compilation if this machine has a GPU, the packages, and not yet these kernels. Returns at once."""
+    if _helper is None and _is_needed(config):
         start_helper({"problems": [asdict(one) for one in problems_to_compile(config)]})
 
 
 def start_helper(request: dict[str, object], command: Sequence[str] = _COMMAND) -> None:
-    """Start the helper on the first process of this machine; on the others, note what to wait for."""
+    """Start the helper in the first process of this machine; in the others, open its lock for `finish`."""
     global _report
     _report = None
     try:
-        _begin(request, command)
+        _start(request, command)
     except OSError as error:
         stop()
-        _report = f"NOT STARTED ({error}); the check compiles by itself"
+        _report = f"NOT STARTED ({error}); the kernels are compiled during the check"
 
 
-def _begin(request: dict[str, object], command: Sequence[str]) -> None:
+def _start(request: dict[str, object], command: Sequence[str]) -> None:
     global _helper
-    digest = hashlib.sha256(json.dumps([request, _surroundings()]).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(json.dumps([request, _environment()]).encode()).hexdigest()[:24]
     stamp = _cache() / "megatron_q3n" / digest
     if stamp.exists():
         return
-    # not in the cache: that may lie on a file system without locks; the lock is this machine's affair
+    # not in the cache directory, which may be on a file system without locks; the lock concerns this machine only
     lock = (Path(tempfile.gettempdir()) / f"megatron_q3n-{os.getuid()}-{digest}.lock").open("ab")
     output, errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115  `stop` closes them
     _helper = _Helper(lock, None, output, errors)
     if launch.local_rank() == 0 and _try_lock(lock, fcntl.LOCK_EX):
         _helper.process = _spawn({**request, "stamp": str(stamp)}, command, _helper)
-        lock.close()  # now it is the helper's alone
+        # the helper is now the only holder
+        lock.close()
         atexit.register(stop)
 
 
 def finish() -> str | None:
     """Wait for the helper.
 
-    Returns: what became of it, for environment.json; None where nothing was to be compiled ahead.
+    Returns: its result, for environment.json; None where nothing was compiled ahead.
     """
     global _helper, _report
     if _helper is not None:
-        helper, begun = _helper, time.monotonic()
-        deadline = begun + _PATIENCE_SECONDS
-        found = _wait_for_other(helper, deadline)
+        helper, started = _helper, time.monotonic()
+        deadline = started + _TIMEOUT_SECONDS
+        result = _wait_for_other(helper, deadline)
         if helper.process is not None:
-            found = _wait(helper, helper.process, deadline)
-        _report = f"{found}; waited for it {time.monotonic() - begun:.1f} s"
+            result = _wait(helper, helper.process, deadline)
+        _report = f"{result}; waited {time.monotonic() - started:.1f} s"
         stop()
     return _report
 
 
 def stop() -> None:
-    """End the helper and all it started, if it still runs."""
+    """Kill the helper and its process group, if it still runs."""
     global _helper
     helper, _helper = _helper, None
     if helper is None:
@@ -119,22 +122,23 @@ def stop() -> None:
         file.close()
 
 
-def _serves(config: RunConfig) -> bool:
-    """Whether FlashQLA will run here, as far as that shows without torch."""
+def _is_needed(config: RunConfig) -> bool:
+    """Return whether FlashQLA will run here, as far as that can be determined without torch."""
     model = config.model
     return (
         config.precision.compute == "bf16"
         and GATED_DELTA_NET in model.mixer_pattern
-        and model.linear_key_head_dim == model.linear_value_head_dim == 128  # what FlashQLA takes
+        # the head dim that FlashQLA supports
+        and model.linear_key_head_dim == model.linear_value_head_dim == 128
         and os.environ.get("FLA_FLASH_QLA") != "0"
         and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
-        and any(Path(trace).exists() for trace in _TRACES_OF_A_GPU)
+        and any(Path(path).exists() for path in _GPU_FILES)
         and all(importlib.util.find_spec(name) for name in ("fla", "flash_qla", "tilelang"))
     )
 
 
-def _surroundings() -> list[str | None]:
-    """Return what else decides whether compiled kernels are the right ones."""
+def _environment() -> list[str | None]:
+    """Return what else the compiled kernels depend on: package versions and GPU models."""
     gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     models = {line for gpu in gpus for line in gpu.read_text().splitlines() if "Model:" in line}
     return [*(_version(name) for name in _PACKAGES), *sorted(models)]
@@ -148,7 +152,7 @@ def _version(package: str) -> str | None:
 
 
 def _cache() -> Path:
-    """Return TileLang's own choice of a folder."""
+    """Return TileLang's cache folder."""
     return Path(os.environ.get("TILELANG_CACHE_DIR") or Path.home() / ".tilelang" / "cache")
 
 
@@ -160,15 +164,18 @@ def _spawn(request: dict[str, object], command: Sequence[str], helper: _Helper) 
         stdin=subprocess.PIPE,
         stdout=helper.output,
         stderr=helper.errors,
-        pass_fds=[helper.lock.fileno()],  # so the lock lasts as long as the helper
-        start_new_session=True,  # a group of its own, to be ended with the compilers it starts
+        # the lock is held as long as the helper runs
+        pass_fds=[helper.lock.fileno()],
+        # a process group of its own, so that it can be killed with the compilers it starts
+        start_new_session=True,
     )
     assert process.stdin is not None
     try:
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
     except BrokenPipeError:
-        pass  # it ended already; `finish` tells why
+        # it has ended already; `finish` reports why
+        pass
     return process
 
 
@@ -176,18 +183,21 @@ def _wait(helper: _Helper, process: subprocess.Popen[bytes], deadline: float) ->
     try:
         code = process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return f"not done after {_PATIENCE_SECONDS:.0f} s and ended; the check compiles what is missing"
+        return f"not done after {_TIMEOUT_SECONDS:.0f} s and killed; the missing kernels are compiled during the check"
     output, errors = (_text(file) for file in (helper.output, helper.errors))
     if code == 0:
         return output.strip()
-    last = (errors.strip().splitlines() or ["it said nothing"])[-1]
-    return f"FAILED ({code}: {last}); the check compiles by itself"
+    last_line = (errors.strip().splitlines() or ["no error output"])[-1]
+    return f"FAILED ({code}: {last_line}); the kernels are compiled during the check"
 
 
 def _wait_for_other(helper: _Helper, deadline: float) -> str:
     while helper.process is None and not _try_lock(helper.lock, fcntl.LOCK_SH):
         if time.monotonic() > deadline:
-            return f"another process was not done after {_PATIENCE_SECONDS:.0f} s; the check compiles what is missing"
+            return (
+                f"another process was not done after {_TIMEOUT_SECONDS:.0f} s; the missing kernels are compiled during "
+                "the check"
+            )
         time.sleep(0.1)
     return "by another process of this machine"
 

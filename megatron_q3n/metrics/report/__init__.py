@@ -1,8 +1,8 @@
-"""report.html: one run, or several side by side, as a page that needs no network and no other file.
+"""report.html: a self-contained page of one run, or of several runs compared.
 
-`run_files` reads a run directory, `series` prepares curves, `charts` draws them as inline SVG, `panels` decides
-what a run shows, `page` and `style` make the HTML, `single` and `comparison` are the two pages. No numbers are
-made here: what the page shows was written by the run.
+`run_files` reads a run directory, `series` prepares curves, `charts` draws them as inline SVG, `panels` defines the
+charts of a run, `page` and `style` produce the HTML, and `single` and `comparison` are the two pages. All numbers come
+from the files of the run; only smoothing and averaging are done here.
 """
 
 from megatron_q3n.metrics.report.comparison import write_comparison

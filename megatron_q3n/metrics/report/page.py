@@ -1,4 +1,4 @@
-"""The pieces of the page as HTML text: document, sections, tiles, cards, tables. Plain text is escaped here."""
+"""HTML building blocks of the page: document, sections, tiles, cards, tables. Plain text is escaped here."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from megatron_q3n.metrics.report.style import CSS
 
 
 def document(title: str, subtitle: str, body: Iterable[str]) -> str:
-    """Return a whole page; `title` and `subtitle` are plain text, `body` is HTML."""
+    """Return a complete page; `title` and `subtitle` are plain text, `body` is HTML."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -31,13 +31,13 @@ def document(title: str, subtitle: str, body: Iterable[str]) -> str:
 
 
 def section(title: str, cards: Iterable[str]) -> str:
-    """Return a heading and a grid of cards; nothing when there are no cards."""
+    """Return a heading and a grid of cards; empty without cards."""
     inner = "".join(cards)
     return f'<h2>{escape(title)}</h2><div class="grid">{inner}</div>' if inner else ""
 
 
 def tiles(entries: Sequence[tuple[str, str, str, str]]) -> str:
-    """Return the row of headline numbers: (label, value, remark, tone), tone one of "", "good", "bad"."""
+    """Return the row of headline numbers from (label, value, remark, tone); tone is "", "good" or "bad"."""
     inner = "".join(
         f'<div class="tile"><span>{escape(label)}</span><strong>{escape(value)}</strong>'
         f'<em class="{tone}">{escape(remark)}</em></div>'
@@ -56,10 +56,10 @@ def card(
     note: str = "",
     wide: bool = False,
 ) -> str:
-    """Return one card; `body` is HTML, the rest plain text. `legend` holds (label, colour role, value)."""
+    """Return one card; `body` is HTML, the rest plain text. `legend` holds (label, color role, value)."""
     keys = "".join(
-        f'<span class="key"><i style="background:var(--{colour})"></i>{escape(label)} <b>{escape(last)}</b></span>'
-        for label, colour, last in legend
+        f'<span class="key"><i style="background:var(--{color})"></i>{escape(label)} <b>{escape(last)}</b></span>'
+        for label, color, last in legend
     )
     reading = f'<span class="value">{escape(value)}</span>' if value else ""
     small = f"<small>{escape(unit)}</small>" if unit else ""
@@ -71,8 +71,8 @@ def card(
     )
 
 
-def reading(value: float | None) -> str:
-    """Return a number as the page shows it: four digits that matter, thousands marked."""
+def format_number(value: float | None) -> str:
+    """Return a number with four significant digits and thousands separators, "–" for None."""
     if value is None:
         return "–"
     if value == int(value) and abs(value) < 1e6:
@@ -82,13 +82,13 @@ def reading(value: float | None) -> str:
     return f"{value:.4g}"
 
 
-def sentence(text: str) -> str:
-    """Return a remark in place of a chart."""
+def placeholder(text: str) -> str:
+    """Return a text shown in place of a chart."""
     return f'<p class="absent">{escape(text)}</p>'
 
 
 def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = (), *, numbers: bool = False) -> str:
-    """Return a table; the first column is the row's name. Numbers stay in one piece, and names break instead."""
+    """Return a table whose first column is the row name. With `numbers`, only names wrap, not the cells."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
         f"<tr><th>{escape(str(name))}</th>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
@@ -99,17 +99,17 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = (), *, numbers:
 
 
 def preformatted(text: str) -> str:
-    """Return text as it is, in a fixed-width font."""
+    """Return preformatted text in a fixed-width font."""
     return f"<pre>{escape(text)}</pre>"
 
 
-def folded(summary: str, body: str) -> str:
-    """Return HTML that opens on a click."""
+def collapsible(summary: str, body: str) -> str:
+    """Return collapsed HTML that expands on a click."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
 def write(path: Path, text: str) -> Path:
-    """Replace `path` in one go, so that a reader never sees half a page."""
+    """Write `path` atomically, so that a reader never gets a partial page."""
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""A run directory as the report reads it: every file may be missing, torn or from a run that was killed."""
+"""Reader of run directories for the report: any file may be missing or incomplete, as after a killed run."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ EVALUATION_FILE = "evaluation.json"
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run directory holds; a file that is not there is None, one that cannot be read is named in `damaged`."""
+    """Contents of a run directory. A missing file is None; an unreadable one is also listed in `damaged`."""
 
     path: Path
     records: list[jsonl.Record]
@@ -33,12 +33,12 @@ class RunFiles:
 
     @property
     def name(self) -> str:
-        """The directory's name, which is the run's."""
+        """Name of the run, which is that of its directory."""
         return self.path.resolve().name
 
     @property
     def total_steps(self) -> int | None:
-        """Steps the configuration asks for."""
+        """Number of steps in the configuration, or None."""
         steps = self.config.get("training", {}).get("steps")
         return steps if isinstance(steps, int) else None
 
@@ -46,14 +46,14 @@ class RunFiles:
 def load(run_dir: Path) -> RunFiles:
     """Read a run directory.
 
-    Raises: UserError when there is no such directory or it holds neither metrics.jsonl nor config.yaml.
+    Raises: UserError if the directory does not exist or has neither metrics.jsonl nor config.yaml.
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such directory. Give a run directory, e.g. runs/latest.")
     if not (run_dir / RECORDS_FILE).exists() and not (run_dir / CONFIG_FILE).exists():
         raise UserError(
-            f"{run_dir}: not a run directory (it holds neither {RECORDS_FILE} nor {CONFIG_FILE}). "
-            "Give a directory made by a run, e.g. runs/latest."
+            f"{run_dir}: not a run directory (it has neither {RECORDS_FILE} nor {CONFIG_FILE}). "
+            "Give the directory of a run, e.g. runs/latest."
         )
     damaged: dict[str, str] = {}
     config_text = _text(run_dir / CONFIG_FILE)
@@ -85,7 +85,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def not_default(config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that differ from the defaults of this version of the code."""
-    # without validation: defaults need not be legal under this process's WORLD_SIZE
+    # without validation, because the defaults may be invalid with this process's WORLD_SIZE
     defaults = flatten(RunConfig.model_construct().model_dump(mode="json"))
     missing = object()
     return {name: value for name, value in flatten(config).items() if name and defaults.get(name, missing) != value}

@@ -1,4 +1,4 @@
-"""Curves ready to draw: picked from the records, smoothed, and thinned without losing a spike."""
+"""Curves of metrics: extracted from the records, smoothed, and downsampled with spikes preserved."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,14 @@ from numpy.typing import NDArray
 
 from megatron_q3n.metrics.jsonl import Record
 
-MAX_POINTS = 1500  # of one drawn curve; more than a screen has pixels across
+# points of one drawn curve; about the width of a screen in pixels
+MAX_POINTS = 1500
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One metric over the run: `x` (steps or tokens) and `y` of equal length; y holds nan where it was not finite."""
+    """One metric over the run: `x` (steps or tokens) and `y` of equal length; y is nan where it was not finite."""
 
     x: Array
     y: Array
@@ -24,22 +25,22 @@ class Series:
 
     @property
     def finite(self) -> Array:
-        """The values that are numbers."""
+        """The finite values."""
         return self.y[np.isfinite(self.y)]
 
     @property
     def last(self) -> float | None:
-        """The last value that is a number."""
+        """The last finite value, or None."""
         return float(self.finite[-1]) if len(self.finite) else None
 
     @property
     def num_not_finite(self) -> int:
-        """How many values were nan or infinite."""
+        """Number of values that were nan or infinite."""
         return len(self.y) - len(self.finite)
 
 
 def pick(records: Sequence[Record], name: str, x_name: str = "step") -> Series:
-    """Return the metric `name` over the records that hold it."""
+    """Return the series of metric `name` over the records that have it."""
     rows = [(record[x_name], record[name]) for record in records if name in record and x_name in record]
     table = np.asarray(rows, dtype=np.float64).reshape(-1, 2)
     return Series(table[:, 0], table[:, 1])
@@ -51,18 +52,17 @@ def names_in(records: Iterable[Record]) -> list[str]:
 
 
 def smooth(series: Series) -> Series:
-    """Return the centred, triangular moving average over about a thirtieth of the run.
+    """Return the centered triangular moving average over about 1/30 of the run.
 
-    Values not finite have no weight. Centred, because a trailing average lags behind a falling loss and would end
-    above it.
+    Non-finite values have no weight. The window is centered, because a trailing average lags behind a falling loss.
     """
     if not len(series):
         return series
     half = max(3, min(len(series) // 60, len(series) // 2))
     window = np.bartlett(2 * half + 3)[1:-1]
-    known = np.isfinite(series.y)
-    total = _convolve(np.where(known, series.y, 0.0), window)
-    weight = _convolve(known.astype(np.float64), window)
+    is_finite = np.isfinite(series.y)
+    total = _convolve(np.where(is_finite, series.y, 0.0), window)
+    weight = _convolve(is_finite.astype(np.float64), window)
     average = np.divide(total, weight, out=np.full(len(series), np.nan), where=weight > 1e-9)
     return Series(series.x, average)
 
@@ -72,19 +72,19 @@ def _convolve(values: Array, window: Array) -> Array:
     return np.convolve(values, window, mode="full")[half : half + len(values)]
 
 
-def thin(series: Series, max_points: int = MAX_POINTS) -> Series:
-    """Return at most `max_points` points: each bucket's minimum and maximum, in their order, so that spikes stay.
+def downsample(series: Series, max_points: int = MAX_POINTS) -> Series:
+    """Return at most `max_points` points: the minimum and maximum of each bucket, in order, so that spikes remain.
 
-    A bucket without a finite value becomes one nan, a gap in the line.
+    A bucket without finite values becomes one nan, which draws as a gap.
     """
     if len(series) <= max_points:
         return series
-    kept: list[int] = []
+    indices: list[int] = []
     for bucket in np.array_split(np.arange(len(series)), max_points // 2):
         finite = bucket[np.isfinite(series.y[bucket])]
         if len(finite):
             ends = {int(finite[np.argmin(series.y[finite])]), int(finite[np.argmax(series.y[finite])])}
-            kept += sorted(ends)
+            indices += sorted(ends)
         else:
-            kept.append(int(bucket[0]))
-    return Series(series.x[kept], series.y[kept])
+            indices.append(int(bucket[0]))
+    return Series(series.x[indices], series.y[indices])

@@ -1,4 +1,4 @@
-"""report.html of one run: headline numbers, charts, expert load, samples, settings and environment, in this order."""
+"""report.html of one run: headline numbers, charts, expert load, evaluation, samples, settings and environment."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ MAX_ALERTS = 20
 def write_report(run_dir: Path) -> Path:
     """Write report.html into a run directory, finished or not, and return its path.
 
-    Raises: UserError when the directory is not a run's.
+    Raises: UserError if the directory is not a run directory.
     """
     run = load(run_dir)
     alerts = alerts_in(run.records, run.config)
@@ -43,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def status_text(run: RunFiles) -> str:
-    """Return how far the run is: "done", or "at step 340 of 1,000"."""
+    """Return the status of the run, e.g. "done" or "unfinished, at step 340 of 1,000"."""
     last = int(run.records[-1]["step"]) if run.records else 0
     status = str(run.summary.get("status", ""))
     if run.total_steps and last < run.total_steps:
@@ -52,17 +52,17 @@ def status_text(run: RunFiles) -> str:
 
 
 def against_baseline(run: RunFiles, bits: float) -> tuple[str, str]:
-    """Return the sentence that compares with the baseline, and its tone; empty without a baseline."""
+    """Return the comparison with the baseline as text, and its tone ("good", "bad" or "")."""
     baseline = _baseline(run)
     if baseline is None:
         return "no baseline", ""
     percent = 100 * (1 - bits / baseline[1])
-    side, tone = ("below", "good") if percent >= 0 else ("above", "bad")
-    return f"{abs(percent):.1f} % {side} {baseline[0]}", tone
+    relation, tone = ("below", "good") if percent >= 0 else ("above", "bad")
+    return f"{abs(percent):.1f} % {relation} {baseline[0]}", tone
 
 
 def active_seconds(run: RunFiles) -> float | None:
-    """Return the seconds spent in steps; of a run that did not log them, first record to last."""
+    """Return the seconds spent in steps, or between first and last record if step times were not logged."""
     in_steps = pick(run.records, "throughput/step_seconds").finite
     if len(in_steps):
         return float(in_steps.sum())
@@ -80,8 +80,8 @@ def compact(number: float) -> str:
 
 def _subtitle(run: RunFiles) -> str:
     last = run.records[-1].get("time") if run.records else None
-    when = datetime.fromtimestamp(last, UTC).strftime("%Y-%m-%d %H:%M UTC") if last else ""
-    parts = (run.config.get("recipe"), status_text(run), when)
+    date = datetime.fromtimestamp(last, UTC).strftime("%Y-%m-%d %H:%M UTC") if last else ""
+    parts = (run.config.get("recipe"), status_text(run), date)
     return " · ".join(str(part) for part in parts if part)
 
 
@@ -103,8 +103,8 @@ def _headline(run: RunFiles) -> Iterator[tuple[str, str, str, str]]:
     parameters = run.summary.get("parameters")
     if isinstance(parameters, int | float):
         active = run.summary.get("active_parameters")
-        each = f"{compact(active)} active" if isinstance(active, int | float) else ""
-        yield ("Parameters", compact(parameters), each, "")
+        remark = f"{compact(active)} active" if isinstance(active, int | float) else ""
+        yield ("Parameters", compact(parameters), remark, "")
 
 
 def _loss_tile(run: RunFiles) -> tuple[str, str, str, str]:
@@ -112,7 +112,7 @@ def _loss_tile(run: RunFiles) -> tuple[str, str, str, str]:
     loss = smooth(raw).last
     validation = pick(run.records, "loss/validation").last
     if len(raw) and not np.isfinite(raw.y[-1]):
-        return ("Training loss", "not finite", f"{raw.num_not_finite:,} such steps", "bad")
+        return ("Training loss", "not finite", f"in {raw.num_not_finite:,} steps", "bad")
     remark = f"validation {validation:.4f}" if validation is not None else "nats per token"
     return ("Training loss", "–" if loss is None else f"{loss:.4f}", remark, "")
 
@@ -128,38 +128,38 @@ def _charts(run: RunFiles, section: str) -> list[str]:
 
 
 def alerts_card(alerts: Sequence[Alert]) -> str:
-    """Return the newest alerts of a run as a table."""
+    """Return the latest alerts of a run as a table."""
     rows = [(f"step {a.step:,}: {a.kind}", a.message) for a in alerts[-MAX_ALERTS:]]
-    more = f"{len(alerts) - MAX_ALERTS} earlier ones are in logs/events.log. "
-    note = f"{more if len(alerts) > MAX_ALERTS else ''}Levels and pauses: the settings alerts.*."
-    return page.card("What was out of the ordinary", page.table(rows), note=note, wide=True)
+    earlier = f"{len(alerts) - MAX_ALERTS} earlier alerts are in logs/events.log. "
+    note = f"{earlier if len(alerts) > MAX_ALERTS else ''}Levels and pauses are set by alerts.*."
+    return page.card("Alerts of this run", page.table(rows), note=note, wide=True)
 
 
 def _baseline(run: RunFiles) -> tuple[str, float] | None:
-    found = run.baseline if isinstance(run.baseline, dict) else {}
-    bits = found.get("bits_per_byte")
-    return (str(found.get("name", "baseline")), float(bits)) if isinstance(bits, int | float) else None
+    baseline = run.baseline if isinstance(run.baseline, dict) else {}
+    bits = baseline.get("bits_per_byte")
+    return (str(baseline.get("name", "baseline")), float(bits)) if isinstance(bits, int | float) else None
 
 
 def _expert_load(run: RunFiles) -> str:
     title = "Expert load"
-    found = run.expert_load if isinstance(run.expert_load, dict) else {}
-    layers = [layer for layer in found.get("layers", []) if layer.get("share")]
+    content = run.expert_load if isinstance(run.expert_load, dict) else {}
+    layers = [layer for layer in content.get("layers", []) if layer.get("share")]
     if not layers or len({len(layer["share"]) for layer in layers}) > 1:
-        return page.card(title, page.sentence(_absent(run, "expert_load.json")), wide=True)
+        return page.card(title, page.placeholder(_missing_text(run, "expert_load.json")), wide=True)
     shares = [layer["share"] for layer in layers]
     chart = heat_map(shares, [str(layer["name"]) for layer in layers], title=title)
-    when = f"at step {found['step']:,}" if isinstance(found.get("step"), int) else ""
-    note = "Tokens of each expert over the layer's mean: 1 is an even share, 0 a dead expert."
-    return page.card(title, chart, unit=when, note=note, wide=True)
+    step = f"at step {content['step']:,}" if isinstance(content.get("step"), int) else ""
+    note = "Tokens of each expert over the layer's mean: 1 is balanced, 0 is a dead expert."
+    return page.card(title, chart, unit=step, note=note, wide=True)
 
 
 def _samples(run: RunFiles) -> str:
     samples = run.samples if isinstance(run.samples, list) else []
     texts = [_sample(sample) for sample in samples if isinstance(sample, dict)]
-    body = "".join(texts) or page.sentence(_absent(run, "samples.json"))
+    body = "".join(texts) or page.placeholder(_missing_text(run, "samples.json"))
     good, lines = run.summary.get("python_lines_accepted"), run.summary.get("python_lines")
-    remark = f"; {good} of {lines} longer lines pass Python's tokenizer" if lines else ""
+    remark = f"; {good} of {lines} long lines pass Python's tokenizer" if lines else ""
     return page.card("Samples", body, note=f"Prompts in bold{remark}." if texts else "", wide=True)
 
 
@@ -171,35 +171,35 @@ def _sample(sample: dict[str, Any]) -> str:
 def _settings(run: RunFiles) -> str:
     title = "Settings"
     if run.config_text is None or "config.yaml" in run.damaged:
-        return page.card(title, page.sentence(_absent(run, "config.yaml")))
+        return page.card(title, page.placeholder(_missing_text(run, "config.yaml")))
     changed = not_default(run.config)
     rows = page.table((name, _plain(value)) for name, value in changed.items())
-    body = rows if changed else page.sentence("Every setting has its default.")
-    whole = page.folded("config.yaml, resolved", page.preformatted(run.config_text))
-    return page.card(title, body + whole, unit="that differ from the defaults")
+    body = rows if changed else page.placeholder("All settings have their defaults.")
+    full = page.collapsible("config.yaml, resolved", page.preformatted(run.config_text))
+    return page.card(title, body + full, unit="that differ from the defaults")
 
 
 def _environment(run: RunFiles) -> str:
-    """Return the machine and versions; the backends have a card of their own, and long lists are folded."""
+    """Return the card of machine and versions, with long lists collapsed; backends have a separate card."""
     if not isinstance(run.environment, dict):
-        return page.card("Environment", page.sentence(_absent(run, "environment.json")))
-    folds = ""
+        return page.card("Environment", page.placeholder(_missing_text(run, "environment.json")))
+    details = ""
     plain = {}
     for name, value in run.environment.items():
         if name != "backends" and isinstance(value, dict | list) and name != "command":
-            folds += page.folded(name.replace("_", " "), _rows(value)) if value else ""
+            details += page.collapsible(name.replace("_", " "), _rows(value)) if value else ""
         elif name != "backends":
             plain[name] = " ".join(map(str, value)) if isinstance(value, list) else value
-    return page.card("Environment", _rows(plain) + folds)
+    return page.card("Environment", _rows(plain) + details)
 
 
 def _backends(run: RunFiles) -> str:
-    """Return which implementation each component got, and why; environment.json says it as "what: why"."""
-    found = run.environment.get("backends") if isinstance(run.environment, dict) else None
-    if not isinstance(found, dict):
+    """Return the card of backends and reasons; environment.json has them as "backend: reason" by component."""
+    backends = run.environment.get("backends") if isinstance(run.environment, dict) else None
+    if not isinstance(backends, dict):
         return ""
-    split = ((name, *str(value).partition(": ")[::2]) for name, value in found.items())
-    return page.card("Backends", page.table(split, ("component", "chosen", "because")), wide=True)
+    rows = ((name, *str(value).partition(": ")[::2]) for name, value in backends.items())
+    return page.card("Backends", page.table(rows, ("component", "backend", "reason")), wide=True)
 
 
 def _rows(tree: Any) -> str:
@@ -216,9 +216,9 @@ def _plain(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _absent(run: RunFiles, name: str) -> str:
+def _missing_text(run: RunFiles, name: str) -> str:
     if name in run.damaged:
         return f"{name} cannot be read: {run.damaged[name]}"
     if not (run.path / name).exists():
         return f"This run has no {name} yet."
-    return f"{name} holds nothing to show."
+    return f"{name} has nothing to show."

@@ -1,4 +1,4 @@
-"""The page's style sheet: two columns that become one, light and dark paper, and the colour roles of the charts."""
+"""Style sheet of the page: two columns (one on narrow screens), light and dark themes, chart color roles."""
 
 CSS = """
 :root {

@@ -1,8 +1,10 @@
-"""The published attention: megatron-core's SelfAttention, with what stands before the attention in one kernel.
+"""Gated attention as published: megatron-core's SelfAttention, with the prologue of the attention in one kernel.
 
-Where the kernel serves (kernels/attention/qkv_norm_rope.py: a GPU in bf16, whole rows), the projection is split, its heads
-normed and turned in one pass, and megatron-core is given no positions to turn them by. Elsewhere (packed documents,
-whose positions start anew; more ranks than key heads; no GPU) everything is megatron-core's.
+Where the plan has `fused_qkv` (kernels/attention/qkv_norm_rope.py), one pass over whole rows splits the projection,
+normalizes its heads and applies RoPE, and megatron-core gets no positions to apply. Elsewhere (packed documents, whose
+positions start at 0 again; more ranks than key heads; no GPU) everything is megatron-core's.
+
+Shapes: T tokens, B rows, h query heads and kv key/value heads of this rank, d head dim.
 """
 
 from typing import Any
@@ -12,21 +14,28 @@ from torch import Tensor
 
 from megatron_q3n.kernels.attention import qkv_norm_rope
 
+_OTHER_CALLS = ("inference_context", "packed_seq_params", "key_value_states")
+
 
 class GatedAttention(SelfAttention):
-    """softmax attention with RMS-normed heads, partial rotary positions and a sigmoid gate on what heads read."""
-
-    _angles: Tensor | None = None  # between `forward` and the projection it calls
+    """Softmax attention with QK-norm, partial RoPE and a sigmoid gate on the output of the heads."""
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any = None, **named: Any
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        **named: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend; as megatron-core's.
+        """Attend, as megatron-core's SelfAttention.
 
-        Shapes: hidden [T / TP,B,H], or whole rows without sequence parallelism; rotary positions [T,1,1,D'].
+        Shapes: hidden [T / TP,B,H], or whole rows without sequence parallelism; RoPE angles [T,1,1,W], W rotated
+            channels.
         """
-        if self._fuses(hidden_states, rotary_pos_emb, named):
-            self._angles, rotary_pos_emb = rotary_pos_emb[:, 0, 0], None
+        # packed documents, whose positions start anew, and inference have angles that are no table of one row
+        is_plain_row = all(named.get(name) is None for name in _OTHER_CALLS)
+        if self.config.plan.gated_attention.fused_qkv and is_plain_row and isinstance(rotary_pos_emb, Tensor):
+            self.config.pass_state.rope_angles, rotary_pos_emb = rotary_pos_emb[:, 0, 0], None
         return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **named)
 
     def get_query_key_value_tensors(
@@ -35,16 +44,16 @@ class GatedAttention(SelfAttention):
         key_value_states: Tensor | None = None,
         output_gate: bool = False,
         split_qkv: bool = True,
-    ) -> Any:
-        """Project; where `forward` said by which angles, queries and keys leave turned.
+    ) -> tuple[Tensor, ...]:
+        """Project; apply RoPE to queries and keys if `forward` has set the angles.
 
         Returns: query [T,B,h,d], key and value [T,B,kv,d], and with `output_gate` the gate [T,B,kv,(h / kv)·d].
         """
-        angles, self._angles = self._angles, None
+        angles = self.config.pass_state.take_rope_angles()
         if angles is None:
             return super().get_query_key_value_tensors(hidden_states, key_value_states, output_gate, split_qkv)
         qkv_TBX, _ = self.linear_qkv(hidden_states)
-        query, key, value, gate = qkv_norm_rope.attention_inputs(
+        query, key, value, gate = qkv_norm_rope.qkv_norm_rope(
             qkv_TBX,
             angles,
             self.q_layernorm.weight,
@@ -52,20 +61,6 @@ class GatedAttention(SelfAttention):
             self.num_query_groups_per_partition,
             output_gate,
             self.config.layernorm_epsilon,
+            fused=True,
         )
         return (query, key, value, gate) if output_gate else (query, key, value)
-
-    def _fuses(self, hidden: Tensor, rotary: Any, named: dict[str, Any]) -> bool:
-        """Whether the kernel serves, and computes what this configuration asks for."""
-        config = self.config
-        if not isinstance(rotary, Tensor) or rotary.shape[1:3] != (1, 1):
-            return False
-        asked = ("inference_context", "packed_seq_params", "key_value_states")
-        if any(named.get(name) is not None for name in asked):
-            return False
-        plain = config.qk_layernorm and config.normalization == "RMSNorm"
-        plain &= config.layernorm_zero_centered_gamma and not config.rotary_interleaved
-        plain &= not config.no_rope_freq and not config.test_mode
-        plain &= self._yarn_concentration_factor == 1.0
-        whole = config.num_query_groups >= self.world_size
-        return plain and whole and qkv_norm_rope.serves(hidden, self.hidden_size_per_attention_head)

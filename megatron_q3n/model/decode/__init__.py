@@ -1,1 +1,1 @@
-"""Incremental decoding: the model on new tokens of sequences whose KV cache and recurrent state it carries."""
+"""Incremental decoding: the model on new tokens of sequences, with their KV cache and recurrent state."""

@@ -1,1 +1,1 @@
-"""Multi-token prediction (MTP): losses, drafts unrolled over depths, acceptance statistics."""
+"""Multi-token prediction (MTP): losses, draft chains over depths, acceptance statistics."""

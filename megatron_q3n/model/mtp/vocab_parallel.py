@@ -1,6 +1,6 @@
-"""Tokens and distributions over a vocabulary that tensor-parallel ranks hold in parts: what drafts need of logits.
+"""Vocabulary-parallel operations for drafts: argmax, softmax, overlap and KL divergence over sharded logits.
 
-Every rank of the group gets the same answer. Statistics are fp32.
+Every tensor-parallel rank gets the same result. Statistics are fp32.
 
 Shapes: S positions, B rows, V this rank's part of the vocabulary.
 """
@@ -9,23 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
-def likeliest_tokens(logits_SBV: Tensor, group: Any) -> Tensor:
-    """Return the likeliest token everywhere, int64 [S,B]."""
+def argmax_tokens(logits_SBV: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the most probable token at every position, int64 [S,B]."""
     best, token = logits_SBV.detach().max(-1)
     if group.size() == 1:
         return token
     token = token + group.rank() * logits_SBV.shape[-1]
-    both = torch.stack([best.double(), token.double()])
-    everyone = [torch.empty_like(both) for _ in range(group.size())]
-    torch.distributed.all_gather(everyone, both, group=group)
-    best, token = torch.stack(everyone, 1)
+    local = torch.stack([best.double(), token.double()])
+    gathered = [torch.empty_like(local) for _ in range(group.size())]
+    torch.distributed.all_gather(gathered, local, group=group)
+    best, token = torch.stack(gathered, 1)
     return token.gather(0, best.argmax(0, keepdim=True))[0].long()
 
 
-def probabilities(logits_SBV: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """Return this rank's part of softmax, fp32 [S,B,V], and the logarithm of its normalizer [S,B]."""
+def probabilities(logits_SBV: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return this rank's part of the softmax, fp32 [S,B,V], and the logarithm of its normalizer [S,B]."""
     logits = logits_SBV.detach().float()
     highest = logits.amax(-1)
     _reduce(highest, torch.distributed.ReduceOp.MAX, group)
@@ -35,40 +36,40 @@ def probabilities(logits_SBV: Tensor, group: Any) -> tuple[Tensor, Tensor]:
     return exponentials.div_(total[..., None]), highest + total.log()
 
 
-def overlap(p_SBV: Tensor, q_SBV: Tensor, group: Any) -> Tensor:
-    """Return Σ min(p, q), the chance that a token drawn from q is kept for a target p, [S,B].
+def overlap(p_SBV: Tensor, q_SBV: Tensor, group: ProcessGroup) -> Tensor:
+    """Return Σ min(p, q), the probability that a draft sampled from q is accepted for a target p, [S,B].
 
-    Reference: Leviathan et al. (arXiv 2211.17192), equation for the acceptance rate.
+    Reference: Leviathan et al. (arXiv 2211.17192), equation of the acceptance rate.
     """
-    shared = torch.minimum(p_SBV, q_SBV).sum(-1)
-    _reduce(shared, torch.distributed.ReduceOp.SUM, group)
-    return shared
+    total = torch.minimum(p_SBV, q_SBV).sum(-1)
+    _reduce(total, torch.distributed.ReduceOp.SUM, group)
+    return total
 
 
 class Divergence(torch.autograd.Function):
     """KL(softmax(target) ‖ softmax(logits)) in nats, [S,B]; the target gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits_SBV: Tensor, target_SBV: Tensor, group: Any) -> Tensor:
-        """Compute it, and keep q - p, the gradient."""
+    def forward(ctx: Any, logits_SBV: Tensor, target_SBV: Tensor, group: ProcessGroup) -> Tensor:
+        """Compute the divergence, and save its gradient q - p."""
         p, log_zp = probabilities(target_SBV, group)
         q, log_zq = probabilities(logits_SBV, group)
-        crossed = (p * (target_SBV.detach().float() - logits_SBV.detach().float())).sum(-1)
-        _reduce(crossed, torch.distributed.ReduceOp.SUM, group)
+        expected_difference = (p * (target_SBV.detach().float() - logits_SBV.detach().float())).sum(-1)
+        _reduce(expected_difference, torch.distributed.ReduceOp.SUM, group)
         ctx.save_for_backward(q.sub_(p).to(logits_SBV.dtype))
-        return crossed - log_zp + log_zq
+        return expected_difference - log_zp + log_zq
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """Scale q - p."""
+        """Scale q - p by the incoming gradient."""
         (difference,) = ctx.saved_tensors
         return difference * gradients[0][..., None].to(difference.dtype), None, None
 
 
-def coin(tokens_BS: Tensor, positions_BS: Tensor, step: Tensor) -> Tensor:
-    """Return numbers in [0, 1), fp32 [B,S], from token, position and step alone.
+def hashed_uniform(tokens_BS: Tensor, positions_BS: Tensor, step: Tensor) -> Tensor:
+    """Return pseudo-random numbers in [0, 1), fp32 [B,S], by hashing token, position and step.
 
-    The same in every layout and after a resumption, and a CUDA graph can replay it.
+    They are the same in every parallel layout and after a resumption, and a CUDA graph can replay the function.
     """
     mixed = tokens_BS * 0x1B873593 + positions_BS * 0x2545F491 + step * 0x1E3779B9 + 0x27D4EB2F
     for factor in (0x2C1B3C6D, 0x297A2D39):
@@ -76,6 +77,6 @@ def coin(tokens_BS: Tensor, positions_BS: Tensor, step: Tensor) -> Tensor:
     return ((mixed >> 7) & 0xFFFFFF).float() / 2**24
 
 
-def _reduce(tensor: Tensor, operation: Any, group: Any) -> None:
+def _reduce(tensor: Tensor, operation: Any, group: ProcessGroup) -> None:
     if group.size() > 1:
         torch.distributed.all_reduce(tensor, operation, group=group)

@@ -1,11 +1,12 @@
-"""The parts of a layer in plain torch: norms, gated attention, Gated DeltaNet, mixture of experts.
+"""Modules of a layer in plain torch: norms, gated attention, Gated DeltaNet, mixture of experts.
 
-`reference.py` says what each is for and puts them together; read its first screen first. Every
-class here is one module of the published checkpoint, with its parameter names and row orders.
+The docstring of `model.py` explains the purpose of each and should be read first. Every class is one module of the
+published checkpoint, with its parameter names and row orders. Nothing is shared with the fast model: RoPE, the delta
+rule and the rest are written out here, so that this stays an independent oracle.
 
-Shape suffixes: B batch, T tokens of a sequence, H hidden; N heads, G key/value heads of attention,
-D its head dimension; K key and W value dimension of a DeltaNet head, C convolution channels; X all
-tokens of the batch in one row, E experts, S experts selected per token.
+Shape suffixes: B batch, T tokens of a sequence, H hidden; N heads, G key/value heads of attention, D its head
+dimension; K key and W value dimension of a DeltaNet head, C convolution channels; X all tokens of the batch in one row,
+E experts, S experts selected per token.
 """
 
 import math
@@ -19,17 +20,17 @@ from megatron_q3n.config import ModelConfig
 
 
 def precise(x: Tensor) -> Tensor:
-    """Raise to fp32 what is held in less; leave fp64 alone."""
+    """Convert lower precisions to fp32; return fp64 unchanged."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def rms_normalise(x: Tensor, epsilon: float) -> Tensor:
+def rms_normalize(x: Tensor, epsilon: float) -> Tensor:
     """Scale the last dimension to mean square 1."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
 
 
-def l2_normalise(x: Tensor) -> Tensor:
-    """Scale the last dimension to length 1; the 1e-6 is where flash-linear-attention puts it."""
+def l2_normalize(x: Tensor) -> Tensor:
+    """Scale the last dimension to length 1, with the epsilon where flash-linear-attention has it."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
@@ -42,14 +43,14 @@ class ZeroCenteredRMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        normalised = rms_normalise(precise(x), self.epsilon)
-        return (normalised * (1 + precise(self.weight))).to(x.dtype)
+        normalized = rms_normalize(precise(x), self.epsilon)
+        return (normalized * (1 + precise(self.weight))).to(x.dtype)
 
 
 class GatedRMSNorm(nn.Module):
-    """Normalise what a DeltaNet head read, then gate it with SiLU(z).
+    """RMSNorm of the output of a DeltaNet head, gated with SiLU(z).
 
-    The one norm whose published weight is the scale itself (init 1) and not its distance from 1.
+    This is the only norm whose published weight is the scale (init 1) and not its distance from 1.
     """
 
     def __init__(self, size: int, epsilon: float) -> None:
@@ -58,52 +59,53 @@ class GatedRMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x_BTNW: Tensor, z_BTNW: Tensor) -> Tensor:
-        scaled_BTNW = precise(self.weight) * rms_normalise(precise(x_BTNW), self.epsilon)
+        scaled_BTNW = precise(self.weight) * rms_normalize(precise(x_BTNW), self.epsilon)
         return (scaled_BTNW * F.silu(precise(z_BTNW))).to(x_BTNW.dtype)
 
 
-def rotate(x_BTND: Tensor, rotary_dim: int, base: float) -> Tensor:
-    """Turn the first `rotary_dim` numbers of each head by the token's position.
+def apply_rope(x_BTND: Tensor, rotary_dim: int, base: float) -> Tensor:
+    """Rotate the first `rotary_dim` channels of each head by the token's position (partial RoPE).
 
-    Numbers i and i + rotary_dim/2 make a point in the plane, turned by the angle
-    position * base^(-2i/rotary_dim). The dot product of a query and a key turned so depends on
-    their distance only. The other numbers carry no position.
+    Channels i and i + rotary_dim/2 are a point in the plane, rotated by the angle position * base^(-2i/rotary_dim). The
+    dot product of a query and a key depends on their distance only. The other channels carry no position.
+
     Reference: RoFormer (arXiv 2104.09864), eq. 34, paired as in GPT-NeoX.
     """
-    turned, unturned = x_BTND[..., :rotary_dim], x_BTND[..., rotary_dim:]
+    rotated, rest = x_BTND[..., :rotary_dim], x_BTND[..., rotary_dim:]
     dtype, device = precise(x_BTND).dtype, x_BTND.device
     exponents = torch.arange(0, rotary_dim, 2, dtype=dtype, device=device) / rotary_dim
     positions_T = torch.arange(x_BTND.shape[1], dtype=dtype, device=device)
     angles_T1D = torch.outer(positions_T, base**-exponents).repeat(1, 2)[:, None]
-    first, second = turned.chunk(2, -1)
-    turned = turned * angles_T1D.cos() + torch.cat((-second, first), -1) * angles_T1D.sin()
-    return torch.cat((turned.to(x_BTND.dtype), unturned), -1)
+    first, second = rotated.chunk(2, -1)
+    rotated = rotated * angles_T1D.cos() + torch.cat((-second, first), -1) * angles_T1D.sin()
+    return torch.cat((rotated.to(x_BTND.dtype), rest), -1)
 
 
 def causal_attention(query_BTND: Tensor, key_BTGD: Tensor, value_BTGD: Tensor, window: int | None = None) -> Tensor:
     """Average the values of all tokens up to each one, weighted by softmax(q . k / sqrt(D)).
 
-    With a window only the last so many of these tokens count, itself included. Each key/value head
-    serves N/G neighbouring query heads.
+    With a window, only the last `window` of these tokens count, itself included. N/G neighboring query heads share a
+    key/value head.
+
     Reference: Attention Is All You Need (arXiv 1706.03762), eq. 1.
     """
     num_heads, head_dim = query_BTND.shape[2:]
-    sharers = num_heads // key_BTGD.shape[2]
-    key_BTND, value_BTND = (x.repeat_interleave(sharers, 2) for x in (key_BTGD, value_BTGD))
+    queries_per_group = num_heads // key_BTGD.shape[2]
+    key_BTND, value_BTND = (x.repeat_interleave(queries_per_group, 2) for x in (key_BTGD, value_BTGD))
     scores_BNTT = torch.einsum("bqnd,bknd->bnqk", query_BTND, key_BTND) / math.sqrt(head_dim)
-    hidden_TT = torch.ones_like(scores_BNTT[0, 0], dtype=torch.bool).triu(1)
+    masked_TT = torch.ones_like(scores_BNTT[0, 0], dtype=torch.bool).triu(1)
     if window is not None:
-        hidden_TT |= torch.ones_like(hidden_TT).tril(-window)
-    weights_BNTT = precise(scores_BNTT).masked_fill(hidden_TT, -math.inf).softmax(-1)
+        masked_TT |= torch.ones_like(masked_TT).tril(-window)
+    weights_BNTT = precise(scores_BNTT).masked_fill(masked_TT, -math.inf).softmax(-1)
     return torch.einsum("bnqk,bknd->bqnd", weights_BNTT.to(query_BTND.dtype), value_BTND)
 
 
 class GatedAttention(nn.Module):
-    """Softmax attention with QK-norm, partial RoPE and a sigmoid gate on what it read.
+    """Softmax attention with QK-norm, partial RoPE and a sigmoid output gate.
 
-    Rows of q_proj lie head by head: its query, then its gate. For comparison there are other gates
-    (Gated Attention, arXiv 2505.06708): none, one number per head, one gate for all heads, SiLU,
-    on the values instead; their rows are gate_proj, which no published model has.
+    The rows of q_proj are ordered head by head: its query, then its gate. Variants of the gate (Gated Attention, arXiv
+    2505.06708) are: none, one number per head, one gate for all heads, SiLU, on the values instead; their rows are
+    gate_proj, which no published model has.
     """
 
     def __init__(self, config: ModelConfig, window: int | None = None) -> None:
@@ -112,14 +114,14 @@ class GatedAttention(nn.Module):
         hidden, head_dim, epsilon = config.hidden_size, config.kv_channels, config.layernorm_epsilon
         query_dim = config.num_attention_heads * head_dim
         key_dim = config.num_query_groups * head_dim
-        gate_dim = query_dim if config.gate_lies_with_queries else 0
+        gate_dim = query_dim if config.gate_is_in_query_projection else 0
         self.q_proj = nn.Linear(hidden, query_dim + gate_dim, bias=False)
         self.k_proj = nn.Linear(hidden, key_dim, bias=False)
         self.v_proj = nn.Linear(hidden, key_dim, bias=False)
         self.o_proj = nn.Linear(query_dim, hidden, bias=False)
         self.q_norm = ZeroCenteredRMSNorm(head_dim, epsilon)
         self.k_norm = ZeroCenteredRMSNorm(head_dim, epsilon)
-        if config.gate_heads and not config.gate_lies_with_queries:
+        if config.gate_heads and not config.gate_is_in_query_projection:
             self.gate_proj = nn.Linear(hidden, config.gate_heads * config.gate_width, bias=False)
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
@@ -130,23 +132,23 @@ class GatedAttention(nn.Module):
         value_BTGD = self.v_proj(hidden_BTH).unflatten(-1, (c.num_query_groups, -1))
         gate = gate_BTND[0] if gate_BTND else self.other_gate(hidden_BTH)
 
-        query_BTND = rotate(self.q_norm(query_BTND), c.rotary_dim, c.rotary_base)
-        key_BTGD = rotate(self.k_norm(key_BTGD), c.rotary_dim, c.rotary_base)
+        query_BTND = apply_rope(self.q_norm(query_BTND), c.rotary_dim, c.rotary_base)
+        key_BTGD = apply_rope(self.k_norm(key_BTGD), c.rotary_dim, c.rotary_base)
         if c.attention_gate_position == "value":
-            value_BTGD = self.opened(value_BTGD, gate)
-        read_BTND = causal_attention(query_BTND, key_BTGD, value_BTGD, self.window)
+            value_BTGD = self.apply_gate(value_BTGD, gate)
+        output_BTND = causal_attention(query_BTND, key_BTGD, value_BTGD, self.window)
         if c.attention_gate_position == "output":
-            read_BTND = self.opened(read_BTND, gate)
-        return self.o_proj(read_BTND.flatten(2))
+            output_BTND = self.apply_gate(output_BTND, gate)
+        return self.o_proj(output_BTND.flatten(2))
 
     def other_gate(self, hidden_BTH: Tensor) -> Tensor | None:
-        """Return the gate of gate_proj: heads or 1 for all of them, numbers of a head or 1 for all of them."""
+        """Return the gate of gate_proj: N heads or 1 for all heads, D channels or 1 for all channels."""
         if not self.config.gate_heads:
             return None
         return self.gate_proj(hidden_BTH).unflatten(-1, (-1, self.config.gate_width))
 
-    def opened(self, heads: Tensor, gate: Tensor | None) -> Tensor:
-        """Let through of each head what its gate says."""
+    def apply_gate(self, heads: Tensor, gate: Tensor | None) -> Tensor:
+        """Multiply each head by its activated gate."""
         if gate is None:
             return heads
         silu = self.config.attention_gate_activation == "silu"
@@ -161,14 +163,15 @@ def gated_delta_rule(
         S_t = S_{t-1} alpha_t (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
         o_t = S_t q_t
 
-    S is the notebook, and S k the value noted under key k. Multiplied out, a token does three
-    things: forget a little everywhere (S <- alpha S, with alpha = exp(log_decay) in (0, 1)); look
-    up what its own key holds (S k); and replace that by its value as far as beta in (0, 1) says
-    (S <- S + beta (v - S k) k^T). The last is one gradient step of size beta on |S k - v|^2 / 2:
-    the "delta rule" of Widrow and Hoff. S is held transposed below, [K, W].
+    The state S is an associative memory, and S k is the value stored for key k. Expanded, every token does three
+    steps: decay the memory (S <- alpha S, with alpha = exp(log_decay) in (0, 1)); retrieve the value of its key (S k);
+    and move it towards the token's value by a fraction beta in (0, 1) (S <- S + beta (v - S k) k^T). The last step is
+    one gradient step of size beta on |S k - v|^2 / 2: the "delta rule" of Widrow and Hoff. The code has S transposed,
+    [K, W].
 
-    Shapes: keys of length 1 and queries of length 1/sqrt(K), both already one per value head.
+    Shapes: keys of length 1 and queries of length 1/sqrt(K), repeated to one per value head.
     Returns: o_BTNW.
+
     Reference: Gated Delta Networks (arXiv 2412.06464), section 3.1, the gated delta rule.
     """
     batch, num_tokens, num_heads, key_dim = key_BTNK.shape
@@ -177,9 +180,9 @@ def gated_delta_rule(
     for t in range(num_tokens):
         key_BNK, query_BNK = key_BTNK[:, t], query_BTNK[:, t]
         state_BNKW = state_BNKW * log_decay_BTN[:, t, :, None, None].exp()
-        noted_BNW = torch.einsum("bnk,bnkw->bnw", key_BNK, state_BNKW)
-        edit_BNW = beta_BTN[:, t, :, None] * (value_BTNW[:, t] - noted_BNW)
-        state_BNKW = state_BNKW + torch.einsum("bnk,bnw->bnkw", key_BNK, edit_BNW)
+        stored_BNW = torch.einsum("bnk,bnkw->bnw", key_BNK, state_BNKW)
+        update_BNW = beta_BTN[:, t, :, None] * (value_BTNW[:, t] - stored_BNW)
+        state_BNKW = state_BNKW + torch.einsum("bnk,bnw->bnkw", key_BNK, update_BNW)
         outputs_BNW.append(torch.einsum("bnk,bnkw->bnw", query_BNK, state_BNKW))
     return torch.stack(outputs_BNW, 1)
 
@@ -187,8 +190,8 @@ def gated_delta_rule(
 class GatedDeltaNet(nn.Module):
     """Linear attention by the gated delta rule: a short convolution before, a gated norm after.
 
-    Rows of in_proj_qkvz lie key head by key head: its q, its k, then v and then z of the value
-    heads it serves. Rows of in_proj_ba likewise, b (for beta) and then a (for alpha).
+    The rows of in_proj_qkvz are ordered key head by key head: its q, its k, then v and then z of its value heads. Those
+    of in_proj_ba likewise, b (for beta) and then a (for alpha).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -212,43 +215,44 @@ class GatedDeltaNet(nn.Module):
         beta_BTN = torch.sigmoid(precise(b_BTN))
         step_BTN = F.softplus(precise(a_BTN) + precise(self.dt_bias))
         log_decay_BTN = -precise(self.A_log).exp() * step_BTN
-        read_BTNW = gated_delta_rule(
+        output_BTNW = gated_delta_rule(
             self.key_heads(query_BTC) / math.sqrt(c.linear_key_head_dim),
             self.key_heads(key_BTC),
             self.value_heads(precise(value_BTC)),
             log_decay_BTN,
             beta_BTN,
         ).to(hidden_BTH.dtype)
-        return self.out_proj(self.norm(read_BTNW, self.value_heads(z_BTC)).flatten(2))
+        return self.out_proj(self.norm(output_BTNW, self.value_heads(z_BTC)).flatten(2))
 
     def project(self, hidden_BTH: Tensor) -> list[Tensor]:
-        """Return q, k, v, z, b and a, each with its heads side by side."""
+        """Return q, k, v, z, b and a, each with its heads concatenated."""
         c = self.config
         num_keys, key_width = c.linear_num_key_heads, c.linear_key_head_dim
-        value_width = c.value_dim // num_keys  # of all value heads that one key head serves
+        # of all value heads of one key head
+        value_width = c.value_dim // num_keys
         qkvz = self.in_proj_qkvz(hidden_BTH).unflatten(-1, (num_keys, -1))
         ba = self.in_proj_ba(hidden_BTH).unflatten(-1, (num_keys, -1))
         parts = qkvz.split((key_width, key_width, value_width, value_width), -1) + ba.chunk(2, -1)
         return [part.flatten(2) for part in parts]
 
     def short_convolution(self, x_BTC: Tensor) -> Tensor:
-        """Mix into every channel its own last few tokens, so that keys can stand for short phrases.
+        """Convolve every channel with its last few tokens, so that keys can represent short phrases.
 
-        y_t = SiLU(sum_j w_j x_{t-j}), j from 0 to the kernel size less one.
+        y_t = SiLU(sum_j w_j x_{t-j}), j from 0 to the kernel size minus one.
         """
         num_earlier = self.config.linear_conv_kernel_dim - 1
         x_BCT = F.pad(x_BTC.transpose(1, 2), (num_earlier, 0))
         return F.silu(self.conv1d(x_BCT)).transpose(1, 2)
 
     def key_heads(self, x_BTC: Tensor) -> Tensor:
-        """Cut into heads of length 1, each repeated for the value heads it serves."""
+        """Split into heads, normalized to length 1 and repeated for the value heads of each."""
         c = self.config
         heads = precise(x_BTC).unflatten(-1, (c.linear_num_key_heads, -1))
-        served = c.linear_num_value_heads // c.linear_num_key_heads
-        return l2_normalise(heads).repeat_interleave(served, 2)
+        values_per_key = c.linear_num_value_heads // c.linear_num_key_heads
+        return l2_normalize(heads).repeat_interleave(values_per_key, 2)
 
     def value_heads(self, x_BTC: Tensor) -> Tensor:
-        """Cut into value heads."""
+        """Split into value heads."""
         return x_BTC.unflatten(-1, (self.config.linear_num_value_heads, -1))
 
 
@@ -267,16 +271,20 @@ class SwiGLU(nn.Module):
 
 @dataclass
 class Routing:
-    """What a router did with one batch."""
+    """Probabilities, load and losses of one router for one batch.
 
-    probs_BTE: Tensor  # softmax over all experts
-    load_E: Tensor  # share of the routed slots each expert received; sums to 1
-    balance_loss: Tensor  # E * sum_i load_i * mean_prob_i: 1 when balanced
-    z_loss: Tensor  # mean square of log sum exp of the logits: keeps them small
+    probs_BTE: softmax over all experts. load_E: share of the routed slots per expert; sums to 1. balance_loss:
+    E * sum_i load_i * mean_prob_i, 1 when balanced. z_loss: mean square of log sum exp of the logits.
+    """
+
+    probs_BTE: Tensor
+    load_E: Tensor
+    balance_loss: Tensor
+    z_loss: Tensor
 
 
 class MixtureOfExperts(nn.Module):
-    """Ask each token's top experts, weighted by the router, and the shared expert, by its gate."""
+    """Sum of each token's top-k experts, weighted by the router, and of the shared expert, weighted by its gate."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -291,30 +299,30 @@ class MixtureOfExperts(nn.Module):
     def forward(self, hidden_BTH: Tensor) -> tuple[Tensor, Routing]:
         hidden_XH = hidden_BTH.flatten(0, 1)
         logits_XE = F.linear(precise(hidden_XH), precise(self.gate.weight))
-        # The bias of balancing without a loss (arXiv 2408.15664) has a say in the choice alone.
-        chosen_XS = (logits_XE + self.expert_bias_E).topk(self.topk, -1).indices
-        top_logits_XS = logits_XE.gather(-1, chosen_XS)
-        # Softmax over the chosen alone: the same as softmax over all, scaled to sum to 1 again.
+        # The bias of loss-free balancing (arXiv 2408.15664) is used in the selection only.
+        selected_XS = (logits_XE + self.expert_bias_E).topk(self.topk, -1).indices
+        top_logits_XS = logits_XE.gather(-1, selected_XS)
+        # Softmax over the selected logits is softmax over all, renormalized to sum to 1.
         weights_XS = top_logits_XS.softmax(-1).to(hidden_XH.dtype)
 
         sum_XH = torch.sigmoid(self.shared_expert_gate(hidden_XH)) * self.shared_expert(hidden_XH)
         for number, expert in enumerate(self.experts):
-            token, slot = torch.where(chosen_XS == number)
-            answers = weights_XS[token, slot, None] * expert(hidden_XH[token])
-            sum_XH = sum_XH.index_add(0, token, answers)
-        return sum_XH.view_as(hidden_BTH), routing(logits_XE, chosen_XS, hidden_BTH.shape[0])
+            token, slot = torch.where(selected_XS == number)
+            outputs = weights_XS[token, slot, None] * expert(hidden_XH[token])
+            sum_XH = sum_XH.index_add(0, token, outputs)
+        return sum_XH.view_as(hidden_BTH), routing(logits_XE, selected_XS, hidden_BTH.shape[0])
 
 
-def routing(logits_XE: Tensor, chosen_XS: Tensor, batch: int) -> Routing:
-    """Count the routed slots and measure their balance over the whole batch.
+def routing(logits_XE: Tensor, selected_XS: Tensor, batch: int) -> Routing:
+    """Compute load, balance loss and z-loss of a router over the whole batch.
 
     Reference: Switch Transformer (arXiv 2101.03961), eq. 4 to 6, with the share of slots for f; for
     the z-loss ST-MoE (arXiv 2202.08906), eq. 5.
     """
     num_experts = logits_XE.shape[-1]
     probs_XE = logits_XE.softmax(-1)
-    count_E = torch.bincount(chosen_XS.flatten(), minlength=num_experts)
-    load_E = count_E.to(probs_XE.dtype) / chosen_XS.numel()
+    count_E = torch.bincount(selected_XS.flatten(), minlength=num_experts)
+    load_E = count_E.to(probs_XE.dtype) / selected_XS.numel()
     balance_loss = num_experts * (load_E * probs_XE.mean(0)).sum()
     z_loss = logits_XE.logsumexp(-1).square().mean()
     return Routing(probs_XE.unflatten(0, (batch, -1)), load_E, balance_loss, z_loss)

@@ -1,36 +1,35 @@
-"""The whole architecture in plain torch, to be read, and the oracle the fast model is tested by.
+"""Reference implementation of the whole architecture in plain torch, for reading and as the oracle of tests.
 
-A language model reads tokens 0..t and gives the odds of token t+1. Between the embedding and the
-output head, Qwen3-Next stacks layers of two halves, each adding its answer to the hidden state:
+A language model reads tokens 0..t and predicts the distribution of token t+1. Between the embedding and the output
+head, Qwen3-Next stacks layers of two sublayers, each of which adds its output to the residual stream:
 
-1. A *token mixer* carries information between positions. Softmax attention looks every earlier
-   token up again: exact, but its cost grows with the square of the length. A *Gated DeltaNet* keeps
-   one small matrix per head, a notebook of key -> value entries, and edits it once per token: the
-   cost grows with the length only, but old notes fade. Three layers of four keep notebooks, the
-   fourth attends: cheap reading, and now and then a full look back.
-2. A *mixture of experts* works on each token alone. Of many small networks (512 in the 80B model) a
-   router picks a few (10) per token, and one shared expert serves all: the model may know a lot
-   while a token pays for little of it.
+1. A *token mixer* moves information between positions. Softmax attention retrieves every earlier token exactly, but its
+   cost grows with the square of the length. A *Gated DeltaNet* has one small matrix per head, an associative memory of
+   key -> value pairs, and updates it once per token: the cost grows linearly with the length, but old entries decay.
+   Three layers of four are Gated DeltaNet, the fourth is attention, so most layers are cheap and every fourth has exact
+   access to all tokens.
+2. A *mixture of experts* processes each token separately. Of many small networks (512 in the 80B model) a router
+   selects a few (10) per token, and one shared expert processes all tokens: the model has many parameters while a token
+   uses few of them.
 
-Around these, what makes it train well:
-- *Zero-centered RMSNorm*: the scale is 1 + weight, so weight decay pulls it to 1 and keeps it
-  bounded; a plain scale it would pull to 0.
-- *QK-norm, partial RoPE*: queries and keys are normalised per head, which bounds the attention
-  scores. Positions enter by turning the first quarter of a head; the rest compares content alone.
-- *Output gate*: softmax hands out weights that sum to 1 even where nothing is relevant, and models
-  learn to dump them on the first token. A sigmoid gate after it lets a head say nothing instead.
-- *Balance loss*: left alone, a router overuses a few experts. E * sum_i f_i P_i (f_i the share of
-  routed slots expert i received, P_i its mean probability) is 1 when all are used alike and more
-  when not. Its gradient flows through P only, as f is a count. Taken over the whole batch, a single
-  text may still have its favourites (arXiv 2501.11873).
-- *Multi-token prediction*: one more layer takes the final state of position t and the embedding of
-  token t+1, and predicts token t+2. The trunk learns to look ahead, and inference gets a cheap
-  drafter for speculative decoding (DeepSeek-V3, arXiv 2412.19437).
+Further parts, for training quality:
+- *Zero-centered RMSNorm*: the scale is 1 + weight, so weight decay pulls it to 1 and keeps it bounded; it would pull a
+  plain scale to 0.
+- *QK-norm, partial RoPE*: queries and keys are normalized per head, which bounds the attention scores. RoPE rotates the
+  first quarter of a head by position; the rest compares content only.
+- *Output gate*: softmax weights sum to 1 even where nothing is relevant, and models learn to put them on the first
+  token (attention sink). With a sigmoid gate after it, a head can output zero instead.
+- *Balance loss*: without it, a router overuses a few experts. E * sum_i f_i P_i (f_i the share of routed slots of
+  expert i, P_i its mean probability) is 1 when all are used equally and larger otherwise. Its gradient flows through P
+  only, as f is a count. It is computed over the whole batch, so that experts may specialize within a text (arXiv
+  2501.11873).
+- *Multi-token prediction* (MTP): one more layer takes the final state of position t and the embedding of token t+1, and
+  predicts token t+2. This is an additional training signal, and a cheap draft model for speculative decoding
+  (DeepSeek-V3, arXiv 2412.19437).
 
-What is not here is speed: no kernels, no parallelism, no cache; and no packing of documents,
-nothing of `config.megatron`. `layers.py` has the parts of a layer. Names
-and layouts are the published checkpoint's; `megatron_q3n/hf.py` maps them to megatron-core's.
-Norms, gates, router, softmax and loss run in fp32, or fp64 in a double model.
+There are no kernels, no parallelism, no cache, no packing of documents, and nothing of `config.megatron`. The modules
+of a layer are in `layers.py`. Names and layouts are the published checkpoint's; `megatron_q3n/hf/` maps them to
+megatron-core's. Norms, gates, router, softmax and loss run in fp32, or fp64 in a double model.
 
 Shape suffixes: B batch, T tokens of a sequence, H hidden, V vocabulary, E experts.
 """
@@ -55,9 +54,9 @@ from megatron_q3n.model.reference.layers import (
 
 
 class DecoderLayer(nn.Module):
-    """A token mixer and a mixture of experts, each reading a normalised copy of the hidden state.
+    """Token mixer and mixture of experts, each with a norm at its input.
 
-    mixer: G for Gated DeltaNet, * for gated attention, S for gated attention to a sliding window.
+    mixer: G for Gated DeltaNet, * for gated attention, S for gated attention with a sliding window.
     """
 
     def __init__(self, config: ModelConfig, mixer: str) -> None:
@@ -75,8 +74,8 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden_BTH: Tensor) -> tuple[Tensor, Routing]:
         mix = self.linear_attn if self.mixer == GATED_DELTA_NET else self.self_attn
         hidden_BTH = hidden_BTH + mix(self.input_layernorm(hidden_BTH))
-        answer_BTH, routing = self.mlp(self.post_attention_layernorm(hidden_BTH))
-        return hidden_BTH + answer_BTH, routing
+        output_BTH, routing = self.mlp(self.post_attention_layernorm(hidden_BTH))
+        return hidden_BTH + output_BTH, routing
 
 
 class Trunk(nn.Module):
@@ -98,15 +97,15 @@ class Trunk(nn.Module):
 
 
 class TokenPredictor(nn.Module):
-    """Multi-token prediction, one depth: see one token further, predict one token further.
+    """One depth of multi-token prediction: its input and its prediction are one token further than before.
 
-    Its hidden input is the trunk's state *after* the final norm (at deeper depths, the output of
-    the depth before, after `norm`), although `pre_fc_norm_hidden` normalises it once more. That is
-    what megatron-core's HybridModel feeds, and what the released weights expect: vLLM's
-    qwen3_next_mtp is given the output of Qwen3NextModel, which ends in its norm, and llama.cpp
-    (pull request 24025) and LightLLM (1402) measured higher acceptance with it. DeepSeek-V3 differs
-    here, and the wrong choice shows nowhere but in the acceptance rate. `fc` takes the embedding
-    first. Reference: DeepSeek-V3 (arXiv 2412.19437), eq. 21 to 23.
+    The hidden input is the trunk's state *after* the final norm (at deeper depths, the output of the previous depth,
+    after `norm`), although `pre_fc_norm_hidden` normalizes it again. This is what megatron-core's HybridModel does and
+    what the released weights expect: vLLM's qwen3_next_mtp gets the output of Qwen3NextModel, which ends in its norm,
+    and llama.cpp (pull request 24025) and LightLLM (1402) measured higher acceptance with it. DeepSeek-V3 differs here,
+    and the wrong choice is visible only in the acceptance rate. The embedding comes first in the input of `fc`.
+
+    Reference: DeepSeek-V3 (arXiv 2412.19437), eq. 21 to 23.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -125,19 +124,21 @@ class TokenPredictor(nn.Module):
 
 @dataclass
 class ReferenceOutput:
-    """Everything a test may want to compare. Losses are None without labels.
+    """Logits, losses and router statistics of a forward pass, for comparison in tests.
 
-    Per-router lists hold one entry per MoE layer, then one per depth of multi-token prediction.
+    `loss` is what training minimizes; without labels, losses are None or empty. Lists per router have one entry per MoE
+    layer, then one per depth of multi-token prediction: balance losses, 1.0 when balanced; probabilities [B,T,E]; loads
+    [E].
     """
 
     logits_BTV: Tensor
-    loss: Tensor | None  # what training minimises
+    loss: Tensor | None
     lm_loss: Tensor | None
     mtp_losses: list[Tensor]
     mtp_logits: list[Tensor]
-    balance_loss: list[Tensor]  # each 1.0 when balanced
-    router_probs: list[Tensor]  # [B, T, E]
-    router_loads: list[Tensor]  # [E]
+    balance_loss: list[Tensor]
+    router_probs: list[Tensor]
+    router_loads: list[Tensor]
 
 
 class ReferenceModel(nn.Module):
@@ -149,7 +150,7 @@ class ReferenceModel(nn.Module):
         self.config = config
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Published models have one depth, `mtp`. More depths of our own have no published name.
+        # Published models have one depth, `mtp`. Further depths have no published name.
         self.mtp = TokenPredictor(config) if config.mtp_num_layers else None
         separate = 0 if config.mtp_use_repeated_layer else config.mtp_num_layers - 1
         self.mtp_deeper = nn.ModuleList(TokenPredictor(config) for _ in range(separate))
@@ -163,11 +164,10 @@ class ReferenceModel(nn.Module):
     ) -> ReferenceOutput:
         """Predict, and with labels also compute the loss.
 
-        Labels are the tokens one to the right of `tokens_BT`. The loss is that of the next token,
-        plus `mtp_loss_scaling_factor` times the mean of the depths' losses, plus
-        `moe_aux_loss_coeff` and `moe_z_loss_coeff` times the sums of the routers' losses (left out of
-        `loss`, not of `balance_loss`, if not `with_balance`). Every cross-entropy is a mean over the tokens its
-        own mask leaves; the balance is counted over all tokens.
+        Labels are the tokens one to the right of `tokens_BT`. The loss is that of the next token, plus
+        `mtp_loss_scaling_factor` times the mean of the depths' losses, plus `moe_aux_loss_coeff` and `moe_z_loss_coeff`
+        times the sums of the routers' losses (without `with_balance` they are omitted from `loss`, but not from
+        `balance_loss`). Every cross-entropy is a mean over the tokens of its own mask; the balance is over all tokens.
         """
         hidden_BTH, routings = self.model(tokens_BT)
         logits_BTV = self.lm_head(hidden_BTH)
@@ -198,8 +198,8 @@ class ReferenceModel(nn.Module):
     def predict_further(self, tokens_BT: Tensor, hidden_BTH: Tensor) -> tuple[list[Tensor], list[Routing]]:
         """Return per depth k = 1, 2, … the logits of token t+1+k at position t, and the routing.
 
-        Tokens move left by one per depth, positions stay. What moves in at the end is token 0: the
-        last k positions of depth k predict nothing real, and `mtp_losses` masks them.
+        Tokens shift left by one per depth; positions do not change. Token 0 fills the end: the last k positions of
+        depth k have no target, and `mtp_losses` masks them.
         """
         logits, routings = [], []
         for depth in range(self.config.mtp_num_layers):
@@ -211,7 +211,7 @@ class ReferenceModel(nn.Module):
         return logits, routings
 
     def mtp_losses(self, mtp_logits: list[Tensor], labels_BT: Tensor, loss_mask_BT: Tensor) -> list[Tensor]:
-        """Return the cross-entropy per depth, against labels and mask moved left with the tokens."""
+        """Return the cross-entropy per depth, with labels and mask shifted left like the tokens."""
         losses = []
         for logits_BTV in mtp_logits:
             labels_BT, loss_mask_BT = shift_left(labels_BT), shift_left(loss_mask_BT)
@@ -219,7 +219,7 @@ class ReferenceModel(nn.Module):
         return losses
 
     def router_losses(self, routings: list[Routing], mtp_routings: list[Routing]) -> Tensor:
-        """Sum balance and z-losses over layers; one layer applied at every depth counts once."""
+        """Sum balance and z-losses over layers; a layer repeated at every depth counts once."""
         c = self.config
         applications = len(mtp_routings) if c.mtp_use_repeated_layer else 1
 
@@ -236,11 +236,11 @@ class ReferenceModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "ReferenceModel":
-        """Draw all weights from one seed, and return the model.
+        """Initialize all weights from one seed, and return the model.
 
-        Matrices are normal with `init_method_std`, norms start at scale 1, the convolution at
-        torch's own default. A DeltaNet head forgets at a rate A drawn from U(0.01, 16), times a step of
-        softplus(1), or one drawn from `linear_time_step_init`.
+        Matrices are normal with `init_method_std`, norms have scale 1, the convolution has torch's default. The decay
+        rate of a DeltaNet head is A from U(0.01, 16), times a step of softplus(1), or a step from
+        `linear_time_step_init`.
         """
         generator = torch.Generator().manual_seed(seed)
         std = self.config.init_method_std
@@ -259,16 +259,17 @@ class ReferenceModel(nn.Module):
                 if self.config.linear_time_step_init is not None:
                     log_range = [math.log(step) for step in self.config.linear_time_step_init]
                     step_H = module.dt_bias.uniform_(*log_range, generator=generator).exp_()
-                    step_H.add_(torch.log(-torch.expm1(-step_H)))  # softplus(dt_bias) is the step
+                    # inverse of softplus, so that softplus(dt_bias) is the step
+                    step_H.add_(torch.log(-torch.expm1(-step_H)))
         if self.config.moe_router_normalized_init:
             for module in self.modules():
                 if isinstance(module, MixtureOfExperts):
-                    normalise_rows(module.gate.weight, std)
+                    normalize_rows(module.gate.weight, std)
         return self
 
 
 def shift_left(x_BT: Tensor) -> Tensor:
-    """Move every sequence one token to the left and put a zero at its end."""
+    """Shift every sequence one token to the left, with a zero at its end."""
     return F.pad(x_BT[:, 1:], (0, 1))
 
 
@@ -278,10 +279,11 @@ def masked_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, mask_BT: Tensor)
     return (losses_BT * mask_BT).sum() / mask_BT.sum().clamp(min=1)
 
 
-def normalise_rows(weight_EH: Tensor, std: float) -> None:
-    """Give every router row the length std * sqrt(H) it has on average, keeping its direction.
+def normalize_rows(weight_EH: Tensor, std: float) -> None:
+    """Scale every router row to its average length std * sqrt(H), keeping its direction.
 
-    With rows of unlike length, the experts with longer ones win more tokens from the first step.
+    With rows of different lengths, the experts with longer ones get more tokens from the first step.
+
     Reference: sigma-MoE (Csordás et al. 2023, arXiv 2310.10837), on initialization.
     """
     length = std * math.sqrt(weight_EH.shape[1])

@@ -1,6 +1,6 @@
-"""The chunked rule against the token-by-token definition, in fp64: outputs, states, gradients,
-packing, carried state.
-"""
+"""Chunked delta rule against the recurrent definition, in fp64: outputs, states, gradients, packing, carried state."""
+
+import itertools
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_q3n.kernels.gated_delta.delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from megatron_q3n.kernels.norms import l2_norm
+from megatron_q3n.packing import Packing
 
 
 def problem(
@@ -48,31 +49,31 @@ def test_chunked_equals_recurrent(tokens: int, key_heads: int, value_heads: int,
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(sum),
     chunk=st.sampled_from([4, 16, 64]),
     with_state=st.booleans(),
-    finals_wanted=st.booleans(),
+    with_finals=st.booleans(),
 )
 def test_packed_documents_equal_single_ones(
-    lengths: list[int], chunk: int, with_state: bool, finals_wanted: bool
+    lengths: list[int], chunk: int, with_state: bool, with_finals: bool
 ) -> None:
-    """Empty documents included: they hand their state on untouched."""
+    """Empty documents included: they return their state unchanged."""
     inputs = problem(1, sum(lengths), 2, 4, 4, 3)
     state = torch.randn(len(lengths), 4, 4, 3, dtype=torch.float64) if with_state else None
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    packing = Packing.of([0, *itertools.accumulate(lengths)])
     output, finals = chunk_gated_delta_rule(
-        *inputs, initial_state_DHKV=state, cu_seqlens=bounds, chunk_size=chunk, output_final_state=finals_wanted
+        *inputs, initial_state_DHKV=state, packing=packing, chunk_size=chunk, output_final_state=with_finals
     )
-    assert (finals is not None) == finals_wanted
+    assert (finals is not None) == with_finals
     packed_grads = torch.autograd.grad(output.sin().sum(), inputs)
     singles = []
-    for d, (start, end) in enumerate(zip(bounds.tolist(), bounds.tolist()[1:])):
+    for d, (start, end) in enumerate(packing.spans):
         before = state[d : d + 1] if state is not None else None
-        if start == end and not finals_wanted:
+        if start == end and not with_finals:
             continue
         if start == end:
             expected = before if before is not None else torch.zeros(1, 4, 4, 3, dtype=torch.float64)
             torch.testing.assert_close(finals[d : d + 1], expected, rtol=0, atol=0)
             continue
         alone, final = recurrent_gated_delta_rule(*(x[:, start:end] for x in inputs), initial_state_DHKV=before)
-        if finals_wanted:
+        if with_finals:
             torch.testing.assert_close(finals[d : d + 1], final, rtol=0, atol=1e-12)
         singles.append(alone)
     together = torch.cat(singles, dim=1)
@@ -81,7 +82,7 @@ def test_packed_documents_equal_single_ones(
         torch.testing.assert_close(packed, single, rtol=0, atol=1e-11)
 
 
-def test_state_hands_over() -> None:
+def test_carried_state() -> None:
     inputs = problem(1, 90, 2, 4, 4, 3)
     whole, final = chunk_gated_delta_rule(*inputs)
     first, state = chunk_gated_delta_rule(*(x[:, :37] for x in inputs))
@@ -90,6 +91,6 @@ def test_state_hands_over() -> None:
     torch.testing.assert_close(end, final, rtol=0, atol=1e-12)
 
 
-def test_refuses_bounds_that_are_not_the_row() -> None:
-    with pytest.raises(ValueError, match="must run from 0 to the number of tokens"):
-        chunk_gated_delta_rule(*problem(1, 8, 1, 1, 2, 2), cu_seqlens=torch.tensor([0, 5]))
+def test_rejects_documents_that_do_not_cover_the_row() -> None:
+    with pytest.raises(ValueError, match="must cover a batch of one row"):
+        chunk_gated_delta_rule(*problem(1, 8, 1, 1, 2, 2), packing=Packing.of([0, 5]))

@@ -1,11 +1,11 @@
-"""Grouped matrix products against one product per row; experts nobody chose included."""
+"""Grouped linear layer against one product per row; experts without tokens included."""
 
 import torch
 
-from megatron_q3n.kernels.moe.grouped_linear import grouped_linear, mark_stale, settle
+from megatron_q3n.kernels.moe.grouped_linear import clear_if_not_accumulated, grouped_linear, mark_overwrite
 
 
-def test_each_row_meets_its_own_expert() -> None:
+def test_rows_use_their_own_expert() -> None:
     counts = torch.tensor([3, 0, 5, 0])
     rows = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 7, 6, dtype=torch.float64, requires_grad=True)
@@ -19,17 +19,18 @@ def test_each_row_meets_its_own_expert() -> None:
     assert got[1][1].abs().sum() == 0
 
 
-def test_a_stale_main_gradient_is_never_added_to() -> None:
-    """The path that only adds clears it first; what nobody used is cleared by `settle`."""
+def test_an_outdated_main_gradient_is_never_accumulated() -> None:
+    """A path that only accumulates clears it first; `clear_if_not_accumulated` clears that of an unused weight."""
     weight = torch.nn.Parameter(torch.randn(2, 3, 4))
     for use in (True, False):
         weight.main_grad = torch.full_like(weight, 7.0)
-        mark_stale([weight])
+        mark_overwrite([weight])
         if use:
             grouped_linear(torch.randn(5, 4), weight, torch.tensor([2, 3]))
         else:
-            settle(weight)
+            clear_if_not_accumulated(weight)
         assert not weight.main_grad.any()
         weight.main_grad += 1
-        settle(weight)  # settled once, it is this step's
+        # it is this step's gradient, which a second call must not clear
+        clear_if_not_accumulated(weight)
         assert weight.main_grad.eq(1).all()

@@ -1,7 +1,7 @@
-"""Compiling ahead: which problems a configuration brings, and a helper that fails, hangs, is waited for or orphaned.
+"""Ahead-of-time compilation: problems of a configuration, and helpers that fail, hang, or lose their parent.
 
-Here the helpers are small programs, or the real one on a machine that lacks what it needs. That it compiles the
-kernels which the check then asks for is seen on a GPU only.
+The helpers are small programs, or the real one on a machine without its packages. That it compiles the kernels which
+the check requests is tested on a GPU only.
 """
 
 import os
@@ -21,11 +21,11 @@ from megatron_q3n.kernels.startup.delta_rule_problems import DeltaRuleProblem, c
 
 ROOT = Path(__file__).parents[3]
 HEADS = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
-SAYS_DONE = "import sys; sys.stdin.readline(); print('done')"
-# a helper with a compiler of its own, whose number it leaves
+PRINTS_DONE = "import sys; sys.stdin.readline(); print('done')"
+# a helper with a child compiler, whose process id it writes
 HANGS = """
 import pathlib, subprocess, sys, time
-from megatron_q3n.kernels import delta_rule_compiler
+from megatron_q3n.kernels.startup import delta_rule_compiler
 import threading
 sys.stdin.readline()
 compiler = subprocess.Popen(["sleep", "60"])
@@ -35,7 +35,7 @@ time.sleep(60)
 """
 STARTS_ONE = """
 import sys, time
-from megatron_q3n.kernels import compile_ahead
+from megatron_q3n.kernels.startup import compile_ahead
 compile_ahead.start_helper({"problems": 7}, [sys.executable, *sys.argv[1:]])
 print("started", flush=True)
 time.sleep(60)
@@ -48,13 +48,13 @@ def program(text: str, *arguments: object) -> list[str]:
 
 def config_of(**settings: Any) -> RunConfig:
     training = {"sequence_length": 2048, "micro_batch_size": 8, "global_batch_size": 8}
-    given = {"model": HEADS, "training": training}
-    return validate({**given, **settings})
+    arguments = {"model": HEADS, "training": training}
+    return validate({**arguments, **settings})
 
 
 @pytest.fixture(autouse=True)
-def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keep locks and stamps apart from those of runs on this machine, and end what a test leaves."""
+def separate_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use locks and stamps apart from those of runs on this machine, and stop helpers that a test leaves."""
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(compile_ahead, "_report", None)
@@ -85,17 +85,17 @@ def test_heads_are_those_of_one_rank() -> None:
 
 
 def test_without_a_gpu_nothing_is_started() -> None:
-    if any(Path(trace).exists() for trace in compile_ahead._TRACES_OF_A_GPU):
+    if any(Path(trace).exists() for trace in compile_ahead._GPU_FILES):
         pytest.skip("this machine has a GPU")
     compile_ahead.start(config_of(precision={"compute": "bf16"}))
     assert compile_ahead.finish() is None
 
 
-def test_what_the_helper_says_is_reported_once_it_is_done() -> None:
-    compile_ahead.start_helper({"problems": 1}, program(SAYS_DONE))
+def test_the_helpers_output_is_reported() -> None:
+    compile_ahead.start_helper({"problems": 1}, program(PRINTS_DONE))
     report = compile_ahead.finish()
     assert report is not None
-    assert report.startswith("done; waited for it ")
+    assert report.startswith("done; waited ")
     assert compile_ahead.finish() == report
 
 
@@ -106,7 +106,7 @@ def test_the_real_helper_where_flash_qla_is_missing_fails_and_the_run_goes_on() 
     compile_ahead.start_helper({"problems": [problem]})
     report = compile_ahead.finish() or ""
     assert "FAILED (1: ModuleNotFoundError: No module named 'flash_qla')" in report
-    assert "the check compiles by itself" in report
+    assert "the kernels are compiled during the check" in report
 
 
 def test_a_helper_that_cannot_be_started_is_no_failure_either(tmp_path: Path) -> None:
@@ -114,18 +114,18 @@ def test_a_helper_that_cannot_be_started_is_no_failure_either(tmp_path: Path) ->
     assert (compile_ahead.finish() or "").startswith("NOT STARTED ([Errno 2] No such file")
 
 
-def test_a_helper_that_dies_before_it_reads_is_told_of() -> None:
-    compile_ahead.start_helper({"problems": "x" * 2**20}, program("raise SystemExit('no room')"))
-    assert "FAILED (1: no room)" in (compile_ahead.finish() or "")
+def test_a_helper_that_exits_before_reading_is_reported() -> None:
+    compile_ahead.start_helper({"problems": "x" * 2**20}, program("raise SystemExit('out of memory')"))
+    assert "FAILED (1: out of memory)" in (compile_ahead.finish() or "")
 
 
-def test_patience_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(compile_ahead, "_PATIENCE_SECONDS", 0.2)
+def test_timeout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compile_ahead, "_TIMEOUT_SECONDS", 0.2)
     compile_ahead.start_helper({}, program("import time; time.sleep(60)"))
-    assert "not done after 0 s and ended" in (compile_ahead.finish() or "")
+    assert "not done after 0 s and killed" in (compile_ahead.finish() or "")
 
 
-def test_a_stamp_spares_a_warm_start_the_helper() -> None:
+def test_a_stamp_prevents_a_second_helper() -> None:
     leaves_stamp = (
         "import json, pathlib, sys; stamp = pathlib.Path(json.loads(sys.stdin.readline())['stamp']);"
         "stamp.parent.mkdir(parents=True); stamp.touch(); print('compiled')"
@@ -134,12 +134,12 @@ def test_a_stamp_spares_a_warm_start_the_helper() -> None:
     assert (compile_ahead.finish() or "").startswith("compiled")
     compile_ahead.start_helper({"problems": 1}, program("raise SystemExit('started again')"))
     assert compile_ahead.finish() is None
-    compile_ahead.start_helper({"problems": 2}, program(SAYS_DONE))
+    compile_ahead.start_helper({"problems": 2}, program(PRINTS_DONE))
     assert (compile_ahead.finish() or "").startswith("done")
 
 
 def test_the_helper_ends_with_a_killed_parent_and_takes_its_compilers_along(tmp_path: Path) -> None:
-    """And meanwhile the other ranks of the machine wait for it: its lock is held by it alone."""
+    """Meanwhile the other ranks of the machine wait for its lock, which only the helper holds."""
     number = tmp_path / "compiler"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     parent = subprocess.Popen(program(STARTS_ONE, "-c", HANGS, number), env=environment, stdout=subprocess.PIPE)
@@ -176,7 +176,7 @@ def _until(holds: Any) -> None:
 
 
 def _runs(number: int) -> bool:
-    """Whether a process runs; an orphan that nobody has asked about yet does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -185,8 +185,8 @@ def _runs(number: int) -> bool:
 
 COMPILES_AHEAD = """
 import pathlib, sys
-import megatron_q3n.train as train
-from megatron_q3n.kernels import compile_ahead
+import megatron_q3n.recipe as recipe
+from megatron_q3n.kernels.startup import compile_ahead
 from megatron_q3n.kernels.startup.delta_rule_problems import checked_problems
 recipe.register_defaults()
 config = recipe.configure(sys.argv[2:])
@@ -196,8 +196,8 @@ cache = pathlib.Path(sys.argv[1])
 found = lambda: sorted(path.parent.name for path in cache.rglob("executable.so"))
 before = found()
 import torch
-from megatron_q3n.kernels import delta_rule_backend
-verdict = delta_rule_backend.choose(torch.device("cuda", 0), torch.bfloat16, checked_problems(config))
+from megatron_q3n.kernels.startup.delta_rule_check import check_delta_rule
+verdict = check_delta_rule(torch.device("cuda", 0), torch.bfloat16, checked_problems(config))
 print(verdict)
 assert verdict.startswith("fla: "), verdict
 assert before and found() == before, f"compiled by the check: {set(found()) - set(before)}"
@@ -210,11 +210,13 @@ assert before and found() == before, f"compiled by the check: {set(found()) - se
 def test_the_check_finds_every_kernel_compiled(tmp_path: Path, settings: tuple[str, ...]) -> None:
     """From an empty cache; a minute each."""
     pytest.importorskip("flash_qla")
-    given = [str(tmp_path / "cache"), "--config-name", "pretrain-small", *settings]
+    arguments = [str(tmp_path / "cache"), "--config-name", "pretrain-small", *settings]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(program(COMPILES_AHEAD, *given), env=environment, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr[-3000:]
+    completed = subprocess.run(
+        program(COMPILES_AHEAD, *arguments), env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    print(completed.stdout)
+    assert completed.returncode == 0, completed.stderr[-3000:]
 
 
 def test_fla_is_imported_without_its_models() -> None:

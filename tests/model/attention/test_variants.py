@@ -1,9 +1,11 @@
-"""Gates, windows and patterns other than the published ones: what is legal, how large, and the same when generating.
+"""Variants of attention (gates, windows, patterns): validation, sizes, and generation equal to training.
 
-Forward and backward against the reference: test_parity.py. Layouts: tests/tools/layouts/test_more_layouts.py.
-Not covered: TransformerEngine, whose attention takes the window from the same TransformerConfig field.
+Forward and backward against the reference: tests/model/test_parity.py. Layouts:
+tests/tools/layouts/test_more_layouts.py. Not covered: TransformerEngine, whose attention takes the window from the same
+TransformerConfig field.
 """
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from megatron_q3n.config import ModelConfig, UserError, validate
 from megatron_q3n.config.sizes import flops_per_token, parameters
+from megatron_q3n.packing import Packing
 from tests.inference.tiny_model import TINY, full_logits, random_prompts, tiny_model
 from tests.model.decode.test_forward import assert_equal_to_full, decoded
 
@@ -20,7 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "headwise": {"attention_gate": "headwise"},
     "shared silu": {"attention_gate_shared": True, "attention_gate_activation": "silu"},
     "values": {"attention_gate_position": "value"},
-    "one number for all values": {
+    "one gate for all values": {
         "attention_gate": "headwise",
         "attention_gate_position": "value",
         "attention_gate_shared": True,
@@ -33,8 +36,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_built_with_the_weights_that_sizes_count_and_generates_as_it_trains(name: str, alone: Any) -> None:
-    """Prompts in chunks and token by token, side by side and packed, against the training forward pass."""
+def test_sizes_match_and_generation_equals_training(name: str, alone: Any) -> None:
+    """Prompts in chunks and token by token, batched and packed, against the training forward pass."""
     model = tiny_model(alone, **MODELS[name])
     for module in model.modules():
         if getattr(module, "bias_update_rate", None) is not None:
@@ -46,19 +49,19 @@ def test_built_with_the_weights_that_sizes_count_and_generates_as_it_trains(name
     assert_equal_to_full(model, prompts, decoded(model, prompts, cuts))
 
 
-def test_a_window_hides_what_is_older(alone: Any) -> None:
-    """Two layers that see 5 tokens each: a change is felt 8 tokens on, and not 9."""
+def test_a_window_masks_older_tokens(alone: Any) -> None:
+    """Two layers with windows of 5 tokens: a change affects the next 8 tokens, and not the ninth."""
     settings = {"mixer_pattern": "S", "num_layers": 2, "attention_window_tokens": 5}
     model = tiny_model(alone, mtp_num_layers=0, **settings)
     (tokens,) = random_prompts([40], 64)
     changed = [*tokens[:10], (tokens[10] + 1) % 64, *tokens[11:]]
-    moved = (full_logits(model, tokens) - full_logits(model, changed)).abs().amax(-1)
-    assert (moved > 1e-4).nonzero().flatten().tolist() == list(range(10, 19))
+    difference = (full_logits(model, tokens) - full_logits(model, changed)).abs().amax(-1)
+    assert (difference > 1e-4).nonzero().flatten().tolist() == list(range(10, 19))
 
 
 @pytest.mark.parametrize("window", [1, 3, 12, 100])
 @pytest.mark.parametrize("lengths", [None, [8, 16, 24]])
-def test_ranks_see_together_what_one_process_sees(lengths: list[int] | None, window: int) -> None:
+def test_masks_of_ranks_are_those_of_one_process(lengths: list[int] | None, window: int) -> None:
     """The mask under context parallelism 2 is a rearrangement of one process's, packed or not."""
     from types import SimpleNamespace
 
@@ -69,24 +72,24 @@ def test_ranks_see_together_what_one_process_sees(lengths: list[int] | None, win
         return SimpleNamespace(size=lambda: size, rank=lambda: rank)
 
     device = torch.device("cpu")
-    bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
-    whole = visible_keys(bounds, 48, group(1, 0), device, window)
+    packing = None if lengths is None else Packing.of([0, *itertools.accumulate(lengths)])
+    whole = visible_keys(packing, 48, group(1, 0), device, window)
     assert whole is not None
-    order = zigzag_indices(bounds, 48, 2)
+    order = zigzag_indices(packing, 48, 2)
     for rank in range(2):
-        mine = visible_keys(bounds, 24, group(2, rank), device, window)
-        torch.testing.assert_close(mine, whole[order[rank]][:, order.flatten()])
-    starts = torch.arange(48) - (0 if lengths is None else bounds[:-1].repeat_interleave(torch.tensor(lengths)))
+        local = visible_keys(packing, 24, group(2, rank), device, window)
+        torch.testing.assert_close(local, whole[order[rank]][:, order.flatten()])
+    starts = torch.arange(48) if packing is None else packing.position_T
     assert whole.sum(1).tolist() == (starts + 1).clamp(max=window).tolist()
 
 
-def test_flops_of_a_window_are_those_of_the_tokens_it_sees() -> None:
+def test_flops_of_a_window_count_the_tokens_in_it() -> None:
     def core(length: int, **settings: Any) -> float:
         return flops_per_token(validate({"model": settings}).model, length).attention_core
 
-    half_seen = sum(min(i, 64) for i in range(1, 257)) / sum(range(1, 257))
+    share = sum(min(i, 64) for i in range(1, 257)) / sum(range(1, 257))
     window = core(256, mixer_pattern="S", attention_window_tokens=64)
-    assert window / core(256, mixer_pattern="*") == pytest.approx(half_seen, rel=0.01)
+    assert window / core(256, mixer_pattern="*") == pytest.approx(share, rel=0.01)
     everything = core(256, mixer_pattern="S", attention_window_tokens=1000)
     assert everything == core(256, mixer_pattern="*")
     assert core(256, mixer_pattern="G") == 0
@@ -95,7 +98,7 @@ def test_flops_of_a_window_are_those_of_the_tokens_it_sees() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"mixer_pattern": "GGS*"}, "say how many tokens it sees with model.attention_window_tokens"),
+        ({"mixer_pattern": "GGS*"}, "set its window with model.attention_window_tokens"),
         ({"attention_window_tokens": 8}, "attention_window_tokens=8 has no effect with"),
         ({"mixer_pattern": "GM"}, r"use only G .* S \(sliding-window attention\)"),
         (
@@ -112,13 +115,13 @@ def test_flops_of_a_window_are_those_of_the_tokens_it_sees() -> None:
         ({"megatron": {"attention_output_gate": False}}, "set model.attention_gate instead"),
     ],
 )
-def test_what_cannot_take_effect_is_refused(model: dict[str, Any], message: str) -> None:
+def test_settings_without_effect_are_refused(model: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         validate({"model": model})
 
 
 def test_windows_over_context_parallel_ranks_need_our_own_attention() -> None:
     layout = {"context_parallel_size": 2, "world_size": 2}
-    with pytest.raises(UserError, match="knows no sliding window"):
+    with pytest.raises(UserError, match="does not support a sliding window"):
         validate({"model": WINDOW, "parallel": layout})
     validate({"model": WINDOW | {"backend": "torch"}, "parallel": layout})

@@ -1,4 +1,4 @@
-"""The router: rows of equal norm at init, balance over the whole global batch, the same for every split of it."""
+"""Router: rows of equal norm at initialization, and balance over the global batch, the same for every split of it."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def test_rows_start_with_one_norm(alone: Any) -> None:
 
 def test_balance_does_not_depend_on_micro_batches(alone: Any) -> None:
     """Three steps with 1, 2 and 4 micro-batches: the same losses, loads and gradient norms."""
-    from megatron_q3n.data.batch import batch_of_rows
+    from megatron_q3n.data.batch import causal_batch
     from megatron_q3n.training.state import build_state
     from megatron_q3n.training.step import train_step
 
@@ -38,7 +38,7 @@ def test_balance_does_not_depend_on_micro_batches(alone: Any) -> None:
         steps = []
         for rows in tokens:
             batches = [
-                batch_of_rows(part[:, :-1], part[:, 1:].contiguous(), torch.ones(size, 64)) for part in rows.split(size)
+                causal_batch(part[:, :-1], part[:, 1:].contiguous(), torch.ones(size, 64)) for part in rows.split(size)
             ]
             report = train_step(state, batches)
             steps.append([report.loss, report.grad_norm, *report.balance_losses.values(), *report.mtp_losses])
@@ -47,14 +47,14 @@ def test_balance_does_not_depend_on_micro_batches(alone: Any) -> None:
         torch.testing.assert_close(split, results[0], rtol=1e-5, atol=0)
 
 
-def test_text_starts_more_evenly_spread_from_rows_of_one_norm(alone: Any) -> None:
-    """Real text, 64 experts, three models that differ in nothing else: load nearer to 1, choice nearer to uniform.
+def test_rows_of_one_norm_spread_text_more_evenly(alone: Any) -> None:
+    """Real text, 64 experts, three seeds: the load is nearer to 1 and the routing nearer to uniform.
 
-    tools/studies/router_balance.py prints the figures for any model. With few experts, or wide rows, whose norms hardly
-    differ, the effect drowns in that of frequent tokens.
+    tools/studies/router_balance.py prints the statistics for any model. With few experts, or wide rows, whose norms
+    hardly differ, the effect is smaller than that of frequent tokens.
     """
     from megatron_q3n.data.pretrain import build_pretrain_data
-    from tools.studies.router_balance import FIGURES, fresh_loads
+    from tools.studies.router_balance import FIGURES, initial_loads
 
     size = {"num_moe_experts": 64, "moe_router_topk": 4, "hidden_size": 64, "embedding_init_method_std": 1.0}
     config = validate({"model": size, "training": {"sequence_length": 256}})
@@ -62,7 +62,7 @@ def test_text_starts_more_evenly_spread_from_rows_of_one_norm(alone: Any) -> Non
     figures = {}
     for normalized in (False, True):
         config = validate({"model": size | {"moe_router_normalized_init": normalized}})
-        loads = [load for seed in range(3) for load in fresh_loads(config, seed, text, alone)]
+        loads = [load for seed in range(3) for load in initial_loads(config, seed, text, alone)]
         assert len(loads) == 3 * 4
         for name, figure in FIGURES.items():
             figures[name, normalized] = sum(map(figure, loads)) / len(loads)
@@ -75,19 +75,19 @@ def test_text_starts_more_evenly_spread_from_rows_of_one_norm(alone: Any) -> Non
 
 
 def gradients_over(state: Any, tokens: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
-    """Take a step that changes no weight, in micro-batches of so many rows; return every gradient."""
-    from megatron_q3n.data.batch import batch_of_rows
+    """Run a step that changes no weight, in micro-batches of `size` rows; return every gradient."""
+    from megatron_q3n.data.batch import causal_batch
     from tests.model.test_packing import gradients_of
 
     batches = [
-        batch_of_rows(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(size, rows.shape[1] - 1))
+        causal_batch(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(size, rows.shape[1] - 1))
         for rows in tokens.split(size)
     ]
     return gradients_of(state, batches)[1]
 
 
 def test_balance_in_a_micro_batch_is_that_of_its_own_tokens(alone: Any) -> None:
-    """aux_loss: the mean over micro-batches of the reference's loss on each; seen to differ from the whole batch's."""
+    """aux_loss: the mean of the reference's loss over micro-batches, which differs from that of the whole batch."""
     from megatron_q3n import hf
     from megatron_q3n.training.state import build_state
     from tests.model.reference.test_model import reference
@@ -99,25 +99,25 @@ def test_balance_in_a_micro_batch_is_that_of_its_own_tokens(alone: Any) -> None:
     state, exact = build_state(config, *alone), reference(config.model)
     state.models[0].load_state_dict(hf.to_megatron(exact.state_dict(), config.model), strict=False)
     tokens = torch.randint(0, 512, (4, 41), generator=torch.Generator().manual_seed(5))
-    found = gradients_over(state, tokens, 2)
+    gradients = gradients_over(state, tokens, 2)
 
-    def wanted(rows: int) -> dict[str, torch.Tensor]:
+    def reference_gradients(rows: int) -> dict[str, torch.Tensor]:
         exact.zero_grad()
         for part in tokens.split(rows):
             (exact(part[:, :-1], part[:, 1:]).loss * rows / 4).backward()
         published = {name: p.grad for name, p in exact.named_parameters()}
         return hf.to_megatron(published, config.model, gradients=True)
 
-    each, whole = wanted(2), wanted(4)
-    for name, gradient in found.items():
-        largest = each[name].abs().max()
-        assert (gradient - each[name]).abs().max() < 1e-3 * largest, name
+    by_micro_batch, by_batch = reference_gradients(2), reference_gradients(4)
+    for name, gradient in gradients.items():
+        largest = by_micro_batch[name].abs().max()
+        assert (gradient - by_micro_batch[name]).abs().max() < 1e-3 * largest, name
         if name.endswith("router.weight"):
-            assert (gradient - whole[name]).abs().max() > 0.01 * largest, name
+            assert (gradient - by_batch[name]).abs().max() > 0.01 * largest, name
 
 
-def test_bias_chooses_and_does_not_weigh(alone: Any) -> None:
-    """Logits and gradients are the reference's, which adds the bias to the choice alone."""
+def test_bias_selects_experts_and_does_not_change_gates(alone: Any) -> None:
+    """Logits and gradients are the reference's, which uses the bias in the top-k selection only."""
     from megatron_q3n import hf
     from megatron_q3n.model.build import build_model
     from megatron_q3n.model.moe.router import routers_of
@@ -134,9 +134,9 @@ def test_bias_chooses_and_does_not_weigh(alone: Any) -> None:
         assert not router.expert_bias.any()
         router.expert_bias.copy_(torch.randn(8, generator=torch.Generator().manual_seed(7)) * 3)
         layer.mlp.expert_bias_E.copy_(router.expert_bias)
-    wanted = exact(tokens[:, :-1], tokens[:, 1:])
-    assert (wanted.logits_BTV - plain).abs().max() > 0.1
-    wanted.loss.backward()
+    expected = exact(tokens[:, :-1], tokens[:, 1:])
+    assert (expected.logits_BTV - plain).abs().max() > 0.1
+    expected.loss.backward()
     positions = torch.arange(40)[None]
     losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
     losses.mean().backward()
@@ -147,12 +147,12 @@ def test_bias_chooses_and_does_not_weigh(alone: Any) -> None:
         assert error < 1e-3 * gradients[name].abs().max(), name
     with torch.no_grad():
         logits = model.eval()(tokens[:, :-1], positions, None)
-    torch.testing.assert_close(logits, wanted.logits_BTV.float().detach(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits, expected.logits_BTV.float().detach(), rtol=0, atol=1e-4)
 
 
 def test_bias_balances_without_a_loss(alone: Any) -> None:
-    """It moves by the rate towards the mean of the global batch's counts, is saved, and evens the load out."""
-    from megatron_q3n.data.batch import batch_of_rows
+    """The bias moves by the rate towards the mean of the global batch's counts, is saved, and balances the load."""
+    from megatron_q3n.data.batch import causal_batch
     from megatron_q3n.model.moe.router import routers_of
     from megatron_q3n.training.state import build_state
     from megatron_q3n.training.step import train_step
@@ -171,15 +171,15 @@ def test_bias_balances_without_a_loss(alone: Any) -> None:
     state.optimizer.step = lambda: (True, None, None)
     (router,) = routers_of(state.models).values()
     tokens = torch.randint(0, 512, (4, 65), generator=torch.Generator().manual_seed(5))
-    batches = [batch_of_rows(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(2, 64)) for rows in tokens.split(2)]
-    fullest = []
+    batches = [causal_batch(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(2, 64)) for rows in tokens.split(2)]
+    max_loads = []
     for _ in range(40):
         before = router.expert_bias.clone()
         (load,) = map(torch.tensor, train_step(state, batches).expert_load.values())
         torch.testing.assert_close(router.expert_bias - before, 0.01 * (1 / 8 - load).sign())
-        fullest.append(load.max().item() * 8)
-    print(f"fullest / mean: {fullest[0]:.3f} at first, {fullest[-1]:.3f} after 40 steps")
-    assert fullest[-1] < 1.1 < fullest[0]
+        max_loads.append(load.max().item() * 8)
+    print(f"fullest / mean: {max_loads[0]:.3f} at first, {max_loads[-1]:.3f} after 40 steps")
+    assert max_loads[-1] < 1.1 < max_loads[0]
     saved = state.models[0].sharded_state_dict()
     key = next(key for key in saved if key.endswith("expert_bias"))
     assert saved[key].data is router.expert_bias

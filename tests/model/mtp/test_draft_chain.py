@@ -1,4 +1,4 @@
-"""Training for drafts is what drafting does: the same logits at every depth and anchor, from the same own drafts.
+"""MTP training for drafting equals drafting: the same logits at every depth and anchor, from the same own drafts.
 
 fp32, one process. Layouts: tests/tools/layouts/test_more_layouts.py.
 """
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_q3n.config.mtp import MtpConfig
+from megatron_q3n.packing import Packing
 from tests.inference.tiny_model import random_prompts, tiny_model
 
 DEPTHS = 4
 TOLERANCE = 1e-4
-OWN = MtpConfig(method="inference", own_drafts_start=1.0, own_drafts_end=1.0)
+SCHEDULED = MtpConfig(method="inference", scheduled_sampling_start=1.0, scheduled_sampling_end=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def model(alone: Any) -> Any:
 
 @pytest.fixture
 def heads(model: Any) -> Any:
-    """Collect what the head puts out, call by call."""
+    """Collect the logits of the output layer, call by call."""
     calls: list[Tensor] = []
     hook = model.output_layer.register_forward_hook(lambda *call: calls.append(call[2][0].detach().clone()))
     yield calls
@@ -33,9 +34,9 @@ def heads(model: Any) -> Any:
 
 def train_forward(model: Any, settings: MtpConfig, tokens: Tensor, **packing: Any) -> Tensor:
     """Run a training pass. Returns: per-token losses."""
-    from megatron_q3n.model.mtp.loss import MTPLosses
+    from megatron_q3n.model.mtp.accumulators import MTPLosses
 
-    model.config.mtp_losses = MTPLosses(DEPTHS, settings)
+    model.config.pass_state.mtp = MTPLosses(DEPTHS, settings)
     model.config.mtp_detach_heads = settings.trunk != "trained"
     model.train()
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
@@ -46,9 +47,10 @@ def train_forward(model: Any, settings: MtpConfig, tokens: Tensor, **packing: An
 
 
 def drafted(model: Any, tokens: list[int]) -> Tensor:
-    """Draft greedily as decoding does, once the trunk has read all tokens but the last. Returns: logits [depths, V]."""
-    from megatron_q3n.model.decode.forward import extend, extend_mtp, generating, logits_of
-    from megatron_q3n.model.decode.state import DecodeState, Span
+    """Draft greedily as decoding does, after all tokens but the last went through the trunk. Returns: [depths, V]."""
+    from megatron_q3n.model.decode.forward import compute_logits, extend, extend_mtp, generating
+    from megatron_q3n.model.decode.span import Span
+    from megatron_q3n.model.decode.state import DecodeState
 
     state, device = DecodeState.empty(model, 1), torch.device("cpu")
     span = Span([0], [len(tokens) - 1], device)
@@ -57,7 +59,7 @@ def drafted(model: Any, tokens: list[int]) -> Tensor:
         hidden = extend(model, torch.tensor(tokens[:-1]), span, state)
         hidden = extend_mtp(model, hidden, torch.tensor(tokens[1:]), span, state)[-1:]
         for depth in range(DEPTHS):
-            logits.append(logits_of(model, hidden)[0])
+            logits.append(compute_logits(model, hidden)[0])
             span = Span([len(tokens) - 1 + depth], [1], device)
             hidden = extend_mtp(model, hidden, logits[-1].argmax(-1, keepdim=True), span, state)
     return torch.stack(logits)
@@ -65,41 +67,38 @@ def drafted(model: Any, tokens: list[int]) -> Tensor:
 
 def test_logits_at_every_depth_are_the_decoders(model: Any, heads: list[Tensor]) -> None:
     tokens = torch.tensor(random_prompts([40, 40], 64))
-    train_forward(model, OWN, tokens)
+    train_forward(model, SCHEDULED, tokens)
     by_depth = torch.stack(heads[:DEPTHS])  # [depths, S, B, V]
     for row in range(2):
         for anchor in (0, 1, 7, 20, 33, 38):
-            wanted = drafted(model, tokens[row, : anchor + 2].tolist())
+            expected = drafted(model, tokens[row, : anchor + 2].tolist())
             ours = by_depth[:, anchor, row]
-            torch.testing.assert_close(ours, wanted, rtol=0, atol=TOLERANCE)
+            torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_packed_documents_draft_as_if_alone(model: Any, heads: list[Tensor]) -> None:
-    from megatron.core.packed_seq_params import PackedSeqParams
+def test_packed_documents_draft_as_single_documents(model: Any, heads: list[Tensor]) -> None:
+    from megatron_q3n.model.packed_params import PackedParams
 
     documents = random_prompts([13, 30, 21], 64, seed=4)
-    bounds = torch.tensor([0, 13, 43, 64], dtype=torch.int32)
-    packing = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=30, max_seqlen_kv=30
-    )
+    packing = Packing.of([0, 13, 43, 64])
     tokens = torch.tensor([[token for document in documents for token in document]])
     positions = torch.cat([torch.arange(len(d)) for d in documents])[None]
-    train_forward(model, OWN, tokens, positions=positions, packed_seq_params=packing)
+    train_forward(model, SCHEDULED, tokens, positions=positions, packed_seq_params=PackedParams.of(packing))
     by_depth = torch.stack(heads[:DEPTHS])
-    for document, start in zip(documents, bounds.tolist()):
+    for document, start in zip(documents, packing.offsets):
         for anchor in (0, 5, len(document) - 2):
-            wanted = drafted(model, document[: anchor + 2])
-            torch.testing.assert_close(by_depth[:, start + anchor, 0], wanted, rtol=0, atol=TOLERANCE)
+            expected = drafted(model, document[: anchor + 2])
+            torch.testing.assert_close(by_depth[:, start + anchor, 0], expected, rtol=0, atol=TOLERANCE)
 
 
 def test_stock_training_differs_from_decoding(model: Any, heads: list[Tensor]) -> None:
-    """The reason for all this, and proof that the comparison sees a difference: depth 1 agrees, depth 2 does not."""
+    """The comparison detects a difference: stock training agrees with decoding at depth 1 and not at depth 2."""
     tokens = torch.tensor(random_prompts([40], 64))
     train_forward(model, MtpConfig(), tokens)
-    wanted = drafted(model, tokens[0, :35].tolist())
-    # the text's own continuation is not drafted, so feed the decoder's draft as the text
-    torch.testing.assert_close(heads[0][33, 0], wanted[0], rtol=0, atol=TOLERANCE)
-    tokens[0, 35] = wanted[0].argmax()
+    expected = drafted(model, tokens[0, :35].tolist())
+    # stock training feeds the text, so put the decoder's draft into the text
+    torch.testing.assert_close(heads[0][33, 0], expected[0], rtol=0, atol=TOLERANCE)
+    tokens[0, 35] = expected[0].argmax()
     heads.clear()
     train_forward(model, MtpConfig(), tokens)
-    assert (heads[1][33, 0] - wanted[1]).abs().max() > 100 * TOLERANCE
+    assert (heads[1][33, 0] - expected[1]).abs().max() > 100 * TOLERANCE

@@ -1,6 +1,6 @@
-"""The losses of training for drafts: what is fed by the schedule, what counts, whom the gradient reaches.
+"""Losses of MTP training for drafting: scheduled sampling, masks, and which parameters get a gradient.
 
-That the logits are the decoder's: test_draft_chain.py.
+The logits against decoding: test_draft_chain.py.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ TOKENS = torch.tensor(random_prompts([32, 32], 64, seed=6))
 
 @pytest.fixture(scope="module")
 def model(alone: Any) -> Any:
-    # without balance loss, whose gradient no option keeps from the trunk
+    # without the load-balancing loss, whose gradient always reaches the trunk
     return tiny_model(alone, mtp_num_layers=DEPTHS, mtp_use_repeated_layer=True, moe_aux_loss_coeff=0)
 
 
@@ -29,25 +29,25 @@ def settings(**changes: Any) -> MtpConfig:
 def losses(model: Any, **changes: Any) -> Tensor:
     """Return each depth's mean loss."""
     train_forward(model, settings(**changes), TOKENS)
-    totals = model.config.mtp_losses.take_totals()
+    totals = model.config.pass_state.mtp.pop_totals()
     return totals[:, 0] / totals[:, 1]
 
 
 def gradients(model: Any, **changes: Any) -> dict[str, float]:
-    """Return the largest gradient of the draft layer and of the trunk, by the drafts' losses alone."""
+    """Return the largest gradient of the MTP layer and of the trunk, from the MTP losses only."""
     model.zero_grad()
     output = train_forward(model, settings(**changes), TOKENS)
     (output.sum() * 0).backward()
-    found = {"mtp": 0.0, "trunk": 0.0}
+    largest = {"mtp": 0.0, "trunk": 0.0}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             part = "mtp" if name.startswith("mtp.") else "trunk"
-            found[part] = max(found[part], parameter.grad.abs().max().item())
+            largest[part] = max(largest[part], parameter.grad.abs().max().item())
     model.zero_grad()
-    return found
+    return largest
 
 
-def test_gradient_stays_in_the_draft_layer_when_detached(model: Any) -> None:
+def test_gradient_stays_in_the_mtp_layer_when_detached(model: Any) -> None:
     trained, detached = gradients(model), gradients(model, trunk="detached")
     assert trained["mtp"] > 0
     assert trained["trunk"] > 0
@@ -55,50 +55,50 @@ def test_gradient_stays_in_the_draft_layer_when_detached(model: Any) -> None:
     assert detached["trunk"] == 0
 
 
-def test_own_drafts_change_every_depth_but_the_first(model: Any) -> None:
-    text = losses(model, own_drafts_end=0.0)
-    own = losses(model, own_drafts_start=1.0, after_wrong_draft="text")
+def test_fed_drafts_change_every_depth_but_the_first(model: Any) -> None:
+    text = losses(model, scheduled_sampling_end=0.0)
+    own = losses(model, scheduled_sampling_start=1.0, after_wrong_draft="teacher_forcing")
     assert own[0] == pytest.approx(text[0].item(), abs=1e-6)
     assert ((own[1:] - text[1:]).abs() > 1e-3).all()
 
 
-def test_schedule_moves_the_share_of_own_drafts(alone: Any) -> None:
-    from megatron_q3n.model.mtp.loss import MTPLosses
+def test_schedule_changes_the_scheduled_sampling_probability(alone: Any) -> None:
+    from megatron_q3n.model.mtp.accumulators import MTPLosses
 
-    ledger = MTPLosses(DEPTHS, settings(own_drafts_start=0.2, own_drafts_end=0.8), total_steps=5)
-    shares = []
+    mtp_losses = MTPLosses(DEPTHS, settings(scheduled_sampling_start=0.2, scheduled_sampling_end=0.8), total_steps=5)
+    probabilities = []
     for step in range(6):
-        ledger.set_step(step)
-        shares.append(ledger.own_drafts.item())
-    assert shares == pytest.approx([0.2, 0.35, 0.5, 0.65, 0.8, 0.8])
+        mtp_losses.set_step(step)
+        probabilities.append(mtp_losses.own_draft_probability.item())
+    assert probabilities == pytest.approx([0.2, 0.35, 0.5, 0.65, 0.8, 0.8])
 
 
-def test_successors_of_wrong_drafts_can_be_left_out(model: Any) -> None:
-    """Random text is hardly ever drafted right, so nearly all of what follows a draft is left out."""
-    text = losses(model, own_drafts_start=1.0, after_wrong_draft="text")
-    skipped = losses(model, own_drafts_start=1.0)
-    assert skipped[0] == pytest.approx(text[0].item(), abs=1e-6)
-    assert (skipped[1:] < 0.2 * text[1:]).all()
+def test_successors_of_wrong_drafts_can_be_masked(model: Any) -> None:
+    """Drafts of random text are almost never right, so nearly everything after a draft is masked."""
+    text = losses(model, scheduled_sampling_start=1.0, after_wrong_draft="teacher_forcing")
+    masked = losses(model, scheduled_sampling_start=1.0)
+    assert masked[0] == pytest.approx(text[0].item(), abs=1e-6)
+    assert (masked[1:] < 0.2 * text[1:]).all()
 
 
 def test_distillation_towards_the_model_itself(model: Any) -> None:
-    """The divergence at depth 1, by hand from the two sets of logits."""
+    """The divergence at depth 1, computed from the two sets of logits."""
     heads: list[Tensor] = []
     hook = model.output_layer.register_forward_hook(lambda *call: heads.append(call[2][0].detach().clone()))
-    found = losses(model, label_weight=0.0, distillation_weight=2.0, own_drafts_end=0.0)
+    divergences = losses(model, label_weight=0.0, distillation_weight=2.0, scheduled_sampling_end=0.0)
     hook.remove()
     target_SBV, drafts_SBV = heads[0][1:], heads[1][:-1]
     p, log_q = target_SBV.softmax(-1), drafts_SBV.log_softmax(-1)
-    wanted = (p * (target_SBV.log_softmax(-1) - log_q)).sum(-1).mean()
-    assert found[0].item() == pytest.approx(2 * wanted.item(), rel=1e-4)
+    expected = (p * (target_SBV.log_softmax(-1) - log_q)).sum(-1).mean()
+    assert divergences[0].item() == pytest.approx(2 * expected.item(), rel=1e-4)
 
 
-def test_depths_weigh_as_asked(alone: Any) -> None:
-    from megatron_q3n.model.mtp.loss import MTPLosses
+def test_depth_weights_are_normalized(alone: Any) -> None:
+    from megatron_q3n.model.mtp.accumulators import MTPLosses
 
-    ledger = MTPLosses(DEPTHS, settings(depth_weights=[4.0, 3.0, 2.0, 1.0]))
+    mtp_losses = MTPLosses(DEPTHS, settings(depth_weights=[4.0, 3.0, 2.0, 1.0]))
     mask = torch.ones(1, 8)
-    scales = [ledger.scale(depth, mask.sum(), mask).item() for depth in range(DEPTHS)]
+    scales = [mtp_losses.scale(depth, mask.sum(), mask).item() for depth in range(DEPTHS)]
     assert scales == pytest.approx([0.4, 0.3, 0.2, 0.1])
 
 
@@ -108,8 +108,8 @@ def test_recomputing_gives_the_same_gradients(model: Any) -> None:
     try:
         for name, value in full.items():
             setattr(model.config, name, value)
-        recomputed = gradients(model, own_drafts_start=0.5)
+        recomputed = gradients(model, scheduled_sampling_start=0.5)
     finally:
         for name, value in before.items():
             setattr(model.config, name, value)
-    assert recomputed == pytest.approx(gradients(model, own_drafts_start=0.5), rel=1e-5)
+    assert recomputed == pytest.approx(gradients(model, scheduled_sampling_start=0.5), rel=1e-5)

@@ -1,8 +1,8 @@
-"""The plain-torch reference against transformers' Qwen3-Next, and what transformers lacks by itself.
+"""Reference model in plain torch against transformers' Qwen3-Next, and multi-token prediction, which it lacks.
 
-transformers has no multi-token prediction: that is checked against one put together from its
-decoder layer and norm as vLLM's qwen3_next_mtp puts it together, which shows the wiring and not
-that the released model means it so. megatron-core is compared in the model's own parity tests.
+Multi-token prediction is compared with a model built from transformers' decoder layer and norm as in vLLM's
+qwen3_next_mtp. That checks the connections, and not that the released model was trained with them. megatron-core is
+compared in tests/model/test_parity.py.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_q3n.config import GATED_DELTA_NET, ModelConfig, UserError
 from megatron_q3n.model.reference.layers import gated_delta_rule, routing
-from megatron_q3n.model.reference.model import ReferenceModel, normalise_rows
+from megatron_q3n.model.reference.model import ReferenceModel, normalize_rows
 
 VARIANTS = {
     "tiny": ModelConfig(),
@@ -41,7 +41,8 @@ VARIANTS = {
     ),
     "eight layers, one mixer in two": ModelConfig(num_layers=8, mixer_pattern="G*"),
 }
-NUM_TOKENS = 77  # more than one chunk of transformers' delta rule, and not a whole number of them
+# more than one chunk of transformers' delta rule, and not a multiple of it
+NUM_TOKENS = 77
 
 
 def qwen3_next() -> ModuleType:
@@ -58,11 +59,11 @@ def qwen3_next() -> ModuleType:
 
 @contextlib.contextmanager
 def precision(dtype: torch.dtype) -> Iterator[None]:
-    """Make transformers compute in `dtype` throughout.
+    """Make transformers compute in `dtype` everywhere.
 
-    Its code names fp32 where it wants more than bf16 (`x.float()`, `dtype=torch.float32`), which
-    in a double model is a loss: 1e-9 could not be reached. Here those names mean `dtype`, and so
-    does the default type of new tensors. The formulas stay transformers' own.
+    Its code converts to fp32 explicitly (`x.float()`, `dtype=torch.float32`), which loses precision in a double model,
+    where the tolerance is 1e-9. Here these conversions, and the default dtype of new tensors, are `dtype`. The formulas
+    are unchanged.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "float32", dtype)
@@ -102,17 +103,18 @@ def published_config(config: ModelConfig) -> object:
         moe_intermediate_size=config.moe_ffn_hidden_size,
         shared_expert_intermediate_size=config.moe_shared_expert_intermediate_size,
         attn_implementation="eager",
-        experts_implementation="eager",  # the grouped matrix product knows no fp64
+        # the grouped GEMM does not support fp64
+        experts_implementation="eager",
     )
 
 
 @torch.no_grad()
 def move_from_init(model: nn.Module, seed: int = 0) -> None:
-    """Draw weights far enough from their start that no formula can hide behind a 0 or a 1.
+    """Set weights far from their initialization, so that no weight of 0 or 1 hides an error in a formula.
 
-    Decay rates A are around 0.1. With the initial 0.01 to 16 many heads forget all but the last
-    token, some reads are nearly zero, and the norm after them blows rounding up: fp32 is then off
-    by up to 6e-4 from fp64, in transformers and here alike.
+    Decay rates A are around 0.1. With the initial 0.01 to 16, many heads decay all but the last token, some outputs are
+    nearly zero, and the norm after them amplifies rounding: fp32 then differs from fp64 by up to 6e-4, both in
+    transformers and here.
     """
     starts = {"A_log": -2.0, "dt_bias": 1.0, "linear_attn.norm.weight": 1.0}
     generator = torch.Generator().manual_seed(seed)
@@ -126,7 +128,7 @@ def move_from_init(model: nn.Module, seed: int = 0) -> None:
 
 
 def one_by_one(fused: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo transformers 5's fusing of the experts."""
+    """Split the fused expert weights of transformers 5 into one per expert."""
     split: dict[str, Tensor] = {}
     for name, tensor in fused.items():
         prefix, _, kind = name.rpartition(".experts.")
@@ -180,22 +182,22 @@ def test_logits_and_gradients_match_transformers(
         assert error <= gradient_tolerance, f"{name}: {error:.1e}"
 
 
-def test_multi_token_prediction_matches_one_built_of_transformers_parts() -> None:
+def test_multi_token_prediction_matches_one_built_from_transformers_modules() -> None:
     config = ModelConfig()
     tokens, dtype = some_tokens(config), torch.float64
     ours = reference(config)
     state = ours.state_dict()
 
     def load(module: nn.Module, prefix: str) -> nn.Module:
-        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         for kind, parts in {"gate_up": ("gate", "up"), "down": ("down",)}.items():
             experts = [
-                torch.cat([own.pop(f"mlp.experts.{e}.{part}_proj.weight") for part in parts])
+                torch.cat([weights.pop(f"mlp.experts.{e}.{part}_proj.weight") for part in parts])
                 for e in range(config.num_moe_experts)
-                if f"mlp.experts.{e}.{parts[0]}_proj.weight" in own
+                if f"mlp.experts.{e}.{parts[0]}_proj.weight" in weights
             ]
-            own |= {f"mlp.experts.{kind}_proj": torch.stack(experts)} if experts else {}
-        module.load_state_dict(own)
+            weights |= {f"mlp.experts.{kind}_proj": torch.stack(experts)} if experts else {}
+        module.load_state_dict(weights)
         return module
 
     def norm(name: str) -> nn.Module:
@@ -228,7 +230,7 @@ def trunk_before_norm(model: ReferenceModel, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_each_depth_sees_one_token_further_and_no_more() -> None:
+def test_each_depth_depends_on_one_more_token() -> None:
     config = ModelConfig(mtp_num_layers=2)
     model, tokens, changed_at = reference(config), some_tokens(config), 40
     changed = tokens.clone()
@@ -254,14 +256,14 @@ def test_loss_is_the_sum_of_its_parts(repeated: bool) -> None:
         plain = model(tokens, labels, mask, with_balance=False)
 
     def mean_loss(logits: Tensor, ahead: int) -> float:
-        """Average over the positions whose target, `ahead` tokens on, exists and is not masked."""
-        kept = [
+        """Average over the positions whose target, `ahead` tokens later, exists and is not masked."""
+        losses = [
             -logits[b, t].log_softmax(-1)[text[b, t + ahead]].item()
             for b in range(2)
             for t in range(20 - ahead + 1)
             if mask[b, t + ahead - 1]
         ]
-        return sum(kept) / len(kept)
+        return sum(losses) / len(losses)
 
     parts = [mean_loss(logits, k) for k, logits in enumerate((out.logits_BTV, *out.mtp_logits), 1)]
     assert [out.lm_loss.item(), *(x.item() for x in out.mtp_losses)] == pytest.approx(parts)
@@ -273,7 +275,7 @@ def test_loss_is_the_sum_of_its_parts(repeated: bool) -> None:
     assert out.loss.item() == pytest.approx(without + 0.05 * (sum(balance[:-2]) + further))
 
 
-def test_balance_loss_is_transformers_own_for_one_layer() -> None:
+def test_balance_loss_is_that_of_transformers_for_one_layer() -> None:
     logits = torch.randn(60, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with precision(torch.float64):
         published = qwen3_next().load_balancing_loss_func((logits,), num_experts=8, top_k=3)
@@ -283,7 +285,7 @@ def test_balance_loss_is_transformers_own_for_one_layer() -> None:
     assert ours.probs_BTE.shape == (2, 30, 8)
 
 
-def test_balance_loss_is_one_when_balanced_and_pushes_the_overused_down() -> None:
+def test_balance_loss_is_one_when_balanced_and_reduces_overused_experts() -> None:
     balanced = routing(torch.zeros(8, 4), torch.arange(8)[:, None] % 4, batch=1)
     assert balanced.balance_loss.item() == pytest.approx(1)
     logits = torch.tensor([[2.0, 1.0, 0.0, 0.0]] * 8, requires_grad=True)
@@ -308,7 +310,7 @@ def test_delta_rule_is_the_papers_formula() -> None:
     torch.testing.assert_close(out[0, :, 0], torch.stack(expected), rtol=0, atol=1e-14)
 
 
-def test_init_is_the_published_one_and_follows_the_seed() -> None:
+def test_initialization_is_the_published_one_and_depends_on_the_seed() -> None:
     config = ModelConfig(hidden_size=256, num_moe_experts=16)
     state = ReferenceModel(config).init_weights(5).state_dict()
     again, other = (ReferenceModel(config).init_weights(seed).state_dict() for seed in (5, 6))
@@ -329,11 +331,11 @@ def test_init_is_the_published_one_and_follows_the_seed() -> None:
             assert weight.std().item() == pytest.approx(config.init_method_std, rel=0.2), name
 
 
-def test_normalising_router_rows_keeps_their_direction() -> None:
+def test_normalizing_router_rows_keeps_their_direction() -> None:
     rows = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
-    normalised = rows.clone()
-    normalise_rows(normalised, std=0.5)
-    torch.testing.assert_close(F.cosine_similarity(rows, normalised), torch.ones(6))
+    normalized = rows.clone()
+    normalize_rows(normalized, std=0.5)
+    torch.testing.assert_close(F.cosine_similarity(rows, normalized), torch.ones(6))
 
 
 def test_multi_token_prediction_has_the_published_names() -> None:
@@ -361,6 +363,6 @@ def test_half_precision_rounds_no_router_and_no_loss() -> None:
 
 
 @pytest.mark.parametrize("setting", [{"moe_router_load_balancing_type": "seq_aux_loss"}])
-def test_refuses_what_it_does_not_compute(setting: dict[str, object]) -> None:
+def test_unsupported_settings_are_refused(setting: dict[str, object]) -> None:
     with pytest.raises(UserError, match=next(iter(setting))):
         ReferenceModel(ModelConfig(**setting))

@@ -1,4 +1,4 @@
-"""One way to run the layout harness: a process of its own, since it forks, and what it measured as JSON."""
+"""Fixture that runs the layout check (tools/checks/check_layout.py) in another process, since it forks."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Verdicts = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def check_layouts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Verdicts]:
-    """Run tools/checks/check_layout.py and return its verdicts by layout; what it printed is this test's output."""
+    """Return a function that runs the check and returns its verdicts by layout; its output is printed."""
 
     def check(*arguments: str) -> Verdicts:
         figures = tmp_path_factory.mktemp("layouts") / "figures.json"

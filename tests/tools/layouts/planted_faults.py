@@ -1,7 +1,7 @@
-"""Not a test: plant faults in the training code, one at a time, and print the harness's verdict on each as JSON.
+"""Program: plant faults in the training code, one at a time, and print the layout check's verdict on each as JSON.
 
-A process of its own, since the harness forks; one for all faults, since importing megatron-core is
-slow. Each fault is a reduction or wait left out, which one process never needs.
+A separate process, since the check forks; one for all faults, since importing megatron-core is slow. Each fault omits a
+reduction or a wait that a single process does not need.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from unittest.mock import patch
 from tools.checks import check_layout
 
 STEPS = ["--steps", "4", "--masked", "0.3"]
-ALONE: Any = SimpleNamespace(size=lambda: 1)
+SINGLE_RANK: Any = SimpleNamespace(size=lambda: 1)
 
 
 def main() -> None:
@@ -26,11 +26,11 @@ def main() -> None:
     balance = router.finish_balance
     faults: dict[str, tuple[list[str], Any, str, Any]] = {
         "none": (["dp2"], step, "finish_balance", balance),
-        "expert counts stay on their rank": (
+        "expert counts are not reduced over ranks": (
             ["dp2"],
             step,
             "finish_balance",
-            lambda routers, group: balance(routers, ALONE),
+            lambda routers, group: balance(routers, SINGLE_RANK),
         ),
         "norms' gradients are not summed over tensor-parallel ranks": (
             ["tp2"],
@@ -38,20 +38,25 @@ def main() -> None:
             "_allreduce_non_tensor_model_parallel_grads",
             lambda *_, **__: None,
         ),
-        "experts do not wait for their weights": (["dp2-overlap"], state, "_wait_where_parts_are_read", lambda _: None),
-        "gradients of MTP's embedding stay on their stage": (
+        "experts run before their weights are gathered": (
+            ["dp2-overlap"],
+            state,
+            "_wait_for_gather_at_entry",
+            lambda _: None,
+        ),
+        "gradients of MTP's embedding are not reduced over stages": (
             ["pp2"],
             gradients,
             "_allreduce_word_embedding_grads",
             lambda *_, **__: None,
         ),
-        "what instruments see stays on its rank": (
+        "numbers of the instruments are not reduced over ranks": (
             ["cp2", "instruments.interval_steps=2"],
             tally.Tally,
-            "share",
+            "all_reduce",
             lambda *_: None,
         ),
-        "a checkpoint takes weights that are not gathered yet": (
+        "a checkpoint is saved before the weights are gathered": (
             ["--reshard", "dp2-overlap:single"],
             state.TrainState,
             "gather_parameters",

@@ -1,7 +1,7 @@
-"""The instruments' numbers are the whole run's in every layout: those of one process, to 1e-4 relative.
+"""Instruments in every layout: their numbers are global, equal to those of one process within 1e-4 relative.
 
-One launch of the layout harness; all micro-batches are looked at, since the default, each data-parallel rank's first,
-is another sample in each layout. Four steps in fp32 with MTP and masked targets, measured at steps 1, 2 and 4.
+One run of the layout check; all micro-batches are measured, since the default, each data-parallel rank's first, is a
+different sample in each layout. Four steps in fp32 with MTP and masked targets, measured at steps 1, 2 and 4.
 """
 
 from collections.abc import Callable

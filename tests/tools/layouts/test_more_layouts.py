@@ -1,6 +1,6 @@
-"""The layouts again where they are easiest to get wrong: packed documents, products of three, other models.
+"""More parallel layouts, in the error-prone cases: packed documents, products of three dimensions, other models.
 
-Slow only for their number; each list is one launch of the harness.
+Slow because of their number; each list is one run of the layout check.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,16 @@ import pytest
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
-# half the anchors feed their own drafts; right ones only, so a draft that differs anywhere is seen
+# half of the anchors feed their own drafts, and only correct ones, so that any different draft is detected
 DRAFTS = [
     "model.mtp_num_layers=3",
     "model.mtp_use_repeated_layer=true",
     "mtp.method=inference",
-    "mtp.own_drafts_start=0.5",
-    "mtp.own_drafts_end=0.5",
+    "mtp.scheduled_sampling_start=0.5",
+    "mtp.scheduled_sampling_end=0.5",
     "mtp.distillation_weight=0.5",
     "mtp.depth_weights=[3,2,1]",
-    "mtp.after_wrong_draft=skip",
+    "mtp.after_wrong_draft=mask",
 ]
 LISTS = {
     "packed": ["cp2", "cp2-passing", "tp2", "pp2", "pp2-vpp2", "ep2", "cp2-ep2", "tp2-cp2", "--packed"],
@@ -60,7 +60,7 @@ LISTS = {
         "pp2-ep2-overlap",
         "stage=mtp",
         "mtp.trunk=frozen",
-        "checkpoint.load=not-read-by-the-harness",
+        "checkpoint.load=not-read-by-the-check",
         *DRAFTS,
     ],
     "z loss and balance in a sequence": [
@@ -147,14 +147,14 @@ def test_layouts_train_as_one_process_does(check_layouts: Callable[..., Any], wo
     assert [verdict for verdict in verdicts.values() if not verdict["ok"]] == []
 
 
-def test_runs_go_on_in_other_layouts(check_layouts: Callable[..., Any]) -> None:
+def test_runs_resume_in_other_layouts(check_layouts: Callable[..., Any]) -> None:
     verdicts = check_layouts("--masked", "0.3", "--steps", "6", "--reshard", *RESHARDS)
     assert len(verdicts) >= len(RESHARDS)
     assert [verdict for verdict in verdicts.values() if not verdict["ok"]] == []
 
 
 def test_bf16_with_interleaved_stages(check_layouts: Callable[..., Any]) -> None:
-    """Rounding aside, as one process; and what is saved is loaded: chunks of two formats share their messages."""
+    """Equal to one process except for rounding, and saved states are loaded: chunks of two dtypes share messages."""
     verdicts = check_layouts("precision=bf16", "--steps", "4", "--reshard", "pp2-vpp2:pp2-vpp2", "single:pp2-vpp2")
     assert verdicts["pp2-vpp2"]["loss"] < 1e-4
     assert verdicts["pp2-vpp2"]["grad norm"] < 1e-3

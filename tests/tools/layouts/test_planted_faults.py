@@ -1,4 +1,4 @@
-"""The harness has teeth: a reduction or a wait left out anywhere is seen within four steps, and nothing else is."""
+"""Planted faults: the layout check detects each omitted reduction or wait within four steps, and no other faults."""
 
 import json
 from pathlib import Path
@@ -19,14 +19,15 @@ def verdicts() -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_without_a_fault_nothing_is_seen(verdicts: dict[str, Any]) -> None:
+def test_without_a_fault_nothing_is_reported(verdicts: dict[str, Any]) -> None:
     assert verdicts.pop("none")["ok"]
 
 
-def test_every_fault_is_seen(verdicts: dict[str, Any]) -> None:
+def test_every_fault_is_detected(verdicts: dict[str, Any]) -> None:
     faults = {fault: verdict for fault, verdict in verdicts.items() if fault != "none"}
     assert len(faults) == 6
     for fault, verdict in faults.items():
         assert not verdict["ok"], fault
-        if "checkpoint" not in fault:  # that one is refused when it is loaded
+        # that one is refused when the checkpoint is loaded
+        if "checkpoint" not in fault:
             assert not verdict["failed"], f"{fault}: did not run, so nothing was compared"

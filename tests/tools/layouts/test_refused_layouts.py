@@ -1,6 +1,6 @@
-"""A layout that cannot be is refused before anything starts, and the message names the number and the divisor at fault.
+"""Impossible layouts: refused before anything starts, with the wrong number and divisor in the message.
 
-Configuration only: no torch. Which layouts do train is test_layouts.py's matter.
+Configuration only, without torch. Layouts that train: test_layouts.py.
 """
 
 from typing import Any

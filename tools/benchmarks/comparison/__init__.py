@@ -1,7 +1,13 @@
-"""What tools/benchmarks/bench.py is made of: who is compared, on what shapes, how it is timed, and how it is shown.
+"""Speed comparison behind tools/benchmarks/bench.py: contestants, shapes, timing, derived figures and tables.
 
-`cases` names the shapes; `ours`, `stock` and `huggingface` each build one contestant; `worker` runs one
-contestant in a process of its own; `referee` lets them take turns; `findings` computes what follows from the
-readings; `tables` prints. `steps` and `startup` measure this project alone. Nothing here is imported by the
-package.
+    cases.py            shapes, and the configuration of a contestant
+    ours.py, stock.py, huggingface.py    one contestant each
+    worker.py           one contestant in its own process
+    interleaving.py     order of the measurements, alternating between contestants
+    findings.py         figures derived from the measurements
+    kernel_groups.py    profile by groups of kernels
+    tables.py           output
+    steps.py, startup.py    measurements of this project alone
+
+The package does not import it.
 """

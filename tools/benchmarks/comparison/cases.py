@@ -1,4 +1,4 @@
-"""The shapes of a comparison, and the configuration that every contestant is built from.
+"""Shapes of a comparison, and the configuration from which every contestant is built.
 
 One *period* is one repetition of the mixer pattern (3 Gated DeltaNet layers and 1 attention layer, each with its
 MoE). Models of one and of two periods are timed; their difference is one period without embedding, head and loss,
@@ -27,7 +27,7 @@ class Contestant:
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Return the name used in tables."""
         return self.kind if self.precision == "bf16" else f"{self.kind}:{self.precision}"
 
 
@@ -35,13 +35,14 @@ class Contestant:
 class Case:
     """One row of the comparison: experts per layer, tokens of a sequence, tokens of a micro-batch."""
 
-    experts: int | None  # None: the recipe's
+    # None: the recipe's number
+    experts: int | None
     sequence_length: int
     tokens: int
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Return the name used in tables."""
         experts = f", {self.experts} experts" if self.experts else ""
         rows = self.tokens // self.sequence_length
         return f"{self.tokens:,} tokens = {rows} × {self.sequence_length:,}{experts}"
@@ -49,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same in all cases: recipe, routing, vocabulary, the user's own overrides."""
+    """Settings that all cases share: recipe, routing, vocabulary, and the user's overrides."""
 
     recipe: str
     routing: Routing
@@ -58,7 +59,7 @@ class Setting:
 
 
 def contestants_named(names: str, default_precision: str = "bf16") -> list[Contestant]:
-    """Read "ours,ours:fp8_tensorwise,stock".
+    """Parse "ours,ours:fp8_tensorwise,stock".
 
     Raises: UserError for an unknown contestant or precision, or one named twice.
     """
@@ -86,7 +87,7 @@ def cases_of(experts: str | None, sequence_lengths: str, tokens: str | None) -> 
 
     Raises: UserError where tokens are not whole sequences.
     """
-    made = []
+    cases = []
     lengths = _numbers("--sequence-length", sequence_lengths)
     for count, length in product(_numbers("--experts", experts) if experts else [None], lengths):
         for total in _numbers("--tokens", tokens) if tokens else [length]:
@@ -95,25 +96,26 @@ def cases_of(experts: str | None, sequence_lengths: str, tokens: str | None) -> 
                     f"--tokens {total} with --sequence-length {length}: a micro-batch is whole sequences; "
                     "make it a multiple."
                 )
-            made.append(Case(count, length, total))
-    return made
+            cases.append(Case(count, length, total))
+    return cases
 
 
 def config_of(setting: Setting, case: Case, contestant: Contestant, periods: int) -> RunConfig:
-    """Compose the recipe for a case: auxiliary losses, MTP and recompute off, unless the user's overrides differ.
+    """Compose the recipe for a case: without auxiliary losses, MTP and activation checkpointing, unless overridden.
 
-    Raises: UserError for what does not fit together.
+    Raises: UserError for settings that exclude each other.
     """
     arguments = ["--config-name", setting.recipe]
-    alone = ["parallel=single", "training.recompute_granularity=null", "training.recompute_modules=[]"]
-    pattern = configure([*arguments, *alone, *setting.overrides]).model.mixer_pattern
+    single_gpu = ["parallel=single", "training.recompute_granularity=null", "training.recompute_modules=[]"]
+    pattern = configure([*arguments, *single_gpu, *setting.overrides]).model.mixer_pattern
     rows = case.tokens // case.sequence_length
     fixed = [
-        *alone,
+        *single_gpu,
         f"precision={contestant.precision}",
         f"model.num_layers={periods * len(pattern)}",
         f"model.vocab_size={setting.vocabulary}",
-        f"data.stdlib_vocab_size={min(512, setting.vocabulary)}",  # no data is read; it only must fit
+        # no data is read; the value must only be legal
+        f"data.stdlib_vocab_size={min(512, setting.vocabulary)}",
         "model.mtp_num_layers=0",
         "model.moe_router_load_balancing_type=none",
         "model.moe_aux_loss_coeff=0",

@@ -1,4 +1,4 @@
-"""What follows from the readings: one period's time, rate, memory and gaps, and who is how much faster.
+"""Figures derived from the measurements: time, rate, memory and gaps of one period, and ratios between contestants.
 
 FLOPs are counted as `megatron_q3n/config/sizes.py` states: useful work, the delta rule in its recurrent form,
 causal attention over half the sequence, backward twice forward, nothing for recomputation.
@@ -12,20 +12,22 @@ from megatron_q3n.config import RunConfig
 from megatron_q3n.config.model import GATED_DELTA_NET, ModelConfig
 from megatron_q3n.config.sizes import flops_per_token, parameters
 from tools.benchmarks.comparison.cases import PERIODS, Case
-from tools.benchmarks.comparison.referee import Configurations, Options, Player
-from tools.benchmarks.comparison.worker import Reading
+from tools.benchmarks.comparison.interleaving import Configurations, ContestantProcess, Options
+from tools.benchmarks.comparison.worker import Measurement
 
 Row = dict[str, Any]
 
 
-def rows_of(players: list[Player], configurations: Configurations, options: Options, flops: float | None) -> list[Row]:
-    """Make one row for each case and contestant, in the order played; a failed one says why."""
+def rows_of(
+    entries: list[ContestantProcess], configurations: Configurations, options: Options, flops: float | None
+) -> list[Row]:
+    """Return one row for each case and contestant, in the order of measurement; a failed one has the reason."""
     rows: list[Row] = []
     for case in dict.fromkeys(case for case, _, _ in configurations):
         first: Row | None = None
-        for player in players:
-            config = configurations[case, player.contestant, PERIODS[0]]
-            row = _row(player, case, config, configurations, options, flops)
+        for entry in entries:
+            config = configurations[case, entry.contestant, PERIODS[0]]
+            row = _row(entry, case, config, configurations, options, flops)
             rows.append(row)
             first = first or row
             if row["milliseconds"] and first["milliseconds"]:
@@ -37,33 +39,42 @@ def rows_of(players: list[Player], configurations: Configurations, options: Opti
 
 
 def _row(
-    player: Player, case: Case, config: RunConfig, configurations: Configurations, options: Options, flops: float | None
+    entry: ContestantProcess,
+    case: Case,
+    config: RunConfig,
+    configurations: Configurations,
+    options: Options,
+    flops: float | None,
 ) -> Row:
     row: Row = {
         "case": case.label,
         **asdict(case),
         "experts": config.model.num_moe_experts,
-        "contestant": player.contestant.label,
+        "contestant": entry.contestant.label,
         "milliseconds": None,
         "failure": "",
-        "first_step_seconds": player.first_step_seconds,
+        "first_step_seconds": entry.first_step_seconds,
     }
     sizes = PERIODS if options.part == "step" else PERIODS[:1]
-    readings = [player.readings.get((case, periods), []) for periods in sizes]
-    good = [[r for r in part if not r.failure] for part in readings]
+    measurements = [entry.measurements.get((case, periods), []) for periods in sizes]
+    good = [[r for r in part if not r.failure] for part in measurements]
     if not all(good):
-        bad = [r.failure for part in readings for r in part if r.failure]
-        return row | {"failure": bad[0] if bad else player.failure or "not reached"}
+        bad = [r.failure for part in measurements for r in part if r.failure]
+        return row | {"failure": bad[0] if bad else entry.failure or "not reached"}
     if options.part == "gated_delta_net":
-        return row | _alone(good[0], case, config, flops)
-    two_periods = configurations[case, player.contestant, PERIODS[1]]
+        return row | _layer_figures(good[0], case, config, flops)
+    two_periods = configurations[case, entry.contestant, PERIODS[1]]
     return row | _period(good[0], good[1], case, (config, two_periods), flops)
 
 
 def _period(
-    one: list[Reading], two: list[Reading], case: Case, configs: tuple[RunConfig, RunConfig], flops: float | None
+    one: list[Measurement],
+    two: list[Measurement],
+    case: Case,
+    configs: tuple[RunConfig, RunConfig],
+    flops: float | None,
 ) -> Row:
-    """Take the difference of two periods and one."""
+    """Return the figures of one period: a model of two periods minus a model of one."""
     medians = [_median(one), _median(two)]
     seconds = medians[1] - medians[0]
     each = [(b.median - a.median) * 1000 for a, b in zip(one, two)]
@@ -89,10 +100,10 @@ def _period(
 
 
 def _doubt(medians: list[float], seconds: float, work: list[float], flops: float | None) -> str:
-    """Say why a difference cannot be a period's time, where steps wait for a host that others disturb.
+    """Return why a difference cannot be a period's time; empty if it can. Steps that wait for a busy host cause this.
 
-    A model of one period takes that period and what surrounds it: no less, and beyond it what embedding and head
-    may take, with three times their share of its FLOPs as a generous limit.
+    The time of a one-period model must be at least a period, and exceed it by no more than embedding and head can
+    take: three times their share of its FLOPs is a generous limit.
     """
     surroundings = (medians[0] - seconds) / medians[0]
     share = (2 * work[0] - work[1]) / work[0]
@@ -107,39 +118,39 @@ def _doubt(medians: list[float], seconds: float, work: list[float], flops: float
     )
 
 
-def _renewing(one: list[Reading], two: list[Reading], seconds: float) -> Row:
-    """Say what quantising a period's weights takes, and what a period takes with it."""
-    times = [[r.renewing_seconds for r in part if r.renewing_seconds] for part in (one, two)]
+def _renewing(one: list[Measurement], two: list[Measurement], seconds: float) -> Row:
+    """Return the time to quantize a period's weights, and a period's time including it."""
+    times = [[r.quantize_seconds for r in part if r.quantize_seconds] for part in (one, two)]
     if not all(times):
         return {}
     apart = statistics.median(times[1]) - statistics.median(times[0])
     return {"renewing_milliseconds": apart * 1000, "milliseconds_and_renewing": (seconds + apart) * 1000}
 
 
-def _alone(readings: list[Reading], case: Case, config: RunConfig, flops: float | None) -> Row:
-    """Divide by the number of Gated DeltaNet layers."""
-    layers = readings[0].mixers
-    seconds = _median(readings) / layers
-    spread = [r.median * 1000 / layers for r in readings]
+def _layer_figures(measurements: list[Measurement], case: Case, config: RunConfig, flops: float | None) -> Row:
+    """Return the figures of one Gated DeltaNet layer: the measured ones divided by the number of layers."""
+    layers = measurements[0].mixers
+    seconds = _median(measurements) / layers
+    spread = [r.median * 1000 / layers for r in measurements]
     return {
         **_rates(seconds, case, gated_delta_net_flops(config.model) * case.tokens, flops),
         "milliseconds_by_round": [min(spread), max(spread)],
-        "host_milliseconds": 1000 * _wall(readings) / layers,
-        "peak_gib": max(r.peak_allocated_gib for r in readings),
-        "samples": sum(len(r.seconds) for r in readings),
-        **_profile(None, readings[-1], seconds, layers),
+        "host_milliseconds": 1000 * _wall(measurements) / layers,
+        "peak_gib": max(r.peak_allocated_gib for r in measurements),
+        "samples": sum(len(r.seconds) for r in measurements),
+        **_profile(None, measurements[-1], seconds, layers),
     }
 
 
 def gated_delta_net_flops(model: ModelConfig) -> float:
     """Count the training FLOPs per token of one Gated DeltaNet layer, without its MoE."""
-    alone = model.model_copy(update={"mixer_pattern": GATED_DELTA_NET, "num_layers": 1})
-    count = flops_per_token(alone, 1)
+    one_layer = model.model_copy(update={"mixer_pattern": GATED_DELTA_NET, "num_layers": 1})
+    count = flops_per_token(one_layer, 1)
     return count.projections + count.delta_rule
 
 
 def disagreements(rows: list[Row]) -> list[str]:
-    """Say where a contestant's period has not the parameters that the formula counts."""
+    """Return a sentence for each contestant whose parameters of a period differ from the formula's count."""
     return [
         f"{row['case']}: a period of {row['contestant']} has {row['parameters']:,} parameters, "
         f"{row['parameters_by_formula']:,} by the formula"
@@ -158,8 +169,8 @@ def _rates(seconds: float, case: Case, work: float, flops: float | None) -> Row:
     }
 
 
-def _profile(one: Reading | None, two: Reading, seconds: float, divisor: int = 1) -> Row:
-    """Take kernels by group of the period alone, and what of its time no kernel runs."""
+def _profile(one: Measurement | None, two: Measurement, seconds: float, divisor: int = 1) -> Row:
+    """Return kernel times by group of one period, and the part of its time during which no kernel runs."""
     if two.profile is None:
         return {}
     zero: dict[str, float] = dict.fromkeys(two.profile.groups_ms, 0.0)
@@ -179,9 +190,9 @@ def _profile(one: Reading | None, two: Reading, seconds: float, divisor: int = 1
     }
 
 
-def _median(readings: list[Reading]) -> float:
-    return statistics.median(s for reading in readings for s in reading.seconds)
+def _median(measurements: list[Measurement]) -> float:
+    return statistics.median(s for measurement in measurements for s in measurement.seconds)
 
 
-def _wall(readings: list[Reading]) -> float:
-    return statistics.median(reading.wall_seconds for reading in readings)
+def _wall(measurements: list[Measurement]) -> float:
+    return statistics.median(measurement.wall_seconds for measurement in measurements)

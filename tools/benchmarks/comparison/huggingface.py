@@ -1,8 +1,8 @@
-"""The contestant that most people start from: transformers' Qwen3-Next, with FLA where it is installed.
+"""Contestant transformers: its Qwen3-Next, with flash-linear-attention (FLA) where it is installed.
 
-Weights in bf16, experts by one grouped product (`experts_implementation="grouped_mm"`), attention by torch's
-scaled dot product. Its convolution is torch's, as transformers takes a fused one only from the causal_conv1d
-package. No megatron-core here.
+Weights in bf16, experts by one grouped GEMM (`experts_implementation="grouped_mm"`), attention by torch's scaled dot
+product. The convolution is torch's, since transformers uses a fused one only from the causal_conv1d package.
+megatron-core is not imported.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ Gradients = Literal["bf16", "fp32"]
 
 
 class HuggingFace:
-    """transformers, with gradients in its own format (bf16) or added to fp32 buffers as megatron-core does."""
+    """transformers' model, with gradients in the weights' dtype or accumulated in fp32 buffers as in megatron-core."""
 
     def __init__(self, device: Device, config: RunConfig, gradients: Gradients) -> None:
         self.device, self.gradients = device, gradients
-        rule = "torch's reference: there is no GPU"
+        rule = "torch's reference, since there is no GPU"
         if device.is_cuda:
-            # transformers falls back to slow torch without a word to the caller; here a missing FLA is an error
+            # transformers falls back to slow torch silently; here a missing FLA is an error
             import fla.ops.gated_delta_rule as fla_rule  # late: needs a GPU
 
             rule = f"FLA {fla_rule.__name__} (FlashQLA where FLA dispatches to it)"
@@ -46,7 +46,7 @@ class HuggingFace:
         self.main_gradients: list[Tensor] = []
 
     def build(self, config: RunConfig) -> None:
-        """Build a model on the device, freshly initialised from the seed."""
+        """Build a model on the device, freshly initialized from the seed."""
         torch.manual_seed(config.training.seed)
         published = Qwen3NextConfig(**to_published(config.model, hf.QWEN3_NEXT))
         dtype = torch.bfloat16 if config.precision.compute == "bf16" else torch.float32
@@ -81,20 +81,22 @@ class HuggingFace:
         return [partial(_mix, layer) for layer in layers]
 
     def drop_gradients(self) -> None:
-        """Let go of the last step's gradients."""
+        """Free the last step's gradients."""
         self.model.zero_grad(set_to_none=True)
 
     def free(self) -> None:
-        """Let go of the model."""
+        """Free the model."""
         self.model, self.main_gradients = None, []
 
 
 class BalancedRouter(modeling.Qwen3NextTopKRouter):
-    """transformers' router over random logits, whose gradient is the true logits': what megatron-core's
-    moe_router_force_load_balancing does."""
+    """transformers' router over random logits with the gradient of the true logits.
+
+    Equivalent of megatron-core's moe_router_force_load_balancing.
+    """
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose experts evenly. Returns: logits, gates and chosen experts, each over tokens."""
+        """Select experts evenly. Returns: logits [T,E], gates [T,K] and expert indices [T,K]."""
         logits_TE = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
         logits_TE = logits_TE + (torch.randn_like(logits_TE) - logits_TE).detach()
         probabilities_TE = torch.softmax(logits_TE, dtype=torch.float, dim=-1)
@@ -105,7 +107,7 @@ class BalancedRouter(modeling.Qwen3NextTopKRouter):
 
 
 def _accumulate_in_fp32(parameter: nn.Parameter) -> Tensor:
-    """Add every gradient of a parameter to an fp32 buffer as soon as it is there, and drop it."""
+    """Add each gradient of a parameter to an fp32 buffer once it is computed, and free it. Returns: the buffer."""
     total = torch.zeros_like(parameter, dtype=torch.float32)
 
     def add(finished: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""Where a step's time goes: kernels by group, how many launches, how long the device was busy.
+"""Profile of a step: kernel time by group, number of kernel launches, busy time of the device.
 
-Groups are read off kernel names, first match wins; what matches nothing is "other", and the longest kernels are
-listed by name, so that a wrong group is seen. Expert products that a contestant launches one by one carry the
-same names as any dense product and count as such. On a CPU, torch's operators stand in for kernels.
+The group follows from the kernel's name; the first match wins, and a name without a match is "other". The longest
+kernels are listed by name, so that a wrong group is visible. Expert GEMMs that a contestant launches one by one have
+the names of dense GEMMs and count as such. On a CPU, torch's operators take the place of kernels.
 """
 
 import re
@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 OTHER = "other"
-# group -> what its kernels' names have in common, most telling first
+# group -> pattern of its kernels' names, most specific first
 GROUPS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (group, re.compile(words, re.IGNORECASE))
     for group, words in (
@@ -47,18 +47,19 @@ GROUPS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 
 @dataclass
 class Profile:
-    """One step, averaged over the profiled ones. Milliseconds; `busy_ms` counts overlapping kernels once."""
+    """Averages over the profiled steps, in milliseconds. `busy_ms` counts overlapping kernels once."""
 
     groups_ms: dict[str, float]
     busy_ms: float
     kernels: float
     launches: float
-    longest: list[tuple[str, float, float]] = field(default_factory=list)  # name, ms, count per step
+    # name, milliseconds per step, count per step
+    longest: list[tuple[str, float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Span:
-    """One kernel's run."""
+    """One execution of a kernel."""
 
     name: str
     start_us: float
@@ -71,7 +72,7 @@ def group_of(name: str) -> str:
 
 
 def profiled(step: Callable[[], None], steps: int, *, is_cuda: bool) -> Profile:
-    """Run a step under torch.profiler. The profiler slows launching, so only kernel times are taken from here."""
+    """Run a step under torch.profiler. The profiler slows kernel launches, so only kernel times are used."""
     activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as recorded:
         for _ in range(steps):
@@ -83,7 +84,7 @@ def profiled(step: Callable[[], None], steps: int, *, is_cuda: bool) -> Profile:
 
 
 def summarized(spans: list[Span], launches: int, steps: int) -> Profile:
-    """Add up spans by group and by name."""
+    """Sum the spans by group and by name."""
     groups: dict[str, float] = dict.fromkeys([*(group for group, _ in GROUPS), OTHER], 0.0)
     names: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for span in spans:
@@ -101,7 +102,7 @@ def summarized(spans: list[Span], launches: int, steps: int) -> Profile:
 
 
 def union_us(spans: Iterable[Span]) -> float:
-    """Return how long at least one span ran."""
+    """Return the time during which at least one span ran, in microseconds."""
     total, end = 0.0, float("-inf")
     for span in sorted(spans, key=lambda span: span.start_us):
         stop = span.start_us + span.microseconds
@@ -123,7 +124,7 @@ def _device_spans(recorded: profile) -> tuple[list[Span], int]:
 
 
 def _host_spans(recorded: profile) -> tuple[list[Span], int]:
-    """Operators by the time they spent themselves, which does not overlap."""
+    """Return operators with their self times, which do not overlap, and their number."""
     events = [event for event in recorded.events() or [] if event.device_type == DeviceType.CPU]
     spans = [Span(event.name, event.time_range.start, event.self_cpu_time_total) for event in events]
     return spans, len(spans)

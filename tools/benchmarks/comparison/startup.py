@@ -1,5 +1,7 @@
-"""Time from process start to the end of the first optimizer step: with empty compile caches, then with what they
-hold after that. Each start is a process of its own, running `tools/benchmarks/bench.py steps` for one step."""
+"""Time from process start to the end of the first optimizer step, with empty and then with filled compile caches.
+
+Each start is a new process that runs `tools/benchmarks/bench.py steps` for one step.
+"""
 
 import json
 import os
@@ -11,7 +13,7 @@ from typing import Any
 
 from megatron_q3n.config import UserError
 
-# every place where the GPU stack keeps what it compiled
+# all compile caches of the GPU stack
 CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "TILELANG_CACHE_DIR": "tilelang",
@@ -24,7 +26,7 @@ CACHES = {
 
 
 def measure(arguments: list[str], warm_starts: int) -> dict[str, Any]:
-    """Start once cold and then warm, `warm_starts` times.
+    """Start once with empty caches, then `warm_starts` times with filled ones.
 
     Returns: seconds and phases of each start, in order.
     Raises: UserError if the recipe cannot run.
@@ -59,7 +61,7 @@ def _start(arguments: list[str], caches: dict[str, str], folder: Path) -> dict[s
         text=True,
     )
     if done.returncode:
-        raise UserError(f"the run to be timed failed with {done.returncode}:\n{done.stdout[-3000:]}")
+        raise UserError(f"the timed run failed with {done.returncode}:\n{done.stdout[-3000:]}")
     figures = json.loads(result.read_text())
     phases = ", ".join(f"{name} {took:.1f}" for name, took in figures["phases_seconds"].items())
     print(f"first step after {figures['time_to_first_step']:.1f} s: {phases}", flush=True)

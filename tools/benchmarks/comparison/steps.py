@@ -11,7 +11,7 @@ from megatron_q3n.config.sizes import flops_per_token
 
 
 def measure(config: RunConfig, *, process_start: float, warmup: int, steps: int, profiled_steps: int) -> dict[str, Any]:
-    """Train and return the figures; seconds unless the name says otherwise.
+    """Train and return the figures, in seconds unless the name has another unit.
 
     process_start: time.perf_counter() when the process began, for the time to the first step.
     """
@@ -23,24 +23,24 @@ def measure(config: RunConfig, *, process_start: float, warmup: int, steps: int,
         now = time.perf_counter()
         phases[name], marked = now - marked, now
 
-    # as train.py does: before torch
+    # before torch is imported, as in train.py
     importlib.import_module("megatron_q3n.kernels.startup.compile_ahead").start(config)
-    # late imports: their time is a phase, and the device must be chosen before megatron-core loads
-    device_room = importlib.import_module("megatron_q3n.device")
-    device_room.quiet_known_warnings()
+    # late imports: their time is a phase, and the device must be chosen before megatron-core is imported
+    device_module = importlib.import_module("megatron_q3n.device")
+    device_module.quiet_known_warnings()
     phase("torch")
-    device = device_room.choose_device(config)
+    device = device_module.select_device(config)
     phase("device")
     parallel = importlib.import_module("megatron_q3n.parallel")
     phase("megatron-core and libraries")
     training = importlib.import_module("megatron_q3n.training.state")
-    step_room = importlib.import_module("megatron_q3n.training.step")
+    step_module = importlib.import_module("megatron_q3n.training.step")
     qualification = importlib.import_module("megatron_q3n.kernels.startup.qualification")
-    build = importlib.import_module("megatron_q3n.model.build")
+    transformer_config = importlib.import_module("megatron_q3n.model.transformer_config")
     phase("this project")
     group = parallel.initialize(config, device)
     phase("process groups")
-    kernels = qualification.qualify(config, device.torch_device, build.compute_dtype(config))
+    kernels = qualification.qualify(config, device.torch_device, transformer_config.compute_dtype(config))
     phase("kernels qualified")
     state = training.build_state(config, device, group)
     phase("model and optimizer built")
@@ -51,7 +51,7 @@ def measure(config: RunConfig, *, process_start: float, warmup: int, steps: int,
         data = next(batches)
         device.synchronize()
         started = time.perf_counter()
-        step_room.train_step(state, data)
+        step_module.train_step(state, data)
         device.synchronize()
         ended = time.perf_counter()
         if first is None:
@@ -62,7 +62,7 @@ def measure(config: RunConfig, *, process_start: float, warmup: int, steps: int,
     median = statistics.median(seconds)
     figures = {
         "recipe": config.recipe,
-        "device": device.choices["device"],
+        "device": device.backends["device"],
         "model_backend": device.model_backend,
         "kernels": kernels,
         "tokens_per_step": config.tokens_per_step,
@@ -78,9 +78,9 @@ def measure(config: RunConfig, *, process_start: float, warmup: int, steps: int,
     }
     if profiled_steps:
         data = next(batches)
-        figures |= _profile(lambda: step_room.train_step(state, data), profiled_steps, device)
+        figures |= _profile(lambda: step_module.train_step(state, data), profiled_steps, device)
         figures["gap_ms"] = median * 1000 - figures["busy_ms"]
-    peak = device_room.measured_matmul_flops(device, group.world_size)
+    peak = device_module.measured_matmul_flops(device, group.world_size)
     length = config.training.sequence_length
     rate = flops_per_token(config.model, length).total * config.tokens_per_step / median
     figures["model_tflops_per_second"] = rate / 1e12
@@ -92,21 +92,21 @@ def measure(config: RunConfig, *, process_start: float, warmup: int, steps: int,
 def _batches(config: RunConfig, data_rank: int) -> Any:
     """Yield the micro-batches of one step after another."""
     torch = importlib.import_module("torch")
-    batch_room = importlib.import_module("megatron_q3n.data.batch")
+    batch_module = importlib.import_module("megatron_q3n.data.batch")
     generator = torch.Generator().manual_seed(data_rank)
     size, length = config.training.micro_batch_size, config.training.sequence_length
     shape = (size, length + 1)
     while True:
-        made = []
+        batches = []
         for _ in range(config.num_microbatches):
             rows = torch.randint(0, config.model.vocab_size, shape, generator=generator)
             tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            made.append(batch_room.batch_of_rows(tokens, labels, torch.ones(size, length)))
-        yield made
+            batches.append(batch_module.causal_batch(tokens, labels, torch.ones(size, length)))
+        yield batches
 
 
 def _profile(step: Any, steps: int, device: Any) -> dict[str, Any]:
-    groups = importlib.import_module("benchmark.kernel_groups")
-    found = asdict(groups.profiled(step, steps, is_cuda=device.is_cuda))
-    found["longest_kernels"] = found.pop("longest")
-    return found
+    groups = importlib.import_module("tools.benchmarks.comparison.kernel_groups")
+    figures = asdict(groups.profiled(step, steps, is_cuda=device.is_cuda))
+    figures["longest_kernels"] = figures.pop("longest")
+    return figures

@@ -1,8 +1,8 @@
-"""The contestant to beat: megatron-core's own Qwen3-Next, as a careful user of one GPU sets it up.
+"""Contestant stock: megatron-core's own Qwen3-Next, configured for one GPU as its documentation recommends.
 
-GPTModel with the TransformerEngine specs and its Gated DeltaNet over FLA, which is what the facts and upstream's
-recipes measure; every fusion that 0.19.2 offers on this hardware is on. The reasons stand beside the settings.
-Import it after the device is chosen: it imports megatron-core, and needs TransformerEngine.
+GPTModel with the TransformerEngine specs and its Gated DeltaNet over FLA, as in upstream's recipes; every fusion that
+0.19.2 offers on this hardware is enabled. Reasons are given beside the settings. Import this module after the device is
+chosen: it imports megatron-core, and requires TransformerEngine.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ from tools.benchmarks.comparison.tokens import random_rows
 
 
 class Stock:
-    """megatron-core 0.19.2 with TransformerEngine and FLA. `fields` are the user's own TransformerConfig fields."""
+    """megatron-core 0.19.2 with TransformerEngine and FLA. `fields`: TransformerConfig fields set by the user."""
 
     def __init__(self, device: Device, config: RunConfig, fields: dict[str, Any]) -> None:
         if not device.is_cuda:
@@ -48,7 +48,7 @@ class Stock:
         self.chunk: DistributedDataParallel | None = None
 
     def build(self, config: RunConfig) -> None:
-        """Build a model, freshly initialised from the seed."""
+        """Build a model, initialized from the seed."""
         parallel.seed(config.training.seed)
         megatron = TransformerConfig(**{**stock_fields(config), **self.fields})
         model = build_model(megatron, config, self.group.groups)
@@ -56,7 +56,8 @@ class Stock:
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
             use_distributed_optimizer=True,
-            check_for_nan_in_grad=False,  # upstream's guides turn this extra pass off for speed
+            # upstream's guides disable this extra pass for speed
+            check_for_nan_in_grad=False,
         )
         self.chunk = DistributedDataParallel(megatron, ddp, model)
         self.chunk.train()
@@ -95,13 +96,13 @@ class Stock:
         ]
 
     def drop_gradients(self) -> None:
-        """Do nothing: DDP adds each gradient to the main gradients and drops it."""
+        """Do nothing: DDP adds each gradient to the main gradients and frees it."""
 
     def free(self) -> None:
-        """Let go of the model, and empty what it held.
+        """Free the model and its storages.
 
-        Something behind megatron-core's compiled functions keeps the model of every visit: 10 GiB more each time on
-        an H200, until nobody had room.
+        A reference in megatron-core's compiled functions keeps the model of every measurement alive: 10 GiB more each
+        time on an H200, until the memory is full. Therefore the storages are resized to zero.
         """
         if self.chunk is None:
             return
@@ -114,8 +115,11 @@ class Stock:
 
 
 def build_model(megatron: TransformerConfig, config: RunConfig, groups: Any) -> GPTModel:
-    """Build the GPTModel. Its head is no TransformerEngine layer, and refuses fused accumulation without apex:
-    so the head alone does without, while every other linear accumulates in its product."""
+    """Build the GPTModel.
+
+    Its head is not a TransformerEngine layer, and refuses fused gradient accumulation without apex. So the head alone
+    is built without it, while every other linear layer accumulates in its GEMM.
+    """
     fused, available = megatron.gradient_accumulation_fusion, "_grad_accum_fusion_available"
     without_apex = fused and not getattr(tensor_parallel_layers, available)
     if without_apex:
@@ -138,7 +142,7 @@ def build_model(megatron: TransformerConfig, config: RunConfig, groups: Any) -> 
 
 
 def stock_fields(config: RunConfig) -> dict[str, Any]:
-    """Translate the dimensions, and choose what a careful user would."""
+    """Return the TransformerConfig fields for a configuration: its dimensions, and the recommended options."""
     model, precision = config.model, config.precision
     pattern = model.mixer_pattern
     if pattern != pattern[:-1].replace(GATED_ATTENTION, "") + GATED_ATTENTION:
@@ -155,7 +159,7 @@ def stock_fields(config: RunConfig) -> dict[str, Any]:
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": model.num_query_groups,
         "kv_channels": model.kv_channels,
-        "attention_output_gate": model.gate_lies_with_queries,
+        "attention_output_gate": model.gate_is_in_query_projection,
         "qk_layernorm": True,
         "normalization": "RMSNorm",
         "layernorm_zero_centered_gamma": True,
@@ -184,7 +188,8 @@ def stock_fields(config: RunConfig) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_router_force_load_balancing": bool(model.megatron.get("moe_router_force_load_balancing", False)),
-        "moe_token_dispatcher_type": "alltoall",  # what upstream's recipes use
+        # as in upstream's recipes
+        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
         "moe_router_fusion": True,

@@ -1,12 +1,14 @@
-"""The figures as tables: side by side where the terminal is wide enough, else one under the other."""
+"""Tables of the figures: one row per contestant on a wide terminal, one column per contestant on a narrow one."""
 
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-WIDE = 160  # columns that the table of a comparison needs
-PIPE_WIDTH = 162  # a log has no width of its own
+# columns that the table of a comparison needs
+WIDE = 160
+# width of the output in a pipe or log
+PIPE_WIDTH = 162
 Row = dict[str, Any]
 COLUMNS = (
     ("contestant", "contestant", "{}"),
@@ -29,13 +31,13 @@ COLUMNS = (
 
 
 def console() -> Console:
-    """Return the console: a terminal's own width, a fixed one in a pipe."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(width=PIPE_WIDTH, highlight=False)
+    """Return the console: with the width of the terminal, or a fixed one in a pipe."""
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(width=PIPE_WIDTH, highlight=False)
 
 
 def show_comparison(rows: list[Row], to: Console) -> None:
-    """Print all rows, and the kernel groups where there are any."""
+    """Print all rows, and the kernel groups of profiled ones."""
     used = [c for c in COLUMNS if any(row.get(c[1]) is not None for row in rows)]
     if len({row["case"] for row in rows}) == 1:
         used = [c for c in used if c[1] != "rate_of_first_case"]
@@ -47,8 +49,8 @@ def show_comparison(rows: list[Row], to: Console) -> None:
         _show_groups(rows, to)
     if any(row.get("renewing_milliseconds") for row in rows):
         to.print(
-            "weights ms: quantising a period's expert weights, done beside the optimizer once a step, however many "
-            "micro-batches it has; not in ms, tokens/s and what follows from them. Where the column is empty it is."
+            "weights ms: quantizing a period's expert weights, once per step beside the optimizer, independent of the "
+            "number of micro-batches; not included in ms and tokens/s. Where the column is empty, it is included."
         )
     for row in rows:
         if row.get("doubt"):
@@ -59,7 +61,7 @@ def show_comparison(rows: list[Row], to: Console) -> None:
 
 
 def show_figures(figures: dict[str, Any], to: Console) -> None:
-    """Print name and value pairs; nested ones below their heading."""
+    """Print pairs of name and value; nested ones below their heading."""
     table = Table(show_header=False, box=None)
     for name, value in figures.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The tokens that every contestant is fed: the same ones, uniformly random, already on the device."""
+"""Input tokens of all contestants: the same ones, uniformly random, on the device before timing starts."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from megatron_q3n.config import RunConfig
 
 
 def random_rows(config: RunConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Draw one micro-batch from the run's seed.
+    """Return one random micro-batch, from the run's seed.
 
-    Returns: tokens and what follows each, both [B,T].
+    Returns: tokens and next tokens, both [B,T].
     """
     size, length = config.training.micro_batch_size, config.training.sequence_length
     generator = torch.Generator().manual_seed(config.training.seed)

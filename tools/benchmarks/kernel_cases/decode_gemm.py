@@ -1,4 +1,4 @@
-"""Decoding's products of a few rows beside the library's: a group of tools/benchmarks/bench_kernels.py, where it is explained."""
+"""Decode GEMM against the library's kernels: a group of tools/benchmarks/bench_kernels.py, which explains it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,69 +7,71 @@ import torch
 import torch.nn.functional as F
 from triton.testing import do_bench_cudagraph
 
-from megatron_q3n.kernels.decode import gemm as kernels
+from megatron_q3n.kernels.decode import gemm
+from megatron_q3n.kernels.decode.operands import GemmInput, RMSNormWeights
 
-# place, widths of the inputs, rows of the first and of a second weight, what else: the small, then the released model
-FEW_ROWS = (
+# layer, widths of the inputs, output widths of the first and of a second weight, options: the small, then the released
+# model
+CASES = (
     ("small in_proj", (512,), 3072, 16, ""),
     ("small linear_qkv", (512,), 2560, 0, ""),
-    ("small out_proj", (1024,), 512, 0, "sum"),
+    ("small out_proj", (1024,), 512, 0, "residual"),
     ("small eh_proj", (512, 512), 512, 0, ""),
-    ("small head", (512,), 8192, 0, "keeps"),
+    ("small head", (512,), 8192, 0, "returns_normed"),
     ("80b in_proj", (2048,), 12288, 64, ""),
     ("80b linear_qkv", (2048,), 9216, 0, ""),
-    ("80b out_proj", (4096,), 2048, 0, "sum"),
+    ("80b out_proj", (4096,), 2048, 0, "residual"),
     ("80b eh_proj", (2048, 2048), 2048, 0, ""),
-    ("80b router", (2048,), 512, 0, "keeps wide"),
-    ("80b head", (2048,), 151936, 0, "keeps"),
+    ("80b router", (2048,), 512, 0, "returns_normed fp32"),
+    ("80b head", (2048,), 151936, 0, "returns_normed"),
 )
 
 
-def few_rows(bench: Any) -> None:
-    """Products of a few rows with their norms and sums: one launch of ours, the library's, and its product alone."""
-    for place, widths, outputs, more, around in FEW_ROWS:
-        for count in (1, 2, 3, 5, 8) if place.startswith("small") else (1, 3, 5):
-            _few_rows_at(bench, place, count, widths, outputs, more, around)
+def bench_decode_gemm(bench: Any) -> None:
+    """Time decode GEMMs with norms and residuals: one fused launch, the library's kernels, and its GEMM alone."""
+    for layer, widths, outputs, second_width, options_text in CASES:
+        for rows in (1, 2, 3, 5, 8) if layer.startswith("small") else (1, 3, 5):
+            _bench_case(bench, layer, rows, widths, outputs, second_width, options_text)
 
 
-def _few_rows_at(
-    bench: Any, place: str, count: int, widths: tuple[int, ...], outputs: int, more: int, around: str
+def _bench_case(
+    bench: Any, layer: str, rows: int, widths: tuple[int, ...], outputs: int, second_width: int, options_text: str
 ) -> None:
-    inputs = [bench.random(count, width) for width in widths]
-    norms = [kernels.RowNorm(0.1 * bench.random(width), 1e-6) for width in widths]
-    normed = "sum" not in around
-    first, *then = (kernels.Rows(x, norm if normed else None) for x, norm in zip(inputs, norms))
-    weight, beside = bench.random(outputs, sum(widths)), bench.random(more, widths[0])
-    total = bench.random(count, outputs)
+    inputs = [bench.random(rows, width) for width in widths]
+    norms = [RMSNormWeights(0.1 * bench.random(width), 1e-6) for width in widths]
+    normed = "residual" not in options_text
+    first, *second = (GemmInput(x, norm if normed else None) for x, norm in zip(inputs, norms))
+    weight, second_weight = bench.random(outputs, sum(widths)), bench.random(second_width, widths[0])
+    residual = bench.random(rows, outputs)
     options: dict[str, Any] = {
-        "then": then[0] if then else None,
-        "beside_MK": beside if more else None,
-        "sum_RN": None if normed else total,
-        "keeps": "keeps" in around,
-        "wide": "wide" in around,
+        "second": second[0] if second else None,
+        "second_weight_MK": second_weight if second_width else None,
+        "residual_RN": None if normed else residual,
+        "returns_normed": "returns_normed" in options_text,
+        "fp32_output": "fp32" in options_text,
     }
 
     def library() -> list[torch.Tensor]:
-        """As many launches as today's modules make: the norm counts as one."""
+        """Run the launches of the unfused modules; a norm counts as one."""
         x = [F.rms_norm(x, x.shape[1:], n.weight_X, 1e-6) if normed else x for x, n in zip(inputs, norms)]
-        given = torch.cat(x, -1) if then else x[0]
+        operand = torch.cat(x, -1) if second else x[0]
         if not normed:
-            return [total.addmm_(given, weight.T)]
-        if "wide" in around:
-            return [torch.mm(given, weight.T, out_dtype=torch.float32)]
-        return [F.linear(given, w) for w in ((weight, beside) if more else (weight,))]
+            return [residual.addmm_(operand, weight.T)]
+        if "fp32" in options_text:
+            return [torch.mm(operand, weight.T, out_dtype=torch.float32)]
+        return [F.linear(operand, w) for w in ((weight, second_weight) if second_width else (weight,))]
 
-    contestants = {
-        "ours": lambda: kernels.few_rows(first, weight, **options, fused=True),
+    variants = {
+        "ours": lambda: gemm.decode_gemm(first, weight, **options, fused=True),
         "library": library,
-        "its product alone": lambda: F.linear(torch.cat(inputs, -1) if then else inputs[0], weight),
+        "its GEMM alone": lambda: F.linear(torch.cat(inputs, -1) if second else inputs[0], weight),
     }
-    gb = (weight.numel() + beside.numel()) * 2 / 1e9
-    for whose, run in contestants.items():
-        bench.time("rows", f"{place}, {count} rows: {whose}", run, gb, timer=replayed)
+    gb = (weight.numel() + second_weight.numel()) * 2 / 1e9
+    for name, run in variants.items():
+        bench.time("decode_gemm", f"{layer}, {rows} rows: {name}", run, gb, timer=time_replayed)
 
 
-def replayed(run: Callable[[], Any], **_: object) -> float:
-    """Return the milliseconds of one run in a CUDA graph of many: launches without the host."""
+def time_replayed(run: Callable[[], Any], **_: object) -> float:
+    """Return the milliseconds of one run in a CUDA graph of many, without host overhead."""
     with torch.no_grad():
         return do_bench_cudagraph(run, rep=10, return_mode="median")

@@ -1,11 +1,12 @@
-"""The records of studies as one file: what --publish needs, on a machine without the GPU."""
+"""Archive of the records of studies, for --publish on another machine than the one with the GPU."""
 
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-LEFT_OUT = {"checkpoints", "wandb"}
-LEFT_OUT_ENDINGS = {".html", ".png", ".md"}  # made again from the rest
+EXCLUDED = {"checkpoints", "wandb"}
+# written again from the records
+EXCLUDED_SUFFIXES = {".html", ".png", ".md"}
 
 
 def pack(path: Path, folders: Iterable[Path]) -> int:
@@ -14,11 +15,11 @@ def pack(path: Path, folders: Iterable[Path]) -> int:
     with tarfile.open(path, "w:xz", preset=2) as archive:
         for folder in folders:
             if folder.is_dir():
-                archive.add(folder, folder.name, filter=_kept)
+                archive.add(folder, folder.name, filter=_filter)
     return path.stat().st_size
 
 
-def _kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+def _filter(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
     name = Path(member.name)
-    left_out = name.name in LEFT_OUT or name.suffix in LEFT_OUT_ENDINGS
-    return None if left_out or member.issym() else member
+    is_excluded = name.name in EXCLUDED or name.suffix in EXCLUDED_SUFFIXES
+    return None if is_excluded or member.issym() else member

@@ -1,4 +1,4 @@
-"""docs/evidence.md holds a place for each study, between two comments; here a study's table and picture go there."""
+"""Publication of results in docs/evidence.md: each study's table and figure, between two comments with its name."""
 
 import json
 import shutil
@@ -9,26 +9,27 @@ from typing import Any
 from megatron_q3n.config import UserError
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "evidence.md"
-PICTURES = "evidence"  # a folder beside the page
+# a folder beside the page
+PICTURES = "evidence"
 EMPTY = "not measured yet"
 
 
-def place(study: str) -> tuple[str, str]:
-    """Return the comments before and behind a study's place."""
+def markers(study: str) -> tuple[str, str]:
+    """Return the comments before and after a study's results."""
     return f"<!-- results of {study} -->", f"<!-- end of {study} -->"
 
 
 def picture_of(study: str) -> str:
-    """Return a study's picture as the page names it."""
+    """Return the path of a study's figure, relative to the page."""
     return f"{PICTURES}/{study}.png"
 
 
 def fill(study: str, text: str, picture: Path, page: Path = PAGE) -> None:
-    """Put a study's table in its place, and its picture beside the page.
+    """Write a study's table between its comments, and its figure beside the page.
 
-    Raises: UserError if the page has no such place.
+    Raises: UserError if the page lacks these comments.
     """
-    begin, end = place(study)
+    begin, end = markers(study)
     before, found_begin, rest = page.read_text().partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
@@ -40,12 +41,12 @@ def fill(study: str, text: str, picture: Path, page: Path = PAGE) -> None:
 
 
 def publish(study: str, output: Path, markdown: Callable[[Any, str], str]) -> None:
-    """Put a folder's results.json, as `markdown` words it, and its picture into the page.
+    """Write a folder's results.json, formatted by `markdown`, and its figure into the page.
 
-    Raises: UserError if there are none, or the page has no place for them.
+    Raises: UserError if either is missing, or the page lacks the study's comments.
     """
     path, picture = output / "results.json", output / f"{study}.png"
     if not (path.is_file() and picture.is_file()):
-        raise UserError(f"{output} holds no {path.name} with {picture.name}: run the study first.")
+        raise UserError(f"{output} does not contain {path.name} and {picture.name}: run the study first.")
     fill(study, markdown(json.loads(path.read_text()), picture_of(study)), picture)
     print(PAGE)

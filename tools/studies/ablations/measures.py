@@ -1,13 +1,13 @@
-"""What is read of a finished run: "METRIC HOW", e.g. "loss/validation", "norms/max max", "loss/train spikes".
+"""Measures of a finished run: "METRIC REDUCTION", e.g. "loss/validation", "norm_scale/max max", "loss/train spikes".
 
-METRIC is a name of megatron_q3n/metrics/names.py, or of what the evaluate stage found:
+METRIC is a name of megatron_q3n/metrics/names.py, or a result of the evaluate stage:
 
-    recall/accuracy_<L>, recall/loss_<L>    second copy of L random tokens (megatron_q3n/evaluation/recall.py)
+    recall/accuracy_<L>, recall/loss_<L>    second copy of L random tokens (megatron_q3n/evaluation/copy_recall.py)
     text/loss, text/bits_per_byte           held-out text
-    text/loss_from_<T>                      its stretch of positions that begins at T
+    text/loss_from_<T>                      its range of positions that begins at T
 
-HOW is last (if nothing is said), first, max, min or median of what was recorded; or spikes, the number of steps whose
-loss an alert would call a spike (megatron_q3n/metrics/alerts.py).
+REDUCTION is last (the default), first, max, min or median over the recorded values; or spikes, the number of steps
+whose loss raises the alert for a loss spike (megatron_q3n/metrics/alerts.py).
 """
 
 import re
@@ -20,11 +20,11 @@ import numpy as np
 from megatron_q3n.config import UserError, suggest
 from megatron_q3n.config.instruments import AlertsConfig
 from megatron_q3n.metrics import names
-from megatron_q3n.metrics.alerts import Alerts
+from megatron_q3n.metrics.alerts import AlertDetector
 from megatron_q3n.metrics.report.run_files import RunFiles
 from megatron_q3n.metrics.report.series import pick
 
-HOWS: dict[str, Callable[[Any], Any]] = {
+REDUCTIONS: dict[str, Callable[[Any], Any]] = {
     "last": lambda y: y[-1],
     "first": lambda y: y[0],
     "max": np.max,
@@ -45,74 +45,77 @@ class Measure:
     """One number of a run."""
 
     metric: str
-    how: str
+    reduction: str
 
     @property
     def is_recorded(self) -> bool:
-        """Whether it is of the records of training, and so has a curve."""
+        """Return whether the number comes from the records of training, so that it has a curve."""
         return not EVALUATED.fullmatch(self.metric)
 
     def of(self, run: RunFiles) -> float | None:
-        """Return the number, or None where the run has none."""
+        """Return the number, or None if the run has none."""
         if not self.is_recorded:
             return evaluated(run.evaluation, self.metric)
-        if self.how == SPIKES:
+        if self.reduction == SPIKES:
             return float(num_spikes(run))
-        known = pick(run.records, self.metric).finite
-        return float(HOWS[self.how](known)) if len(known) else None
+        values = pick(run.records, self.metric).finite
+        return float(REDUCTIONS[self.reduction](values)) if len(values) else None
 
 
 def measure(text: str) -> Measure:
-    """Read "METRIC HOW".
+    """Parse "METRIC REDUCTION".
 
-    Raises: UserError for a metric that nobody records, or something else than HOW.
+    Raises: UserError for an unknown metric or reduction.
     """
-    metric, _, how = text.strip().partition(" ")
-    how = how.strip() or "last"
+    metric, _, reduction = text.strip().partition(" ")
+    reduction = reduction.strip() or "last"
     if not EVALUATED.fullmatch(metric) and names.find(metric) is None:
         known = [row.name for row in names.METRICS]
         raise UserError(
-            f"{text!r}: {metric} is no metric.{suggest(metric, known)} They are in megatron_q3n/metrics/names.py, and "
-            "recall/accuracy_<L>, recall/loss_<L>, text/loss, text/bits_per_byte, text/loss_from_<T>."
+            f"{text!r}: {metric} is not a metric.{suggest(metric, known)} Metrics are those of "
+            "megatron_q3n/metrics/names.py, and recall/accuracy_<L>, recall/loss_<L>, text/loss, text/bits_per_byte, "
+            "text/loss_from_<T>."
         )
-    if how == SPIKES and metric != LOSS:
-        raise UserError(f"{text!r}: spikes are counted of {LOSS} alone.")
-    if how not in (*HOWS, SPIKES):
-        raise UserError(f"{text!r}: {how!r} is none of {', '.join((*HOWS, SPIKES))}.")
-    if EVALUATED.fullmatch(metric) and how != "last":
-        raise UserError(f"{text!r}: {metric} is measured once, at the end; leave {how!r} out.")
-    return Measure(metric, how)
+    if reduction == SPIKES and metric != LOSS:
+        raise UserError(f"{text!r}: spikes are counted of {LOSS} only.")
+    if reduction not in (*REDUCTIONS, SPIKES):
+        raise UserError(f"{text!r}: {reduction!r} is none of {', '.join((*REDUCTIONS, SPIKES))}.")
+    if EVALUATED.fullmatch(metric) and reduction != "last":
+        raise UserError(f"{text!r}: {metric} is measured once, at the end; omit {reduction!r}.")
+    return Measure(metric, reduction)
 
 
-def evaluated(found: Any, metric: str) -> float | None:
-    """Return a number of evaluation.json, or None where it has none."""
+def evaluated(results: Any, metric: str) -> float | None:
+    """Return a number of evaluation.json, or None if it has none."""
     match = EVALUATED.fullmatch(metric)
-    if match is None or not isinstance(found, dict):
+    if match is None or not isinstance(results, dict):
         return None
     if match["what"]:
-        task = found["tasks"].get(f"repeat {match['length']} tokens", {})
+        task = results["tasks"].get(f"repeat {match['length']} tokens", {})
         return task.get(match["what"])
-    text = found["sets"].get("validation", {})
+    text = results["sets"].get("validation", {})
     if match["start"]:
-        stretches = text.get("by_position", [])
-        text = next((s for s in stretches if s["from"] == int(match["start"])), {})
+        ranges = text.get("by_position", [])
+        text = next((s for s in ranges if s["from"] == int(match["start"])), {})
     return text.get(match["text"])
 
 
 def num_spikes(run: RunFiles) -> int:
-    """Count the steps whose training loss stands out from those before, or is not finite."""
-    alerts = Alerts(AlertsConfig(pause_steps=0), num_experts=0)
+    """Count the steps whose training loss is a spike, or is not finite."""
+    alerts = AlertDetector(AlertsConfig(pause_steps=0), num_experts=0)
     losses = ((int(r["step"]), {LOSS: r[LOSS]}) for r in run.records if LOSS in r)
-    return sum(len(alerts.examine(step, values)) for step, values in losses)
+    return sum(len(alerts.update(step, values)) for step, values in losses)
 
 
 def has_diverged(run: RunFiles) -> bool:
-    """Whether the mean loss of the last 20 steps (of a short run: a fifth) is not finite, or half a nat above the
-    lowest such mean there was."""
+    """Return whether a run diverged: its last mean loss is not finite, or half a nat above the lowest of its means.
+
+    Means are over 20 steps; in a short run over a fifth of it.
+    """
     losses = pick(run.records, LOSS).y
     window = min(DIVERGED_STEPS, len(losses) // 5)
     if window == 0:
         return bool(len(losses)) and not np.isfinite(losses[-1])
     means = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-    known = means[np.isfinite(means)]
-    return not np.isfinite(means[-1]) or bool(means[-1] > known.min() + DIVERGED_NATS)
+    finite = means[np.isfinite(means)]
+    return not np.isfinite(means[-1]) or bool(means[-1] > finite.min() + DIVERGED_NATS)

@@ -1,4 +1,4 @@
-"""What is on disk of a study's runs: what each was made of, and how it ended."""
+"""Records of a study's runs on disk: the arguments of each, and its outcome."""
 
 import json
 from collections.abc import Sequence
@@ -13,34 +13,34 @@ DONE, DIVERGED, FAILED, NOT_EVALUATED = "done", "diverged", "failed", "not evalu
 
 
 def outcome_of(trial: Trial) -> dict[str, Any] | None:
-    """Return how a run ended; None where it has not."""
+    """Return the outcome of a run; None if it has not ended."""
     path = trial.run_dir / OUTCOME
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return found
+    outcome: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return outcome
 
 
 def check_same(trials: Sequence[Trial]) -> dict[str, list[str]]:
-    """Return what the runs of a study's folder were made of, by name, those to come too.
+    """Return {run name: arguments} of the runs in a study's folder, including the new ones.
 
-    Raises: UserError if a run of that name was made of something else.
+    Raises: UserError if a run of that name has other arguments.
     """
     path = trials[0].run_dir.parent / STUDY
-    known: dict[str, list[str]] = json.loads(path.read_text()) if path.is_file() else {}
+    recorded: dict[str, list[str]] = json.loads(path.read_text()) if path.is_file() else {}
     for trial in trials:
-        before = known.setdefault(trial.name, list(trial.arguments))
+        before = recorded.setdefault(trial.name, list(trial.arguments))
         if before != list(trial.arguments):
             raise UserError(
-                f"{trial.run_dir} was run with {' '.join(before)}, which is not what is asked now: "
+                f"{trial.run_dir} was run with {' '.join(before)}, which differs from the requested "
                 f"{' '.join(trial.arguments)}. Choose another --output, or delete it and its line in {path}."
             )
-    return known
+    return recorded
 
 
-def remember(trials: Sequence[Trial]) -> None:
-    """Write down what each run of a study is made of.
+def record_arguments(trials: Sequence[Trial]) -> None:
+    """Write the arguments of each run of a study to study.json.
 
-    Raises: UserError if a run of that name was made of something else.
+    Raises: UserError if a run of that name has other arguments.
     """
-    known, output = check_same(trials), trials[0].run_dir.parent
+    recorded, output = check_same(trials), trials[0].run_dir.parent
     output.mkdir(parents=True, exist_ok=True)
-    (output / STUDY).write_text(json.dumps(known, indent=1) + "\n")
+    (output / STUDY).write_text(json.dumps(recorded, indent=1) + "\n")

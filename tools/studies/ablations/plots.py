@@ -1,7 +1,7 @@
-"""One picture of a study: a panel for each recorded metric it compares, thin a run, thick a variant's mean; and recall
-by length where that was probed.
+"""Figure of a study: a panel per compared metric, with a thin line per run and a thick one per variant's mean.
 
-A file of its own beside the HTML report because docs/evidence.md is Markdown and shows pictures.
+A further panel shows recall by length. The figure is separate from the HTML report, because docs/evidence.md is
+Markdown and shows image files.
 """
 
 import re
@@ -19,18 +19,22 @@ from megatron_q3n.metrics.report.series import pick, smooth
 from tools.studies.ablations.measures import EVALUATED, Measure
 
 COLUMNS, PANEL_INCHES, DPI = 3, (4.2, 2.9), 100
-SMOOTHED_ABOVE, MARKED_BELOW = 100, 12  # points
-MACHINES_OWN = ("throughput", "memory")  # groups of metrics that say nothing of the model over time
-LOG_ABOVE = 50.0  # largest over smallest value
+# numbers of points
+SMOOTHED_ABOVE, MARKED_BELOW = 100, 12
+# groups of metrics about the machine, not the model
+MACHINE_GROUPS = ("throughput", "memory")
+# ratio of largest to smallest value above which the axis is logarithmic
+LOG_ABOVE = 50.0
 RECALL = re.compile(r"repeat (\d+) tokens")
-Runs = dict[str, list[RunFiles]]  # of a variant
+# variant -> runs
+Runs = dict[str, list[RunFiles]]
 
 
 def draw(path: Path, title: str, measures: Sequence[Measure], runs: Runs) -> None:
-    """Write the picture (PNG)."""
+    """Write the figure as PNG."""
     metrics = [m for m in dict.fromkeys(m.metric for m in measures) if _is_drawn(m)]
-    recalled = any((EVALUATED.fullmatch(m.metric) or {"what": None})["what"] for m in measures)
-    count = len(metrics) + recalled
+    has_recall = any((EVALUATED.fullmatch(m.metric) or {"what": None})["what"] for m in measures)
+    count = len(metrics) + has_recall
     columns = min(COLUMNS, count)
     rows = -(-count // columns)
     size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.5)
@@ -38,7 +42,7 @@ def draw(path: Path, title: str, measures: Sequence[Measure], runs: Runs) -> Non
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, metric in zip(panels, metrics):
         _curves(axes, metric, runs)
-    if recalled:
+    if has_recall:
         _recall(panels[len(metrics)], runs)
     for axes in panels[count:]:
         axes.set_visible(False)
@@ -49,8 +53,9 @@ def draw(path: Path, title: str, measures: Sequence[Measure], runs: Runs) -> Non
 
 
 def _is_drawn(metric: str) -> bool:
-    row = names.find(metric)  # None: found by the evaluate stage, once
-    return row is not None and row.group not in MACHINES_OWN
+    # None: a single result of the evaluate stage
+    row = names.find(metric)
+    return row is not None and row.group not in MACHINE_GROUPS
 
 
 def _curves(axes: Axes, metric: str, runs: Runs) -> None:
@@ -59,16 +64,16 @@ def _curves(axes: Axes, metric: str, runs: Runs) -> None:
         series = [pick(run.records, metric) for run in every]
         series = [smooth(s) if len(s) > SMOOTHED_ABOVE else s for s in series]
         values += [s.finite for s in series]
-        same = len(series) > 1 and all(np.array_equal(s.x, series[0].x) for s in series)
+        has_mean = len(series) > 1 and all(np.array_equal(s.x, series[0].x) for s in series)
         for s in series:
             marker = "." if len(s) < MARKED_BELOW else None
-            axes.plot(s.x, s.y, color=f"C{number}", linewidth=0.7 if same else 1.6, marker=marker)
-        if same:
+            axes.plot(s.x, s.y, color=f"C{number}", linewidth=0.7 if has_mean else 1.6, marker=marker)
+        if has_mean:
             mean = np.mean([s.y for s in series], axis=0)
             axes.plot(series[0].x, mean, color=f"C{number}")
         axes.plot([], [], color=f"C{number}", label=variant)
-    together = np.concatenate(values) if values else np.zeros(0)
-    if len(together) and together.min() > 0 and together.max() / together.min() > LOG_ABOVE:
+    all_values = np.concatenate(values) if values else np.zeros(0)
+    if len(all_values) and all_values.min() > 0 and all_values.max() / all_values.min() > LOG_ABOVE:
         axes.set_yscale("log")
     axes.set_title(metric, fontsize=9)
     axes.set_xlabel("step", fontsize=8)
@@ -87,7 +92,7 @@ def _recall(axes: Axes, runs: Runs) -> None:
     axes.grid(alpha=0.3)
 
 
-def _accuracies(found: Any) -> list[tuple[int, float]]:
-    tasks = found["tasks"] if isinstance(found, dict) else {}
+def _accuracies(results: Any) -> list[tuple[int, float]]:
+    tasks = results["tasks"] if isinstance(results, dict) else {}
     named = ((RECALL.fullmatch(name), scores) for name, scores in tasks.items())
     return [(int(match[1]), scores["accuracy"]) for match, scores in named if match]

@@ -1,6 +1,6 @@
-"""Processes of megatron_q3n.train that a study has running: started on one core each, and told to end together.
+"""Running processes of megatron_q3n.train in a study: started with one thread each, and stopped together.
 
-Which runs there are, when they are over and what came of them is the benches' business (runs.py, rl_studies/runs.py).
+Selection and outcome of the runs are elsewhere (tools/studies/ablations/runs.py, tools/studies/rl_studies/runs.py).
 """
 
 import os
@@ -16,18 +16,17 @@ LAST_LINES = 3
 
 
 class Processes:
-    """The processes that run now. Several threads may start them."""
+    """Set of running processes. Several threads may start them."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[bytes]] = set()
-        # re-entrant: a signal may ask to stop while its own thread is starting a process
+        # re-entrant: a signal may call stop() while its own thread starts a process
         self._lock, self._stopping = threading.RLock(), False
 
     def start(self, arguments: Sequence[str], run_dir: Path) -> subprocess.Popen[bytes] | None:
-        """Start one, whose output is added to the run's; None once all have been told to end."""
+        """Start a process with its output appended to the run's output file; return None after stop()."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
         with self._lock, (run_dir / OUTPUT).open("ab") as output:
             if self._stopping:
                 return None
@@ -41,21 +40,21 @@ class Processes:
             self._running.add(process)
             return process
 
-    def forget(self, process: subprocess.Popen[bytes]) -> bool:
-        """Forget a process that has ended. Returns: whether all had been told to."""
+    def discard(self, process: subprocess.Popen[bytes]) -> bool:
+        """Remove a process that has ended. Returns: whether stop() was called."""
         with self._lock:
             self._running.discard(process)
             return self._stopping
 
     def stop(self) -> None:
-        """Start nothing more, and ask what runs to save and end."""
+        """Start no more processes, and send SIGTERM to the running ones, which save and end."""
         with self._lock:
             self._stopping = True
             for process in self._running:
                 process.terminate()
 
 
-def last_words(run_dir: Path) -> str:
-    """Return the last lines that a run's processes have written."""
+def last_lines(run_dir: Path) -> str:
+    """Return the last lines of a run's output."""
     lines = (run_dir / OUTPUT).read_text(errors="replace").splitlines()
     return "\n".join([line for line in lines if line.strip()][-LAST_LINES:])

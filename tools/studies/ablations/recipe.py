@@ -1,4 +1,4 @@
-"""A study as its file says it, and the runs that come of it, all checked before the first one starts.
+"""Recipe of a study, and its runs, all checked before the first one starts.
 
 # recipes/ablation-gate.yaml
 question: Does a gate behind attention keep it from sinking to the first token?
@@ -6,13 +6,13 @@ claim: First-token share 46.7 % → 4.8 %, no massive activations.
 source: Gated Attention (arXiv 2505.06708), section 4.3
 base: pretrain-mini                  # a recipe
 common: [training.steps=500]         # settings of every run
-variants:                            # the settings in which the runs differ; compared with each other
-  none: [model.attention_gate=none]    # the most telling first: several studies run together in this order
+variants:                            # the settings in which the runs differ
+  none: [model.attention_gate=none]    # the most informative first: several studies run together in this order
   elementwise: []
 seeds: 2
-compare:                             # heading: "METRIC HOW" (measures.py)
+compare:                             # heading: "METRIC REDUCTION" (measures.py)
   validation loss: loss/validation
-evaluate: true                       # and evaluate each model after its training, by the settings evaluate.*
+evaluate: true                       # evaluate each model after its training, with the settings evaluate.*
 """
 
 import re
@@ -25,13 +25,13 @@ from pydantic import Field, ValidationError
 
 from megatron_q3n.config import RunConfig, UserError, suggest
 from megatron_q3n.config.section import Section
-from megatron_q3n.metrics.report.charts import NUM_COLOURS
+from megatron_q3n.metrics.report.charts import NUM_COLORS
 from megatron_q3n.recipe import RECIPES, configure
 from tools.studies.ablations.measures import Measure, measure
 
 PREFIX = "ablation-"
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
-OURS = ("run_dir", "runs_dir", "recipe", "stage", "training.seed", "checkpoint.load")
+RESERVED = ("run_dir", "runs_dir", "recipe", "stage", "training.seed", "checkpoint.load")
 QUIET = ("logging.progress=false", "logging.wandb.mode=disabled")
 
 
@@ -39,24 +39,24 @@ class AblationRecipe(Section):
     """A file recipes/ablation-*.yaml."""
 
     question: str = Field(min_length=1)
-    claim: str = Field(min_length=1, description="what the paper says")
-    source: str = Field(min_length=1, description="which paper, where in it")
-    base: str = Field(description="the recipe that every run begins with")
+    claim: str = Field(min_length=1, description="the paper's claim")
+    source: str = Field(min_length=1, description="paper and section")
+    base: str = Field(description="the recipe of every run")
     common: list[str] = Field(default_factory=list, description="settings of every run")
-    variants: dict[str, list[str]] = Field(min_length=2, max_length=NUM_COLOURS)
+    variants: dict[str, list[str]] = Field(min_length=2, max_length=NUM_COLORS)
     seeds: int = Field(2, gt=0)
     compare: dict[str, str] = Field(min_length=1)
     evaluate: bool = False
 
     @property
     def measures(self) -> dict[str, Measure]:
-        """What is compared, under its heading."""
+        """Return {heading: measure}."""
         return {heading: measure(text) for heading, text in self.compare.items()}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A variant with a seed: one run."""
+    """One run: a variant with a seed."""
 
     variant: str
     seed: int
@@ -67,23 +67,23 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """What it is called, and its run directory too."""
+        """Return the name, which is also that of the run directory."""
         return self.run_dir.name
 
     @property
     def training(self) -> list[str]:
-        """The command line of its training."""
+        """Return the command line of the training."""
         seed = f"training.seed={self.seed}"
         own = (seed, f"recipe={self.variant}", f"run_dir={self.run_dir}", *QUIET)
         return [*self.arguments, *own]
 
     @property
     def evaluation(self) -> list[str]:
-        """The command line of its evaluation: the same settings in another stage."""
+        """Return the command line of the evaluation: the same settings in another stage."""
         return [*self.arguments, "stage=evaluate", f"checkpoint.load={self.run_dir}", *QUIET]
 
 
-def every_study() -> list[str]:
+def list_studies() -> list[str]:
     """Return the names of the studies in recipes/."""
     return sorted(path.stem for path in RECIPES.glob(f"{PREFIX}*.yaml"))
 
@@ -91,13 +91,13 @@ def every_study() -> list[str]:
 def find(name: str) -> Path:
     """Return the file of a study, by its name in recipes/ or by a path.
 
-    Raises: UserError if there is none.
+    Raises: UserError if there is no such study.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     inside = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
-    known = every_study()
+    known = list_studies()
     if inside.stem not in known:
         raise UserError(
             f"{name}: no such study.{suggest(inside.stem, known)} There are: {', '.join(known)}; or give the path of a "
@@ -107,9 +107,9 @@ def find(name: str) -> Path:
 
 
 def read(path: Path) -> AblationRecipe:
-    """Read and check a study's file, all but the settings of its runs.
+    """Read and check a study's file, except the settings of its runs.
 
-    Raises: UserError naming what is wrong.
+    Raises: UserError with the wrong field.
     """
     try:
         recipe = AblationRecipe.model_validate(yaml.safe_load(path.read_text()))
@@ -128,25 +128,25 @@ def _problems(recipe: AblationRecipe) -> Iterator[str]:
         if not NAME.fullmatch(name):
             yield f"variant {name!r}: a name has a-z, 0-9, _, . and - only; it becomes a directory"
         for setting in settings:
-            if setting.partition("=")[0].lstrip("+~") in OURS:
-                yield f"{name}: {setting} is set by the study itself; leave it out"
-    described = [tuple(settings) for settings in recipe.variants.values()]
-    if len(set(described)) < len(described):
+            if setting.partition("=")[0].lstrip("+~") in RESERVED:
+                yield f"{name}: {setting} is set by the study itself; omit it"
+    settings_of_variants = [tuple(settings) for settings in recipe.variants.values()]
+    if len(set(settings_of_variants)) < len(settings_of_variants):
         yield "two variants have the same settings"
     for heading, text in recipe.compare.items():
         try:
-            found = measure(text)
+            parsed = measure(text)
         except UserError as error:
             yield f"compare: {heading}: {error}"
         else:
-            if not (found.is_recorded or recipe.evaluate):
+            if not (parsed.is_recorded or recipe.evaluate):
                 yield f"compare: {heading}: {text} needs evaluate: true"
 
 
 def trials(recipe: AblationRecipe, output: Path, seeds: int, only: list[str], settings: list[str]) -> list[Trial]:
-    """Return the runs of a study, checked, the variants of the first seed first.
+    """Return the checked runs of a study, all variants of the first seed first.
 
-    Raises: UserError for a variant that does not exist, or settings of one that cannot run.
+    Raises: UserError for an unknown variant, or settings that are not legal.
     """
     for name in only:
         if name not in recipe.variants:
@@ -155,8 +155,8 @@ def trials(recipe: AblationRecipe, output: Path, seeds: int, only: list[str], se
                 f"{', '.join(recipe.variants)}."
             )
     for setting in settings:
-        if setting.partition("=")[0].lstrip("+~") in OURS:
-            raise UserError(f"{setting} is set by the study itself; leave it out.")
+        if setting.partition("=")[0].lstrip("+~") in RESERVED:
+            raise UserError(f"{setting} is set by the study itself; omit it.")
     chosen = {v: s for v, s in recipe.variants.items() if v in only or not only}
     checked = {
         variant: _checked(variant, ("--config-name", recipe.base, *recipe.common, *own, *settings))

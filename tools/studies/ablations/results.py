@@ -1,7 +1,7 @@
-"""What came of a study: every number by variant and seed, their mean and spread, and the table for people.
+"""Results of a study: every number by variant and seed, mean and spread, and the Markdown table.
 
-Spread is the standard deviation of a sample, over seeds. A run that diverged has numbers too, and they count; a run
-that failed has none. Shapes of results.json: `variants` -> a variant -> `measures` -> heading -> mean, spread, values.
+Spread is the sample standard deviation over seeds. The numbers of a diverged run are included; a failed run has none.
+Structure of results.json: `variants` -> variant -> `measures` -> heading -> mean, spread, values.
 """
 
 import json
@@ -20,16 +20,17 @@ from tools.studies.ablations.recipe import AblationRecipe, Trial
 
 RESULTS = "results.json"
 NOTHING = "–"
-Outcomes = dict[str, dict[str, Any]]  # of trials, by name
+# name of a trial -> its outcome
+Outcomes = dict[str, dict[str, Any]]
 
 
 def gather(
     study: str, recipe: AblationRecipe, settings: list[str], trials: list[Trial], outcomes: Outcomes
 ) -> dict[str, Any]:
-    """Return results.json of the trials that have an outcome."""
+    """Return the contents of results.json, for the trials that have an outcome."""
     ended = [trial for trial in trials if trial.name in outcomes]
     numbers = {trial.name: _numbers(trial, outcomes, recipe.measures) for trial in ended}
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "study": study,
         **recipe.model_dump(include={"question", "claim", "source", "base", "common", "compare"}),
         "settings": settings,
@@ -40,19 +41,19 @@ def gather(
         "runs": {trial.name: outcomes[trial.name] | {"seed": trial.seed} for trial in ended},
     }
     for variant in dict.fromkeys(trial.variant for trial in ended):
-        of = [trial for trial in ended if trial.variant == variant]
-        count = parameters(of[0].config.model)
-        found["variants"][variant] = {
+        variant_trials = [trial for trial in ended if trial.variant == variant]
+        count = parameters(variant_trials[0].config.model)
+        results["variants"][variant] = {
             "overrides": recipe.variants[variant],
             "parameters": count.total_with_mtp,
             "active_parameters": count.active_with_embeddings,
-            "ended": dict(Counter(outcomes[trial.name]["ended"] for trial in of)),
+            "ended": dict(Counter(outcomes[trial.name]["ended"] for trial in variant_trials)),
             "measures": {
-                heading: _over_seeds({trial.seed: numbers[trial.name][heading] for trial in of})
+                heading: _over_seeds({trial.seed: numbers[trial.name][heading] for trial in variant_trials})
                 for heading in recipe.compare
             },
         }
-    return found
+    return results
 
 
 def _numbers(trial: Trial, outcomes: Outcomes, measures: dict[str, Measure]) -> dict[str, float | None]:
@@ -63,16 +64,16 @@ def _numbers(trial: Trial, outcomes: Outcomes, measures: dict[str, Measure]) -> 
 
 
 def _over_seeds(values: dict[int, float | None]) -> dict[str, Any]:
-    known = [value for value in values.values() if value is not None]
+    present = [value for value in values.values() if value is not None]
     return {
-        "mean": statistics.fmean(known) if known else None,
-        "spread": statistics.stdev(known) if len(known) > 1 else None,
+        "mean": statistics.fmean(present) if present else None,
+        "spread": statistics.stdev(present) if len(present) > 1 else None,
         "values": values,
     }
 
 
 def _machine(ended: list[Trial]) -> dict[str, Any]:
-    """Return what the first run that came so far says of where it ran."""
+    """Return the machine of the first run that recorded its environment."""
     for trial in ended:
         environment = _environment(trial.run_dir)
         if environment:
@@ -89,7 +90,7 @@ def _environment(run_dir: Path) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any], command: str, picture: str) -> str:
-    """Return the table and what it stands on, to be read beside the question."""
+    """Return the table, the figure and the conditions of the measurement as Markdown."""
     headings = list(results["compare"])
     rows = [["variant", "runs", *headings], ["---", "---", *["---:"] * len(headings)]]
     for name, variant in results["variants"].items():
@@ -97,18 +98,18 @@ def markdown(results: dict[str, Any], command: str, picture: str) -> str:
         rows.append([name, _ended(variant["ended"]), *cells])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     tokens = results["steps"] * results["tokens_per_step"]
-    made = results["made_on"]
-    where = made.get("gpu") or "a CPU"
+    machine = results["made_on"]
+    device = machine.get("gpu") or "a CPU"
     facts = (
         f"{results['steps']:,} steps, {tokens / 1e6:,.3g} M tokens a run; mean ± standard deviation over seeds; "
-        f"{where}; commit {made.get('git') or 'unknown'}; `{command}`"
+        f"{device}; commit {machine.get('git') or 'unknown'}; `{command}`"
     )
     return "\n".join([*lines, "", f"![{results['study']}]({picture})", "", facts, ""])
 
 
-def cell(found: dict[str, Any]) -> str:
-    """Return "2.315 ± 0.004": the spread with two digits, the mean with as many places."""
-    mean, spread = found["mean"], found["spread"]
+def cell(value: dict[str, Any]) -> str:
+    """Return e.g. "2.315 ± 0.004": the spread with two digits, the mean with as many places."""
+    mean, spread = value["mean"], value["spread"]
     if mean is None:
         return NOTHING
     if not spread:
@@ -122,6 +123,6 @@ def _ended(counts: dict[str, int]) -> str:
 
 
 def comparable(trials: Iterable[Trial], outcomes: Outcomes) -> list[RunFiles]:
-    """Return what is recorded of the trials that have curves."""
+    """Return the run files of the trials that have curves."""
     ended = [t for t in trials if outcomes.get(t.name, {}).get("ended", FAILED) != FAILED]
     return [load(trial.run_dir) for trial in ended]

@@ -1,0 +1,106 @@
+"""Supervised fine-tuning batches: packed sequences of conversations, with the interface of `PretrainData`.
+
+Step s, micro-batch m, data parallel rank r of R holds sequence (s · micro-batches + m) · R + r of the run, so a resumed
+run needs its step only, and the global batch is the same in every parallel layout.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_q3n.config import RunConfig
+from megatron_q3n.data.batch import Batch
+from megatron_q3n.data.sft_packing import PackedConversations, TokenizedConversations, pack
+from megatron_q3n.data.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True)
+class SftData:
+    """Training and validation sequences, and their tokenizer."""
+
+    config: RunConfig
+    tokenizer: TextTokenizer
+    train: TokenizedConversations
+    validation: TokenizedConversations
+    train_dataset: PackedConversations
+    validation_dataset: PackedConversations
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        tokenizer: TextTokenizer,
+        train: TokenizedConversations,
+        validation: TokenizedConversations,
+    ) -> "SftData":
+        """Pack both sets of conversations into sequences."""
+        training, alignment = config.training, config.sft.alignment
+        datasets = [
+            PackedConversations(conversations, training.sequence_length, alignment, training.seed, tokenizer.eod)
+            for conversations in (train, validation)
+        ]
+        return cls(config, tokenizer, train, validation, datasets[0], datasets[1])
+
+    def train_batches(self, first_step: int, dp_rank: int, dp_size: int) -> Iterator[list[Batch]]:
+        """Yield, for each step from `first_step` to the last, this rank's micro-batches."""
+        num_microbatches = self.config.training.global_batch_size // dp_size
+        for step in range(first_step, self.config.training.steps):
+            first = step * num_microbatches
+            yield [self.train_dataset.batch((first + micro) * dp_size + dp_rank) for micro in range(num_microbatches)]
+
+    def validation_batches(self, dp_rank: int, dp_size: int) -> Iterator[list[Batch]]:
+        """Yield this rank's micro-batches of each validation batch, the same at every call, each sequence once."""
+        per_batch = self.config.training.global_batch_size
+        num_batches = min(self.config.validation.batches, -(-len(self.validation_dataset) // per_batch))
+        for batch in range(num_batches):
+            indices = range(batch * per_batch + dp_rank, (batch + 1) * per_batch, dp_size)
+            yield [self._validation_sequence(index) for index in indices]
+
+    def train_sample_tokens(self, num_samples: int) -> Iterator[np.ndarray]:
+        """Yield the tokens of the first training sequences. Shapes: (sequence_length + 1,) int64 each."""
+        return (_tokens(self.train_dataset.batch(index)) for index in range(num_samples))
+
+    def validation_sample_tokens(self) -> Iterator[np.ndarray]:
+        """Yield the tokens of all validation sequences. Shapes: (sequence_length + 1,) int64 each."""
+        return (_tokens(self.validation_dataset.batch(index)) for index in range(len(self.validation_dataset)))
+
+    def describe(self) -> dict[str, Any]:
+        """Return a JSON-serializable description for logs: tokenizer, conversations by outcome, and epochs."""
+        training = self.config.training
+        num_train_sequences = training.steps * training.global_batch_size
+        return {
+            "tokenizer": {
+                "fingerprint": self.tokenizer.fingerprint,
+                "vocab_size": self.tokenizer.vocab_size,
+                "eod": self.tokenizer.eod,
+            },
+            "sequence_length": training.sequence_length,
+            "train": [_describe(self.train, self.train_dataset, num_train_sequences)],
+            "validation": [_describe(self.validation, self.validation_dataset, 0)],
+        }
+
+    def _validation_sequence(self, index: int) -> Batch:
+        """Return a validation sequence, or a padding sequence without loss past the last one."""
+        if index < len(self.validation_dataset):
+            return self.validation_dataset.batch(index)
+        training, alignment = self.config.training, self.config.sft.alignment
+        return pack([], training.sequence_length, alignment, self.tokenizer.eod)
+
+
+def _tokens(batch: Batch) -> np.ndarray:
+    return np.append(batch.tokens_BT[0].numpy(), batch.labels_BT[0, -1].item())
+
+
+def _describe(
+    conversations: TokenizedConversations, dataset: PackedConversations, num_sequences: int
+) -> dict[str, Any]:
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in conversations.counts.items())
+    return {
+        "path": f"{len(conversations)} conversations in {len(dataset)} packed sequences ({outcomes})",
+        "documents": len(conversations),
+        "tokens": int(conversations.bounds[-1]),
+        "epochs": num_sequences / len(dataset),
+        **conversations.counts,
+    }
