@@ -64,6 +64,14 @@ class Packing:
         return max(self.lengths)
 
     @cached_property
+    def cu_seqlens_long(self) -> Tensor:
+        """`cu_seqlens` in int64: one tensor, by whose identity the delta rule's kernels keep what they derive from it.
+
+        They derive it on the host, which waits for the device; a new tensor per call would make it wait in every layer.
+        """
+        return self.cu_seqlens.long()
+
+    @cached_property
     def document_T(self) -> Tensor:
         """Number of the document that each token belongs to, int64 on the device."""
         lengths = torch.tensor(self.lengths)

@@ -76,8 +76,8 @@ class Parallel:
 
 
 def initialize(config: RunConfig, device: Device, rendezvous: Rendezvous | None = None) -> Parallel:
-    """Join the other processes (the launcher's, or those of a rendezvous), build the process groups of config.parallel,
-    and seed this rank."""
+    """Join the other processes (the launcher's, or those of a rendezvous) unless that is done, build the process groups
+    of config.parallel, and seed this rank."""
     rank, world_size = _join(device, rendezvous)
     layout = config.parallel
     parallel_state.initialize_model_parallel(
@@ -109,7 +109,14 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
+def leave_groups() -> None:
+    """Destroy the process groups but not the connection of the processes, so that other groups can be built."""
+    parallel_state.destroy_model_parallel()
+
+
 def _join(device: Device, rendezvous: Rendezvous | None) -> tuple[int, int]:
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
     if rendezvous is None and not launch.has_rendezvous():
         # one process without a launcher: no TCP port, so no collision with another run
         rendezvous = Rendezvous(torch.distributed.HashStore(), rank=0, world_size=1)

@@ -61,6 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             slow = item.get_closest_marker("slow") is not None
             seconds = SLOW_TIMEOUT_SECONDS if slow else TIMEOUT_SECONDS
             item.add_marker(pytest.mark.timeout(seconds))
+        if item.get_closest_marker("multigpu") and _num_gpus() < 2:
+            item.add_marker(pytest.mark.skip(reason="fewer than two CUDA devices (tools/test hides them)"))
         if item.get_closest_marker("gpu") and not _cuda_is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device (tools/test hides them)"))
 
@@ -76,11 +78,15 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def _cuda_is_available() -> bool:
+    return _num_gpus() > 0
+
+
+def _num_gpus() -> int:
     if importlib.util.find_spec("torch") is None:
-        return False
+        return 0
     import torch  # late: takes seconds, and only GPU tests need it
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ MODULES = {
     "attention.qkv_norm_rope_triton": Kernel.QKV_NORM_ROPE,
     "residual_norm_triton": Kernel.RESIDUAL_NORM,
     "moe.permutation_triton": Kernel.PERMUTATION,
+    "moe.expert_exchange_triton": Kernel.EXPERT_EXCHANGE,
     "moe.grouped_gemm_triton": Kernel.GROUPED_GEMM,
     "moe.swiglu_triton": Kernel.SWIGLU,
     "moe.shared_expert_gate_triton": Kernel.SHARED_EXPERT_GATE,

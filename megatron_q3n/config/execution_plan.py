@@ -20,6 +20,7 @@ class Kernel(StrEnum):
     QKV_NORM_ROPE = "qkv split, q/k norm and RoPE"
     RESIDUAL_NORM = "RMSNorm of the residual stream"
     PERMUTATION = "MoE token permutation"
+    EXPERT_EXCHANGE = "expert-parallel exchange"
     GROUPED_GEMM = "grouped GEMM"
     SWIGLU = "SwiGLU"
     SHARED_EXPERT_GATE = "shared expert gate"
@@ -114,6 +115,8 @@ class MoEPlan:
 
     sublayer: SublayerPlan
     local_dispatcher: Decision
+    expert_exchange: Decision
+    symmetric_memory: Decision
     permutation: Decision
     fused_residual: Decision
     fp8_experts: Decision

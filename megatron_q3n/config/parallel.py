@@ -27,7 +27,17 @@ class ParallelConfig(Section):
     )
     expert_model_parallel_size: int = Field(1, gt=0)
     expert_tensor_parallel_size: int = Field(1, gt=0)
-    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    moe_token_dispatcher_type: Literal["auto", "alltoall", "allgather", "flex"] = Field(
+        "auto",
+        description="auto: without host synchronization (one process, or an expert-parallel group inside a node), else "
+        "megatron-core's alltoall; the others are megatron-core's",
+    )
+    expert_capacity_headroom: float = Field(
+        1.1,
+        ge=1,
+        description="rows of a captured step's static buffers per rank over the most rows seen so far; a step that "
+        "needs more is repeated without the graph, and the buffers grow",
+    )
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     gpus_per_node: int = Field(8, gt=0, description="for the dry run's placement advice")

@@ -10,8 +10,16 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_q3n.config import GATED_ATTENTION, SLIDING_ATTENTION, RunConfig
+from megatron_q3n.config.execution_plan import ExecutionPlan
+from megatron_q3n.config.execution_rules import draws_random_numbers
 from megatron_q3n.config.model import MOE
 from megatron_q3n.config.sizes import pipeline_segments
+from megatron_q3n.kernels.moe.expert_exchange import (
+    CollectiveExchange,
+    ExchangeShape,
+    ExpertExchange,
+    SymmetricExchange,
+)
 from megatron_q3n.model.mtp.accumulators import MTPLosses
 from megatron_q3n.model.patches import patch_megatron
 from megatron_q3n.model.sharding import drop_extra_state
@@ -30,9 +38,11 @@ class Qwen3NextModel(HybridModel):
 def build_model(config: RunConfig, backend_name: BackendName, groups: ProcessGroupCollection) -> list[Qwen3NextModel]:
     """Build this rank's model chunks (one, or one per virtual pipeline stage), initialized from the seed."""
     backend = backend_named(backend_name)
-    patch_megatron(backend.norm)
+    patch_megatron(backend.norm, keeps_rng=draws_random_numbers(config))
     megatron = transformer_config(config, backend_name)
     _check_groups(config, groups)
+    if megatron.plan.moe.expert_exchange:
+        megatron.pass_state.expert_exchange = _expert_exchange(config, megatron.plan, groups)
     if config.model.mtp_num_layers:
         megatron.pass_state.mtp = MTPLosses(config.model.mtp_num_layers, config.mtp, config.training.steps)
     spec = stack_spec(config, backend)
@@ -72,6 +82,17 @@ def hybrid_pattern(config: RunConfig) -> str:
     # VariantAttention derives its window from the layer number
     main = main.replace(SLIDING_ATTENTION, GATED_ATTENTION)
     return main + f"/{GATED_ATTENTION}{MOE}" * config.model.mtp_num_layers
+
+
+def _expert_exchange(config: RunConfig, plan: ExecutionPlan, groups: ProcessGroupCollection) -> ExpertExchange:
+    """Make the exchange between expert-parallel ranks; a collective call where it allocates symmetric memory."""
+    if not plan.moe.symmetric_memory:
+        return CollectiveExchange(groups.ep)
+    model, layout = config.model, config.parallel
+    tokens = config.training.micro_batch_size * config.training.sequence_length
+    tokens //= layout.tensor_model_parallel_size * layout.context_parallel_size
+    shape = ExchangeShape(tokens, model.hidden_size, model.num_moe_experts, model.moe_router_topk)
+    return SymmetricExchange(groups.ep, shape, torch.device("cuda", torch.cuda.current_device()))
 
 
 def _check_groups(config: RunConfig, groups: ProcessGroupCollection) -> None:

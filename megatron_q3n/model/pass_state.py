@@ -9,6 +9,8 @@ There is no other such channel: no module sets attributes of another module or o
 | `draft_chain` | MTP block | MTP loss of the same pass: drafts need logits, which only the loss computes |
 | `rope_angles` | `GatedAttention.forward` | the QKV projection that it calls, which applies RoPE in its epilogue |
 | `residual` | MoE layer | dispatcher or experts of the same layer, which add it in their epilogue |
+| `expert_exchange` | `build_model` | dispatchers: the exchange between expert-parallel ranks, with its buffers |
+| `has_equal_tokens` | the training step | MoE layers: every rank brings equally many tokens in this pass |
 | `routing` | reinforcement learning, instruments | routers: recorded routes to replay, or a probe |
 | `delta_rule_probes` | reinforcement learning, instruments | Gated DeltaNet: a wrapper around its delta rule |
 
@@ -24,6 +26,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from megatron_q3n.kernels.gated_delta.backend import Rule
+from megatron_q3n.kernels.moe.expert_exchange import ExpertExchange
 from megatron_q3n.model.mtp.accumulators import MTPLosses
 from megatron_q3n.model.mtp.draft_chain import DraftChain
 
@@ -54,6 +57,8 @@ class PassState:
     draft_chain: DraftChain | None = None
     rope_angles: Tensor | None = None
     residual: Tensor | None = None
+    expert_exchange: ExpertExchange | None = None
+    has_equal_tokens: bool = False
     routing: dict[nn.Module, RoutingHook] = field(default_factory=dict)
     delta_rule_probes: dict[nn.Module, DeltaRuleProbe] = field(default_factory=dict)
 
@@ -75,6 +80,15 @@ class PassState:
         """Return the draft chain of this pass and clear the field."""
         chain, self.draft_chain = self.draft_chain, None
         return chain
+
+    @contextmanager
+    def with_equal_tokens(self) -> Iterator[None]:
+        """Tell the MoE layers that every rank brings equally many tokens in the passes of this block."""
+        before, self.has_equal_tokens = self.has_equal_tokens, True
+        try:
+            yield
+        finally:
+            self.has_equal_tokens = before
 
     @property
     def is_observed(self) -> bool:

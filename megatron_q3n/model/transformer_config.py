@@ -113,12 +113,17 @@ def _layout(config: RunConfig) -> dict[str, Any]:
         "context_parallel_size": layout.context_parallel_size,
         "expert_model_parallel_size": layout.expert_model_parallel_size,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
-        "moe_token_dispatcher_type": layout.moe_token_dispatcher_type,
+        "moe_token_dispatcher_type": _megatron_dispatcher(layout.moe_token_dispatcher_type),
         # The default, batched point-to-point, gives wrong results without an error for two interleaved stages.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
         "variable_seq_lengths": False,
     }
+
+
+def _megatron_dispatcher(name: str) -> str:
+    """Return the dispatcher of passes for which ours are not made."""
+    return "alltoall" if name == "auto" else name
 
 
 def _numerics(config: RunConfig) -> dict[str, Any]:

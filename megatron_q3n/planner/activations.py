@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from megatron_q3n.config import GATED_DELTA_NET, ModelConfig, RunConfig
 from megatron_q3n.config.model import MOE
+from megatron_q3n.config.moe_rules import expert_exchange_obstacle
 
 # the fullest expert rank gets this much more than its even share of tokens
 EXPERT_IMBALANCE = 0.25
@@ -173,7 +174,8 @@ def mixture_of_experts(config: RunConfig) -> Footprint:
     """Return the footprint of router, routed and shared experts.
 
     Transient: three copies of the dispatched tokens (permuted, exchanged and sorted by expert), and with the allgather
-    dispatcher the gathered tokens with their fp32 probabilities and mask.
+    dispatcher the gathered tokens with their fp32 probabilities and mask. With our exchange: two copies (an expert's
+    output and its gradient), and the buffers that peers read, which all layers share.
     """
     model, at = config.model, LocalSizes.of(config)
     ffn = model.moe_ffn_hidden_size / at.expert_tensor_ranks
@@ -196,8 +198,20 @@ def mixture_of_experts(config: RunConfig) -> Footprint:
             Saved("shared activated", shared * at.product_input, shared_only),
             Saved("shared output", at.hidden(model), shared_only),
         ),
-        transient=3 * at.dispatched * model.hidden_size * at.value + at.gathered * gathered,
+        transient=_exchanged(config, at) + at.gathered * gathered,
     )
+
+
+def _exchanged(config: RunConfig, at: LocalSizes) -> float:
+    """Return the transient bytes of the dispatch: copies of rows, and the buffers of the expert exchange."""
+    model, ranks = config.model, config.parallel.expert_model_parallel_size
+    rows = at.dispatched * model.hidden_size * at.value
+    if expert_exchange_obstacle(config) is not None:
+        return 3 * rows
+    # kernels/moe/expert_exchange.py: tokens, partial sums, routing map, gates, gradients of the gates
+    per_token = (1 + ranks) * model.hidden_size * at.value + 5 * model.num_moe_experts
+    per_token += ranks * model.moe_router_topk * _FP32
+    return 2 * rows + at.shard_tokens * per_token
 
 
 def mtp_projection(config: RunConfig) -> Footprint:

@@ -97,7 +97,8 @@ def assemble(
     model_config = chunks[0].module.config
     model_config.grad_scale_func = lambda loss: loss * loss_scale
     required = config.training.cuda_graph is True
-    graph = StepGraph(chunks, required=required) if uses_graph(config, model_config.plan) else None
+    headroom = config.parallel.expert_capacity_headroom
+    graph = StepGraph(chunks, required=required, headroom=headroom) if uses_graph(config, model_config.plan) else None
     return TrainState(config, device, parallel, chunks, optimizer, schedule, loss_scale, graph)
 
 

@@ -119,16 +119,18 @@ def run_microbatches(
 def _run_schedule(state: TrainState, batches: list[Batch], *, forward_only: bool, forward: ForwardStep) -> list[dict]:
     training, chunks = state.config.training, state.chunks
     single = len(chunks) == 1
-    return get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=iter(batches) if single else [iter(batches) for _ in chunks],
-        model=chunks[0] if single else chunks,
-        num_microbatches=len(batches),
-        seq_length=training.sequence_length,
-        micro_batch_size=training.micro_batch_size,
-        decoder_seq_length=training.sequence_length,
-        forward_only=forward_only,
-    )
+    # the plan has an exchange only for batches of one shape
+    with chunks[0].module.config.pass_state.with_equal_tokens():
+        return get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(batches) if single else [iter(batches) for _ in chunks],
+            model=chunks[0] if single else chunks,
+            num_microbatches=len(batches),
+            seq_length=training.sequence_length,
+            micro_batch_size=training.micro_batch_size,
+            decoder_seq_length=training.sequence_length,
+            forward_only=forward_only,
+        )
 
 
 def _close_balance(state: TrainState) -> tuple[dict[str, list[float]], dict[str, float]]:

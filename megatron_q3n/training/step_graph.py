@@ -3,11 +3,16 @@
 One period of layers runs nearly 600 kernels per micro-batch (counted at 4,096 tokens), which Python may launch more
 slowly than a Hopper GPU executes them. The replay is one launch (gaps of 0.1 ms per period remain).
 
-Requirements: no host synchronization and no data-dependent shape between the batch and the gradients. The local MoE
-dispatcher needs no token counts on the host (model/moe/token_dispatcher.py), the number of permuted token rows is
-always tokens × top-k, and every value that changes per step (batch, loss scale, expert loads) is updated in place.
-Collectives are not captured: a layout with collectives inside its passes runs without a graph, and gradients are
-reduced after the replay.
+Requirements: no host synchronization and no data-dependent shape between the batch and the gradients. The MoE
+dispatchers need no token counts on the host (model/moe/token_dispatcher.py), and every value that changes per step
+(batch, loss scale, expert loads) is updated in place. Collectives inside the passes (tensor, context and expert
+parallelism) are captured; gradients are reduced after the replay.
+
+Without expert parallelism the number of permuted rows is always tokens × top-k. With it a rank's number of rows depends
+on the routing, and the captured buffers have a fixed number: the most rows of the steps before, times
+`parallel.expert_capacity_headroom`. A step in which a rank would need more is found on the device before its gradients
+are reduced; it is repeated without the graph, exactly, and the next step is captured with larger buffers. No token is
+dropped.
 
 A library may break this silently: a copy from host memory during capture is repeated at every replay, from an address
 that may have been freed. So every captured graph is searched for nodes that touch the host before it is used.
@@ -16,8 +21,10 @@ Reference: PyTorch, "CUDA semantics", whole-network capture.
 """
 
 import gc
+import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -28,6 +35,9 @@ from megatron_q3n.config.execution_plan import ExecutionPlan
 from megatron_q3n.data.batch import Batch
 from megatron_q3n.device.cuda_graph_nodes import find_host_nodes
 from megatron_q3n.kernels.moe import fp8_experts, grouped_linear
+from megatron_q3n.kernels.moe.expert_exchange import SymmetricExchange
+from megatron_q3n.model.moe.router import routers_of
+from megatron_q3n.model.patches import without_rng_forks
 
 # kernels are compiled and libraries allocate in these; neither may happen during capture
 _WARMUP_STEPS = 2
@@ -46,8 +56,11 @@ def uses_graph(config: RunConfig, plan: ExecutionPlan) -> bool:
 class StepGraph:
     """Passes of a step as a CUDA graph: captured in the third step, replayed from then on."""
 
-    def __init__(self, chunks: list[Any], *, required: bool) -> None:
-        """Prepare to capture passes of the one model chunk; if `required`, a graph that cannot be used is an error."""
+    def __init__(self, chunks: list[Any], *, required: bool, headroom: float = 1.0) -> None:
+        """Prepare to capture passes of the one model chunk; if `required`, a graph that cannot be used is an error.
+
+        `headroom`: rows of the expert exchange's static buffers over the most rows so far.
+        """
         assert len(chunks) == 1
         self._required = required
         self._is_disabled = False
@@ -59,6 +72,10 @@ class StepGraph:
         self._batches: list[Batch] = []
         self._reports: list[dict] = []
         self._to_finalize: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        exchange = self._model_config.pass_state.expert_exchange
+        self._exchange: SymmetricExchange | None = exchange if isinstance(exchange, SymmetricExchange) else None
+        self._headroom, self._capacity = headroom, 0
+        self.num_repeated_steps = 0
 
     def run(self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]) -> list[dict]:
         """Run forward and backward passes of a step's micro-batches, and reduce the gradients.
@@ -73,13 +90,15 @@ class StepGraph:
         if self._graph is None:
             graph = self._capture(batches, run_schedule)
             touching = find_host_nodes(graph)
-            if touching:
-                self._disable(touching)
+            if _any_rank(bool(touching)):
+                self._disable(touching or ["on another rank"])
                 return run_schedule(batches)
             self._graph = graph
         for static, batch in zip(self._batches, batches, strict=True):
             _copy(batch, static)
         self._graph.replay()
+        if self._overflows():
+            return self._repeat(batches, run_schedule)
         # the replayed kernels overwrote these gradients, without the Python code that marks them
         grouped_linear.mark_accumulate(self._overwritten)
         positional, named = self._to_finalize
@@ -103,7 +122,8 @@ class StepGraph:
         stream = torch.cuda.current_stream()
         _drop_dense_copies(self._model)
         try:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            forks = without_rng_forks()
+            with self._static_rows(), forks, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._reports = run_schedule(self._batches)
         except RuntimeError as error:
             raise UserError(
@@ -115,6 +135,41 @@ class StepGraph:
             _drop_dense_copies(self._model)
         self._overwritten = [p for p in stale if not grouped_linear.overwrites_main_grad(p)]
         return graph
+
+    def _static_rows(self) -> AbstractContextManager[None]:
+        """Return the context in which the expert exchange has a fixed number of rows, the same on every rank."""
+        if self._exchange is None:
+            return nullcontext()
+        self._capacity = math.ceil(self._most_rows() * self._headroom)
+        return self._exchange.static_capacity(self._capacity)
+
+    def _most_rows(self) -> int:
+        """Return the most rows that any rank has had in one dispatch so far. A collective call; the host waits."""
+        assert self._exchange is not None
+        rows = self._exchange.peak_rows.clone()
+        torch.distributed.all_reduce(rows, op=torch.distributed.ReduceOp.MAX)
+        return int(rows.item())
+
+    def _overflows(self) -> bool:
+        """Return whether a rank had more rows in the replayed step than its buffers hold; the same on every rank."""
+        return self._exchange is not None and self._most_rows() > self._capacity
+
+    def _repeat(self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]) -> list[dict]:
+        """Discard everything that the replayed passes accumulated, and run them again exactly, without the graph."""
+        self.num_repeated_steps += 1
+        warnings.warn(
+            f"step repeated without its CUDA graph: a rank needed {self._most_rows():,} rows of expert input, and the "
+            f"captured buffers hold {self._capacity:,}. They grow in the next step. If it happens often, raise "
+            f"parallel.expert_capacity_headroom ({self._headroom:g}).",
+            stacklevel=2,
+        )
+        self._graph, self._batches, self._reports = None, [], []
+        self._model.zero_grad_buffer()
+        for router in routers_of([self._model.module]).values():
+            router.reset_counts()
+        if self._model_config.pass_state.mtp is not None:
+            self._model_config.pass_state.mtp.pop_totals()
+        return run_schedule(batches)
 
     def _disable(self, touching: list[str]) -> None:
         what = f"a captured step holds {len(touching)} nodes that touch the host ({', '.join(sorted(set(touching)))})"
@@ -132,6 +187,13 @@ class StepGraph:
 
     def _record_finalize(self, *positional: Any, **named: Any) -> None:
         self._to_finalize = (positional, named)
+
+
+def _any_rank(flag: bool) -> bool:
+    """Return whether the flag is set on any rank: all must replay, or none. A collective call; the host waits."""
+    flags = torch.tensor([float(flag)], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 def _drop_dense_copies(model: Any) -> None:

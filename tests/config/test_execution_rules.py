@@ -43,7 +43,8 @@ def selective(*modules: str) -> dict[str, Any]:
 
 def test_on_a_gpu_where_everything_is_qualified_only_fp8_has_a_reason() -> None:
     slow = {f"{kind}, {part}" for kind, part, found in plan_of().rows() if not found}
-    assert slow == {"moe, fp8 experts", "gated attention, masked gqa"}
+    no_peers = {"moe, expert exchange", "moe, symmetric memory"}
+    assert slow == {"moe, fp8 experts", "gated attention, masked gqa", *no_peers}
 
 
 def test_without_a_gpu_every_kernel_is_the_reference() -> None:
@@ -67,6 +68,9 @@ def test_without_a_gpu_every_kernel_is_the_reference() -> None:
 
 TWICE = {"training": {"global_batch_size": 8}}
 EP2 = {"parallel": {"world_size": 2, "expert_model_parallel_size": 2}, **TWICE}
+ALLTOALL = {"parallel": EP2["parallel"] | {"moe_token_dispatcher_type": "alltoall"}, **TWICE}
+PP2 = {"parallel": {"world_size": 2, "pipeline_model_parallel_size": 2}}
+FP8 = {"precision": {"compute": "bf16", "fp8": "hybrid"}}
 TP2 = {"parallel": {"world_size": 2, "tensor_model_parallel_size": 2}}
 ETP2 = {"parallel": {"world_size": 2, "expert_tensor_parallel_size": 2}, **TWICE}
 
@@ -114,7 +118,7 @@ ETP2 = {"parallel": {"world_size": 2, "expert_tensor_parallel_size": 2}, **TWICE
         (megatron(moe_shared_expert_overlap=True), "moe.local_dispatcher", "overlaps with communication"),
         (megatron(moe_router_padding_for_fp8=True), "moe.local_dispatcher", "padded for quantization"),
         ({"parallel": {"moe_token_dispatcher_type": "flex"}}, "moe.local_dispatcher", "flex"),
-        (EP2, "moe.fused_residual", "experts are spread over ranks"),
+        (ALLTOALL, "moe.fused_residual", "moe_token_dispatcher_type=alltoall"),
         (EP2, "moe.permutation", "megatron-core's dispatcher permutes the tokens"),
         (EP2, "decode.experts_kernel", "experts are spread over ranks"),
         (megatron(activation_func_clamp_value=7.0), "moe.shared_expert_swiglu", "changes the activation"),
@@ -143,12 +147,14 @@ ETP2 = {"parallel": {"world_size": 2, "expert_tensor_parallel_size": 2}, **TWICE
         (megatron(fp32_residual_connection=True), "decode.gemm", "fp32_residual_connection"),
         (megatron(fp8_param=True), "decode.gemm", "weights are stored in FP8"),
         # a training step as one CUDA graph
-        (TP2, "training_step", "communicate inside the passes"),
-        (EP2, "training_step", "communicate inside the passes"),
-        (ETP2, "training_step", "expert tensor parallelism communicates inside the passes"),
+        (PP2, "training_step", "pipeline parallelism"),
+        (ALLTOALL, "training_step", "copies token counts to the host"),
+        (ETP2, "training_step", "expert tensor parallelism"),
+        (TP2 | megatron(hidden_dropout=0.1), "training_step", "switch RNG states"),
         ({"parallel": {"overlap_grad_reduce": True}}, "training_step", "overlap_grad_reduce"),
         ({"data": {"mask_document_boundaries": True}}, "training_step", "mask_document_boundaries"),
-        (selective("moe_act"), "training_step", "activation checkpointing"),
+        (selective("moe_act") | megatron(hidden_dropout=0.1), "training_step", "activation checkpointing"),
+        (selective("moe") | FP8, "training_step", "activation checkpointing in FP8"),
         ({"training": {"sequence_length": 192}}, "training_step", "sequence_length=192"),
         ({"training": {"cuda_graph": False}}, "training_step", "training.cuda_graph=false"),
         # precision
@@ -165,12 +171,49 @@ def test_a_setting_that_prevents_the_fast_path(sections: dict[str, Any], path: s
     assert reason in (found.reason or "")
 
 
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        (ALLTOALL, "moe_token_dispatcher_type=alltoall"),
+        ({"parallel": EP2["parallel"] | {"moe_token_dispatcher_type": "allgather"}, **TWICE}, "allgather"),
+        ({"parallel": EP2["parallel"] | {"gpus_per_node": 1}, **TWICE}, "not in one node"),
+        (EP2 | megatron(moe_latent_size=64), "moe_latent_size"),
+        (EP2 | megatron(moe_shared_expert_overlap=True), "overlaps with communication"),
+        (EP2 | {"data": {"mask_document_boundaries": True}, "training": {"micro_batch_size": 1}}, "shapes differ"),
+    ],
+)
+def test_what_keeps_expert_parallel_ranks_from_our_exchange(sections: dict[str, Any], reason: str) -> None:
+    plan = plan_of(**EP2)
+    assert plan.moe.expert_exchange
+    assert plan.moe.symmetric_memory
+    assert plan.training_step
+    found = plan_of(**sections)
+    assert reason in (found.moe.expert_exchange.reason or "")
+    assert not found.moe.symmetric_memory
+    assert not found.training_step
+
+
+@pytest.mark.parametrize(
+    "sections", [TP2, selective("moe"), {"parallel": {"context_parallel_size": 2, "world_size": 2}}]
+)
+def test_collectives_and_checkpointing_can_be_captured(sections: dict[str, Any]) -> None:
+    assert plan_of(**sections).training_step
+
+
+def test_ranks_without_shared_memory_exchange_by_collectives() -> None:
+    plan = plan_of(CPU, **EP2)
+    assert plan.moe.expert_exchange
+    assert plan.moe.symmetric_memory.path == "all-gather and reduce-scatter"
+    assert plan.moe.symmetric_memory.reason == "no GPU"
+
+
 KERNEL_DECIDES = {
     Kernel.GATED_DELTA_RULE: ("gated_delta_net.delta_rule", "training_step"),
     Kernel.GATED_DELTA_MIXER: ("gated_delta_net.fused_mixer",),
     Kernel.QKV_NORM_ROPE: ("gated_attention.fused_qkv",),
     Kernel.RESIDUAL_NORM: ("norm",),
     Kernel.PERMUTATION: ("moe.permutation", "moe.fused_residual", "decode.moe_without_host_sync", "training_step"),
+    Kernel.EXPERT_EXCHANGE: ("moe.symmetric_memory", "training_step"),
     Kernel.GROUPED_GEMM: ("moe.grouped_gemm", "decode.moe_without_host_sync", "training_step"),
     Kernel.SWIGLU: ("moe.swiglu", "moe.shared_expert_swiglu"),
     Kernel.SHARED_EXPERT_GATE: ("moe.shared_expert_gate", "moe.fused_residual"),
@@ -186,7 +229,9 @@ KERNEL_DECIDES = {
 
 @pytest.mark.parametrize("kernel", Kernel)
 def test_a_kernel_that_fails_its_check_changes_exactly_its_decisions(kernel: Kernel) -> None:
-    fp8 = {"precision": {"compute": "bf16", "fp8": "hybrid"}, "training": {"micro_batch_size": 2}}
+    fp8 = {**FP8, "training": {"micro_batch_size": 2}}
+    if kernel is Kernel.EXPERT_EXCHANGE:
+        fp8 |= EP2
     failed = KernelStatus(frozenset(set(Kernel) - {kernel}), {kernel: "FAILED its check"})
     config = validate(fp8)
     good = execution_plan(config, GPU)
@@ -236,12 +281,12 @@ def test_copied_weights_bound_the_number_of_tokens() -> None:
 def test_a_plan_says_why_and_is_shared_by_copies() -> None:
     plan = plan_of(**EP2)
     assert copy.deepcopy(plan) is plan
-    reason = "experts are spread over ranks: token counts are copied to the host"
-    dispatcher = f"megatron-core alltoall dispatcher ({reason})"
+    dispatcher = "dispatcher between expert-parallel ranks (experts are spread over ranks)"
     assert plan.as_tree()["moe"]["local dispatcher"] == dispatcher
     moe = next(line for line in plan.lines() if line.startswith("moe: "))
     permutation = "torch reference (megatron-core's dispatcher permutes the tokens)"
-    assert f"local dispatcher: {dispatcher}; permutation: {permutation};" in moe
+    assert f"local dispatcher: {dispatcher};" in moe
+    assert f"permutation: {permutation};" in moe
     assert plan.as_tree()["decode"]["argmax"] == "decode argmax"
 
 

@@ -5,6 +5,7 @@
     tools/benchmarks/bench.py gdn    [--sequence-length 4096,65536]
     tools/benchmarks/bench.py steps  --config-name pretrain-tiny [setting=value …] [--profile]
     tools/benchmarks/bench.py start  --config-name pretrain-small
+    tools/benchmarks/bench.py layouts [--rows stage,wide:EP2] [--steps 6]
 
 period  one period of the architecture (3 Gated DeltaNet layers and 1 attention layer, each with its MoE):
         forward and backward of a model of two periods minus those of one, so that embedding and head cancel.
@@ -13,6 +14,7 @@ period  one period of the architecture (3 Gated DeltaNet layers and 1 attention 
         In FP8, the time to quantize our experts' weights, once per step, is reported separately.
 gdn     Gated DeltaNet layers alone, measured in the same way.
 steps   whole optimizer steps of a recipe, as in training.
+layouts whole optimizer steps in every parallel layout on one and two GPUs (comparison/layout_rows.py).
 start   from process start to the end of the first optimizer step, with empty and with filled compile caches.
 
 All accept setting=value to change the recipe. Tokens are random; only --json and --logs write files.
@@ -34,11 +36,11 @@ from typing import Any  # noqa: E402
 
 from megatron_q3n.config import EXIT_BAD_INPUT, UserError  # noqa: E402
 from megatron_q3n.recipe import configure, register_defaults  # noqa: E402
-from tools.benchmarks.comparison import cases, findings, interleaving, startup, steps, tables  # noqa: E402
+from tools.benchmarks.comparison import cases, findings, interleaving, layout_rows, layouts, startup, steps, tables  # noqa: E402
 
 # the width of the released model; one GPU has memory for two periods with 128 experts
 RECIPE, EXPERTS = ("pretrain-80b_a3b", "128")
-MODES = ("period", "gdn", "steps", "start")
+MODES = ("period", "gdn", "steps", "start", "layouts")
 # experts are built and not run in mode gdn: few take less time
 GDN_EXPERTS = "model.num_moe_experts=16"
 
@@ -80,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     mode = modes.add_parser("start", allow_abbrev=False)
     mode.set_defaults(measure=_start)
     mode.add_argument("--warm-starts", type=int, default=1, help="starts after the cold one")
+    mode = modes.add_parser("layouts", allow_abbrev=False)
+    mode.set_defaults(measure=_layouts)
+    mode.add_argument("--rows", help="groups or rows, separated by commas; default all")
+    mode.add_argument("--steps", type=int, default=6, help="timed steps of a row")
+    mode.add_argument("--timeout-seconds", type=int, default=540, help="for all rows of one number of GPUs")
     for mode in modes.choices.values():
         mode.add_argument("--json", type=Path, help="write the figures here too")
     return parser
@@ -214,6 +221,17 @@ def _steps(options: argparse.Namespace, rest: list[str]) -> tuple[int, dict[str,
     )
     tables.show_figures(figures, tables.console())
     return 0, figures
+
+
+def _layouts(options: argparse.Namespace, rest: list[str]) -> tuple[int, dict[str, Any]]:
+    if rest:
+        raise UserError(f"layouts takes no settings, found {' '.join(rest)}; the rows are in layout_rows.py.")
+    if options.steps < 1:
+        raise UserError(f"--steps {options.steps}: must be at least 1.")
+    rows = layout_rows.rows_named(options.rows)
+    figures = layouts.measure(rows, options.steps, options.timeout_seconds, lambda line: print(line, flush=True))
+    tables.console().print(layouts.table_of(rows, figures))
+    return int(any("failure" in found for found in figures.values())), figures
 
 
 def _start(options: argparse.Namespace, rest: list[str]) -> tuple[int, dict[str, Any]]:

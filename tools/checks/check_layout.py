@@ -43,6 +43,7 @@ LAYOUTS = (
     "pp2",
     "pp2-vpp2",
     "ep2",
+    "ep2-alltoall",
     "dp2",
     "dp2-overlap",
     "cp2",
@@ -78,6 +79,7 @@ SIZES = {
 WORDS = {
     "overlap": {"overlap_grad_reduce": "true", "overlap_param_gather": "true"},
     "passing": {"linear_context_parallel": "state_passing"},
+    "alltoall": {"moe_token_dispatcher_type": "alltoall"},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
 }
 # Small, divisible by all of the above, with a strong balance loss. A large epsilon prevents Adam from

@@ -38,7 +38,7 @@ def fused_gated_delta_rule(
         beta=beta_BTH.to(value_BTHV.dtype),
         initial_state=initial_state_DHKV,
         output_final_state=output_final_state,
-        cu_seqlens=None if packing is None else packing.cu_seqlens.long(),
+        cu_seqlens=None if packing is None else packing.cu_seqlens_long,
     )
     return output, state
 

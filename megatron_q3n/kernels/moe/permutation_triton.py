@@ -134,6 +134,16 @@ def _gate_gradient_kernel(
     tl.store(dprobs_ptr + (offset // TOPK).to(tl.int64) * EXPERTS + expert, gradient, mask=mask)
 
 
+def rows_per_expert(counts_BE: Tensor) -> Tensor:
+    """Sum the counts of blocks of tokens, and replace each by its block's first row. Returns: [E] int32."""
+    blocks, experts = counts_BE.shape
+    rows_E = torch.empty(experts, dtype=torch.int32, device=counts_BE.device)
+    _scan_kernel[(triton.cdiv(experts, _EXPERTS_PER_SCAN),)](
+        counts_BE, rows_E, blocks, EXPERTS=experts, BLOCK_E=_EXPERTS_PER_SCAN, CHUNK=512, num_warps=8
+    )
+    return rows_E
+
+
 def plan(map_TE: Tensor, probs_TE: Tensor, topk: int) -> tuple[Tensor, ...]:
     """Compute the row indices. Every token must have exactly `topk` experts.
 
@@ -145,10 +155,7 @@ def plan(map_TE: Tensor, probs_TE: Tensor, topk: int) -> tuple[Tensor, ...]:
     options = {"EXPERTS": experts, "BLOCK_T": _BLOCK_T, "BLOCK_E": triton.next_power_of_2(experts), "num_warps": 8}
     counts_BE = torch.empty(blocks, experts, dtype=torch.int32, device=map_TE.device)
     _count_kernel[(blocks,)](map_TE, counts_BE, tokens, **options)
-    rows_per_expert_E = torch.empty(experts, dtype=torch.int32, device=map_TE.device)
-    _scan_kernel[(triton.cdiv(experts, _EXPERTS_PER_SCAN),)](
-        counts_BE, rows_per_expert_E, blocks, EXPERTS=experts, BLOCK_E=_EXPERTS_PER_SCAN, CHUNK=512, num_warps=8
-    )
+    rows_per_expert_E = rows_per_expert(counts_BE)
     row_TK, expert_TK = (torch.empty(tokens, topk, dtype=torch.int32, device=map_TE.device) for _ in "re")
     token_R = torch.empty(tokens * topk, dtype=torch.int32, device=map_TE.device)
     gate_R = probs_TE.new_empty(tokens * topk)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.kernels.moe import fp8_experts, grouped_linear, permutation, shared_expert_gate, swiglu
+from megatron_q3n.kernels.moe.expert_exchange import ExchangeShape, PublishedBuffers, rows_of_published
 from megatron_q3n.kernels.startup.check_inputs import NUM_TOKENS, Results, random, with_gradients
 
 
@@ -29,6 +30,66 @@ def check_permutation(config: RunConfig) -> tuple[Results, Results]:
     inputs = [random(NUM_TOKENS, model.hidden_size), logits.sigmoid() * routing_map]
     inputs.append(random(NUM_TOKENS, model.hidden_size).flip(0))
     return with_gradients(partial(run, True), inputs), with_gradients(partial(run, False), inputs)
+
+
+def check_expert_exchange(config: RunConfig) -> tuple[Results, Results]:
+    """Run dispatch and combine of two ranks, forward and backward, with both ranks' buffers in this process."""
+    model, ranks = config.model, 2
+    shape = ExchangeShape(NUM_TOKENS, model.hidden_size, model.num_moe_experts, model.moe_router_topk)
+    logits = random(ranks * NUM_TOKENS, model.num_moe_experts, dtype=torch.float32)
+    map_SE = _routing_map(logits, model.moe_router_topk)
+    probs_SE = logits.sigmoid() * map_SE
+    x_SH, add_SH = (random(ranks * NUM_TOKENS + i, model.hidden_size)[i:] for i in range(2))
+    actual = _exchanged_by_kernels(shape, x_SH, map_SE, probs_SE, add_SH)
+
+    # every token's rows, in the order of its experts
+    expected_rows, expected_gates = [], []
+    token, expert = map_SE.nonzero(as_tuple=True)
+    gates = probs_SE[token, expert]
+    total = add_SH.float().index_add(0, token, x_SH[token].float() * gates[:, None])
+    for rank in range(ranks):
+        local = range(rank * model.num_moe_experts // ranks, (rank + 1) * model.num_moe_experts // ranks)
+        for e in local:
+            expected_rows.append(x_SH[map_SE[:, e]])
+            expected_gates.append(probs_SE[map_SE[:, e], e])
+    dprobs_SE = (x_SH.float() ** 2).sum(1, keepdim=True) * map_SE
+    return actual, [torch.cat(expected_rows), torch.cat(expected_gates), total, dprobs_SE]
+
+
+def _exchanged_by_kernels(
+    shape: ExchangeShape, x_SH: Tensor, map_SE: Tensor, probs_SE: Tensor, add_SH: Tensor
+) -> Results:
+    """Return rows, gates, combined tokens and gradients of the gates, for the loss Σ gate · |x|², of all ranks."""
+    from megatron_q3n.kernels.moe import expert_exchange_triton as kernels  # late: Triton
+
+    ranks = x_SH.shape[0] // shape.tokens
+    size = PublishedBuffers.total_bytes(shape, ranks)
+    memories = [torch.empty(size, dtype=torch.uint8, device=x_SH.device) for _ in range(ranks)]
+    addresses = [memory.data_ptr() for memory in memories]
+    all_buffers = [PublishedBuffers(shape, memory, addresses, rank) for rank, memory in enumerate(memories)]
+    own = lambda x, rank: x[rank * shape.tokens : (rank + 1) * shape.tokens].contiguous()
+    for rank, buffers in enumerate(all_buffers):
+        for name, tensor in (("x", x_SH), ("map", map_SE), ("probs", probs_SE)):
+            buffers.publish(name, own(tensor, rank))
+    peak = torch.zeros(1, dtype=torch.int32, device=x_SH.device)
+    rows, gates = [], []
+    for buffers in all_buffers:
+        local_rows, local_gates, counts, row_SK = rows_of_published(buffers, shape.tokens, None, peak)
+        count = int(counts.sum())
+        rows.append(local_rows[:count])
+        gates.append(local_gates[:count])
+        weighted = (local_rows * local_gates[:, None]).to(x_SH.dtype)
+        kernels.write_partial_sums(weighted, row_SK, buffers.local["partial"])
+        kernels.write_gate_gradients((local_rows.float() ** 2).sum(1), row_SK, buffers.local["slots"])
+    totals, dprobs = [], []
+    for rank, buffers in enumerate(all_buffers):
+        local_map = own(map_SE, rank)
+        uses_TW = local_map.unflatten(1, (ranks, -1)).any(-1)
+        out = torch.empty_like(own(x_SH, rank))
+        kernels.sum_over_ranks(buffers.pointers["partial"], uses_TW, own(add_SH, rank), out, rank)
+        totals.append(out)
+        dprobs.append(kernels.pull_gate_gradients(buffers.pointers["slots"], local_map, shape.topk, rank))
+    return [torch.cat(parts) for parts in (rows, gates, totals, dprobs)]
 
 
 def check_swiglu(config: RunConfig) -> tuple[Results, Results]:

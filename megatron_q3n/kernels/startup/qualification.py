@@ -84,6 +84,8 @@ def _checks(config: RunConfig) -> dict[Kernel, Check]:
         Kernel.DECODE_GEMM: partial(decode_checks.check_decode_gemm, config),
         Kernel.DECODE_ARGMAX: partial(decode_checks.check_decode_argmax, config),
     }
+    if config.parallel.expert_model_parallel_size > 1:
+        checks[Kernel.EXPERT_EXCHANGE] = partial(moe_checks.check_expert_exchange, config)
     if config.precision.fp8:
         checks[Kernel.FP8_EXPERTS] = partial(moe_checks.check_fp8_experts, config)
     return checks

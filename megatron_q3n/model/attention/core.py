@@ -93,8 +93,10 @@ def visible_keys(
     size, rank = group.size(), group.rank()
     if size == 1 and packing is None and window is None:
         return None
-    by_rank = zigzag_indices(packing, size * local, size) if size > 1 else torch.arange(local)[None]
-    by_rank = by_rank.to(device)
+    if size > 1:
+        by_rank = zigzag_indices(packing, size * local, size, device)
+    else:
+        by_rank = torch.arange(local, device=device)[None]
     keys_T, queries_S = by_rank.flatten(), by_rank[rank]
     mask = keys_T[None, :] <= queries_S[:, None]
     if window is not None:

@@ -56,9 +56,10 @@ class StackedExperts(MegatronModule):
         Returns: (output shaped like the rows or tokens, None): there is no bias.
         """
         if self.config.plan.moe.fp8_experts and rows_TH.shape[0] > 0:
-            residual = self.config.pass_state.take_residual()
-            flat = None if residual is None else residual.flatten(0, -2)
             routes = counts_or_routes if isinstance(counts_or_routes, Routes) else None
+            # of permuted rows the dispatcher adds it
+            residual = None if routes is None else self.config.pass_state.take_residual()
+            flat = None if residual is None else residual.flatten(0, -2)
             counts = counts_or_routes.rows_per_expert_E if isinstance(counts_or_routes, Routes) else counts_or_routes
             weights = self.linear_fc1.weight, self.linear_fc2.weight
             return fp8_experts.fp8_experts(rows_TH, gates_R, *weights, routes, counts, flat), None

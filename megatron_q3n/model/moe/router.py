@@ -56,6 +56,7 @@ class GlobalBatchRouter(TopKRouter):
         self._register_load_buffers()
         # Applied in `gating`; TopKRouter.forward would draw random logits a second time.
         self.forces_balance = config.moe_router_force_load_balancing
+        self._random_logits: Tensor | None = None
         self.config = copy(config)
         self.config.moe_router_force_load_balancing = False
         if is_mtp_layer and config.mtp_use_repeated_layer and config.moe_z_loss_coeff:
@@ -93,12 +94,15 @@ class GlobalBatchRouter(TopKRouter):
     def gating(self, input: Tensor) -> Tensor:
         """Return the logits [S,B,E]; random ones with `moe_router_force_load_balancing`, for benchmarks.
 
-        megatron-core's random logits switch the generator's state, which cannot be captured in a CUDA graph. The
-        gradient is that of the router's own logits, as in megatron-core.
+        They are drawn once for a shape: activation checkpointing must route the same tokens again, and megatron-core's
+        switch the generator's state, which cannot be captured in a CUDA graph. The gradient is that of the router's own
+        logits, as in megatron-core.
         """
         logits = router_linear(input, self.weight) if self.config.moe_router_dtype == "fp32" else super().gating(input)
         if self.forces_balance:
-            logits = logits + (torch.randn_like(logits) - logits).detach()
+            if self._random_logits is None or self._random_logits.shape != logits.shape:
+                self._random_logits = torch.randn_like(logits)
+            logits = logits + (self._random_logits - logits).detach()
         return logits
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -121,6 +125,11 @@ class GlobalBatchRouter(TopKRouter):
             if self.balances_globally:
                 probs = self._attach_balance_loss(probs, scores)
         return probs, routing_map
+
+    def reset_counts(self) -> None:
+        """Forget the current global batch's counts."""
+        self.slots.zero_()
+        self.probability.zero_()
 
     @torch.no_grad()
     def move_bias(self, load_E: Tensor) -> None:
@@ -201,6 +210,5 @@ def finish_balance(routers: list[GlobalBatchRouter], tokens_group: ProcessGroup)
     for router, load in zip(routers, load_LE):
         router.expert_load.copy_(load)
         router.move_bias(load)
-        router.slots.zero_()
-        router.probability.zero_()
+        router.reset_counts()
     return load_LE, load_LE.shape[-1] * (load_LE * probability_LE).sum(-1)

@@ -23,10 +23,11 @@ from collections.abc import Callable
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, roll_tensor
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_q3n.model.context_parallel import shift_left
 from megatron_q3n.model.mtp.draft_chain import DraftChain
 from megatron_q3n.model.mtp.vocab_parallel import Divergence, argmax_tokens, hashed_uniform, overlap, probabilities
 
@@ -125,11 +126,10 @@ class DraftPass:
 
     def _shift(self, tensor_BS: Tensor) -> Tensor:
         """Shift left by one position within each document, with zero at its end."""
-        return roll_tensor(tensor_BS, -1, -1, self.cp_group, self.packed_seq_params)[0]
+        return shift_left(tensor_BS, -1, self.packed_seq_params, self.cp_group)
 
     def _shift_target(self, logits_SBV: Tensor) -> Tensor:
         # without context parallelism a plain roll suffices: what crosses a document's end is masked
         if self.cp_group.size() == 1:
             return logits_SBV.roll(-1, 0)
-        rolled, _ = roll_tensor(logits_SBV.permute(1, 2, 0), -1, -1, self.cp_group, self.packed_seq_params)
-        return rolled.permute(2, 0, 1)
+        return shift_left(logits_SBV.permute(1, 2, 0), -1, self.packed_seq_params, self.cp_group).permute(2, 0, 1)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, roll_tensor
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_q3n.model.context_parallel import shift_left
 from megatron_q3n.model.mtp.draft_losses import DraftPass
 from megatron_q3n.packing import Packing
 
@@ -108,8 +109,8 @@ def process_mtp_loss(
         weight = trained_weight if is_trained else output_weight
         return output_layer(hidden, weight=weight, runtime_gather_output=runtime_gather_output)[0]
 
+    assert cp_group is not None, "HybridModel passes its groups"
     if chain:
-        assert cp_group is not None, "HybridModel passes its groups"
         assert tp_group is not None, "HybridModel passes its groups"
         drafts = DraftPass(chain, head, config, (cp_group, tp_group), packed_seq_params)
         if is_training:
@@ -119,8 +120,7 @@ def process_mtp_loss(
         return trunk
     for depth, hidden in enumerate(by_depth):
         logits = head(hidden)
-        labels, _ = roll_tensor(labels, -1, -1, cp_group, packed_seq_params)
-        mask, _ = roll_tensor(mask, -1, -1, cp_group, packed_seq_params)
+        labels, mask = (shift_left(x, -1, packed_seq_params, cp_group) for x in (labels, mask))
         losses = compute_language_model_loss(labels, logits) * mask
         mtp_losses.add(depth, losses, mask)
         trunk = MTPLossAutoScaler.apply(trunk, losses * mtp_losses.scale(depth, num_tokens, mask))

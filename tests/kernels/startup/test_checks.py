@@ -20,6 +20,10 @@ NEEDS_GPU = (Kernel.DECODE_ATTENTION, Kernel.GROUPED_GEMM, Kernel.FP8_EXPERTS)
 INTERPRETED = sorted(set(Kernel) - {*NEEDS_GPU, Kernel.GATED_DELTA_RULE})
 
 
+# the exchange of expert-parallel ranks has a check where there are several
+EP2 = {"parallel": {"world_size": 2, "expert_model_parallel_size": 2}, "training": {"global_batch_size": 8}}
+
+
 def tiny(fp8: str | None = None) -> RunConfig:
     model = {
         "hidden_size": 32,
@@ -32,7 +36,7 @@ def tiny(fp8: str | None = None) -> RunConfig:
         "num_moe_experts": 8,
         "moe_router_topk": 2,
     }
-    return validate({"model": model, "precision": {"compute": "bf16", "fp8": fp8}})
+    return validate({"model": model, "precision": {"compute": "bf16", "fp8": fp8}, **EP2})
 
 
 @pytest.fixture

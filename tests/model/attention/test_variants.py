@@ -75,7 +75,7 @@ def test_masks_of_ranks_are_those_of_one_process(lengths: list[int] | None, wind
     packing = None if lengths is None else Packing.of([0, *itertools.accumulate(lengths)])
     whole = visible_keys(packing, 48, group(1, 0), device, window)
     assert whole is not None
-    order = zigzag_indices(packing, 48, 2)
+    order = zigzag_indices(packing, 48, 2, torch.device("cpu"))
     for rank in range(2):
         local = visible_keys(packing, 24, group(2, rank), device, window)
         torch.testing.assert_close(local, whole[order[rank]][:, order.flatten()])

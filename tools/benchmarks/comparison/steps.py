@@ -45,7 +45,7 @@ def measure(config: RunConfig, *, process_start: float, warmup: int, steps: int,
     state = training.build_state(config, device, group)
     phase("model and optimizer built")
 
-    batches = _batches(config, group.data_rank)
+    batches = random_batches(config, group.data_rank)
     seconds, first = [], None
     for index in range(warmup + steps):
         data = next(batches)
@@ -89,7 +89,7 @@ def measure(config: RunConfig, *, process_start: float, warmup: int, steps: int,
     return figures
 
 
-def _batches(config: RunConfig, data_rank: int) -> Any:
+def random_batches(config: RunConfig, data_rank: int) -> Any:
     """Yield the micro-batches of one step after another."""
     torch = importlib.import_module("torch")
     batch_module = importlib.import_module("megatron_q3n.data.batch")
