@@ -55,6 +55,12 @@ METRICS = (
     Metric(
         "skipped_steps", "steps", "updates withheld so far: non-finite gradient, loss spike or callback", "progress"
     ),
+    Metric(
+        "repeated_steps",
+        "steps",
+        "steps of this process repeated without their CUDA graph, because a rank had more expert rows than its buffers",
+        "progress",
+    ),
     Metric("roll_backs", "count", "rollbacks to a checkpoint after a bad step", "progress"),
     Metric("loss/train", "nats/token", "language-model loss of the global batch, without auxiliary losses", "loss"),
     Metric("loss/mtp_<k>", "nats/token", "loss of multi-token prediction depth k, unscaled", "loss"),

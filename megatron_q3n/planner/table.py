@@ -12,6 +12,7 @@ from megatron_q3n.planner.activations import EXPERT_IMBALANCE
 from megatron_q3n.planner.execution import execution_table
 from megatron_q3n.planner.plan import GIB, Plan, StageMemory
 from megatron_q3n.planner.plan import plan as make_plan
+from megatron_q3n.planner.step_time import H200, predict
 
 _COLUMNS = ("stage", "layers", "in flight", "params", "weights", "grads", "optim", "activ", "work", "total")
 # these columns hold one number per model chunk
@@ -65,7 +66,15 @@ def _summary(plan: Plan) -> Table:
         f"{_short(flops.total * plan.tokens_total, 'FLOP')} in all",
     )
     grid.add_row("recompute", _recompute(plan))
+    grid.add_row("predicted", _predicted(plan))
     return grid
+
+
+def _predicted(plan: Plan) -> str:
+    time = predict(plan.config, plan.largest.parameters)
+    if time.seconds is None or time.mfu is None:
+        return f"no step time: {time.reason}"
+    return f"{1000 * time.seconds:,.0f} ms per step, {time.mfu:.0%} MFU, from kernels measured on an {H200.name}"
 
 
 def _layout(plan: Plan) -> str:

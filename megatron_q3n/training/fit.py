@@ -86,6 +86,8 @@ def _values(state: TrainState, report: StepReport) -> dict[str, float]:
         values["experts/dead"] = sum(share == 0 for load in loads for share in load)
     if state.skipped_steps:
         values["skipped_steps"] = state.skipped_steps
+    if state.graph is not None and state.graph.num_repeated_steps:
+        values["repeated_steps"] = state.graph.num_repeated_steps
     return values
 
 

@@ -156,7 +156,7 @@ PANELS = (
     ),
     Panel(OPTIMIZER, "Largest norm scale by layer", ("norm_scale/max_layer_<k>",), line_at=1.0, line_label="initial"),
     Panel(OPTIMIZER, "Parameter norm", ("params_norm",)),
-    Panel(OPTIMIZER, "Skipped steps", ("skipped_steps",)),
+    Panel(OPTIMIZER, "Skipped and repeated steps", ("skipped_steps", "repeated_steps")),
     Panel(THROUGHPUT, "Throughput", ("throughput/tokens_per_second",), True, True, clip_outliers=True),
     Panel(THROUGHPUT, "Step time", ("throughput/step_seconds",), smoothed=True, clip_outliers=True),
     Panel(THROUGHPUT, "Model FLOP/s", (TFLOPS,), smoothed=True, clip_outliers=True),
@@ -270,8 +270,8 @@ def short_label(name: str) -> str:
 
 
 def _is_informative(name: str, records: Sequence[Record]) -> bool:
-    """Return whether a metric is worth a chart: skipped_steps is not while it is zero."""
-    return name != "skipped_steps" or any(record.get(name) for record in records)
+    """Return whether a metric is worth a chart: counts of skipped and repeated steps are not while they are zero."""
+    return name not in ("skipped_steps", "repeated_steps") or any(record.get(name) for record in records)
 
 
 def _missing_text(panel: Panel) -> str:
