@@ -6,6 +6,7 @@ hardware (0.7 GB/s per core on a busy EPYC; BLAKE2b reaches 0.26) and it needs n
 here: tools and the Hugging Face converter read and write checkpoints without them.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,21 @@ Verify = Literal["full", "sizes"]
 _CHECKSUM_FIELD = ',\n "seal": "'
 _END = '"\n}\n'
 _REQUIRED = {"format": int, "step": int, "world_size": int, "model": dict, "files": dict}
+
+
+class UnreadableFileError(UserError):
+    """A file that could not be read, which does not mean that it is damaged."""
+
+
+def has_manifest(checkpoint: Path) -> bool:
+    """Return whether a folder has a manifest, which is written last.
+
+    Raises: UnreadableFileError if the folder may not be searched.
+    """
+    try:
+        return (checkpoint / MANIFEST).is_file()
+    except OSError as error:
+        raise _unreadable(checkpoint / MANIFEST, error) from None
 
 
 def file_digest(path: Path) -> str:
@@ -91,16 +107,20 @@ def write_manifest(
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's manifest, after checking its own checksum.
 
-    Raises: UserError naming the file if it is missing, damaged or of a newer format.
+    Raises: UserError naming the file if it is missing, damaged or of a newer format; UnreadableFileError.
     """
     path = checkpoint / MANIFEST
-    if not path.is_file():
+    if not has_manifest(checkpoint):
         raise UserError(f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST}.")
     try:
         text = path.read_bytes().decode("utf-8")
         manifest = json.loads(text)
         problem = _manifest_problem(text, manifest)
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise _unreadable(path, error) from None
         problem = str(error)
     if problem:
         raise UserError(f"{path} is damaged ({problem}); use another checkpoint.")
@@ -120,9 +140,12 @@ def find_damage(checkpoint: Path, verify: Verify, rank: int = 0, world_size: int
     """Return the problems of a checkpoint, one line per file; an empty list means that it is intact.
 
     `rank` of `world_size` processes verifies its share of the files, so that together they read each file once.
+    Raises: UnreadableFileError if a file may not be read, or its disk does not answer.
     """
     try:
         manifest = read_manifest(checkpoint)
+    except UnreadableFileError:
+        raise
     except UserError as error:
         return [str(error)]
     problems = _folder_problems(checkpoint, manifest)
@@ -146,9 +169,10 @@ def file_problem(path: Path, size: int, digest: str | None) -> str | None:
             return f"{path} does not match its digest: its contents have changed since it was saved"
     except FileNotFoundError:
         return f"{path} is missing"
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read it; change its permissions.") from None
     except OSError as error:
+        # EIO: a lost sector. Anything else (permissions, a disk that is not mounted) says nothing about the contents
+        if error.errno != errno.EIO:
+            raise _unreadable(path, error) from None
         return f"{path} cannot be read ({error.strerror})"
     return None
 
@@ -160,6 +184,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _unreadable(path: Path, error: OSError) -> UnreadableFileError:
+    return UnreadableFileError(
+        f"{path} cannot be read ({error.strerror}). The checkpoint is not known to be damaged and was not changed; "
+        "correct the permissions or the mount, then start again."
+    )
 
 
 def _with_checksum(body: str) -> str:

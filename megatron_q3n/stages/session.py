@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from megatron_q3n import checkpoint, parallel, run_directory
 from megatron_q3n.checkpoint import folders
-from megatron_q3n.config import EXIT_REQUEUE, RunConfig, UserError
+from megatron_q3n.config import EXIT_REQUEUE, RunConfig, RunInUseError, UserError
 from megatron_q3n.config.sizes import parameters
 from megatron_q3n.device import select_device
 from megatron_q3n.health.monitor import HealthMonitor
@@ -27,6 +27,7 @@ from megatron_q3n.metrics import jsonl
 from megatron_q3n.metrics.recorder import RECORDS_FILE, Recorder, Status
 from megatron_q3n.metrics.report import write_report
 from megatron_q3n.model.transformer_config import compute_dtype, make_plan
+from megatron_q3n.run_lock import RunLock
 from megatron_q3n.training.callbacks import Callback, CallbackList, RunContext, load_callbacks
 from megatron_q3n.training.guard import UpdateGuard
 from megatron_q3n.training.loop_hooks import LoopHooks, LoopResult
@@ -95,8 +96,8 @@ class Session:
         """
         self._check_input()
         self.stage.load_data(self)
-        path_lines = self._open_directory()
         with self.resources:
+            path_lines = self._open_directory()
             self._build()
             result = self._attempt(path_lines, is_first=True)
             while result.verdict == "roll_back":
@@ -122,19 +123,41 @@ class Session:
     def _check_input(self) -> None:
         if self.config.checkpoint.load:
             checkpoint.find(self.config.checkpoint.load)
+        checkpoint.check_not_lost(self.run_dir)
         if checkpoint.newest_in(self.run_dir):
             run_directory.check_same_data(self.run_dir, self.config)
 
     def _open_directory(self) -> list[str]:
-        """Create the run directory, qualify kernels, write environment.json. Returns: verdicts and plan as lines."""
+        """Lock and create the run directory, qualify kernels, write environment.json.
+
+        Returns: verdicts and plan as lines.
+        """
         config, device = self.config, self.device
+        lock_lines = self._lock_directory()
         if self.group.is_leader:
             run_directory.open_directory(self.run_dir, config)
         kernels = qualify(config, device.torch_device, compute_dtype(config))
         plan = make_plan(config, device.model_backend)
         if self.group.is_leader:
             run_directory.record_environment(self.run_dir, device, kernels, plan.as_tree())
-        return [*(f"{name}: {verdict}" for name, verdict in kernels.items()), *plan.lines()]
+        return [*lock_lines, *(f"{name}: {verdict}" for name, verdict in kernels.items()), *plan.lines()]
+
+    def _lock_directory(self) -> list[str]:
+        """Lock the run directory until this run ends. Returns: a line on a lock that was taken over.
+
+        Raises: RunInUseError on every process if another run uses the directory.
+        """
+        note, refusal = None, ""
+        if self.group.is_leader:
+            lock = RunLock(self.run_dir)
+            try:
+                note = lock.acquire()
+            except RunInUseError as error:
+                refusal = str(error)
+            self.resources.callback(lock.release)
+        if refusal := self.group.from_leader(refusal):
+            raise RunInUseError(refusal)
+        return [note] if note else []
 
     def _build(self) -> None:
         """Build the state and the callbacks. The instruments wrap the optimizer after the guard."""
