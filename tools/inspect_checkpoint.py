@@ -37,10 +37,12 @@ def main() -> int:
     try:
         checkpoint = find(arguments.path)
         description = integrity.read_manifest(checkpoint)
+        # before anything is unpickled
+        verdict = verified(checkpoint, description) if arguments.verify else ""
         tensors = CheckpointTensors(checkpoint)
         console.print(summary(checkpoint, description, tensors))
-        if arguments.verify:
-            console.print(verified(checkpoint, description))
+        if verdict:
+            console.print(verdict)
         if arguments.tensors:
             show_tensors(console, tensors)
         if arguments.diff:

@@ -6,6 +6,8 @@
     folders.py        folder names, atomic publishing, retention
     completed.py      record of the newest complete checkpoint, to notice that all are gone
     integrity.py      manifest (checkpoint.json) with a SHA-256 checksum of every file
+    metadata_file.py  reading of `.metadata`, which executes nothing
+    loading.py        megatron-core's loading with that reader
     architecture.py   compatibility of a checkpoint's weights with a model
     saved_tensors.py  tensors of a checkpoint, one by one
     weights.py        weights alone, for inference

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_q3n.checkpoint import completed, folders, integrity, state_dict
 from megatron_q3n.checkpoint.architecture import check_architecture
+from megatron_q3n.checkpoint.loading import load_sharded
 from megatron_q3n.config import UserError
 from megatron_q3n.parallel import Parallel
 from megatron_q3n.training.state import TrainState
@@ -144,7 +143,7 @@ def _restore(state: TrainState, checkpoint: Path, *, resume: bool, with_optimize
     same_world = manifest["world_size"] == state.parallel.world_size
     if not (resume and same_world):
         template.pop("rng")
-    loaded = dist_checkpointing.load(template, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED)
+    loaded = load_sharded(template, checkpoint, state.parallel)
     for index, model in enumerate(state.models):
         model.load_state_dict(loaded[f"model{index}"], strict=False)
     if with_optimizer:
@@ -157,4 +156,11 @@ def _restore(state: TrainState, checkpoint: Path, *, resume: bool, with_optimize
         state.set_step(manifest["step"])
         state.skipped_steps = manifest["skipped_steps"]
         if same_world:
-            state_dict.restore_rng_states(loaded["rng"])
+            _restore_rng_states(loaded["rng"], checkpoint)
+
+
+def _restore_rng_states(states: Any, checkpoint: Path) -> None:
+    try:
+        state_dict.restore_rng_states(states)
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        raise UserError(f"{checkpoint} holds no states of random generators ({error}); use another.") from None

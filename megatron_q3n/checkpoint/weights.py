@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.validation import StrictHandling
-
 from megatron_q3n.checkpoint import integrity
+from megatron_q3n.checkpoint.loading import load_sharded
 from megatron_q3n.checkpoint.reader import check_architecture, find_damage_on_all_ranks
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.parallel import Parallel
@@ -23,6 +21,6 @@ def load_weights(models: list[Any], config: RunConfig, group: Parallel, checkpoi
     check_architecture(integrity.read_manifest(checkpoint), config.model, checkpoint)
     metadata = {"dp_cp_group": group.groups.dp_cp}
     template = {f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(models)}
-    loaded = dist_checkpointing.load(template, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED)
+    loaded = load_sharded(template, checkpoint, group)
     for index, model in enumerate(models):
         model.load_state_dict(loaded[f"model{index}"], strict=False)
