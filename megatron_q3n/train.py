@@ -70,6 +70,12 @@ def run(config: RunConfig) -> int:
     except UserError as error:
         run_directory.record_outcome(run_dir, EXIT_BAD_INPUT, str(error))
         raise
+    except OSError as error:
+        refusal = run_directory.full_disk_error(run_dir, error)
+        if refusal is None:
+            raise
+        run_directory.record_outcome(run_dir, EXIT_BAD_INPUT, str(refusal))
+        raise refusal from None
     run_directory.record_outcome(run_dir, code)
     return code
 

@@ -9,6 +9,7 @@ The order of the calls is part of the contract: it decides the use of random num
 
 import gc
 import math
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 from megatron_q3n import checkpoint, parallel, run_directory
 from megatron_q3n.checkpoint import folders
-from megatron_q3n.config import EXIT_REQUEUE, RunConfig, RunInUseError, UserError
+from megatron_q3n.config import EXIT_BAD_INPUT, EXIT_REQUEUE, RunConfig, RunInUseError, UserError
 from megatron_q3n.config.sizes import parameters
 from megatron_q3n.device import select_device
 from megatron_q3n.health.monitor import HealthMonitor
@@ -204,12 +205,23 @@ class Session:
             self._finish(result)
             if result.verdict != "stop":
                 status = "done" if state.step == config.training.steps else "stopped"
+        except UserError as error:
+            # before the report, which may fail, too
+            run_directory.record_outcome(self.run_dir, EXIT_BAD_INPUT, str(error))
+            raise
         finally:
             self.monitor.stop()
+            self._close_records(status)
+        return result
+
+    def _close_records(self, status: Status) -> None:
+        """Close the recorder and write the report; a failure of either must not replace the error of the training."""
+        try:
             self.recorder.close(status)
             if self.group.is_leader and (self.run_dir / RECORDS_FILE).exists():
                 write_report(self.run_dir)
-        return result
+        except (UserError, OSError) as error:
+            print(f"warning: {self.run_dir}: metrics and report are incomplete: {error}", file=sys.stderr)
 
     def _hooks(self) -> LoopHooks:
         saver = checkpoint.Saver(self.state, self.run_dir, self.note)
@@ -259,7 +271,7 @@ class Session:
         if not self.group.is_leader:
             return
         config, count = self.config, parameters(self.config.model)
-        (self.run_dir / "logs" / "weight_decay.txt").write_text(decay_table(self.state.models, config))
+        run_directory.write_atomically(self.run_dir / "logs/weight_decay.txt", decay_table(self.state.models, config))
         model = (
             f"model {config.model.name}: {count.total_with_mtp / 1e6:.2f} M parameters, "
             f"{count.active_with_embeddings / 1e6:.2f} M active per token; "
