@@ -14,6 +14,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import UTC, datetime
 from importlib import metadata
@@ -194,6 +195,28 @@ def write_atomically(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         # a write that fails on a full disk does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def check_writable(path: Path, setting: str, *, replaced: bool) -> None:
+    """Check, before the work, that its results can be written to a file; `replaced`: by renaming a new one to its name.
+
+    Only the leader checks, since it writes. Pipes and devices are not tried.
+    Raises: UserError naming the setting.
+    """
+    if launch.rank() != 0:
+        return
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if replaced or not path.exists():
+            tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:100]}.").close()
+        elif path.is_file():
+            path.open("ab").close()
+    except OSError as error:
+        raise UserError(
+            f"{setting}={path}: the results could not be written there ({error.strerror}). Nothing was computed; give "
+            "a file in an existing folder that you may write to."
+        ) from None
 
 
 class StopRequest:

@@ -205,6 +205,7 @@ def test_a_checkpoint_is_needed() -> None:
 
 BAD_INPUT = {
     "no such folder of tasks": (["evaluate.tasks=[a]", "evaluate.tasks_dir=/nowhere"], "no such folder"),
+    "a file that cannot be written": (["evaluate.output=/nowhere/out.json"], "Nothing was computed"),
     "rows longer than positions": (["evaluate.context_tokens=1024"], "max_position_embeddings=512"),
     "recall longer than positions": (["evaluate.recall_lengths=[16,300]"], "two copies of 300 tokens"),
     "no such task": (["evaluate.num_sequences=0", "evaluate.tasks=[a]", "evaluate.tasks_dir=TASKS"], "has no task a"),
