@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from megatron_q3n import checkpoint, parallel, run_directory
 from megatron_q3n.checkpoint import folders
-from megatron_q3n.config import EXIT_BAD_INPUT, EXIT_REQUEUE, RunConfig, RunInUseError, UserError
+from megatron_q3n.config import EXIT_BAD_INPUT, EXIT_REQUEUE, RunConfig, UserError
 from megatron_q3n.config.sizes import parameters
 from megatron_q3n.device import select_device
 from megatron_q3n.health.monitor import HealthMonitor
@@ -124,7 +124,6 @@ class Session:
     def _check_input(self) -> None:
         if self.config.checkpoint.load:
             checkpoint.find(self.config.checkpoint.load)
-        checkpoint.check_not_lost(self.run_dir)
         if checkpoint.newest_in(self.run_dir):
             run_directory.check_same_data(self.run_dir, self.config)
 
@@ -146,18 +145,19 @@ class Session:
     def _lock_directory(self) -> list[str]:
         """Lock the run directory until this run ends. Returns: a line on a lock that was taken over.
 
-        Raises: RunInUseError on every process if another run uses the directory.
+        Raises: UserError on every process if another run uses the directory, or its checkpoints are gone.
         """
-        note, refusal = None, ""
+        note, refusal = None, None
         if self.group.is_leader:
             lock = RunLock(self.run_dir)
-            try:
-                note = lock.acquire()
-            except RunInUseError as error:
-                refusal = str(error)
             self.resources.callback(lock.release)
-        if refusal := self.group.from_leader(refusal):
-            raise RunInUseError(refusal)
+            try:
+                checkpoint.check_not_lost(self.run_dir)
+                note = lock.acquire()
+            except UserError as error:
+                refusal = error
+        if message := self.group.from_leader(str(refusal or "")):
+            raise refusal or UserError(message)
         return [note] if note else []
 
     def _build(self) -> None:
