@@ -222,6 +222,15 @@ def test_bad_input_is_one_message(case: str, run_dir: Path, tasks_dir: Path, run
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("content", [b"", b"[1]", b"data: 3", b"\xff", b"a: &a [*a]", b"data: {source: [1]}"])
+def test_a_damaged_configuration_of_the_run_is_one_message(run_dir: Path, tmp_path: Path, content: bytes) -> None:
+    from megatron_q3n.stages.trained_model import with_checkpoint_data
+
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.yaml|data\.source"):
+        with_checkpoint_data(tmp_path / "checkpoints/step_0000001", request(run_dir))
+
+
 def test_without_lm_eval_the_error_names_the_requirements_file(
     run_dir: Path, tasks_dir: Path, tmp_path: Path, run_module: Callable[..., Any]
 ) -> None:
