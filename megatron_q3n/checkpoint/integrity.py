@@ -10,9 +10,10 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from megatron_q3n.config import UserError
@@ -28,6 +29,15 @@ Verify = Literal["full", "sizes"]
 _CHECKSUM_FIELD = ',\n "seal": "'
 _END = '"\n}\n'
 _REQUIRED = {"format": int, "step": int, "world_size": int, "model": dict, "files": dict}
+_OPTIONAL: dict[str, Any] = {
+    "tokens": int,
+    "skipped_steps": int,
+    "saved_at": int | float,
+    "layout": dict,
+    "precision": dict,
+    "digests": dict,
+    "digest_algorithm": str,
+}
 
 
 class UnreadableFileError(UserError):
@@ -162,7 +172,10 @@ def find_damage(checkpoint: Path, verify: Verify, rank: int = 0, world_size: int
 def file_problem(path: Path, size: int, digest: str | None) -> str | None:
     """Return the problem of one file, or None; without a digest only the size is compared."""
     try:
-        actual_size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{path} is not a file"
+        actual_size = status.st_size
         if actual_size != size:
             return f"{path} has {actual_size} bytes instead of {size}"
         if digest and file_digest(path) != digest:
@@ -206,12 +219,27 @@ def _manifest_problem(text: str, manifest: Any) -> str | None:
         body, separator, _ = text.rpartition(_CHECKSUM_FIELD)
         if not separator or text != _with_checksum(body):
             return "it does not match its own checksum"
-        if manifest.get("files", {}).keys() != manifest.get("digests", {}).keys():
+        files, all_digests = manifest.get("files"), manifest.get("digests")
+        if not isinstance(files, dict) or not isinstance(all_digests, dict) or files.keys() != all_digests.keys():
             return "files without checksums"
     for name, kind in _REQUIRED.items():
         if not isinstance(manifest.get(name), kind):
             return f"no field {name!r}"
-    return None
+    for name, kind in _OPTIONAL.items():
+        if name in manifest and not isinstance(manifest[name], kind):
+            return f"field {name!r} is of another type"
+    return _file_list_problem(manifest["files"], manifest.get("digests", {}))
+
+
+def _file_list_problem(files: Mapping[str, Any], all_digests: Mapping[str, Any]) -> str | None:
+    """Return the problem of a foreign list of files, or None: a path may lead out of the checkpoint."""
+    for name, size in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+            return f"{name!r:.80} is no file of a checkpoint"
+        if not isinstance(size, int) or size < 0:
+            return f"the size of {name!r:.80} is no size"
+    return None if all(isinstance(digest, str) for digest in all_digests.values()) else "a digest is no text"
 
 
 def _folder_problems(checkpoint: Path, manifest: Mapping[str, Any]) -> list[str]:

@@ -37,8 +37,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not YAML: {problem}. {_ALLOWED}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {_kind(tree)}. {_ALLOWED}")
-    if problem := _not_plain(tree):
-        raise UserError(f"{path}: {problem}. {_ALLOWED}")
+    if found := _not_plain(tree):
+        raise UserError(f"{path}: {found}. {_ALLOWED}")
     return tree
 
 

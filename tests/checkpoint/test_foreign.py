@@ -6,6 +6,8 @@ digests detect: test_corruption.py.
 
 import contextlib
 import io
+import json
+import os
 import pickle
 import random
 import re
@@ -284,6 +286,35 @@ def test_objects_are_plain_and_those_of_earlier_versions_load(
     checkpoint.load(other, saved, resume=True)
     assert fingerprint(other) == expected
     assert np.random.random(3).tolist() == numbers.tolist()
+
+
+VALUES: list[Any] = [None, -1, 10**30, 1.5, "text", [], [1], {}, {"a": 1}, {"../x": 1}, {"/dev/zero": 0}, {"pipe": 0}]
+
+
+def test_every_foreign_manifest_is_one_message(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a checksum that fits: each field, and each entry of its tables, with a value of another kind."""
+    from tools import inspect_checkpoint
+
+    folder = newest(run_dir)
+    os.mkfifo(folder / "pipe")
+    good = integrity.read_manifest(folder)
+    monkeypatch.setattr(sys, "argv", ["inspect_checkpoint", str(folder), "--verify"])
+    for name in good:
+        for value in VALUES:
+            changed = [{**good, name: value}]
+            if isinstance(good[name], dict):
+                key = next(iter(good[name]))
+                changed.append({**good, name: {**good[name], key: value}})
+            for manifest in changed:
+                body = {field: content for field, content in manifest.items() if field != "seal"}
+                text = json.dumps(body, indent=1).removesuffix("\n}")
+                (folder / integrity.MANIFEST).write_text(integrity._with_checksum(text))
+                code = inspect_checkpoint.main()
+                errors = capsys.readouterr().err
+                assert code in (0, 2), (name, value)
+                assert len(errors.splitlines()) <= (code == 2) * 10, (name, value, errors)
 
 
 @pytest.mark.parametrize("options", [[], ["--verify"], ["--tensors"]])
