@@ -1,4 +1,4 @@
-"""Checkpoints that are gone, or that may not be read, are told apart from a run without any and from damaged ones.
+"""Checkpoints that are gone are not taken for none yet, and those that may not be read not for damaged ones.
 
 Whole runs: tests/stages/test_refused_resume.py.
 """
