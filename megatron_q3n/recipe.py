@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_q3n.config import RunConfig, UserError, default_tree, known_settings, suggest, validate
+from megatron_q3n.config.plain_yaml import read_mapping
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 # prefix of the files in recipes/ that chain recipes (slurm/submit.py)
@@ -116,16 +117,17 @@ def _resumed(run_dir: Path, overrides: list[str]) -> RunConfig:
     if not path.is_file():
         raise UserError(f"--resume {run_dir}: not a run directory (it has no config.yaml). Try --resume runs/latest.")
     try:
-        tree = OmegaConf.load(path)
-        assert isinstance(tree, DictConfig)
+        tree = OmegaConf.create(read_mapping(path))
         OmegaConf.set_struct(tree, True)
-        OmegaConf.set_struct(tree.model.megatron, False)
+        if isinstance(OmegaConf.select(tree, "model.megatron"), DictConfig):
+            OmegaConf.set_struct(tree.model.megatron, False)
         for override in overrides:
             name, _, value = override.partition("=")
             OmegaConf.update(tree, name.lstrip("+"), OmegaConf.from_dotlist([f"x={value}"]).x, merge=False)
-    except (OmegaConfBaseException, AttributeError) as error:
+        plain = plain_tree(tree)
+    except (OmegaConfBaseException, AttributeError, RecursionError) as error:
         raise UserError(_explain(error, overrides)) from None
-    return validate(plain_tree(tree) | {"run_dir": str(run_dir.resolve())})
+    return validate(plain | {"run_dir": str(run_dir.resolve())})
 
 
 def plain_tree(tree: DictConfig) -> dict[str, Any]:

@@ -5,13 +5,16 @@ collects the reasons to stop early.
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
+import re
 import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import UTC, datetime
 from importlib import metadata
@@ -24,6 +27,10 @@ from megatron_q3n.config import RunConfig, UserError, launch
 from megatron_q3n.device import Device
 
 CONFIG, ENVIRONMENT, LATEST = "config.yaml", "environment.json", "latest"
+OUTCOME = "logs/outcome.json"
+_OUTCOME_BYTES, _MAX_MESSAGE_LENGTH = 8192, 600
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_RECIPE_NAME = re.compile(r"\w[\w.+ -]{0,99}")
 # of fine-tuned models, with the chat template
 TOKENIZER_FOLDER = "tokenizer"
 PACKAGES = (
@@ -43,9 +50,17 @@ PACKAGES = (
 
 
 def choose(config: RunConfig) -> Path:
-    """Return the directory of this run: config.run_dir, or a new name below config.runs_dir."""
+    """Return the directory of this run: config.run_dir, or a new name below config.runs_dir.
+
+    Raises: UserError for a recipe whose name is no part of a file name.
+    """
     if config.run_dir:
         return Path(config.run_dir).resolve()
+    if not _RECIPE_NAME.fullmatch(config.recipe):
+        raise UserError(
+            f"recipe={config.recipe!r:.100} begins the name of the run directory: letters, digits, '-', '_', '.', '+' "
+            "and spaces are allowed, and it begins with a letter or digit. Set run_dir for a directory elsewhere."
+        )
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     return Path(config.runs_dir).resolve() / f"{config.recipe}-{stamp}-{secrets.token_hex(2)}"
 
@@ -57,6 +72,7 @@ def open_directory(run_dir: Path, config: RunConfig) -> None:
     """
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        (run_dir / OUTCOME).write_bytes(b"{}".ljust(_OUTCOME_BYTES - 1) + b"\n")
         tree = config.model_dump(mode="json") | {"run_dir": None}
         write_atomically(run_dir / CONFIG, yaml.safe_dump(tree, sort_keys=False))
         _point_latest(run_dir)
@@ -127,11 +143,35 @@ def record_environment(
 def record_outcome(run_dir: Path, code: int, message: str = "") -> None:
     """Write how the run ended to logs/outcome.json, for the supervisor. Only the leader writes.
 
-    Launchers do not pass on exit codes: torchrun turns each into 1, srun reports those of processes it killed.
+    Launchers do not pass on exit codes: torchrun turns each into 1, srun reports those of processes it killed. The file
+    has a fixed size and exists since the run directory was opened, so that it can be written on a full disk.
     """
-    if launch.rank() == 0 and (run_dir / "logs").is_dir():
-        outcome = {"code": code, "message": message, "time": time.time()}
-        write_json(run_dir / "logs" / "outcome.json", outcome)
+    path = run_dir / OUTCOME
+    if launch.rank() != 0 or not path.parent.is_dir():
+        return
+    outcome = {"code": code, "message": message[:_MAX_MESSAGE_LENGTH], "time": time.time()}
+    content = json.dumps(outcome).encode().ljust(_OUTCOME_BYTES - 1) + b"\n"
+    try:
+        with path.open("r+b" if path.is_file() else "wb") as file:
+            file.write(content)
+            file.truncate()
+    except OSError as error:
+        print(f"warning: {path} could not be written ({error.strerror}): exit code {code}", file=sys.stderr)
+
+
+def full_disk_error(run_dir: Path, error: OSError) -> UserError | None:
+    """Return the message for a write that failed since a disk is full or read-only; None for another error.
+
+    To start such a run again is of no use until space is free, so it ends with exit code 2, which Slurm does not retry.
+    """
+    if error.errno not in _FULL_DISK:
+        return None
+    # a write, unlike the opening of a file, does not name it
+    place = error.filename or f"{run_dir}: a file of this run"
+    return UserError(
+        f"{place} could not be written ({error.strerror}). Complete checkpoints are not affected; free space, or make "
+        "the disk writable, then resume the run."
+    )
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -148,8 +188,35 @@ def write_expert_load(run_dir: Path, step: int, loads: dict[str, list[float]]) -
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file atomically, so that neither a reader nor a kill can see an incomplete one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        # a write that fails on a full disk does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def check_writable(path: Path, setting: str, *, replaced: bool) -> None:
+    """Check, before the work, that its results can be written to a file; `replaced`: by renaming a new one to its name.
+
+    Only the leader checks, since it writes. Pipes and devices are not tried.
+    Raises: UserError naming the setting.
+    """
+    if launch.rank() != 0:
+        return
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if replaced or not path.exists():
+            tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:100]}.").close()
+        elif path.is_file():
+            path.open("ab").close()
+    except OSError as error:
+        raise UserError(
+            f"{setting}={path}: the results could not be written there ({error.strerror}). Nothing was computed; give "
+            "a file in an existing folder that you may write to."
+        ) from None
 
 
 class StopRequest:

@@ -11,7 +11,7 @@ import importlib
 import sys
 import time
 
-from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, UserError, launch
+from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, RunInUseError, UserError, launch
 from megatron_q3n.recipe import configure, has_hydra_flag, register_defaults, run_by_hydra
 
 STAGES = {
@@ -64,9 +64,18 @@ def run(config: RunConfig) -> int:
     run_dir = run_directory.choose(config)
     try:
         code = stage.run(config, run_dir)
+    # logs/outcome.json belongs to the process that trains there
+    except RunInUseError:
+        raise
     except UserError as error:
         run_directory.record_outcome(run_dir, EXIT_BAD_INPUT, str(error))
         raise
+    except OSError as error:
+        refusal = run_directory.full_disk_error(run_dir, error)
+        if refusal is None:
+            raise
+        run_directory.record_outcome(run_dir, EXIT_BAD_INPUT, str(refusal))
+        raise refusal from None
     run_directory.record_outcome(run_dir, code)
     return code
 

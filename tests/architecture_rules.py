@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"config", "device", "packing"},
     "metrics": {"config"},
     "run_directory": {"config", "device"},
+    "run_lock": {"config"},
     # a table of names and shapes, without a model
     "hf": {"config"},
     # process groups are arguments

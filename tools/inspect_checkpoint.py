@@ -37,10 +37,12 @@ def main() -> int:
     try:
         checkpoint = find(arguments.path)
         description = integrity.read_manifest(checkpoint)
+        # before anything is unpickled
+        verdict = verified(checkpoint, description) if arguments.verify else ""
         tensors = CheckpointTensors(checkpoint)
         console.print(summary(checkpoint, description, tensors))
-        if arguments.verify:
-            console.print(verified(checkpoint, description))
+        if verdict:
+            console.print(verdict)
         if arguments.tensors:
             show_tensors(console, tensors)
         if arguments.diff:
@@ -57,12 +59,11 @@ def summary(checkpoint: Path, description: dict[str, Any], tensors: CheckpointTe
     model, entries = description["model"], tensors.entries.values()
     weights = [entry for entry in entries if not entry.is_optimizer]
     optimizer = [entry for entry in entries if entry.is_optimizer]
-    saved = datetime.fromtimestamp(description.get("saved_at", 0), UTC)
     table = Table.grid(padding=(0, 2))
     rows = {
         "checkpoint": str(checkpoint),
         "step": f"{description['step']:,}, after {description.get('tokens', 0):,} tokens",
-        "saved": f"{saved:%Y-%m-%d %H:%M:%S} UTC",
+        "saved": _date(description.get("saved_at", 0)),
         "model": f"{model.get('name')}: {model.get('num_layers')} layers, width {model.get('hidden_size')}, "
         f"{model.get('num_moe_experts')} experts, vocabulary {model.get('vocab_size')}",
         "written by": _layout(description),
@@ -141,6 +142,13 @@ def _difference(name: str, tensors: CheckpointTensors, other: CheckpointTensors)
     return f"{_kind(here):<30} max |difference| {gap.abs().max().item():<11.4g} relative norm {relative:.3g}"
 
 
+def _date(seconds: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds} seconds after 1970: no date"
+
+
 def _kind(entry: TensorEntry) -> str:
     shape = "×".join(map(str, entry.shape)) or "scalar"
     return f"{str(entry.dtype).removeprefix('torch.')} {shape}"
@@ -149,9 +157,10 @@ def _kind(entry: TensorEntry) -> str:
 def _layout(description: dict[str, Any]) -> str:
     """Return the parallel layout that wrote the checkpoint; any other layout can read it."""
     sizes = description.get("layout", {})
-    parts = [f"{short} {sizes[name]}" for name, short in PARALLEL.items() if (sizes.get(name) or 1) > 1]
+    known = {name: size for name, size in sizes.items() if isinstance(size, int) and size > 1}
+    parts = [f"{short} {known[name]}" for name, short in PARALLEL.items() if name in known]
     precision = description.get("precision", {}).get("compute")
-    return ", ".join([f"{description['world_size']} process(es)", *parts, *([precision] if precision else [])])
+    return ", ".join([f"{description['world_size']} process(es)", *parts, *([str(precision)] if precision else [])])
 
 
 def _amount(entries: list[TensorEntry]) -> str:

@@ -19,11 +19,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_q3n.checkpoint.integrity import MANIFEST, sync_folder
+from megatron_q3n.checkpoint.integrity import has_manifest, sync_folder
 from megatron_q3n.config import UserError
 
 FOLDER, LATEST = "checkpoints", "latest"
-_STEP = re.compile(r"\.?step_(\d+)(\.replaced)?")
+_STEP = re.compile(r"step_(\d+)|\.step_(\d+)\.replaced")
+_DAMAGED = re.compile(r"step_\d+\.damaged.*")
 
 
 def step_name(step: int) -> str:
@@ -35,23 +36,24 @@ def step_of(checkpoint: Path) -> int:
     """Return the step in a checkpoint's folder name."""
     match = _STEP.fullmatch(checkpoint.name)
     assert match, checkpoint
-    return int(match[1])
+    return int(match[1] or match[2])
 
 
 def candidates(run_dir: Path) -> list[Path]:
     """Return every checkpoint of a run, newest first, complete or not.
 
     One whose replacement was interrupted between two renames is returned under its `.replaced` name.
+    Raises: UserError if the folder cannot be read; an empty list means that there is none, or that it is empty.
     """
-    folder = (run_dir / FOLDER).resolve()
-    steps = [path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)]
-    replaced = [path for path in folder.glob(".step_*.replaced") if not _original_path(path).exists()]
-    return sorted(steps + replaced, key=step_of, reverse=True)
+    folder, names = _list(run_dir)
+    steps = [folder / name for name in names if _STEP.fullmatch(name)]
+    found = [path for path in steps if path.name.startswith("step_") or _original_path(path).name not in names]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Return the checkpoints that have a manifest, newest first; their files are not verified here."""
-    return [path for path in candidates(run_dir) if (path / MANIFEST).is_file()]
+    return [path for path in candidates(run_dir) if has_manifest(path)]
 
 
 def newest_in(run_dir: Path) -> Path | None:
@@ -65,7 +67,7 @@ def find(path: str | Path) -> Path:
     Raises: UserError if there is none.
     """
     folder = Path(path)
-    if (folder / MANIFEST).is_file():
+    if has_manifest(folder):
         return folder.resolve()
     newest = newest_in(folder)
     if newest is None:
@@ -77,7 +79,8 @@ def find(path: str | Path) -> Path:
 
 def list_damaged(run_dir: Path) -> list[Path]:
     """Return the checkpoints that were renamed as damaged."""
-    return sorted((run_dir / FOLDER).glob("step_*.damaged*"))
+    folder, names = _list(run_dir)
+    return sorted(folder / name for name in names if _DAMAGED.fullmatch(name))
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -132,6 +135,27 @@ def remove_leftovers(folder: Path) -> None:
     leftovers += [p for p in folder.glob(".step_*.replaced") if _original_path(p).exists()]
     for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _list(run_dir: Path) -> tuple[Path, list[str]]:
+    """Return the checkpoints folder, with links resolved, and the names in it; none if there is no such folder.
+
+    Raises: UserError if it is a link to a folder that does not exist, or cannot be read.
+    """
+    folder = run_dir / FOLDER
+    try:
+        return folder.resolve(), os.listdir(folder)
+    except FileNotFoundError:
+        if not folder.is_symlink():
+            return folder.resolve(), []
+        problem = f"is a link to {folder.resolve()}, which does not exist: mount its disk, or correct the link"
+    except NotADirectoryError:
+        if not os.path.lexists(folder):
+            return folder.resolve(), []
+        problem = "is not a folder"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}): make it readable"
+    raise UserError(f"{folder} {problem}. Nothing was changed.")
 
 
 def _original_path(checkpoint: Path) -> Path:

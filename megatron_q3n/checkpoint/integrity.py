@@ -6,12 +6,14 @@ hardware (0.7 GB/s per core on a busy EPYC; BLAKE2b reaches 0.26) and it needs n
 here: tools and the Hugging Face converter read and write checkpoints without them.
 """
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from megatron_q3n.config import UserError
@@ -27,6 +29,30 @@ Verify = Literal["full", "sizes"]
 _CHECKSUM_FIELD = ',\n "seal": "'
 _END = '"\n}\n'
 _REQUIRED = {"format": int, "step": int, "world_size": int, "model": dict, "files": dict}
+_OPTIONAL: dict[str, Any] = {
+    "tokens": int,
+    "skipped_steps": int,
+    "saved_at": int | float,
+    "layout": dict,
+    "precision": dict,
+    "digests": dict,
+    "digest_algorithm": str,
+}
+
+
+class UnreadableFileError(UserError):
+    """A file that could not be read, which does not mean that it is damaged."""
+
+
+def has_manifest(checkpoint: Path) -> bool:
+    """Return whether a folder has a manifest, which is written last.
+
+    Raises: UnreadableFileError if the folder may not be searched.
+    """
+    try:
+        return (checkpoint / MANIFEST).is_file()
+    except OSError as error:
+        raise _unreadable(checkpoint / MANIFEST, error) from None
 
 
 def file_digest(path: Path) -> str:
@@ -91,16 +117,20 @@ def write_manifest(
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's manifest, after checking its own checksum.
 
-    Raises: UserError naming the file if it is missing, damaged or of a newer format.
+    Raises: UserError naming the file if it is missing, damaged or of a newer format; UnreadableFileError.
     """
     path = checkpoint / MANIFEST
-    if not path.is_file():
+    if not has_manifest(checkpoint):
         raise UserError(f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST}.")
     try:
         text = path.read_bytes().decode("utf-8")
         manifest = json.loads(text)
         problem = _manifest_problem(text, manifest)
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise _unreadable(path, error) from None
         problem = str(error)
     if problem:
         raise UserError(f"{path} is damaged ({problem}); use another checkpoint.")
@@ -120,9 +150,12 @@ def find_damage(checkpoint: Path, verify: Verify, rank: int = 0, world_size: int
     """Return the problems of a checkpoint, one line per file; an empty list means that it is intact.
 
     `rank` of `world_size` processes verifies its share of the files, so that together they read each file once.
+    Raises: UnreadableFileError if a file may not be read, or its disk does not answer.
     """
     try:
         manifest = read_manifest(checkpoint)
+    except UnreadableFileError:
+        raise
     except UserError as error:
         return [str(error)]
     problems = _folder_problems(checkpoint, manifest)
@@ -139,16 +172,20 @@ def find_damage(checkpoint: Path, verify: Verify, rank: int = 0, world_size: int
 def file_problem(path: Path, size: int, digest: str | None) -> str | None:
     """Return the problem of one file, or None; without a digest only the size is compared."""
     try:
-        actual_size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{path} is not a file"
+        actual_size = status.st_size
         if actual_size != size:
             return f"{path} has {actual_size} bytes instead of {size}"
         if digest and file_digest(path) != digest:
             return f"{path} does not match its digest: its contents have changed since it was saved"
     except FileNotFoundError:
         return f"{path} is missing"
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read it; change its permissions.") from None
     except OSError as error:
+        # EIO: a lost sector. Anything else (permissions, a disk that is not mounted) says nothing about the contents
+        if error.errno != errno.EIO:
+            raise _unreadable(path, error) from None
         return f"{path} cannot be read ({error.strerror})"
     return None
 
@@ -160,6 +197,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _unreadable(path: Path, error: OSError) -> UnreadableFileError:
+    return UnreadableFileError(
+        f"{path} cannot be read ({error.strerror}). The checkpoint is not known to be damaged and was not changed; "
+        "correct the permissions or the mount, then start again."
+    )
 
 
 def _with_checksum(body: str) -> str:
@@ -175,12 +219,27 @@ def _manifest_problem(text: str, manifest: Any) -> str | None:
         body, separator, _ = text.rpartition(_CHECKSUM_FIELD)
         if not separator or text != _with_checksum(body):
             return "it does not match its own checksum"
-        if manifest.get("files", {}).keys() != manifest.get("digests", {}).keys():
+        files, all_digests = manifest.get("files"), manifest.get("digests")
+        if not isinstance(files, dict) or not isinstance(all_digests, dict) or files.keys() != all_digests.keys():
             return "files without checksums"
     for name, kind in _REQUIRED.items():
         if not isinstance(manifest.get(name), kind):
             return f"no field {name!r}"
-    return None
+    for name, kind in _OPTIONAL.items():
+        if name in manifest and not isinstance(manifest[name], kind):
+            return f"field {name!r} is of another type"
+    return _file_list_problem(manifest["files"], manifest.get("digests", {}))
+
+
+def _file_list_problem(files: Mapping[str, Any], all_digests: Mapping[str, Any]) -> str | None:
+    """Return the problem of a foreign list of files, or None: a path may lead out of the checkpoint."""
+    for name, size in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+            return f"{name!r:.80} is no file of a checkpoint"
+        if not isinstance(size, int) or size < 0:
+            return f"the size of {name!r:.80} is no size"
+    return None if all(isinstance(digest, str) for digest in all_digests.values()) else "a digest is no text"
 
 
 def _folder_problems(checkpoint: Path, manifest: Mapping[str, Any]) -> list[str]:

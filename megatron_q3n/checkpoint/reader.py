@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.validation import StrictHandling
 
-from megatron_q3n.checkpoint import folders, integrity, state_dict
+from megatron_q3n.checkpoint import completed, folders, integrity, state_dict
 from megatron_q3n.checkpoint.architecture import check_architecture
+from megatron_q3n.checkpoint.loading import load_sharded
 from megatron_q3n.config import UserError
 from megatron_q3n.parallel import Parallel
 from megatron_q3n.training.state import TrainState
@@ -29,14 +28,16 @@ def resume(state: TrainState, run_dir: Path) -> Resumed:
     """Load the newest intact checkpoint of a run, skipping damaged ones with a warning.
 
     Damaged checkpoints are renamed `….damaged` once an intact one is found. A collective call.
-    Raises: UserError if there are checkpoints and all are damaged: a new training would write into the directory of a
-        trained model.
+    Raises: UserError if there are checkpoints and all are damaged, or if there were and all are gone: a new training
+        would write into the directory of a trained model.
     """
+    completed.check_not_lost(run_dir)
     skipped: list[tuple[Path, list[str]]] = []
     for checkpoint in _list_checkpoints(state.parallel, run_dir):
-        problems = find_damage_on_all_ranks(state, checkpoint)
+        problems = find_damage_on_all_ranks(state.parallel, state.config.checkpoint.verify, checkpoint)
         if not problems:
             notes = _mark_skipped(state.parallel, skipped, checkpoint)
+            notes += _update_record(state.parallel, run_dir, checkpoint)
             _restore(state, checkpoint, resume=True, with_optimizer=True)
             return Resumed(checkpoint, notes)
         skipped.append((checkpoint, problems))
@@ -57,7 +58,7 @@ def load(state: TrainState, checkpoint: Path, *, resume: bool, with_optimizer: b
     A collective call.
     Raises: UserError if the checkpoint is damaged or of another architecture.
     """
-    problems = find_damage_on_all_ranks(state, checkpoint)
+    problems = find_damage_on_all_ranks(state.parallel, state.config.checkpoint.verify, checkpoint)
     if problems:
         raise UserError(f"{checkpoint} is damaged: " + "; ".join(problems) + ". Use another checkpoint.")
     _restore(state, checkpoint, resume=resume, with_optimizer=with_optimizer)
@@ -74,11 +75,21 @@ def describe(checkpoint: Path) -> dict[str, Any]:
     return integrity.read_manifest(checkpoint)
 
 
-def find_damage_on_all_ranks(state: TrainState, checkpoint: Path) -> list[str]:
-    """Return the problems that all processes find in their shares of the files; the same list on every process."""
-    group, verify = state.parallel, state.config.checkpoint.verify
-    local = integrity.find_damage(checkpoint, verify, group.rank, group.world_size)
-    return list(dict.fromkeys(problem for problems in gather_objects(group, local) for problem in problems))
+def find_damage_on_all_ranks(group: Parallel, verify: integrity.Verify, checkpoint: Path) -> list[str]:
+    """Return the problems that all processes find in their shares of the files; the same list on every process.
+
+    Raises: UserError on every process if one of them cannot read a file.
+    """
+    local, unreadable = [], ""
+    try:
+        local = integrity.find_damage(checkpoint, verify, group.rank, group.world_size)
+    except integrity.UnreadableFileError as error:
+        unreadable = str(error)
+    found: list[tuple[list[str], str]] = gather_objects(group, (local, unreadable))
+    for _, message in found:
+        if message:
+            raise integrity.UnreadableFileError(message)
+    return list(dict.fromkeys(problem for problems, _ in found for problem in problems))
 
 
 def gather_objects(group: Parallel, value: Any) -> list[Any]:
@@ -92,6 +103,18 @@ def _list_checkpoints(group: Parallel, run_dir: Path) -> list[Path]:
     """Return the run's checkpoints, newest first, as listed by the leader."""
     names = group.from_leader(json.dumps([str(path) for path in folders.candidates(run_dir)]))
     return [Path(name) for name in json.loads(names)]
+
+
+def _update_record(group: Parallel, run_dir: Path, checkpoint: Path) -> list[str]:
+    """Record the checkpoint that the run continues from; return a message if a newer one is recorded and missing."""
+    if not group.is_leader:
+        return []
+    note = completed.missing_newer(run_dir, checkpoint)
+    try:
+        completed.record(run_dir, checkpoint)
+    except OSError as error:
+        raise UserError(f"{run_dir / completed.RECORD} cannot be written ({error.strerror}).") from None
+    return [note] if note else []
 
 
 def _mark_skipped(group: Parallel, skipped: list[tuple[Path, list[str]]], intact: Path) -> list[str]:
@@ -120,7 +143,7 @@ def _restore(state: TrainState, checkpoint: Path, *, resume: bool, with_optimize
     same_world = manifest["world_size"] == state.parallel.world_size
     if not (resume and same_world):
         template.pop("rng")
-    loaded = dist_checkpointing.load(template, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED)
+    loaded = load_sharded(template, checkpoint, state.parallel)
     for index, model in enumerate(state.models):
         model.load_state_dict(loaded[f"model{index}"], strict=False)
     if with_optimizer:
@@ -133,4 +156,11 @@ def _restore(state: TrainState, checkpoint: Path, *, resume: bool, with_optimize
         state.set_step(manifest["step"])
         state.skipped_steps = manifest["skipped_steps"]
         if same_world:
-            state_dict.restore_rng_states(loaded["rng"])
+            _restore_rng_states(loaded["rng"], checkpoint)
+
+
+def _restore_rng_states(states: Any, checkpoint: Path) -> None:
+    try:
+        state_dict.restore_rng_states(states)
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        raise UserError(f"{checkpoint} holds no states of random generators ({error}); use another.") from None

@@ -6,7 +6,6 @@ every tensor, and each chunk is a small torch file. Memory is bounded by the lar
 """
 
 import io
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_q3n.checkpoint.metadata_file import DAMAGE_ERRORS, read_metadata
 from megatron_q3n.config import UserError
 
 OPTIMIZER = "optimizer."
@@ -66,12 +65,7 @@ class CheckpointTensors:
     def __init__(self, checkpoint: Path) -> None:
         """Read `.metadata`."""
         self._folder = checkpoint
-        try:
-            metadata = FileSystemReader(checkpoint).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise UserError(
-                f"{checkpoint / '.metadata'} cannot be read ({error}); the checkpoint is damaged, use another."
-            ) from None
+        metadata = read_metadata(checkpoint)
         self.entries = {
             name: TensorEntry(name, tuple(entry.size), entry.properties.dtype)
             for name, entry in sorted(metadata.state_dict_metadata.items())
@@ -89,8 +83,11 @@ class CheckpointTensors:
                 with path.open("rb") as file:
                     file.seek(location.offset)
                     chunk = torch.load(io.BytesIO(file.read(location.length)), weights_only=True)
-            except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-                raise UserError(f"{path} cannot be read at {name} ({error}); run again with --verify.") from None
+            except (OSError, *DAMAGE_ERRORS) as error:
+                text = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UserError(f"{path} cannot be read at {name} ({text}); run again with --verify.") from None
+            if not isinstance(chunk, torch.Tensor) or chunk.dtype is not self.entries[name].dtype:
+                raise UserError(f"{path} does not hold {name} where .metadata has it; use another checkpoint.")
             yield tuple(offset or (0,) * chunk.dim()), chunk
 
     def read(self, name: str) -> torch.Tensor:

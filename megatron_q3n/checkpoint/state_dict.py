@@ -82,7 +82,10 @@ def repair_loaded_optimizer(state: TrainState) -> None:
 
 
 def restore_rng_states(states: dict[str, Any]) -> None:
-    """Restore every random generator of this rank; those of a CPU are not restored on a GPU, nor the reverse."""
+    """Restore every random generator of this rank; those of a CPU are not restored on a GPU, nor the reverse.
+
+    Raises: TypeError, ValueError, LookupError or RuntimeError for what is not the state of a generator.
+    """
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -93,9 +96,11 @@ def restore_rng_states(states: dict[str, Any]) -> None:
 
 
 def _rng_states() -> dict[str, Any]:
+    """Return the states as plain values and tensors, so that reading them executes nothing."""
+    name, numbers, *position = np.random.get_state(legacy=True)
     states = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (name, numbers.tolist(), *position),
         "torch": torch.get_rng_state(),
         "tracker": get_cuda_rng_tracker().get_states(),
     }

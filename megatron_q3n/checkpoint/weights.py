@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.validation import StrictHandling
-
 from megatron_q3n.checkpoint import integrity
-from megatron_q3n.checkpoint.reader import check_architecture, gather_objects
+from megatron_q3n.checkpoint.loading import load_sharded
+from megatron_q3n.checkpoint.reader import check_architecture, find_damage_on_all_ranks
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.parallel import Parallel
 
@@ -17,13 +15,12 @@ def load_weights(models: list[Any], config: RunConfig, group: Parallel, checkpoi
 
     Raises: UserError if the checkpoint is damaged or of another architecture.
     """
-    local = integrity.find_damage(checkpoint, config.checkpoint.verify, group.rank, group.world_size)
-    problems = dict.fromkeys(problem for problems in gather_objects(group, local) for problem in problems)
+    problems = find_damage_on_all_ranks(group, config.checkpoint.verify, checkpoint)
     if problems:
         raise UserError(f"{checkpoint} is damaged: " + "; ".join(problems) + ". Use another checkpoint.")
     check_architecture(integrity.read_manifest(checkpoint), config.model, checkpoint)
     metadata = {"dp_cp_group": group.groups.dp_cp}
     template = {f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(models)}
-    loaded = dist_checkpointing.load(template, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED)
+    loaded = load_sharded(template, checkpoint, group)
     for index, model in enumerate(models):
         model.load_state_dict(loaded[f"model{index}"], strict=False)

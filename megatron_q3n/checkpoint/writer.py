@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_q3n.checkpoint import folders, integrity, state_dict
+from megatron_q3n.checkpoint import completed, folders, integrity, state_dict
 from megatron_q3n.checkpoint.reader import gather_objects
 from megatron_q3n.config import UserError
 from megatron_q3n.training.state import TrainState
@@ -44,6 +44,7 @@ class _WriteResult:
     results: list[Any] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     damage: dict[Path, list[str]] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
     problem: str = ""
 
 
@@ -216,7 +217,10 @@ def _write(state: TrainState, save: _PendingSave, buckets: list[Bucket]) -> None
             written.results += outcome
         written.digests = integrity.digests(save.partial, [name for _, name, _ in buckets])
         for checkpoint in save.retained:
-            written.damage[checkpoint] = integrity.find_damage(checkpoint, verify, group.rank, group.world_size)
+            try:
+                written.damage[checkpoint] = integrity.find_damage(checkpoint, verify, group.rank, group.world_size)
+            except integrity.UnreadableFileError as error:
+                written.unreadable.append(str(error))
     # torch wraps the OSError of a full disk in several exception types; whatever it is, the save failed
     except Exception as error:
         written.problem = f"{type(error).__name__}: {_root_cause(error)}"
@@ -231,6 +235,7 @@ def _finish(state: TrainState, run_dir: Path, save: _PendingSave, local: _WriteR
     if state.parallel.is_leader and not problem:
         try:
             _publish(save, results)
+            completed.record(run_dir, save.final)
             notes = _prune(save, results)
         except OSError as error:
             problem = str(error)
@@ -248,8 +253,9 @@ def _publish(save: _PendingSave, results: list[_WriteResult]) -> None:
 
 
 def _prune(save: _PendingSave, results: list[_WriteResult]) -> list[str]:
-    """Delete the prunable checkpoints, unless a retained one is damaged; return messages for the user."""
-    notes = []
+    """Delete the prunable checkpoints, unless a retained one is damaged or unreadable; return messages for the user."""
+    unreadable = dict.fromkeys(message for result in results for message in result.unreadable)
+    notes = [f"{message} No older checkpoint is deleted this time." for message in unreadable]
     for old in save.retained:
         problems = [problem for result in results for problem in result.damage.get(old, [])]
         if problems:

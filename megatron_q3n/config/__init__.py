@@ -3,7 +3,7 @@
 No import of torch, OmegaConf or megatron-core: an invalid setting is reported in well under two seconds.
 """
 
-from megatron_q3n.config.errors import EXIT_BAD_INPUT, EXIT_HANG, EXIT_REQUEUE, UserError, suggest
+from megatron_q3n.config.errors import EXIT_BAD_INPUT, EXIT_HANG, EXIT_REQUEUE, RunInUseError, UserError, suggest
 from megatron_q3n.config.model import GATED_ATTENTION, GATED_DELTA_NET, SLIDING_ATTENTION, ModelConfig
 from megatron_q3n.config.run import RunConfig, default_tree, known_settings, validate
 
@@ -16,6 +16,7 @@ __all__ = [
     "SLIDING_ATTENTION",
     "ModelConfig",
     "RunConfig",
+    "RunInUseError",
     "UserError",
     "default_tree",
     "known_settings",

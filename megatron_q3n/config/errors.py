@@ -19,6 +19,10 @@ class UserError(ValueError):
     """Invalid configuration, input or environment, with a message for the user."""
 
 
+class RunInUseError(UserError):
+    """Refusal to write into a run directory in which another process trains; that process's files stay untouched."""
+
+
 def suggest(unknown: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest known name, or the empty string.
 

@@ -26,6 +26,12 @@ def node_name() -> str | None:
     return os.environ.get("SLURMD_NODENAME")
 
 
+def job() -> tuple[str, int] | None:
+    """Return the Slurm job of this process and how often it was requeued, or None."""
+    job_id = os.environ.get("SLURM_JOB_ID")
+    return (job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0))) if job_id else None
+
+
 def has_rendezvous() -> bool:
     """Return whether a launcher set a rendezvous address (MASTER_ADDR) for this process."""
     return "MASTER_ADDR" in os.environ and world_size() >= 1

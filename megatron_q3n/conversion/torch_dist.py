@@ -16,7 +16,6 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -29,11 +28,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_q3n.checkpoint.metadata_file import DAMAGE_ERRORS, METADATA, read_metadata
 from megatron_q3n.config import UserError
 from megatron_q3n.conversion.tensor_chunks import TensorChunk
 from megatron_q3n.hf.param_mapping import Shape
 
-METADATA, BACKEND = ".metadata", "metadata.json"
+BACKEND = "metadata.json"
 # megatron-core's entry for objects that are no tensors: a list with one dict
 # (megatron/core/dist_checkpointing/serialization.py)
 _COMMON = "common_state/shard_0_1"
@@ -105,12 +105,7 @@ class SavedTensors:
 
     def __init__(self, checkpoint: Path) -> None:
         self._folder = checkpoint
-        try:
-            metadata = FileSystemReader(checkpoint).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise UserError(
-                f"{checkpoint / METADATA} cannot be read ({error}); the checkpoint is damaged, use another."
-            ) from None
+        metadata = read_metadata(checkpoint)
         self._tensors = metadata.state_dict_metadata
         self._storage = metadata.storage_data
         self._stored: dict[str, dict[Shape, TensorChunk]] = {}
@@ -182,7 +177,7 @@ class SavedTensors:
                 rows = torch.empty((last - first, *stored.shape[1:]), dtype=fake.dtype)
                 buffer = memoryview(rows.flatten().view(torch.uint8).numpy())
                 num_read = file.readinto(buffer)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        except (OSError, *DAMAGE_ERRORS) as error:
             raise UserError(f"{path} cannot be read ({error}); use another checkpoint.") from None
         if num_read != len(buffer):
             raise UserError(f"{path} is truncated; the checkpoint is damaged, use another.")

@@ -1,6 +1,7 @@
 """Evaluation results: named numbers for the terminal, evaluation.json and the run's report."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +74,37 @@ def summarize_recall(sums: torch.Tensor, length: int, name: str | None) -> dict[
     }
 
 
+def results_path(source: Path, settings: EvaluateConfig) -> Path | None:
+    """Return the file for the results: that of the settings, or that of the checkpoint's run; None without either."""
+    if settings.output is not None:
+        return Path(settings.output)
+    run_dir = source.parent.parent
+    return run_dir / EVALUATION_FILE if (run_dir / run_directory.CONFIG).is_file() else None
+
+
 def write_results(results: dict[str, Any], source: Path, settings: EvaluateConfig) -> None:
     """Print the results, write them to a JSON file, and update the report of the checkpoint's run.
 
     Raises: UserError if the file cannot be written.
     """
     print("\n".join(_lines(results)))
-    run_dir = source.parent.parent
-    is_run = (run_dir / run_directory.CONFIG).is_file()
-    if settings.output is None and not is_run:
+    path = results_path(source, settings)
+    if path is None:
         return
-    path = Path(settings.output) if settings.output else run_dir / EVALUATION_FILE
     try:
         run_directory.write_json(path, results)
     except OSError as error:
         raise UserError(f"evaluate.output={path}: {error}") from None
     print(f"results       {path}")
     if settings.output is None:
+        _update_report(path.parent)
+
+
+def _update_report(run_dir: Path) -> None:
+    try:
         print(f"report        {write_report(run_dir)}")
+    except OSError as error:
+        print(f"warning: the report of {run_dir} could not be updated: {error}", file=sys.stderr)
 
 
 def _lines(results: dict[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # prefixes of multimodal checkpoints' vision part, which a text model does not have
 VISION = ("model.visual.", "visual.")
+_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 
 
@@ -217,7 +218,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _index(folder: Path) -> dict[str, str]:
-    return read_json(folder / INDEX).get("weight_map", {}) if (folder / INDEX).is_file() else {}
+    """Return the shard of every tensor as the index lists it; an empty table without an index.
+
+    Raises: UserError for an index without such a table, or with a shard that is not a file name: a path may lead out of
+        the folder.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    table = read_json(path).get("weight_map")
+    if not isinstance(table, dict):
+        raise UserError(f"{path} has no object weight_map, which names the file of every tensor; download it again.")
+    for name, shard in table.items():
+        if not isinstance(shard, str) or not _FILE_NAME.fullmatch(shard):
+            raise UserError(
+                f"{path} lists {shard!r:.200} for {name}, which is not the name of a safetensors file in this folder. "
+                "Use another copy of the model."
+            )
+    return table
 
 
 def _shards(folder: Path) -> list[str]:

@@ -45,8 +45,14 @@ class MetricsFile:
         self.last_step = int(record[STEP])
 
     def sync(self) -> None:
-        """Flush all lines to disk (fsync), so that they survive a power failure."""
-        os.fsync(self._file.fileno())
+        """Flush all lines to disk (fsync), so that they survive a power failure.
+
+        Raises: UserError if the file cannot be written.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_q3n import parallel
+from megatron_q3n import parallel, run_directory
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.config.data import BlendPart
 from megatron_q3n.config.evaluate import EvaluateConfig
@@ -23,7 +23,7 @@ from megatron_q3n.device import select_device
 from megatron_q3n.evaluation.copy_recall import measure_recall, repeated_sequences
 from megatron_q3n.evaluation.harness_tasks import run_tasks
 from megatron_q3n.evaluation.held_out_loss import EvaluationSums, MeasurementSettings, measure_sequences
-from megatron_q3n.evaluation.results import summarize_data_set, summarize_recall, write_results
+from megatron_q3n.evaluation.results import results_path, summarize_data_set, summarize_recall, write_results
 from megatron_q3n.inference.limits import GenerationLimits
 from megatron_q3n.inference.sampling import Sampling
 from megatron_q3n.parallel import Parallel
@@ -41,6 +41,8 @@ def run(config: RunConfig, _run_dir: Path) -> int:
     """
     settings = config.evaluate
     source = trained_model.find_checkpoint(config)
+    if (path := results_path(source, settings)) is not None:
+        run_directory.check_writable(path, "evaluate.output", replaced=True)
     config = trained_model.with_checkpoint_data(source, trained_model.with_checkpoint_model(source, config))
     tokenizer = trained_model.checkpoint_tokenizer(source, settings.tokenizer)
     data_sets = _find_data_sets(config, tokenizer) if settings.num_sequences or settings.recall_lengths else {}

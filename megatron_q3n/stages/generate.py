@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_q3n import parallel
+from megatron_q3n import parallel, run_directory
 from megatron_q3n.checkpoint.reader import gather_objects
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.config.inference import InferenceConfig
@@ -34,6 +34,8 @@ def run(config: RunConfig, _run_dir: Path) -> int:
             "inference.prompts is empty: set at least one text to continue, e.g. "
             """'inference.prompts=["def "]'."""
         )
+    if config.inference.output is not None:
+        run_directory.check_writable(Path(config.inference.output), "inference.output", replaced=False)
     source = trained_model.find_checkpoint(config)
     config = trained_model.with_checkpoint_model(source, config)
     settings = config.inference

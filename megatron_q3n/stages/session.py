@@ -9,6 +9,7 @@ The order of the calls is part of the contract: it decides the use of random num
 
 import gc
 import math
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 from megatron_q3n import checkpoint, parallel, run_directory
 from megatron_q3n.checkpoint import folders
-from megatron_q3n.config import EXIT_REQUEUE, RunConfig, UserError
+from megatron_q3n.config import EXIT_BAD_INPUT, EXIT_REQUEUE, RunConfig, UserError
 from megatron_q3n.config.sizes import parameters
 from megatron_q3n.device import select_device
 from megatron_q3n.health.monitor import HealthMonitor
@@ -27,6 +28,7 @@ from megatron_q3n.metrics import jsonl
 from megatron_q3n.metrics.recorder import RECORDS_FILE, Recorder, Status
 from megatron_q3n.metrics.report import write_report
 from megatron_q3n.model.transformer_config import compute_dtype, make_plan
+from megatron_q3n.run_lock import RunLock
 from megatron_q3n.training.callbacks import Callback, CallbackList, RunContext, load_callbacks
 from megatron_q3n.training.guard import UpdateGuard
 from megatron_q3n.training.loop_hooks import LoopHooks, LoopResult
@@ -95,8 +97,8 @@ class Session:
         """
         self._check_input()
         self.stage.load_data(self)
-        path_lines = self._open_directory()
         with self.resources:
+            path_lines = self._open_directory()
             self._build()
             result = self._attempt(path_lines, is_first=True)
             while result.verdict == "roll_back":
@@ -126,15 +128,37 @@ class Session:
             run_directory.check_same_data(self.run_dir, self.config)
 
     def _open_directory(self) -> list[str]:
-        """Create the run directory, qualify kernels, write environment.json. Returns: verdicts and plan as lines."""
+        """Lock and create the run directory, qualify kernels, write environment.json.
+
+        Returns: verdicts and plan as lines.
+        """
         config, device = self.config, self.device
+        lock_lines = self._lock_directory()
         if self.group.is_leader:
             run_directory.open_directory(self.run_dir, config)
         kernels = qualify(config, device.torch_device, compute_dtype(config))
         plan = make_plan(config, device.model_backend)
         if self.group.is_leader:
             run_directory.record_environment(self.run_dir, device, kernels, plan.as_tree())
-        return [*(f"{name}: {verdict}" for name, verdict in kernels.items()), *plan.lines()]
+        return [*lock_lines, *(f"{name}: {verdict}" for name, verdict in kernels.items()), *plan.lines()]
+
+    def _lock_directory(self) -> list[str]:
+        """Lock the run directory until this run ends. Returns: a line on a lock that was taken over.
+
+        Raises: UserError on every process if another run uses the directory, or its checkpoints are gone.
+        """
+        note, refusal = None, None
+        if self.group.is_leader:
+            lock = RunLock(self.run_dir)
+            self.resources.callback(lock.release)
+            try:
+                checkpoint.check_not_lost(self.run_dir)
+                note = lock.acquire()
+            except UserError as error:
+                refusal = error
+        if message := self.group.from_leader(str(refusal or "")):
+            raise refusal or UserError(message)
+        return [note] if note else []
 
     def _build(self) -> None:
         """Build the state and the callbacks. The instruments wrap the optimizer after the guard."""
@@ -181,12 +205,23 @@ class Session:
             self._finish(result)
             if result.verdict != "stop":
                 status = "done" if state.step == config.training.steps else "stopped"
+        except UserError as error:
+            # before the report, which may fail, too
+            run_directory.record_outcome(self.run_dir, EXIT_BAD_INPUT, str(error))
+            raise
         finally:
             self.monitor.stop()
+            self._close_records(status)
+        return result
+
+    def _close_records(self, status: Status) -> None:
+        """Close the recorder and write the report; a failure of either must not replace the error of the training."""
+        try:
             self.recorder.close(status)
             if self.group.is_leader and (self.run_dir / RECORDS_FILE).exists():
                 write_report(self.run_dir)
-        return result
+        except (UserError, OSError) as error:
+            print(f"warning: {self.run_dir}: metrics and report are incomplete: {error}", file=sys.stderr)
 
     def _hooks(self) -> LoopHooks:
         saver = checkpoint.Saver(self.state, self.run_dir, self.note)
@@ -236,7 +271,7 @@ class Session:
         if not self.group.is_leader:
             return
         config, count = self.config, parameters(self.config.model)
-        (self.run_dir / "logs" / "weight_decay.txt").write_text(decay_table(self.state.models, config))
+        run_directory.write_atomically(self.run_dir / "logs/weight_decay.txt", decay_table(self.state.models, config))
         model = (
             f"model {config.model.name}: {count.total_with_mtp / 1e6:.2f} M parameters, "
             f"{count.active_with_embeddings / 1e6:.2f} M active per token; "

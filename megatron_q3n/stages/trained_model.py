@@ -10,6 +10,7 @@ from megatron_q3n.checkpoint import integrity
 from megatron_q3n.checkpoint.weights import load_weights
 from megatron_q3n.config import ModelConfig, RunConfig, UserError, validate
 from megatron_q3n.config.data import DataConfig
+from megatron_q3n.config.plain_yaml import read_mapping
 from megatron_q3n.conversion.importing import KEPT
 from megatron_q3n.data.manifest import verify_prepared
 from megatron_q3n.data.stdlib import load_stdlib_corpus
@@ -54,7 +55,10 @@ def with_checkpoint_data(source: Path, config: RunConfig) -> RunConfig:
     defaults = DataConfig().model_dump(mode="json")
     if not run_config.is_file() or any(current[name] != defaults[name] for name in TEXT_SETTINGS):
         return config
-    run = defaults | yaml.safe_load(run_config.read_text())["data"]
+    section = read_mapping(run_config).get("data")
+    if not isinstance(section, dict):
+        raise UserError(f"{run_config} has no section data, which says what the model was trained on; set data.* here.")
+    run = defaults | section
     data = current | {name: run[name] for name in TEXT_SETTINGS}
     return validate(config.model_dump(mode="json") | {"data": data})
 

@@ -7,7 +7,6 @@ save: test_kill.py; resuming of whole runs: tests/stages/test_resume.py.
 import json
 import os
 import resource
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 
 from megatron_q3n.config import UserError
 from tests.checkpoint.tiny_state import TINY, state_of, step
+from tests.small_disk import small_disk
 
 
 @pytest.fixture
@@ -141,32 +141,25 @@ def test_old_checkpoints_are_pruned_and_milestones_are_kept(alone: Any, tmp_path
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a folder on a disk that holds one checkpoint of the tiny model, not two."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("may not mount a small disk here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a disk that holds one checkpoint of the tiny model, not two."""
+    with small_disk(tmp_path / "disk", 10_240) as folder:
+        yield folder
 
 
-def test_full_disk_keeps_the_last_good_checkpoint(alone: Any, small_disk: Path) -> None:
+def test_full_disk_keeps_the_last_good_checkpoint(alone: Any, disk: Path) -> None:
     from megatron_q3n import checkpoint
 
     state = state_of(alone)
     step(state)
-    good = checkpoint.save(state, small_disk)
+    good = checkpoint.save(state, disk)
     step(state)
     with pytest.raises(UserError, match=r"could not be written.*last good checkpoint is .*step_0000001"):
-        checkpoint.save(state, small_disk)
+        checkpoint.save(state, disk)
     resumed = state_of(alone)
     checkpoint.load(resumed, good, resume=True)
     assert resumed.step == 1
-    assert [p.name for p in (small_disk / "checkpoints").iterdir() if p.name.startswith(".step")] == []
+    assert [p.name for p in (disk / "checkpoints").iterdir() if p.name.startswith(".step")] == []
 
 
 def test_a_write_that_fails_midway_keeps_the_last_good_checkpoint(

@@ -205,6 +205,7 @@ def test_a_checkpoint_is_needed() -> None:
 
 BAD_INPUT = {
     "no such folder of tasks": (["evaluate.tasks=[a]", "evaluate.tasks_dir=/nowhere"], "no such folder"),
+    "a file that cannot be written": (["evaluate.output=/nowhere/out.json"], "Nothing was computed"),
     "rows longer than positions": (["evaluate.context_tokens=1024"], "max_position_embeddings=512"),
     "recall longer than positions": (["evaluate.recall_lengths=[16,300]"], "two copies of 300 tokens"),
     "no such task": (["evaluate.num_sequences=0", "evaluate.tasks=[a]", "evaluate.tasks_dir=TASKS"], "has no task a"),
@@ -219,6 +220,15 @@ def test_bad_input_is_one_message(case: str, run_dir: Path, tasks_dir: Path, run
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"data: 3", b"\xff", b"a: &a [*a]", b"data: {source: [1]}"])
+def test_a_damaged_configuration_of_the_run_is_one_message(run_dir: Path, tmp_path: Path, content: bytes) -> None:
+    from megatron_q3n.stages.trained_model import with_checkpoint_data
+
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.yaml|data\.source"):
+        with_checkpoint_data(tmp_path / "checkpoints/step_0000001", request(run_dir))
 
 
 def test_without_lm_eval_the_error_names_the_requirements_file(

@@ -97,6 +97,8 @@ def test_the_tool_accepts_any_text_and_writes_results(trained: Path, tmp_path: P
     [
         ("run", {"prompts": []}, "inference.prompts is empty"),
         ("nothing", {}, "no checkpoint found"),
+        ("nothing", {"output": "/nowhere/out.jsonl"}, "inference.output=/nowhere/out.jsonl.*Nothing was computed"),
+        ("run", {"output": "/"}, "could not be written there .Is a directory"),
         ("run", {"prompts": ["x" * 900]}, "more than model.max_position_embeddings=512"),
         ("run", {"max_new_tokens": 600}, "Shorten the prompt or generate less"),
         ("run", {"stop": ["no such token"]}, "'no such token' is not one token"),

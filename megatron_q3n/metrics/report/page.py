@@ -111,6 +111,10 @@ def collapsible(summary: str, body: str) -> str:
 def write(path: Path, text: str) -> Path:
     """Write `path` atomically, so that a reader never gets a partial page."""
     temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     return path
