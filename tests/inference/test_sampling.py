@@ -40,8 +40,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
 
 def test_padding_rows_of_the_vocabulary_are_never_sampled() -> None:
     assert probabilities(vocab_size=2) == pytest.approx([*LOGITS[:2].softmax(0).tolist(), 0, 0, 0])
-    assert greedy_tokens(-LOGITS[None], Sampling(1, 0.0, vocab_size=3)).tolist() == [2]
-    assert greedy_tokens(-LOGITS[None], Sampling(1, 0.0)).tolist() == [4]
+    assert greedy_tokens(-LOGITS[None], 3).tolist() == [2]
+    assert greedy_tokens(-LOGITS[None], None).tolist() == [4]
 
 
 def test_samples_follow_the_distribution() -> None:
