@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_q3n.config.inference import InferenceConfig
 from megatron_q3n.config.serve import ServeConfig
@@ -11,7 +12,7 @@ from megatron_q3n.inference.limits import GenerationLimits
 from megatron_q3n.inference.sampling import Sampling
 from megatron_q3n.model.decode.protocols import DecodeModel
 from megatron_q3n.server.application import Application, Weights
-from megatron_q3n.server.endpoints import ChatEndpoint, CompletionEndpoint
+from megatron_q3n.server.endpoints import ChatEndpoint, CompletionEndpoint, Endpoint
 from megatron_q3n.server.generation_thread import GenerationThread
 from megatron_q3n.server.generations import Generations
 from megatron_q3n.server.listening import HttpServer, open_socket
@@ -51,7 +52,10 @@ class ModelServer:
         stop_tokens = frozenset({tokenizer.eod, template.end_of_turn})
         generations = Generations(self.thread, tokenizer, limits, settings, stop_tokens, metrics)
         parts = (generations, tokenizer, template, settings, lambda: weights.version)
-        endpoints = {"/v1/completions": CompletionEndpoint(*parts), "/v1/chat/completions": ChatEndpoint(*parts)}
+        endpoints: dict[str, Endpoint[Any]] = {
+            "/v1/completions": CompletionEndpoint(*parts),
+            "/v1/chat/completions": ChatEndpoint(*parts),
+        }
         application = Application(self.thread, endpoints, weights, settings, metrics, api_key)
         self._server = HttpServer(application.app, listening, settings)
 

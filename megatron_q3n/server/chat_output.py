@@ -110,9 +110,11 @@ def _parse_call(text: str, tools: dict[str, dict[str, Any]]) -> dict[str, str] |
     call = _json_or_text(text)
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return None
-    arguments = call.get("arguments", {})
-    arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return {"name": call["name"], "arguments": arguments}
+    given = call.get("arguments", {})
+    return {
+        "name": call["name"],
+        "arguments": given if isinstance(given, str) else json.dumps(given, ensure_ascii=False),
+    }
 
 
 def _parameter(text: str, schema: Any) -> Any:

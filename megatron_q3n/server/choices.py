@@ -45,7 +45,7 @@ class Choice:
         Raises: GenerationFailed if the model's log-probs are not numbers.
         """
         text, tokens = "", []
-        finish_reason = None
+        finish_reason: FinishReason | None = None
         for position, token in enumerate(new.tokens):
             if not math.isfinite(new.logprobs[position]):
                 raise GenerationFailed("the model's log-probs are not finite numbers; its weights are damaged.")

@@ -1,6 +1,6 @@
 """Endpoints of generation: /v1/completions and /v1/chat/completions, each with a whole reply or a stream of chunks."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -85,16 +85,16 @@ class PreparedReply:
             choices.append(self._choice(number, joined))
         return self._form.body(choices, usage=self._usage(), is_chunk=False)
 
-    async def chunks(self, mark_first: Callable[[], None]) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self, mark_first: Callable[[], None]) -> AsyncGenerator[dict[str, Any]]:
         """Yield the reply in chunks."""
         for choice in self._first_chunks():
             yield self._form.body([choice], usage=None, is_chunk=True)
         async with aclosing(self._generations.run(self._generation)) as steps:
             async for number, delta in steps:
                 mark_first()
-                choice = self._chunk(number, delta)
-                if choice is not None:
-                    yield self._form.body([choice], usage=None, is_chunk=True)
+                addition = self._chunk(number, delta)
+                if addition is not None:
+                    yield self._form.body([addition], usage=None, is_chunk=True)
         if self._includes_usage:
             yield self._form.body([], usage=self._usage(), is_chunk=True)
 

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from megatron_q3n.config import UserError
@@ -106,7 +106,7 @@ class Generations:
         choices = [Choice(self._tokenizer, sampling.stop_tokens, request.stops) for _ in sequences]
         return Generation(sequences, choices, sum(map(len, prompts)))
 
-    async def run(self, generation: Generation) -> AsyncIterator[tuple[int, Delta]]:
+    async def run(self, generation: Generation) -> AsyncGenerator[tuple[int, Delta]]:
         """Yield each step's addition to a choice, with its number; cancel what is left when the caller leaves.
 
         Raises: GenerationFailed.

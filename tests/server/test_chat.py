@@ -59,7 +59,7 @@ def taught(alone: Any) -> Iterator[openai.OpenAI]:
     tokenizer = chat_tokenizer()
     model = tiny_model(alone, vocab_size=VOCAB, max_position_embeddings=512)
     prompt = ChatTemplate(TEMPLATE, tokenizer).prompt(QUESTION, tools=[TOOL])
-    learn(model, prompt, [*tokenizer.encode(ANSWER), tokenizer.id_of("<|im_end|>")])
+    learn(model, prompt, [*tokenizer.encode(ANSWER), tokenizer.special_ids["<|im_end|>"]])
     with (
         running(alone, template=TEMPLATE, model=model) as server,
         openai.OpenAI(base_url=server.url, api_key=KEY, max_retries=0) as client,

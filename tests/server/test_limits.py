@@ -157,7 +157,12 @@ def test_weight_updates_need_a_key_and_a_folder_of_weights(alone: Any, http: htt
 def test_weights_are_loaded_between_requests(alone: Any) -> None:
     """A request that runs finishes with the old weights; the next one has the new ones."""
     loaded: list[tuple[Path, int]] = []
-    with running(alone, key=KEY, load=lambda folder: loaded.append((folder, server.thread.num_running))) as server:
+
+    def load(folder: Path) -> None:
+        loaded.append((folder, server.thread.num_running))
+
+    server: Any
+    with running(alone, key=KEY, load=load) as server:
         client = openai.OpenAI(base_url=server.url, api_key=KEY)
         stream = client.completions.create(model="policy", prompt="a", max_tokens=100, temperature=0, stream=True)
         first = next(iter(stream))
@@ -215,7 +220,7 @@ def strict_server(alone: Any) -> Iterator[Any]:
         yield strict
 
 
-def test_requests_above_the_limit_are_told_to_wait(strict_server: Any) -> None:
+def test_requests_above_the_limit_get_status_429(strict_server: Any) -> None:
     url, body = f"{strict_server.url}/completions", {"prompt": "a", "n": 64, "max_tokens": 300}
     with ThreadPoolExecutor(6) as threads:
         replies = list(threads.map(lambda _: httpx.post(url, json=body, timeout=60), range(6)))

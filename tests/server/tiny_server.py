@@ -47,7 +47,7 @@ def running(
     def refuse(folder: Path) -> None:
         raise OSError(f"no weights in {folder}")
 
-    server = ModelServer(
+    server: Any = ModelServer(
         model,
         tokenizer,
         ChatTemplate(template, tokenizer),
