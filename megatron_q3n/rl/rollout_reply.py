@@ -1,7 +1,7 @@
 """Replies of rollout servers, checked before the trainer uses them.
 
 A server is another program on another machine: a reply of the wrong form, with ids beyond the vocabulary, more tokens
-than were asked for, or numbers that are no log-probs is one error that names the server and what it sent. It is not
+than requested, or numbers that are no log-probs is one error that names the server and what it sent. It is not
 retried, since the next reply would be the same.
 """
 

@@ -1,8 +1,8 @@
 """Chat output: the text of an assistant's turn split into reasoning, content and tool calls, as it is generated.
 
-The markup is that of Qwen's templates: <think> … </think>, and <tool_call> … </tool_call> around a JSON object
-{"name", "arguments"} or around <function=NAME><parameter=KEY>value</parameter></function>. A call that cannot be parsed
-remains content, so nothing that the model wrote is lost.
+The markup is that of Qwen's templates: markers around the reasoning and around each tool call, which is a JSON object
+{"name", "arguments"}, or a function's name with a marked value for each parameter. A call that cannot be parsed remains
+content, so nothing that the model wrote is lost.
 """
 
 import json
