@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # from file to file, without a model
     "conversion": {"config", "hf", "checkpoint"},
     "inference": {"config", "device", "data", "kernels", "model"},
+    "server": {"config", "data", "inference", "model"},
     "evaluation": {"config", "parallel", "data", "model", "metrics", "inference", "run_directory", "packing"},
     "rl": {"config", "device", "parallel", "data", "kernels", "model", "metrics", "training", "inference", "packing"},
     # composes all of the above, see below
@@ -71,6 +72,9 @@ ALLOWED_IMPORTERS: dict[str, set[str]] = {
     "megatron.core.mpu": {"parallel"},
     "megatron.training": set(),
     "megatron.legacy": set(),
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+    "prometheus_client": {"server"},
     # and by name from stages, when the settings name tasks
     "lm_eval": {"evaluation"},
     "transformer_engine": GPU_KERNELS,

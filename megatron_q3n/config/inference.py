@@ -3,6 +3,7 @@
 from pydantic import Field, field_validator
 
 from megatron_q3n.config.errors import UserError
+from megatron_q3n.config.sampling import Temperature
 from megatron_q3n.config.section import Section
 
 
@@ -11,7 +12,7 @@ class InferenceConfig(Section):
 
     prompts: list[str] = Field(default_factory=list, description="texts to complete")
     max_new_tokens: int = Field(256, gt=0, description="most new tokens of each completion")
-    temperature: float = Field(0.7, ge=0, description="sampling temperature; 0 is greedy")
+    temperature: Temperature = Field(0.7, description="sampling temperature, 0.001 to 1000; 0 is greedy")
     top_k: int | None = Field(None, gt=0, description="sample from the k most probable tokens only")
     top_p: float = Field(
         1.0,
@@ -20,7 +21,9 @@ class InferenceConfig(Section):
         description="nucleus sampling: sample from the smallest set of tokens with this probability mass",
     )
     stop: list[str | int] = Field(
-        default_factory=list, description="stop tokens, by id or by text, in addition to the end-of-document token"
+        default_factory=list,
+        description="stop tokens, by id or by text, in addition to the end of a document, and of a turn where the "
+        "checkpoint has a chat template",
     )
     seed: int = Field(1, ge=0)
     draft_depth: int = Field(

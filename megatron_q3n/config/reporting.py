@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from megatron_q3n.config.sampling import Temperature
 from megatron_q3n.config.section import Section
 
 
@@ -31,5 +32,5 @@ class SampleConfig(Section):
 
     count: int = Field(3, ge=0)
     tokens: int = Field(96, gt=0)
-    temperature: float = Field(0.7, ge=0, description="0 is greedy")
+    temperature: Temperature = Field(0.7, description="0.001 to 1000; 0 is greedy")
     prompts: list[str] = Field(default_factory=lambda: ["def ", "class ", "import "])

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from megatron_q3n.config.errors import UserError
+from megatron_q3n.config.sampling import Temperature
 from megatron_q3n.config.section import Section
 from megatron_q3n.config.sft import TaskSet
 
@@ -59,8 +60,11 @@ class RolloutConfig(Section):
     prompts: int = Field(16, gt=0, description="prompts of a rollout, over all ranks")
     samples_per_prompt: int = Field(8, gt=1, description="responses to each prompt: the group size")
     max_new_tokens: int = Field(64, gt=0)
-    temperature: float = Field(1.0, gt=0)
+    temperature: Temperature = Field(1.0, gt=0, description="sampling temperature, 0.001 to 1000")
     max_sequences: int | None = Field(None, gt=0, description="in_process: batch limit of each rank; null: all")
+    api_key_env: str = Field(
+        "Q3N_API_KEY", description="http: environment variable with the servers' API key, if they have one"
+    )
     timeout_seconds: float = Field(300, gt=0, description="http: after this time a request is retried")
     attempts: int = Field(4, gt=0, description="http: how often a request is sent before the run fails")
     weight_sync_dir: str | None = Field(

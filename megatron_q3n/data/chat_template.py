@@ -151,6 +151,12 @@ def chat_template(setting: str | None, folder: Path | None, tokenizer: TextToken
     return ChatTemplate(CHATML if has_chatml else PLAIN, tokenizer)
 
 
+def saved_template(folder: Path, tokenizer: TextTokenizer) -> ChatTemplate | None:
+    """Return the chat template in a tokenizer's folder, or None."""
+    source = _tokenizer_template(folder)
+    return None if source is None else ChatTemplate(source, tokenizer)
+
+
 def _tokenizer_template(path: Path) -> str | None:
     """Return the template next to a tokenizer.json: chat_template.jinja, or a field of tokenizer_config.json."""
     folder = tokenizer_file(path).parent

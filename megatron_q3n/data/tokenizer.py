@@ -33,6 +33,19 @@ _KNOWN_END_OF_DOCUMENT = (END_OF_DOCUMENT, "<|end_of_text|>", "<｜end▁of▁se
 _SPLIT = r"\s*\n[ \t]*| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+"
 
 
+def _byte_of_character() -> dict[str, int]:
+    """Return the byte that each character of the byte-level alphabet stands for.
+
+    Printable characters of Latin-1 stand for their own byte, and those from U+0100 for the other bytes in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
+
+
 class TextTokenizer:
     """A byte-level tokenizer with an end-of-document token.
 
@@ -85,6 +98,15 @@ class TextTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids; special tokens appear by name, invalid UTF-8 as U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a token; special tokens have those of their name, unknown ids none."""
+        name = self._backend.id_to_token(token)
+        if name is None:
+            return b""
+        if _BYTE_OF_CHARACTER.keys() >= set(name):
+            return bytes(_BYTE_OF_CHARACTER[character] for character in name)
+        return name.encode("utf-8")
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token of the vocabulary or of the special tokens; None if there is none."""

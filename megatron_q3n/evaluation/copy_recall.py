@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_q3n.inference.model_runner import ModelRunner
-from megatron_q3n.inference.sampling import Sampling, greedy_tokens
+from megatron_q3n.inference.sampling import greedy_tokens
 from megatron_q3n.model.decode.forward import generating
 from megatron_q3n.model.decode.protocols import DecodeModel
 
@@ -71,7 +71,7 @@ def measure_recall(model: DecodeModel, batches: list[tuple[Tensor, Tensor]], voc
 def score_tokens(logits_TV: Tensor, targets_T: Tensor, vocab_size: int) -> Tensor:
     """Return (loss in nats, 1 where the argmax is the target) of each position [T,2], fp64."""
     log_T = logits_TV.log_softmax(-1).gather(-1, targets_T[:, None])[:, 0]
-    right_T = greedy_tokens(logits_TV, Sampling(1, 0.0, vocab_size=vocab_size)) == targets_T
+    right_T = greedy_tokens(logits_TV, vocab_size) == targets_T
     return torch.stack([-log_T.double(), right_T.double()], 1)
 
 

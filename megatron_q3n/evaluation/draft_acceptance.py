@@ -75,7 +75,7 @@ class _DraftVerifier:
 
     def __init__(self, model: DecodeModel, depth: int, seed: int, vocab_size: int | None) -> None:
         self.runner, self._depth = ModelRunner(model, depth), depth
-        self._greedy = Sampling(1, 0.0, vocab_size=vocab_size)
+        self._vocab_size = vocab_size
         self._sampled = Sampling(1, 1.0, vocab_size=vocab_size)
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -90,7 +90,7 @@ class _DraftVerifier:
         span = self.runner.span(branches.lengths, [self._depth + 1] * 2 * rows)
         hidden = self.runner.run_trunk(tokens_BT.flatten(), span, branches, state_per_token=True)
         logits = self.runner.compute_logits(hidden).view(2 * rows, self._depth + 1, -1)[:, :-1]
-        accepted_ND = (greedy_tokens(logits[:rows], self._greedy) == drafts_BD[:rows]).double().cumprod(1)
+        accepted_ND = (greedy_tokens(logits[:rows], self._vocab_size) == drafts_BD[:rows]).double().cumprod(1)
         p, q = distribution(logits[rows:], self._sampled).double(), q_BDV[rows:]
         index_ND1 = drafts_BD[rows:, :, None]
         passed_ND = (p.gather(-1, index_ND1) / q.gather(-1, index_ND1)).clamp(max=1)[..., 0].cumprod(1)
@@ -109,7 +109,7 @@ class _DraftVerifier:
             q = distribution(logits, self._sampled).double()
             uniform = torch.rand(half, generator=self._generator, dtype=torch.float64)
             sampled = sample_tokens(q[half:], uniform.to(q.device))
-            draft = torch.cat([greedy_tokens(logits[:half], self._greedy), sampled])
+            draft = torch.cat([greedy_tokens(logits[:half], self._vocab_size), sampled])
             drafts.append(self.runner.broadcast_from_first_tp_rank(draft))
             distributions.append(q)
             if depth + 1 < self._depth:

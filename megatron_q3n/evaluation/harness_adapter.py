@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from megatron_q3n.config import UserError
+from megatron_q3n.config.sampling import temperature_complaint
 from megatron_q3n.data.tokenizer import TextTokenizer
 from megatron_q3n.inference.generate import generate
 from megatron_q3n.inference.limits import GenerationLimits
@@ -25,6 +27,9 @@ from megatron_q3n.model.decode.protocols import DecodeModel
 
 # for tasks without max_gen_toks
 _MAX_NEW_TOKENS = 256
+_SUPPORTED = {"until", "do_sample", "temperature", "max_gen_toks", "top_k", "top_p"}
+# values without effect of settings that have no support
+_NEUTRAL = {"repetition_penalty": 1, "num_beams": 1, "num_return_sequences": 1, "min_p": 0}
 # log probability in nats, and whether greedy decoding gives the same tokens
 Score = tuple[float, bool]
 
@@ -33,12 +38,21 @@ class HarnessModel(TemplateLM):
     """Model of this rank behind the interface of lm-evaluation-harness; requests are split over `data_group`."""
 
     def __init__(
-        self, model: DecodeModel, tokenizer: TextTokenizer, data_group: Any, *, tokens_per_pass: int, draft_depth: int
+        self,
+        model: DecodeModel,
+        tokenizer: TextTokenizer,
+        data_group: Any,
+        *,
+        tokens_per_pass: int,
+        draft_depth: int,
+        stop_tokens: frozenset[int] = frozenset(),
     ) -> None:
+        """Make the adapter; `stop_tokens` end a completion in addition to the end-of-document token."""
         super().__init__()
         GenerationLimits.from_model(model).check([], Sampling(1), draft_depth)
         self._model, self._tokenizer, self._group = model, tokenizer, data_group
         self._tokens_per_pass, self._draft_depth = tokens_per_pass, draft_depth
+        self._stop_tokens = stop_tokens | {tokenizer.eod}
         self._runner = ModelRunner(model, 0)
         self.max_length = model.max_sequence_length
 
@@ -50,6 +64,20 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Return the token ids of a text; the tokenizer adds no special tokens."""
         return self._tokenizer.encode(string)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a context and of its continuation, split as by the harness where it can.
+
+        A continuation that is part of the context's last token has no token of its own in the harness's split; there
+        the shared token belongs to the continuation, after the tokens that the context alone also has.
+        """
+        before, after = super()._encode_pair(context, continuation)
+        if not after and continuation:
+            whole = self.tok_encode(context + continuation)
+            pairs = zip(whole[:-1], self.tok_encode(context))
+            num_equal = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(whole) - 1, len(before)))
+            before, after = whole[:num_equal], whole[num_equal:]
+        return before or [self.prefix_token_id], after
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log likelihood of whole texts; long texts are split into windows that overlap by one token."""
@@ -70,11 +98,18 @@ class HarnessModel(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: object
     ) -> list[Score]:
         """Return the scores of tokenized continuations given their contexts, which are truncated on the left."""
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise UserError(
+                f"a continuation has {longest} tokens, but the model has only {self.max_length} positions; leave this "
+                "task out."
+            )
         sequences = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
         counts = [len(continuation) for _, _, continuation in requests]
         local_indices = range(len(requests))[self._group.rank() :: self._group.size()]
-        scores: dict[int, Score] = {}
-        batches = self._batches(local_indices, sequences)
+        # an empty continuation is certain
+        scores: dict[int, Score] = {index: (0.0, True) for index in local_indices if not counts[index]}
+        batches = self._batches([index for index in local_indices if counts[index]], sequences)
         with generating(self._model), torch.no_grad():
             while self._runner.any_rank_has_work((batch := next(batches, None)) is not None):
                 if batch is not None:
@@ -82,7 +117,7 @@ class HarnessModel(TemplateLM):
                 self._runner.run_dummy_passes()
         return self._gather_results(scores)
 
-    def _batches(self, local_indices: range, sequences: list[list[int]]) -> Iterator[list[int]]:
+    def _batches(self, local_indices: list[int], sequences: list[list[int]]) -> Iterator[list[int]]:
         """Yield batches of request indices with at most `tokens_per_pass` tokens."""
         batch: list[int] = []
         for index in local_indices:
@@ -102,15 +137,16 @@ class HarnessModel(TemplateLM):
         hidden = self._runner.run_trunk(flat, span, self._runner.empty_state(len(batch)))
         scores: dict[int, Score] = {}
         for index, hidden_TX in zip(batch, hidden.split(span.counts)):
-            targets = self._runner.token_tensor(sequences[index][-counts[index] :])
-            scores[index] = _score(self._runner.compute_logits(hidden_TX[-counts[index] :]), targets)
+            targets = self._runner.token_tensor(sequences[index][len(sequences[index]) - counts[index] :])
+            scores[index] = _score(self._runner.compute_logits(hidden_TX[len(hidden_TX) - counts[index] :]), targets)
         return scores
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Complete prompts, each up to its first stop string; long prompts are truncated on the left."""
         groups: dict[Sampling, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(self._sampling(request.args[1]), []).append(index)
+        all_settings = [_normalized(request.args[1]) for request in requests]
+        for index, settings in enumerate(all_settings):
+            groups.setdefault(self._sampling(settings), []).append(index)
         texts: dict[int, str] = {}
         for sampling, members in groups.items():
             local_indices = members[self._group.rank() :: self._group.size()]
@@ -125,31 +161,32 @@ class HarnessModel(TemplateLM):
                 max_sequences=64,
             )
             for index, completion in zip(local_indices, completions):
-                text = self._tokenizer.decode(completion.tokens)
-                texts[index] = _truncate_at_stop(text, requests[index].args[1].get("until", []))
+                text = self._tokenizer.decode(t for t in completion.tokens if t not in sampling.stop_tokens)
+                texts[index] = postprocess_generated_text(text, all_settings[index]["until"], None)
         return self._gather_results(texts)
 
     def _prompt(self, text: str, prompt_capacity: int) -> list[int]:
         return (self.tok_encode(text) or [self.prefix_token_id])[-prompt_capacity:]
 
     def _sampling(self, settings: dict[str, Any]) -> Sampling:
-        """Return the sampling settings for a task's generation_kwargs.
+        """Return the sampling settings for a task's normalized generation_kwargs.
 
-        Raises: UserError if max_gen_toks leaves no position for the prompt.
+        Raises: UserError if max_gen_toks leaves no position for the prompt, or for settings without support.
         """
-        new_tokens = int(settings.get("max_gen_toks", _MAX_NEW_TOKENS))
+        new_tokens = settings["max_gen_toks"]
         if new_tokens >= self.max_length:
             raise UserError(
                 f"a task has max_gen_toks={new_tokens}, but the model has only {self.max_length} positions; lower "
                 "max_gen_toks."
             )
-        temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
+        top_k = settings.get("top_k", 0)
         return Sampling(
             new_tokens,
-            temperature,
-            settings.get("top_k"),
+            float(settings.get("temperature", 1.0)) if settings["do_sample"] else 0.0,
+            # -1 and 0 are no restriction in vLLM and transformers
+            None if top_k in (-1, 0) else top_k,
             float(settings.get("top_p", 1.0)),
-            frozenset({self._tokenizer.eod}),
+            self._stop_tokens,
             self._tokenizer.vocab_size,
         )
 
@@ -166,9 +203,19 @@ def _score(logits_SV: Tensor, targets_S: Tensor) -> Score:
     return chosen.double().sum().item(), bool((logits_SV.argmax(-1) == targets_S).all())
 
 
-def _truncate_at_stop(text: str, stops: str | list[str]) -> str:
-    """Return the text before the first stop string."""
-    for stop in [stops] if isinstance(stops, str) else stops:
-        if stop:
-            text = text.split(stop)[0]
-    return text
+def _normalized(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a task's generation_kwargs by the harness's own rules: one name of the token limit, do_sample, until.
+
+    Raises: UserError for a setting that would have no effect.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if complaint := temperature_complaint(given.get("temperature", 0)):
+        raise UserError(f"a task has generation_kwargs temperature={given['temperature']!r}: it {complaint}.")
+    normalized = dict(normalize_gen_kwargs(given, _MAX_NEW_TOKENS))
+    for name, value in normalized.items():
+        if name not in _SUPPORTED and not (name in _NEUTRAL and value == _NEUTRAL[name]):
+            raise UserError(
+                f"a task has generation_kwargs {name}={value!r}, which is not supported; supported are "
+                f"{', '.join(sorted(_SUPPORTED))}."
+            )
+    return normalized

@@ -12,9 +12,9 @@ from megatron_q3n.parallel import Parallel
 
 
 def run_tasks(
-    model: DecodeModel, tokenizer: TextTokenizer, settings: EvaluateConfig, group: Parallel
+    model: DecodeModel, tokenizer: TextTokenizer, stop_tokens: frozenset[int], settings: EvaluateConfig, group: Parallel
 ) -> dict[str, Any]:
-    """Run lm-evaluation-harness on the configured tasks. A collective call.
+    """Run lm-evaluation-harness on the configured tasks; `stop_tokens` end a completion. A collective call.
 
     Returns: the metrics of each task, on the leader; empty on other ranks.
 
@@ -38,6 +38,7 @@ def run_tasks(
         group.groups.dp,
         tokens_per_pass=settings.batch_size * settings.context_tokens,
         draft_depth=settings.draft_depth,
+        stop_tokens=stop_tokens,
     )
     output = lm_eval.simple_evaluate(
         adapter,

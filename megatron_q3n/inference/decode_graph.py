@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_q3n.config import UserError
 from megatron_q3n.device.cuda_graph_nodes import find_host_nodes, num_nodes
 from megatron_q3n.inference.decode_step import DecodeStep, RunningBatch
+from megatron_q3n.inference.mixed_sampling import MixedSampling
 from megatron_q3n.inference.sampling import Sampling
 from megatron_q3n.model.decode.experts import runs_without_host_sync
 from megatron_q3n.model.decode.protocols import DecodeModel
@@ -216,6 +217,8 @@ def free_graphs(model: DecodeModel) -> None:
 def obstacle(step: DecodeStep) -> str | None:
     """Return why a model's decode steps cannot be CUDA graphs, or None."""
     config = step.runner.model.config
+    if isinstance(step.sampling, MixedSampling):
+        return "each sequence has sampling parameters of its own"
     if not config.plan.decode.cuda_graph:
         return config.plan.decode.cuda_graph.reason
     if config.pass_state.is_observed:
@@ -230,6 +233,7 @@ def round_up_positions(positions: int) -> int:
     return -(-positions // step) * step
 
 
-def _sampling_key(sampling: Sampling) -> _Key:
+def _sampling_key(sampling: Sampling | MixedSampling) -> _Key:
     """Return the sampling parameters that are constants of a captured step."""
+    assert isinstance(sampling, Sampling), "mixed sampling is an obstacle"
     return sampling.temperature, sampling.top_k, sampling.top_p, sampling.vocab_size

@@ -8,7 +8,8 @@ caller's read of `packed`. All results are written in place, so that a step can 
 
 Reference: speculative decoding, Leviathan et al. (arXiv 2211.17192).
 
-Shapes: N sequences, D drafts of each, T = D + 1, S = N·T, X hidden size, V vocabulary, U random numbers.
+Shapes: N sequences, D drafts of each, T = D + 1, S = N·T, X hidden size, V vocabulary, U random numbers, P sampling
+parameters, K alternatives.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_q3n.config.execution_plan import DecodePlan
+from megatron_q3n.inference import mixed_sampling
+from megatron_q3n.inference.mixed_sampling import MixedSampling
 from megatron_q3n.inference.model_runner import ModelRunner
 from megatron_q3n.inference.sampling import Sampling, distribution, greedy_tokens, rejection_sample, sample_tokens
 from megatron_q3n.kernels.decode.argmax import VerifiedDrafts, greedy_token, verify_greedy
@@ -31,7 +34,7 @@ class RunningBatch:
     """Sequences between two decode steps, on the device.
 
     Shapes: lengths and last tokens [N], drafts [N,D], the probabilities that they were sampled from [N,D,V] fp32
-        (V = 0 when greedy).
+        (V = 0 when greedy), and with mixed sampling each sequence's parameters [N,P] (P = 0 otherwise).
     """
 
     state: DecodeState
@@ -39,6 +42,7 @@ class RunningBatch:
     last_token_N: Tensor
     drafts_ND: Tensor
     draft_probs_NDV: Tensor
+    parameters_NP: Tensor
 
     def join(self, other: "RunningBatch") -> "RunningBatch":
         """Return these sequences followed by the other's."""
@@ -56,18 +60,20 @@ class RunningBatch:
         """Replace the tensors, which may be views of a CUDA graph's buffers, by copies."""
         self.state.clone_tensors()
         copies = (x.clone() for x in self.tensors())
-        self.length_N, self.last_token_N, self.drafts_ND, self.draft_probs_NDV = copies
+        self.length_N, self.last_token_N, self.drafts_ND, self.draft_probs_NDV, self.parameters_NP = copies
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors apart from the decode state."""
-        return [self.length_N, self.last_token_N, self.drafts_ND, self.draft_probs_NDV]
+        return [self.length_N, self.last_token_N, self.drafts_ND, self.draft_probs_NDV, self.parameters_NP]
 
 
 class DecodeStep:
-    """Decode step of one model with a fixed draft depth and fixed sampling parameters."""
+    """Decode step of one model with a fixed draft depth, and with fixed or mixed sampling parameters."""
 
-    def __init__(self, runner: ModelRunner, sampling: Sampling, depth: int) -> None:
+    def __init__(self, runner: ModelRunner, sampling: Sampling | MixedSampling, depth: int) -> None:
         self.runner, self.sampling, self.depth = runner, sampling, depth
+        # with mixed sampling: the most probable tokens of the last verification, and their log-probs, [N,T,K] each
+        self.top_logprobs: tuple[Tensor, Tensor] | None = None
         self._plan: DecodePlan = runner.model.config.plan.decode
         # greedy drafts need no probabilities
         self._num_draft_probs = 0 if sampling.is_greedy else runner.model.vocab_size
@@ -91,23 +97,35 @@ class DecodeStep:
         zeros_N = torch.zeros(num_sequences, dtype=torch.long, device=self.runner.device)
         state = self.runner.empty_state(num_sequences)
         state.stack_states()
-        return self._without_drafts(state, zeros_N, zeros_N.clone())
+        return self._without_drafts(state, zeros_N, zeros_N.clone(), self.parameters([Sampling(1)] * num_sequences))
 
-    def _without_drafts(self, state: DecodeState, length_N: Tensor, last_token_N: Tensor) -> RunningBatch:
+    def parameters(self, samplings: list[Sampling]) -> Tensor:
+        """Return the parameters of sequences with mixed sampling [N,P], P = 0 where they are fixed."""
+        device = self.runner.device
+        if not isinstance(self.sampling, MixedSampling):
+            return torch.empty(len(samplings), 0, dtype=torch.float64, device=device)
+        return mixed_sampling.parameters(samplings, self.runner.model.vocab_size).to(device, non_blocking=True)
+
+    def _without_drafts(
+        self, state: DecodeState, length_N: Tensor, last_token_N: Tensor, parameters_NP: Tensor
+    ) -> RunningBatch:
         drafts_ND = last_token_N.new_zeros(len(last_token_N), self.depth)
         draft_probs = torch.zeros(*drafts_ND.shape, self._num_draft_probs, device=last_token_N.device)
-        return RunningBatch(state, length_N, last_token_N, drafts_ND, draft_probs)
+        return RunningBatch(state, length_N, last_token_N, drafts_ND, draft_probs, parameters_NP)
 
-    def sample_first_tokens(self, hidden_NX: Tensor, uniform_NU: Tensor) -> Tensor:
+    def sample_first_tokens(self, hidden_NX: Tensor, uniform_NU: Tensor, parameters_NP: Tensor) -> Tensor:
         """Sample each sequence's first token after its prompt. Returns: packed, as `run`."""
         logits_N1V = self._compute_logits(hidden_NX).unsqueeze(1)
         no_drafts_N0 = torch.zeros(len(hidden_NX), 0, dtype=torch.long, device=hidden_NX.device)
         no_probs = torch.zeros(*no_drafts_N0.shape, self._num_draft_probs, device=hidden_NX.device)
-        return self._verify_and_sample(logits_N1V, no_drafts_N0, no_probs, uniform_NU).packed
+        return self._verify_and_sample(logits_N1V, no_drafts_N0, no_probs, uniform_NU, parameters_NP).packed
 
-    def start(self, state: DecodeState, last_token_N: Tensor, hidden_NX: Tensor, uniform_ND: Tensor) -> RunningBatch:
+    def start(
+        self, state: DecodeState, last_token_N: Tensor, hidden_NX: Tensor, uniform_ND: Tensor, parameters_NP: Tensor
+    ) -> RunningBatch:
         """Build a batch from prefilled sequences, with drafts from the MTP layer's output at their last position."""
-        batch = self._without_drafts(state, self.runner.token_tensor(state.lengths), last_token_N)
+        lengths_N = self.runner.token_tensor(state.lengths)
+        batch = self._without_drafts(state, lengths_N, last_token_N, parameters_NP)
         if self.depth:
             logits_NV = self._compute_logits(hidden_NX)
             self._draft(batch, hidden_NX, logits_NV, uniform_ND, self.max_end(max(state.lengths)))
@@ -128,7 +146,9 @@ class DecodeStep:
         )
         hidden_SX, logits_SV = self._norm_and_logits(hidden_SX, mtp=False)
         logits_NTV = logits_SV.view(num_rows, tokens, -1)
-        verified = self._verify_and_sample(logits_NTV, batch.drafts_ND, batch.draft_probs_NDV, uniform_NU[:, :tokens])
+        verified = self._verify_and_sample(
+            logits_NTV, batch.drafts_ND, batch.draft_probs_NDV, uniform_NU[:, :tokens], batch.parameters_NP
+        )
         tokens_S = verified.chosen_NT.flatten()
         state.commit_states(verified.row_N)
         if self.depth:
@@ -153,7 +173,7 @@ class DecodeStep:
         return self.runner.compute_logits(hidden_SX)
 
     def _verify_and_sample(
-        self, logits_NTV: Tensor, drafts_ND: Tensor, draft_probs_NDV: Tensor, uniform_NT: Tensor
+        self, logits_NTV: Tensor, drafts_ND: Tensor, draft_probs_NDV: Tensor, uniform_NT: Tensor, parameters_NP: Tensor
     ) -> VerifiedDrafts:
         """Verify the drafts, and sample the token after the last accepted one."""
         if self.sampling.is_greedy:
@@ -162,14 +182,29 @@ class DecodeStep:
             if self.runner.is_alone:
                 return verified
             return _unpack(self.runner.broadcast_from_first_tp_rank(verified.packed))
-        target_NTV = distribution(logits_NTV, self.sampling)
+        target_NTV = self._distribution(logits_NTV, parameters_NP)
         num_accepted_N, sampled_N = rejection_sample(target_NTV, draft_probs_NDV, drafts_ND, uniform_NT)
         tokens_NT = F.pad(drafts_ND, (0, 1)).scatter(1, num_accepted_N[:, None], sampled_N[:, None])
-        logprobs_NT = _gather_tokens(logits_NTV.log_softmax(-1), tokens_NT)
+        logprobs_NT = _gather_tokens(self._model_logprobs(logits_NTV), tokens_NT)
         sampled_logprobs_NT = _gather_tokens(target_NTV, tokens_NT).log()
         # one tensor, so that there is one host synchronization
         parts = num_accepted_N[:, None], tokens_NT, logprobs_NT, sampled_logprobs_NT
         return _unpack(self.runner.broadcast_from_first_tp_rank(torch.cat([part.double() for part in parts], 1)))
+
+    def _distribution(self, logits_NTV: Tensor, parameters_NP: Tensor) -> Tensor:
+        """Return the probabilities that tokens are sampled from, fp32 [N,T,V]."""
+        if isinstance(self.sampling, MixedSampling):
+            return self.sampling.distribution(logits_NTV, parameters_NP)
+        return distribution(logits_NTV, self.sampling)
+
+    def _model_logprobs(self, logits_NTV: Tensor) -> Tensor:
+        """Return the model's log probabilities [N,T,V]; with mixed sampling, record the most probable tokens."""
+        if not isinstance(self.sampling, MixedSampling):
+            return logits_NTV.log_softmax(-1)
+        logprobs_NTV = self.sampling.logprobs(logits_NTV)
+        num_top = self.sampling.num_top_logprobs
+        self.top_logprobs = (*logprobs_NTV.topk(num_top, dim=-1)[::-1],) if num_top else None
+        return logprobs_NTV
 
     def _draft(
         self, batch: RunningBatch, hidden_NX: Tensor, logits_NV: Tensor, uniform_ND: Tensor, max_end: int
@@ -191,8 +226,8 @@ class DecodeStep:
     def _sample_draft(self, batch: RunningBatch, logits_NV: Tensor, uniform_ND: Tensor, depth: int) -> Tensor:
         """Sample a draft of each sequence, and store its distribution for the verification."""
         if self.sampling.is_greedy:
-            return greedy_tokens(logits_NV, self.sampling)
-        probs_NV = distribution(logits_NV, self.sampling)
+            return greedy_tokens(logits_NV, self.sampling.vocab_size)
+        probs_NV = self._distribution(logits_NV[:, None], batch.parameters_NP)[:, 0]
         batch.draft_probs_NDV[:, depth] = probs_NV
         return sample_tokens(probs_NV, uniform_ND[:, depth])
 

@@ -1,10 +1,12 @@
-"""Incremental detokenizer: text of a token stream in which a character may span several tokens."""
+"""Incremental detokenizer: text of a token stream in which a character may span several tokens.
+
+Tokens are bytes, and a UTF-8 decoder keeps the bytes of an unfinished character until the next ones arrive. It counts
+bytes and not tokens: with a small vocabulary many tokens in a row end inside a character.
+"""
+
+import codecs
 
 from megatron_q3n.data.tokenizer import TextTokenizer
-
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-# no UTF-8 character has more bytes, so bytes that are incomplete after this many tokens are invalid
-_MAX_PENDING_TOKENS = 4
 
 
 class IncrementalDetokenizer:
@@ -12,22 +14,15 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer: TextTokenizer, stop_tokens: frozenset[int]) -> None:
         self._tokenizer, self._stop_tokens = tokenizer, stop_tokens
-        self._pending: list[int] = []
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, tokens: list[int]) -> str:
-        """Return the text that these tokens complete."""
-        text = ""
-        for token in tokens:
-            if token in self._stop_tokens:
-                continue
-            self._pending.append(token)
-            decoded = self._tokenizer.decode(self._pending)
-            if not decoded.endswith(_INCOMPLETE) or len(self._pending) >= _MAX_PENDING_TOKENS:
-                text += self.flush()
-        return text
+        """Return the text that these tokens complete, with U+FFFD for invalid bytes."""
+        shown = (token for token in tokens if token not in self._stop_tokens)
+        return self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, shown)))
 
     def flush(self) -> str:
-        """Return the buffered text, with U+FFFD for invalid bytes."""
-        text = self._tokenizer.decode(self._pending)
-        self._pending = []
+        """Return U+FFFD if the stream ended inside a character."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
         return text

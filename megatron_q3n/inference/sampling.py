@@ -20,12 +20,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_q3n.config import UserError
+from megatron_q3n.config.sampling import temperature_complaint, top_k_complaint, top_p_complaint
+
 
 @dataclass(frozen=True)
 class Sampling:
     """Sampling parameters and stop conditions.
 
-    `vocab_size`, if set, excludes ids from there on (padding rows of the embedding).
+    `vocab_size`, if set, excludes ids from there on (padding rows of the embedding). `num_top_logprobs` alternatives of
+    each token are recorded with their log-probs, by engines of mixed sampling only.
     """
 
     max_new_tokens: int
@@ -34,6 +38,19 @@ class Sampling:
     top_p: float = 1.0
     stop_tokens: frozenset[int] = frozenset()
     vocab_size: int | None = None
+    num_top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises: UserError for a parameter that describes no distribution."""
+        complaints = {
+            "max_new_tokens": None if self.max_new_tokens >= 1 else "must be at least 1",
+            "temperature": temperature_complaint(self.temperature),
+            "top_k": top_k_complaint(self.top_k),
+            "top_p": top_p_complaint(self.top_p),
+        }
+        for name, complaint in complaints.items():
+            if complaint:
+                raise UserError(f"{name}={getattr(self, name)!r} {complaint}.")
 
     @property
     def is_greedy(self) -> bool:
@@ -43,7 +60,7 @@ class Sampling:
 
 def distribution(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     """Return the probabilities that tokens are sampled from, fp32, shaped as the logits [...,V]."""
-    logits = _mask_padding(logits_NV.float(), sampling) / sampling.temperature
+    logits = mask_padding(logits_NV.float(), sampling.vocab_size) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         threshold = logits.topk(sampling.top_k).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, float("-inf"))
@@ -53,9 +70,9 @@ def distribution(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     return probabilities
 
 
-def greedy_tokens(logits_NV: Tensor, sampling: Sampling) -> Tensor:
-    """Return the most probable tokens [...]."""
-    return logits_NV[..., : sampling.vocab_size].argmax(-1)
+def greedy_tokens(logits_NV: Tensor, vocab_size: int | None) -> Tensor:
+    """Return the most probable tokens [...] with ids below `vocab_size`."""
+    return logits_NV[..., :vocab_size].argmax(-1)
 
 
 def sample_tokens(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
@@ -93,11 +110,11 @@ def rejection_sample(
     return num_accepted_N, sample_tokens(weights, uniform_NT[:, -1])
 
 
-def _mask_padding(logits_NV: Tensor, sampling: Sampling) -> Tensor:
+def mask_padding(logits_NV: Tensor, vocab_size: int | None) -> Tensor:
     """Set the logits of ids beyond the vocabulary to -inf."""
-    if sampling.vocab_size is None or sampling.vocab_size >= logits_NV.shape[-1]:
+    if vocab_size is None or vocab_size >= logits_NV.shape[-1]:
         return logits_NV
-    is_padding = torch.arange(logits_NV.shape[-1], device=logits_NV.device) >= sampling.vocab_size
+    is_padding = torch.arange(logits_NV.shape[-1], device=logits_NV.device) >= vocab_size
     return logits_NV.masked_fill(is_padding, float("-inf"))
 
 

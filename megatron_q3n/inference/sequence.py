@@ -47,6 +47,8 @@ class Sequence:
         self.num_prefilled = 0
         # Python's generator gives the same numbers on every platform and Python version
         self._random = random.Random(seed)
+        # for each token of the completion the most probable ones, if `sampling.num_top_logprobs` asks for them
+        self.top_logprobs: list[dict[int, float]] = []
         self.completion = Completion(drafted=[0] * draft_depth, accepted=[0] * draft_depth)
 
     @property

@@ -1,9 +1,9 @@
-"""HTTP rollout engine: generates with OpenAI-compatible servers (vLLM, SGLang, or our `completion_server.py`).
+"""HTTP rollout engine: generates with OpenAI-compatible servers (vLLM, SGLang, or our serve stage).
 
 Prompts and responses are sent as token ids, so that no tokenizer lies between rollout and trainer; each token comes
 with the log-prob it was sampled with. Only the leader connects to servers. A failed request is retried on the next
-server, and a server that keeps failing is named in the error. A request's responses are used all together or not at
-all, so no sample is lost or duplicated.
+server, and a server that keeps failing is named in the error. Replies are checked (`rollout_reply.py`). A request's
+responses are used all together or not at all, so no sample is lost or duplicated.
 
 New weights are safetensors on a disk that the servers can read, loaded by SGLang's `update_weights_from_disk`, which
 our server implements too. A rollout starts after every server has loaded them, so samples are stale by at most the
@@ -11,6 +11,7 @@ updates of one rollout.
 """
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +24,12 @@ import torch
 from megatron_q3n.config import UserError
 from megatron_q3n.config.rl import RolloutConfig
 from megatron_q3n.parallel import Parallel
+from megatron_q3n.rl.rollout_reply import BadReply, check_weights_reply, read_choices
 from megatron_q3n.rl.samples import Prompt, Sample
 
 PROMPTS_PER_REQUEST = 16
 # delay before the first retry; it doubles each time (exponential backoff)
 FIRST_BACKOFF_SECONDS = 0.5
-# vLLM's prefix of a token given by its id
-TOKEN_ID_PREFIX = "token_id:"
 
 
 class HttpEngine:
@@ -40,13 +40,16 @@ class HttpEngine:
         group: Parallel,
         settings: RolloutConfig,
         stop_tokens: frozenset[int],
+        vocab_size: int,
         seed: int,
         write_weights: Callable[[int], Path],
     ) -> None:
         self._group, self._settings, self._write_weights = group, settings, write_weights
-        self._stop_tokens, self._seed = sorted(stop_tokens), seed
+        self._stop_tokens, self._vocab_size, self._seed = sorted(stop_tokens), vocab_size, seed
         self._version: int | None = None
-        self._client = httpx.Client(timeout=settings.timeout_seconds)
+        key = os.environ.get(settings.api_key_env)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(timeout=settings.timeout_seconds, headers=headers)
         self.num_retries = 0
 
     def generate(self, prompts: list[Prompt], samples_per_prompt: int) -> list[Sample]:
@@ -87,22 +90,24 @@ class HttpEngine:
             "return_tokens_as_token_ids": True,
         }
         request["seed"] = _numeric_seed(str(request["seed"]))
-        reply = self._post(number, "completions", request)
-        choices = {choice["index"]: choice for choice in reply.get("choices", [])}
-        if set(choices) != set(range(len(prompts) * count)):
-            raise UserError(
-                f"rl.rollout.urls: {len(choices)} of {len(prompts) * count} responses were returned; the server "
-                "must support `n` and lists of prompts, as OpenAI's completions do."
-            )
-        assert self._version is not None, "update_weights is called before the first rollout"
+        url, reply = self._post(number, "completions", request)
+        limits = {"vocab_size": self._vocab_size, "max_new_tokens": self._settings.max_new_tokens}
+        try:
+            choices = read_choices(reply, len(prompts) * count, **limits)
+        except BadReply as error:
+            raise UserError(f"rl.rollout.urls: {url} sent a reply that cannot be used: {error}.") from None
+        version = self._version
+        assert version is not None, "update_weights is called before the first rollout"
+        members = ((prompt, member) for prompt in prompts for member in range(count))
         return [
-            _to_sample(prompt, member, choices[index * count + member], self._version)
-            for index, prompt in enumerate(prompts)
-            for member in range(count)
+            Sample(prompt, member, choice.tokens, choice.logprobs, choice.finish_reason, version)
+            for (prompt, member), choice in zip(members, choices)
         ]
 
-    def _post(self, number: int, path: str, request: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, number: int, path: str, request: dict[str, Any]) -> tuple[str, Any]:
         """Send a request to one server after the other until one succeeds.
+
+        Returns: the server's address and its reply, which is JSON of any form.
 
         Raises: UserError with each server's last error.
         """
@@ -112,8 +117,9 @@ class HttpEngine:
             try:
                 reply = self._client.post(f"{url.rstrip('/')}/{path}", json=request)
                 reply.raise_for_status()
-                return reply.json()
-            except (httpx.HTTPError, ValueError) as error:
+                return url, reply.json()
+            # RecursionError: JSON of thousands of levels
+            except (httpx.HTTPError, ValueError, RecursionError) as error:
                 errors[url] = _describe(error)
             self.num_retries += 1
             time.sleep(backoff)
@@ -135,8 +141,9 @@ class HttpEngine:
             try:
                 reply = self._client.post(f"{root}/update_weights_from_disk", json={"model_path": str(folder)})
                 reply.raise_for_status()
+                check_weights_reply(reply.json())
                 return
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, ValueError, RecursionError) as error:
                 message = _describe(error)
             self.num_retries += 1
             time.sleep(backoff)
@@ -158,18 +165,6 @@ class HttpEngine:
         if isinstance(holder[0], UserError):
             raise holder[0]
         return holder[0]
-
-
-def _to_sample(prompt: Prompt, member: int, choice: dict[str, Any], version: int) -> Sample:
-    returned = choice.get("logprobs") or {}
-    names, logprobs = returned.get("tokens", []), returned.get("token_logprobs", [])
-    if not names or len(names) != len(logprobs) or not names[0].startswith(TOKEN_ID_PREFIX):
-        raise UserError(
-            "rl.rollout.urls: a response has no token ids and log-probs; the server must support "
-            "`logprobs` and `return_tokens_as_token_ids`, as vLLM's completions do."
-        )
-    tokens = [int(name.removeprefix(TOKEN_ID_PREFIX)) for name in names]
-    return Sample(prompt, member, tokens, logprobs, choice["finish_reason"], version)
 
 
 def _numeric_seed(seed: str) -> int:

@@ -6,7 +6,7 @@ from megatron_q3n import checkpoint
 from megatron_q3n.checkpoint.folders import FOLDER
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.conversion.importing import KEPT
-from megatron_q3n.data.chat_template import TEMPLATE_FILE, ChatTemplate, chat_template
+from megatron_q3n.data.chat_template import TEMPLATE_FILE, ChatTemplate, chat_template, saved_template
 from megatron_q3n.data.conversations import plain_texts
 from megatron_q3n.data.manifest import verify_prepared
 from megatron_q3n.data.sft_packing import read_sources
@@ -34,6 +34,19 @@ def load_chat_format(config: RunConfig, run_dir: Path) -> tuple[TextTokenizer, C
     return tokenizer, chat_template(config.sft.chat_template, folder, tokenizer)
 
 
+def stop_tokens(source: Path, tokenizer: TextTokenizer) -> frozenset[int]:
+    """Return the tokens that end a text of a checkpoint: the end of a document, and of a turn if it has a template."""
+    folder = _format_folder(source)
+    template = saved_template(folder, tokenizer) if folder is not None else None
+    if template is None:
+        return frozenset({tokenizer.eod})
+    try:
+        return frozenset({tokenizer.eod, template.end_of_turn})
+    except UserError:
+        # a foreign template that ends turns by ordinary text has no such token
+        return frozenset({tokenizer.eod})
+
+
 def save(run_dir: Path, tokenizer: TextTokenizer, template: ChatTemplate) -> None:
     """Save tokenizer and template in the run directory, so that the run and its checkpoints are self-contained."""
     folder = run_dir / TOKENIZER_FOLDER
@@ -53,11 +66,15 @@ def _tokenizer(config: RunConfig) -> tuple[TextTokenizer, Path | None]:
         return TextTokenizer.load(data.tokenizer), Path(data.tokenizer).expanduser()
     if config.checkpoint.load is not None:
         source = checkpoint.find(config.checkpoint.load)
-        saved = source.parent.parent / TOKENIZER_FOLDER if source.parent.name == FOLDER else None
-        folders = [source / KEPT, *([saved] if saved else [])]
-        folder = next((f for f in folders if (f / "tokenizer.json").is_file()), None)
-        return checkpoint_tokenizer(source, None), folder
+        return checkpoint_tokenizer(source, None), _format_folder(source)
     if data.source == "stdlib":
         return TextTokenizer.load(load_stdlib_corpus(data).train), None
     path = data.train[0].path
     return TextTokenizer.load(path, verify_prepared(path).tokenizer.eod_token), None
+
+
+def _format_folder(source: Path) -> Path | None:
+    """Return the folder with the tokenizer of a checkpoint, which may hold its chat template; None if there is none."""
+    saved = source.parent.parent / TOKENIZER_FOLDER if source.parent.name == FOLDER else None
+    folders = [source / KEPT, *([saved] if saved else [])]
+    return next((f for f in folders if (f / "tokenizer.json").is_file()), None)

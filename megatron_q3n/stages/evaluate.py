@@ -27,7 +27,7 @@ from megatron_q3n.evaluation.results import results_path, summarize_data_set, su
 from megatron_q3n.inference.limits import GenerationLimits
 from megatron_q3n.inference.sampling import Sampling
 from megatron_q3n.parallel import Parallel
-from megatron_q3n.stages import trained_model
+from megatron_q3n.stages import chat_format, trained_model
 
 # sequences from which recall samples its tokens when no held-out text is measured
 RECALL_TEXT_SEQUENCES = 64
@@ -63,7 +63,8 @@ def run(config: RunConfig, _run_dir: Path) -> int:
             recall_sums = measure_recall(model, batches, tokenizer.vocab_size)
             results["tasks"] |= summarize_recall(_sum_over_replicas(recall_sums, group), length, data_set_name)
     if settings.tasks:
-        results["tasks"] |= run_tasks(model, tokenizer, settings, group)
+        stop_tokens = chat_format.stop_tokens(source, tokenizer)
+        results["tasks"] |= run_tasks(model, tokenizer, stop_tokens, settings, group)
     if group.is_leader:
         write_results(results, source, settings)
     parallel.shutdown()

@@ -21,7 +21,7 @@ from megatron_q3n.inference.sampling import Sampling
 from megatron_q3n.inference.sequence import Completion, acceptance, mean_acceptance_length
 from megatron_q3n.model.decode.protocols import DecodeModel
 from megatron_q3n.parallel import Parallel
-from megatron_q3n.stages import trained_model
+from megatron_q3n.stages import chat_format, trained_model
 
 
 def run(config: RunConfig, _run_dir: Path) -> int:
@@ -40,7 +40,8 @@ def run(config: RunConfig, _run_dir: Path) -> int:
     config = trained_model.with_checkpoint_model(source, config)
     settings = config.inference
     tokenizer = trained_model.checkpoint_tokenizer(source, settings.tokenizer)
-    sampling, prompts = to_sampling(settings, tokenizer), encode_prompts(settings, tokenizer)
+    sampling = to_sampling(settings, tokenizer, chat_format.stop_tokens(source, tokenizer))
+    prompts = encode_prompts(settings, tokenizer)
     GenerationLimits.from_config(config).check(prompts, sampling, settings.draft_depth)
     device = select_device(config)
     group = parallel.initialize(config, device)
@@ -92,12 +93,12 @@ def _run_to_end(
     print(text.flush())
 
 
-def to_sampling(settings: InferenceConfig, tokenizer: TextTokenizer) -> Sampling:
-    """Return the sampling settings; the end-of-document token is always a stop token.
+def to_sampling(settings: InferenceConfig, tokenizer: TextTokenizer, stop_tokens: frozenset[int]) -> Sampling:
+    """Return the sampling settings; `stop_tokens` end a text in addition to those of the settings.
 
     Raises: UserError for a stop token that the tokenizer does not have.
     """
-    stops = {tokenizer.eod, *(_stop_token(stop, tokenizer) for stop in settings.stop)}
+    stops = {*stop_tokens, *(_stop_token(stop, tokenizer) for stop in settings.stop)}
     return Sampling(
         settings.max_new_tokens,
         settings.temperature,

@@ -71,7 +71,8 @@ def _engine(
     rl, seed = state.config.rl, state.config.training.seed
     if rl.rollout.engine == "http":
         folder = Path(rl.rollout.weight_sync_dir) if rl.rollout.weight_sync_dir else None
-        return HttpEngine(state.parallel, rl.rollout, stop_tokens, seed, WeightSync(state, run_dir, folder))
+        sync = WeightSync(state, run_dir, folder)
+        return HttpEngine(state.parallel, rl.rollout, stop_tokens, tokenizer.vocab_size, seed, sync)
     return InProcessEngine(
         state.models[0],
         state.parallel,

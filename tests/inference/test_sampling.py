@@ -1,10 +1,14 @@
 """Sampling distribution, samples that follow it, and verification of drafts that preserves it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_q3n.config import UserError, validate
+from megatron_q3n.inference import mixed_sampling
+from megatron_q3n.inference.mixed_sampling import MixedSampling
 from megatron_q3n.inference.sampling import Sampling, distribution, greedy_tokens, rejection_sample, sample_tokens
 from megatron_q3n.kernels.decode.argmax import verify_greedy
 from tests.inference.chi_square import z_score
@@ -40,8 +44,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
 
 def test_padding_rows_of_the_vocabulary_are_never_sampled() -> None:
     assert probabilities(vocab_size=2) == pytest.approx([*LOGITS[:2].softmax(0).tolist(), 0, 0, 0])
-    assert greedy_tokens(-LOGITS[None], Sampling(1, 0.0, vocab_size=3)).tolist() == [2]
-    assert greedy_tokens(-LOGITS[None], Sampling(1, 0.0)).tolist() == [4]
+    assert greedy_tokens(-LOGITS[None], 3).tolist() == [2]
+    assert greedy_tokens(-LOGITS[None], None).tolist() == [4]
 
 
 def test_samples_follow_the_distribution() -> None:
@@ -100,3 +104,59 @@ def test_greedy_verification_accepts_exactly_the_argmax_tokens(drafts: list[int]
     zeros = torch.zeros(1, 4, dtype=torch.float64)
     general = rejection_sample(one_hot(best, 5).float(), one_hot(proposed, 5).float(), proposed, zeros)
     assert [x.tolist() for x in general] == [[accepted], [sampled]]
+
+
+WRONG_PARAMETERS: list[dict[str, Any]] = [
+    *({"temperature": value} for value in (-1.0, 1e-40, 9e-4, 1e9, float("nan"), float("inf"))),
+    *({"top_p": value} for value in (0.0, -0.5, 1.01, float("nan"))),
+    *({"top_k": value} for value in (0, -1)),
+]
+
+
+@pytest.mark.parametrize("parameters", WRONG_PARAMETERS)
+def test_parameters_that_describe_no_distribution_are_refused_everywhere(parameters: dict[str, Any]) -> None:
+    (name,) = parameters
+    with pytest.raises(UserError, match=f"{name}=.*must be"):
+        Sampling(1, **parameters)
+    with pytest.raises(UserError, match=rf"inference\.{name}="):
+        validate({"stage": "generate", "checkpoint": {"load": "x"}, "inference": parameters})
+    if name == "temperature":
+        with pytest.raises(UserError, match=r"rl\.rollout\.temperature="):
+            validate({"stage": "rl", "rl": {"rollout": parameters}})
+        with pytest.raises(UserError, match=r"samples\.temperature="):
+            validate({"samples": parameters})
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+def test_the_limits_of_the_temperature_give_a_distribution(temperature: float) -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0]])
+    assert distribution(logits, Sampling(1, temperature)).sum() == pytest.approx(1)
+
+
+MIXED = [
+    Sampling(1, 0.0),
+    Sampling(1, 1.0),
+    Sampling(1, 0.5, top_k=2),
+    Sampling(1, 2.0, top_p=0.6),
+    Sampling(1, 1.0, top_k=3, top_p=0.7),
+    Sampling(1, 1e-3),
+]
+
+
+@pytest.mark.parametrize("vocab_size", [5, 4])
+def test_mixed_sampling_equals_the_same_parameters_alone(vocab_size: int) -> None:
+    logits = torch.randn(len(MIXED), 2, 5, generator=torch.Generator().manual_seed(2))
+    mixed = MixedSampling(vocab_size).for_sequences(MIXED)
+    found = mixed.distribution(logits, mixed_sampling.parameters(MIXED, vocab_size))
+    for row, sampling in enumerate(MIXED):
+        own = replace(sampling, vocab_size=vocab_size)
+        if own.is_greedy:
+            wanted = torch.nn.functional.one_hot(greedy_tokens(logits[row], vocab_size), 5).float()
+        else:
+            wanted = distribution(logits[row], own)
+        torch.testing.assert_close(found[row], wanted)
+    unrestricted = MixedSampling(vocab_size).for_sequences(MIXED[:2])
+    assert not unrestricted.restricts_tokens
+    torch.testing.assert_close(
+        unrestricted.distribution(logits[:2], mixed_sampling.parameters(MIXED[:2], vocab_size)), found[:2]
+    )

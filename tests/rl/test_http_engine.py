@@ -19,6 +19,14 @@ from megatron_q3n.config import UserError
 from megatron_q3n.config.rl import RolloutConfig
 from tests.rl.tiny_loop import tiny_config, tiny_loop
 
+KEY = "the key of weight updates"
+
+
+@pytest.fixture(autouse=True)
+def api_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's key is that of the server."""
+    monkeypatch.setenv("Q3N_API_KEY", KEY)
+
 
 @pytest.fixture(scope="module")
 def loop(alone: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -45,7 +53,7 @@ def server(run_dir: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         [sys.executable, *command, f"checkpoint.load={run_dir}", "serve.port=0"],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ,
+        env=os.environ | {"Q3N_API_KEY": KEY},
         cwd=Path(__file__).parent.parent.parent,
     )
     assert process.stdout is not None
@@ -62,7 +70,7 @@ def engine(loop: Any, run_dir: Path, urls: list[str], **options: Any) -> Any:
 
     settings = RolloutConfig(engine="http", urls=urls, prompts=4, samples_per_prompt=3, max_new_tokens=7, **options)
     sync = WeightSync(loop.state, run_dir, None)
-    return HttpEngine(loop.state.parallel, settings, loop.stop_tokens, 5, sync)
+    return HttpEngine(loop.state.parallel, settings, loop.stop_tokens, loop.tokenizer.vocab_size, 5, sync)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +124,14 @@ def test_servers_load_new_weights(loop: Any, run_dir: Path, server: tuple[str, A
         remote_engine.update_weights(version)
     folders = sorted(path.name for path in (run_dir / "weight_sync").glob("version_*"))
     assert folders == ["version_0000008", "version_0000009"]
+
+
+def test_weights_are_not_loaded_without_the_key(
+    loop: Any, run_dir: Path, server: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("Q3N_API_KEY", "another key")
+    with pytest.raises(UserError, match=r"does not load new weights.*status 401"):
+        engine(loop, run_dir, [server[0]], attempts=1).update_weights(3)
 
 
 def test_requests_are_retried_on_the_next_server(

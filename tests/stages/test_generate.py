@@ -4,6 +4,7 @@ One small checkpoint with random weights.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from megatron_q3n.config import RunConfig, UserError, validate
 from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
 from tests import forked
+from tests.server.tiny_server import chat_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 TEXTS = ["def main(argument):\n    return argument + 1\n"] * 20
@@ -140,7 +142,9 @@ def test_stop_tokens_by_id_by_text_and_by_name(trained: Path) -> None:
 
     tokenizer = TextTokenizer.load(trained / "tokenizer")
     settings = request(trained, stop=[7, "a", "<|endoftext|>"]).inference
-    assert to_sampling(settings, tokenizer).stop_tokens == {7, tokenizer.encode("a")[0], tokenizer.eod}
+    assert to_sampling(settings, tokenizer, frozenset({tokenizer.eod})).stop_tokens == {
+        *(7, tokenizer.encode("a")[0], tokenizer.eod)
+    }
 
 
 def test_model_settings_override_those_of_the_checkpoint(trained: Path) -> None:
@@ -167,3 +171,30 @@ def test_characters_that_span_several_tokens_are_decoded_whole(trained: Path) ->
     incomplete = tokenizer.encode("漢")[:1]
     assert text.add(incomplete) == ""
     assert text.flush() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_text_ends_at_the_end_of_turn_of_the_chat_template(
+    trained: Path, tmp_path: Path, run_module: Callable[..., Any]
+) -> None:
+    """At the highest temperature every token is about equally likely, so some texts draw <|im_end|>."""
+    from megatron_q3n.data.chat_template import CHATML, ChatTemplate
+    from megatron_q3n.stages import chat_format
+
+    tokenizer, run_dir = chat_tokenizer(), tmp_path / "run"
+    end_of_turn = tokenizer.id_of("<|im_end|>")
+    shutil.copytree(trained / "run", run_dir)
+    chat_format.save(run_dir, tokenizer, ChatTemplate(CHATML, tokenizer))
+    output = tmp_path / "texts.jsonl"
+    done = run_module(
+        *("--config-name", "generate", f"checkpoint.load={run_dir}", f"inference.output={output}"),
+        *("inference.prompts=[a,b,c,d]", "inference.max_new_tokens=300", "inference.temperature=1000"),
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    ended = [result for result in results if result["tokens"][-1] == end_of_turn]
+    assert ended
+    assert {result["finish_reason"] for result in ended} == {"stop"}
+    assert not any(end_of_turn in result["tokens"][:-1] or "<|im_end|>" in result["text"] for result in results)
+    source = run_dir / "checkpoints" / "step_0000000"
+    assert chat_format.stop_tokens(source, tokenizer) == {tokenizer.eod, end_of_turn}
+    assert chat_format.stop_tokens(trained / "run" / "checkpoints" / "step_0000000", tokenizer) == {tokenizer.eod}

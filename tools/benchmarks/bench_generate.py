@@ -144,7 +144,8 @@ def token_step(model: Any, state: Any, cuda_graph: bool | None) -> Callable[[], 
     decode_step = DecodeStep(ModelRunner(model, 0), Sampling(1, 0.0), 0)
     graphs, longest, rows = (DecodeGraphs(decode_step, cuda_graph), state.lengths[0] + TIMED_TOKENS, len(state.lengths))
     none = decode_step.runner.uniform_tensor([[]] * rows)
-    batch = decode_step.start(state, decode_step.runner.token_tensor([1] * rows), none, none)
+    parameters = decode_step.parameters([Sampling(1, 0.0)] * rows)
+    batch = decode_step.start(state, decode_step.runner.token_tensor([1] * rows), none, none, parameters)
 
     def generate_token() -> None:
         nonlocal batch
