@@ -54,6 +54,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "mtp_use_dedicated_embeddings": (False,),
 }
 _PLAIN_ROPE = ("default", None)
+# fields that announce a multi-token prediction layer, of all families
+_MTP_FIELDS = {"num_nextn_predict_layers", "mtp_num_hidden_layers"}
 
 
 def from_published(published: Mapping[str, Any], *, has_mtp: bool) -> tuple[ModelConfig, Family]:
@@ -111,7 +113,7 @@ def to_published(model: ModelConfig, family: Family, like: Mapping[str, Any] | N
 
 def _text_published(model: ModelConfig, family: Family, base: Mapping[str, Any]) -> dict[str, Any]:
     types = {symbol: name for name, symbol in LAYER_TYPES.items()}
-    replaced = {"full_attention_interval", "rope_theta", "rope_scaling", "partial_rotary_factor"}
+    replaced = {"full_attention_interval", "rope_theta", "rope_scaling", "partial_rotary_factor"} | _MTP_FIELDS
     return {
         **{name: value for name, value in base.items() if name not in replaced},
         "model_type": "qwen3_5_moe_text" if family.multimodal else family.model_type,

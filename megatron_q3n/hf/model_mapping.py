@@ -33,18 +33,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, SLIDING_ATTENTION, ModelConfig, UserError
+from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, ModelConfig, UserError
 from megatron_q3n.hf.families import QWEN3_NEXT, Family
+from megatron_q3n.hf.function_settings import check_function
 from megatron_q3n.hf.param_mapping import HUGGING_FACE, MEGATRON, ParamMapping, Shape, check_names
-
-# settings with one value in the Hugging Face format, several in ours
-_PUBLISHED = {
-    "attention_gate": "elementwise",
-    "attention_gate_position": "output",
-    "attention_gate_activation": "sigmoid",
-    "attention_gate_shared": False,
-    "moe_router_enable_expert_bias": False,
-}
 
 
 def to_megatron(
@@ -82,18 +74,7 @@ def check_publishable(config: ModelConfig) -> None:
 
     Raises: UserError naming the setting.
     """
-    variant = {
-        name: getattr(config, name) for name, published in _PUBLISHED.items() if getattr(config, name) != published
-    }
-    if SLIDING_ATTENTION in config.mixer_pattern:
-        variant["mixer_pattern"] = config.mixer_pattern
-    if variant:
-        settings = ", ".join(f"model.{name}={value}" for name, value in variant.items())
-        raise UserError(
-            f"{settings} cannot be exported: the Hugging Face format has no field for it, so transformers and vLLM "
-            "would run another model. The format covers attention with an elementwise sigmoid gate on the output of "
-            "each head, Gated DeltaNet, no sliding windows, and routers without a bias."
-        )
+    check_function(config)
     if _num_predictors(config) > 1:
         raise UserError(
             f"model.mtp_num_layers={config.mtp_num_layers} with a layer for each depth has no "
