@@ -96,6 +96,11 @@ class TextTokenizer:
         added = self._backend.get_added_tokens_decoder()
         return {token.content: index for index, token in added.items() if token.special}
 
+    @property
+    def content(self) -> str:
+        """The canonical JSON of tokenizer.json."""
+        return self._canonical
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json into a folder."""
         (folder / TOKENIZER_FILE).write_text(self._canonical, encoding="utf-8")

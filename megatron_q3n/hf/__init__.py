@@ -4,7 +4,8 @@
     model_mapping.py      the mappings of all parameters (names, shapes, reshapes)
     families.py           differences between the model families
     function_settings.py  settings whose values the format implies; other values are not exported
-    model_config.py       translation of config.json
+    model_config.py       translation of config.json to the model section
+    published_config.py   and back, with every released field
     weights.py            reading and writing of safetensors folders, tensor by tensor
 
 megatron-core checkpoints are not read here; `conversion` combines the two.

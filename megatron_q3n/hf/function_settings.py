@@ -3,7 +3,7 @@
 A checkpoint records its model section with the pass-through `model.megatron`. The Hugging Face format has no field for
 most of these settings: transformers, vLLM and SGLang assume one value. An export of any other value would describe
 another model than the one trained, so every setting is classified here, and one that is not is taken to change the
-function. tests/hf/test_function_settings.py compares the classes with the fields of `ModelConfig` and of megatron-core's
+function. tests/hf/test_function_settings.py compares the classes with the fields of `ModelConfig` and of
 TransformerConfig, and the implied values with the model that is built.
 """
 
@@ -12,15 +12,20 @@ from typing import Any
 
 from megatron_q3n.config import GATED_ATTENTION, SLIDING_ATTENTION, ModelConfig, UserError
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # settings of the model section that config.json or the shapes of the weights describe
-DESCRIBED = frozenset(
+DESCRIBED = _names(
     """
     vocab_size hidden_size num_layers mixer_pattern max_position_embeddings layernorm_epsilon
     num_attention_heads num_query_groups kv_channels rotary_percent rotary_base
     linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
     num_moe_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size
     mtp_num_layers mtp_use_repeated_layer init_method_std moe_aux_loss_coeff
-    """.split()
+    """
 )
 # settings of the model section with one value in the Hugging Face format
 IMPLIED: dict[str, Any] = {
@@ -32,12 +37,12 @@ IMPLIED: dict[str, Any] = {
     "moe_router_enable_expert_bias": False,
 }
 # settings of the model section that do not change the function of trained weights
-WITHOUT_EFFECT = frozenset(
+WITHOUT_EFFECT = _names(
     """
     name backend embedding_init_method_std linear_chunk_size linear_time_step_init
     moe_router_load_balancing_type moe_z_loss_coeff moe_router_normalized_init moe_router_bias_update_rate
     mtp_loss_scaling_factor
-    """.split()
+    """
 )
 
 # fields of TransformerConfig without a setting of ours -> values with the function that the format implies; the first
@@ -94,7 +99,7 @@ MEGATRON_IMPLIED: dict[str, tuple[Any, ...]] = {
 
 # why a field of TransformerConfig does not change the function of trained weights -> the fields
 MEGATRON_WITHOUT_EFFECT: dict[str, frozenset[str]] = {
-    reason: frozenset(names.split())
+    reason: _names(names)
     for reason, names in {
         "parallel layout and communication": """
             tensor_parallel_num_weight_shards gtp_weight_remat_size pipeline_model_parallel_comm_backend

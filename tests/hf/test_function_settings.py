@@ -1,4 +1,4 @@
-"""Settings that change a model's function: all classified, and none exported that the Hugging Face format cannot hold."""
+"""Settings that change a model's function: all classified, and none exported that the format cannot describe."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +16,7 @@ from megatron_q3n.hf.function_settings import (
     WITHOUT_EFFECT,
     check_function,
 )
-from megatron_q3n.hf.model_config import to_published
+from megatron_q3n.hf.published_config import to_published
 
 # a value of each field that builds or trains another model
 OTHER_FUNCTION: dict[str, Any] = {

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_q3n.config import ModelConfig, UserError
 from megatron_q3n.hf import QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_NEXT, Family
-from megatron_q3n.hf.model_config import family_of, from_published, to_published
+from megatron_q3n.hf.model_config import family_of, from_published
+from megatron_q3n.hf.published_config import to_published
 from tests.model.reference.test_model import qwen3_next
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes" / "model"
