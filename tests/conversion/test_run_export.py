@@ -156,9 +156,7 @@ def test_missing_and_too_large_tokenizers_are_refused_before_the_weights_are_rea
     state: Any, chatml: TextTokenizer, tmp_path: Path
 ) -> None:
     run = run_directory(tmp_path / "run", state)
-    with pytest.raises(
-        UserError, match=r"data folder gone does not exist.*Or give its tokenizer with --tokenizer"
-    ):
+    with pytest.raises(UserError, match=r"data folder gone does not exist.*Or give its tokenizer with --tokenizer"):
         export(run, tmp_path / "out")
     with pytest.raises(UserError, match=r"tokenizer .*nowhere"):
         export(run, tmp_path / "out", tokenizer=TokenizerSource(tmp_path / "nowhere"))
