@@ -20,7 +20,8 @@ class InferenceConfig(Section):
         description="nucleus sampling: sample from the smallest set of tokens with this probability mass",
     )
     stop: list[str | int] = Field(
-        default_factory=list, description="stop tokens, by id or by text, in addition to the end-of-document token"
+        default_factory=list,
+        description="stop tokens, by id or by text, in addition to the end of a document, and of a turn after fine-tuning",
     )
     seed: int = Field(1, ge=0)
     draft_depth: int = Field(
