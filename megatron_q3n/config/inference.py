@@ -21,7 +21,7 @@ class InferenceConfig(Section):
     )
     stop: list[str | int] = Field(
         default_factory=list,
-        description="stop tokens, by id or by text, in addition to the end of a document, and of a turn after fine-tuning",
+        description="stop tokens, by id or by text, beside the end of a document, and of a turn after fine-tuning",
     )
     seed: int = Field(1, ge=0)
     draft_depth: int = Field(

@@ -76,7 +76,8 @@ def published_tokenizer(source: TokenizerSource, companions: Iterable[Path], max
         files[TEMPLATE_FILE] = _with_standard_variables(template, settings).encode()
     files[TOKENIZER_FILE] = _without_added_tokens(tokenizer).encode()
     files[TOKENIZER_CONFIG] = _json(settings)
-    generation = json.loads(files.get(GENERATION_CONFIG, b"{}"))
+    released = _first(folders, GENERATION_CONFIG)
+    generation = read_json(released) if released else {}
     files[GENERATION_CONFIG] = _json(_generation(generation, token_ids, tokenizer.eod, template is not None))
     files.pop(SPECIAL_TOKENS_MAP, None)
     # transformers would not train the padding token's embedding, here a token of the text
@@ -113,10 +114,10 @@ def _name_of(token: int, tokenizer: TextTokenizer) -> str:
 
 def _id_of(token: Any, tokenizer: TextTokenizer) -> int | None:
     """Return the id of an entry of tokenizer_config.json: a name, a dictionary with its content, or None."""
-    name = token["content"] if isinstance(token, dict) else token
+    name = token.get("content") if isinstance(token, dict) else token
     if name is None:
         return None
-    index = tokenizer.id_of(name)
+    index = tokenizer.id_of(name) if isinstance(name, str) else None
     if index is None:
         raise UserError(
             f"{TOKENIZER_CONFIG} names the special token {name!r}, which {TOKENIZER_FILE} does not have. The two files "
@@ -138,7 +139,7 @@ def _with_standard_variables(template: ChatTemplate, settings: dict[str, Any]) -
 
 def _text(token: Any) -> str:
     """Return the text that a template prints for an entry of tokenizer_config.json."""
-    return token["content"] if isinstance(token, dict) else token or ""
+    return token.get("content", "") if isinstance(token, dict) else token or ""
 
 
 def _without_added_tokens(tokenizer: TextTokenizer) -> str:

@@ -38,6 +38,8 @@ from megatron_q3n.hf.families import QWEN3_NEXT, Family
 from megatron_q3n.hf.function_settings import check_function
 from megatron_q3n.hf.param_mapping import HUGGING_FACE, MEGATRON, ParamMapping, Shape, check_names
 
+HEAD = "lm_head.weight"
+
 
 def to_megatron(
     hf: Mapping[str, Tensor], config: ModelConfig, gradients: bool = False, family: Family = QWEN3_NEXT
@@ -90,10 +92,12 @@ def param_mappings(config: ModelConfig, family: Family = QWEN3_NEXT) -> list[Par
     layers 2i and 2i+1.
     """
     embedding, norm = (config.vocab_size, config.hidden_size), (config.hidden_size,)
+    embedding_name = family.prefix + "embed_tokens.weight"
     table = [
-        _same("embedding.word_embeddings.weight", family.prefix + "embed_tokens.weight", embedding),
+        _same("embedding.word_embeddings.weight", embedding_name, embedding),
         _same("decoder.final_norm.weight", family.prefix + "norm.weight", norm),
-        _same("output_layer.weight", "lm_head.weight", embedding),
+        # our head is a tensor of its own, which starts as a copy of a tied embedding
+        _same("output_layer.weight", embedding_name if family.tied_embeddings else HEAD, embedding),
     ]
     for i, mixer in enumerate(config.mixers):
         published = f"{family.prefix}layers.{i}."

@@ -8,7 +8,7 @@ advance: a shard's header is written first, then tensors, or single experts of a
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,13 +96,16 @@ class PublishedWeights(Mapping[str, Tensor]):
         """Return the size of every shard."""
         return {name: (self.folder / name).stat().st_size for name in self._files}
 
-    def check(self, table: Iterable[ParamMapping]) -> None:
+    def check(self, table: Iterable[ParamMapping], ignored: Container[str] = ()) -> None:
         """Compare names, shapes and dtypes with the parameter mappings, before the conversion starts.
+
+        ignored: names of tensors that may be there and are not read.
 
         Raises: UserError naming the first missing or unexpected tensor, wrong shape or unsupported dtype.
         """
         expected = {name: shape for mapping in table for name, shape in mapping.sources(self).items()}
-        check_names(HUGGING_FACE, (name for name in self if not name.startswith(VISION)), expected)
+        found = (name for name in self if not name.startswith(VISION) and name not in ignored)
+        check_names(HUGGING_FACE, found, expected)
         for name, shape in expected.items():
             if self.shape(name) != shape:
                 raise UserError(
@@ -209,7 +212,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a Hugging Face model folder, which has one.") from None
-    except ValueError as error:
+    # RecursionError: nested too deeply
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); download it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; download it again.")
@@ -217,7 +221,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _index(folder: Path) -> dict[str, str]:
-    return read_json(folder / INDEX).get("weight_map", {}) if (folder / INDEX).is_file() else {}
+    if not (folder / INDEX).is_file():
+        return {}
+    files = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) and file.isprintable() for file in files.values()):
+        raise UserError(f"{folder / INDEX}: weight_map must be an object of tensor and file names; download it again.")
+    return files
 
 
 def _shards(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from megatron_q3n.config import UserError, validate
@@ -68,6 +69,31 @@ def test_imports_with_the_same_logits(alone: Any, tmp_path: Path, family: Family
     with torch.no_grad():
         torch.testing.assert_close(our_logits(state), theirs(TOKENS).logits, rtol=0, atol=1e-4)
     assert state.step == 0
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES, ids=by_type)
+@pytest.mark.parametrize("stored_head", [False, True])
+def test_tied_embeddings_are_imported(alone: Any, tmp_path: Path, family: Family, stored_head: bool) -> None:
+    """The head is a copy of the embedding, with transformers' logits; a head in the file is ignored, as there."""
+    theirs = transformers_model(family.model_type, tie_word_embeddings=True)
+    source = publish(tmp_path / "hf", theirs)
+    assert "lm_head.weight" not in stored(source)
+    if stored_head:
+        save_file({"lm_head.weight": torch.ones(96, 32)}, source / "head.safetensors")
+        index = json.loads((source / INDEX).read_text())
+        index["weight_map"]["lm_head.weight"] = "head.safetensors"
+        (source / INDEX).write_text(json.dumps(index))
+    notes: list[str] = []
+    imported = import_weights(source, tmp_path / "ours", notes.append, quiet)
+    assert "the head is a copy" in notes[0]
+    state = state_from(alone, imported.checkpoint)
+    with torch.no_grad():
+        torch.testing.assert_close(our_logits(state), theirs(TOKENS).logits, rtol=0, atol=1e-4)
+    export_weights(Export(imported.checkpoint, tmp_path / "out", family, torch.float32), quiet, quiet)
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["tie_word_embeddings"] is False
+    with torch.no_grad():
+        logits = load_with_transformers(tmp_path / "out")(TOKENS).logits
+    torch.testing.assert_close(logits, our_logits(state), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", TEXT_FAMILIES, ids=by_type)

@@ -92,7 +92,8 @@ def test_like_does_not_describe_the_run(family: Any) -> None:
     }
     model = ModelConfig(rotary_base=5e5, rotary_percent=0.5, mtp_num_layers=0)
     assert to_published(model, family, like) == to_published(model, family)
-    shell = {**like, "model_type": "qwen3_5_moe", "text_config": like, "vision_config": {}}
+    shell = {**like, "model_type": "qwen3_5_moe", "vision_config": {}}
+    shell["text_config"] = like | {"model_type": "qwen3_5_moe_text"}
     outer = to_published(model, QWEN3_5_MOE, shell)
     assert outer.keys() & {"quantization_config", "torch_dtype"} == set()
     assert outer["tie_word_embeddings"] is False
