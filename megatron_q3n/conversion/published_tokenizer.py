@@ -24,10 +24,15 @@ from megatron_q3n.hf.weights import read_json
 # reads tokenizer.json without rebuilding any part of it
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+# of released multimodal models
+PROCESSOR_TEMPLATE = "chat_template.json"
 # its entries become part of tokenizer_config.json
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-# fields that select or alter a class, or add tokens that training did not see
-_DROPPED = {"auto_map", "add_bos_token", "add_eos_token", "tokenizer_file", "special_tokens_map_file", "name_or_path"}
+# fields that select or alter a class, add tokens that training did not see, or are not transformers' own
+_DROPPED = {
+    *("auto_map", "add_bos_token", "add_eos_token", "tokenizer_file", "special_tokens_map_file", "name_or_path"),
+    "eod_token",
+}
 # fields of config.json that a tokenizer determines
 TOKEN_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -67,6 +72,7 @@ def published_tokenizer(source: TokenizerSource, companions: Iterable[Path], max
         template = chat_template(None, source.path, tokenizer)
         settings["eos_token"] = _name_of(template.end_of_turn, tokenizer)
         settings.pop("chat_template", None)
+        files.pop(PROCESSOR_TEMPLATE, None)
     settings.setdefault("eos_token", tokenizer.eod_token)
     settings.setdefault("pad_token", tokenizer.eod_token)
     settings.setdefault("model_max_length", max_tokens)
@@ -91,8 +97,9 @@ def has_tokenizer(folder: Path, fingerprint: str) -> bool:
 
 
 def _folders_of(tokenizer: TextTokenizer, path: Path, companions: Iterable[Path]) -> list[Path]:
-    own = path if path.is_dir() else path.parent
-    return [own, *(folder for folder in companions if has_tokenizer(folder, tokenizer.fingerprint))]
+    """Return the tokenizer's folder and the companions, as far as their tokenizer.json is this tokenizer."""
+    folders = [path if path.is_dir() else path.parent, *companions]
+    return [folder for folder in folders if has_tokenizer(folder, tokenizer.fingerprint)]
 
 
 def _first(folders: list[Path], name: str) -> Path | None:
@@ -105,7 +112,7 @@ def _published_settings(folders: list[Path]) -> dict[str, Any]:
     for name in (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG):
         for folder in reversed(folders):
             settings |= read_json(folder / name) if (folder / name).is_file() else {}
-    return {name: value for name, value in settings.items() if name not in _DROPPED and value is not None}
+    return {name: value for name, value in settings.items() if name not in _DROPPED and value not in (None, "")}
 
 
 def _name_of(token: int, tokenizer: TextTokenizer) -> str:
@@ -130,7 +137,7 @@ def _with_standard_variables(template: ChatTemplate, settings: dict[str, Any]) -
     """Return the template, preceded by definitions of the variables that mean something else in the export."""
     exported = {name: _text(settings.get(name)) for name in ("eos_token", "pad_token", "bos_token")}
     definitions = ""
-    for name, value in template.variables.items():
+    for name, value in template.named_tokens.items():
         if exported.get(name) != value and re.search(rf"\b{name}\b", template.source):
             is_eos = name not in exported and exported["eos_token"] == value
             definitions += f"{{% set {name} = {'eos_token' if is_eos else json.dumps(value)} %}}\n"

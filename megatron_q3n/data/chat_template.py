@@ -78,13 +78,13 @@ class ChatTemplate:
         return [TextSegment(plain, False)]
 
     @property
-    def variables(self) -> dict[str, str]:
-        """Values of the variables for special tokens that a template may use."""
+    def named_tokens(self) -> dict[str, str]:
+        """Special tokens by the names that templates use."""
         return {"eod_token": self._tokenizer.eod_token, "eos_token": self._tokenizer.eod_token, "bos_token": ""}
 
     def _render_text(self, messages: list[dict[str, Any]], extras: dict[str, Any]) -> str:
         try:
-            (text,), _ = render_jinja_template([messages], chat_template=self.source, **self.variables, **extras)
+            (text,), _ = render_jinja_template([messages], chat_template=self.source, **self.named_tokens, **extras)
         except (TemplateError, TypeError) as error:
             raise UserError(f"the chat template refuses a conversation: {error}") from None
         return text

@@ -90,6 +90,8 @@ def in_transformers(folder: Path, source: TokenizerSource, model_type: str = "qw
 def test_the_ids_are_ours(name: str, model_type: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     ours: TextTokenizer = request.getfixturevalue(name)
     ours.save(tmp_path)
+    own_names = {"eod_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "bos_token": ""}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own_names))
     theirs = in_transformers(tmp_path / "out", TokenizerSource(tmp_path), model_type)
     for text in TEXTS:
         # text as training encodes it: never a control token
@@ -99,6 +101,7 @@ def test_the_ids_are_ours(name: str, model_type: str, tmp_path: Path, request: p
         assert ids == ChatTemplate(PLAIN, ours).encode([TextSegment(text, False)]), text
         assert theirs.decode(ids) == ours.decode(ids) == text
     assert theirs.eos_token_id == theirs.pad_token_id == ours.eod
+    assert theirs.bos_token is None
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"eos_token_id": ours.eod, "pad_token_id": ours.eod}
 
