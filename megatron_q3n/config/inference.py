@@ -20,8 +20,7 @@ class InferenceConfig(Section):
         description="nucleus sampling: sample from the smallest set of tokens with this probability mass",
     )
     stop: list[str | int] = Field(
-        default_factory=list,
-        description="stop tokens, by id or by text, beside the end of a document, and of a turn after fine-tuning",
+        default_factory=list, description="stop tokens, by id or by text, in addition to the end-of-document token"
     )
     seed: int = Field(1, ge=0)
     draft_depth: int = Field(

@@ -38,8 +38,7 @@ def run(config: RunConfig, _run_dir: Path) -> int:
     config = trained_model.with_checkpoint_model(source, config)
     settings = config.inference
     tokenizer = trained_model.checkpoint_tokenizer(source, settings.tokenizer)
-    stops = trained_model.end_of_turn(source, tokenizer) if settings.tokenizer is None else frozenset()
-    sampling, prompts = to_sampling(settings, tokenizer, stops), encode_prompts(settings, tokenizer)
+    sampling, prompts = to_sampling(settings, tokenizer), encode_prompts(settings, tokenizer)
     GenerationLimits.from_config(config).check(prompts, sampling, settings.draft_depth)
     device = select_device(config)
     group = parallel.initialize(config, device)
@@ -91,14 +90,12 @@ def _run_to_end(
     print(text.flush())
 
 
-def to_sampling(
-    settings: InferenceConfig, tokenizer: TextTokenizer, model_stops: frozenset[int] = frozenset()
-) -> Sampling:
-    """Return the sampling settings; the end-of-document token is always a stop token, and so are those of the model.
+def to_sampling(settings: InferenceConfig, tokenizer: TextTokenizer) -> Sampling:
+    """Return the sampling settings; the end-of-document token is always a stop token.
 
     Raises: UserError for a stop token that the tokenizer does not have.
     """
-    stops = {tokenizer.eod, *model_stops, *(_stop_token(stop, tokenizer) for stop in settings.stop)}
+    stops = {tokenizer.eod, *(_stop_token(stop, tokenizer) for stop in settings.stop)}
     return Sampling(
         settings.max_new_tokens,
         settings.temperature,

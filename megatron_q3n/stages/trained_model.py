@@ -12,7 +12,6 @@ from megatron_q3n.config import ModelConfig, RunConfig, UserError, validate
 from megatron_q3n.config.data import DataConfig
 from megatron_q3n.conversion.importing import KEPT
 from megatron_q3n.conversion.run_tokenizer import run_tokenizer
-from megatron_q3n.data.chat_template import chat_template
 from megatron_q3n.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from megatron_q3n.device import Device
 from megatron_q3n.kernels.startup.qualification import qualify
@@ -83,14 +82,6 @@ def checkpoint_tokenizer(source: Path, setting: str | None) -> TextTokenizer:
             "with inference.tokenizer=FOLDER."
         )
     return TextTokenizer.load(found.path, found.eod_token)
-
-
-def end_of_turn(source: Path, tokenizer: TextTokenizer) -> frozenset[int]:
-    """Return the token that ends a turn, for a checkpoint that was fine-tuned on conversations; else nothing."""
-    found = run_tokenizer(source)
-    if found is None or not found.is_chat_format:
-        return frozenset()
-    return frozenset({chat_template(None, found.path, tokenizer).end_of_turn})
 
 
 def find_checkpoint(config: RunConfig) -> Path:

@@ -4,7 +4,6 @@ One small checkpoint with random weights.
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,30 +139,6 @@ def test_stop_tokens_by_id_by_text_and_by_name(trained: Path) -> None:
     tokenizer = TextTokenizer.load(trained / "tokenizer")
     settings = request(trained, stop=[7, "a", "<|endoftext|>"]).inference
     assert to_sampling(settings, tokenizer).stop_tokens == {7, tokenizer.encode("a")[0], tokenizer.eod}
-
-
-def test_generation_stops_at_the_end_of_a_turn(trained: Path, tmp_path: Path) -> None:
-    """After fine-tuning, where the chat template ends a turn with another token than a document."""
-    from megatron_q3n import checkpoint
-    from megatron_q3n.data.chat_template import CHATML, ChatTemplate
-    from megatron_q3n.stages import chat_format, trained_model
-    from megatron_q3n.stages.generate import to_sampling
-
-    content = json.loads(TextTokenizer.load(trained / "tokenizer").content)
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    for name in ("<|im_start|>", "<|im_end|>"):
-        content["added_tokens"].append(
-            {"id": len(content["model"]["vocab"]), "content": name, "special": True, **flags}
-        )
-    tokenizer = TextTokenizer(content, "<|endoftext|>")
-    shutil.copytree(trained / "run", tmp_path / "run", symlinks=True)
-    source = checkpoint.find(tmp_path / "run")
-    assert trained_model.end_of_turn(source, tokenizer) == set()
-    chat_format.save(tmp_path / "run", tokenizer, ChatTemplate(CHATML, tokenizer))
-    stops = trained_model.end_of_turn(source, tokenizer)
-    assert stops == {tokenizer.id_of("<|im_end|>")}
-    sampling = to_sampling(request(trained).inference, tokenizer, stops)
-    assert sampling.stop_tokens == stops | {tokenizer.eod}
 
 
 def test_model_settings_override_those_of_the_checkpoint(trained: Path) -> None:
