@@ -38,8 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"config", "device", "parallel", "data", "kernels", "model", "metrics", "packing"},
     "instruments": {"config", "model", "training", "packing"},
     "checkpoint": {"config", "parallel", "model", "training", "hf"},
-    # from file to file, without a model
-    "conversion": {"config", "hf", "checkpoint"},
+    # from file to file, without a model; the tokenizer of a run is exported with its weights
+    "conversion": {"config", "hf", "checkpoint", "data", "run_directory"},
     "inference": {"config", "device", "data", "kernels", "model"},
     "server": {"config", "data", "inference", "model"},
     "evaluation": {"config", "parallel", "data", "model", "metrics", "inference", "run_directory", "packing"},

@@ -54,10 +54,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--like",
         type=Path,
         metavar="MODEL_FOLDER",
-        help="source of tokenizer files and of fields that the model does not determine, e.g. the model\n"
-        "that was imported, or huggingface/ in its checkpoint",
+        help="source of fields that the model does not determine, and of files beside the same tokenizer,\n"
+        "e.g. the model that was imported, or huggingface/ in its checkpoint",
     )
-    exporter.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="source of tokenizer files")
+    exporter.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with a tokenizer.json (default: the tokenizer and chat template of the run)",
+    )
     exporter.add_argument(
         "--verify",
         choices=["full", "sizes"],
@@ -102,6 +107,7 @@ def run_export(options: argparse.Namespace, console: Console) -> None:
     import torch  # late, as above
 
     from megatron_q3n.conversion.exporting import Export, export_weights
+    from megatron_q3n.conversion.run_tokenizer import tokenizer_at
     from megatron_q3n.hf.model_config import family_of
 
     family = family_of(options.model_type, options.like)
@@ -112,7 +118,7 @@ def run_export(options: argparse.Namespace, console: Console) -> None:
         {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype],
         options.max_shard_size,
         options.like,
-        options.tokenizer,
+        tokenizer_at(options.tokenizer) if options.tokenizer else None,
         options.verify,
     )
     with progress(console) as (note, advance):

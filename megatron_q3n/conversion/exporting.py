@@ -6,7 +6,6 @@ transformers, vLLM and SGLang load both dtypes.
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,16 @@ from torch import Tensor
 from megatron_q3n.checkpoint.folders import find
 from megatron_q3n.checkpoint.integrity import Verify, find_damage, read_manifest
 from megatron_q3n.config import ModelConfig, UserError
-from megatron_q3n.conversion.importing import SIDE_FILES, Advance
+from megatron_q3n.conversion.importing import Advance
+from megatron_q3n.conversion.published_tokenizer import PublishedTokenizer, has_tokenizer, published_tokenizer
 from megatron_q3n.conversion.resumable_output import Note, ResumableOutput, plan_digest
+from megatron_q3n.conversion.run_tokenizer import TokenizerSource, published_folders, run_tokenizer
 from megatron_q3n.conversion.tensor_chunks import ChunkedMapping, chunked_mappings
 from megatron_q3n.conversion.torch_dist import SavedTensors
+from megatron_q3n.data.tokenizer import TOKENIZER_FILE
 from megatron_q3n.hf import Family, param_mappings
-from megatron_q3n.hf.model_config import to_published
 from megatron_q3n.hf.param_mapping import Shape
+from megatron_q3n.hf.published_config import to_published
 from megatron_q3n.hf.weights import (
     CONFIG,
     INDEX,
@@ -43,8 +45,9 @@ from megatron_q3n.hf.weights import (
 class Export:
     """Options of an export.
 
-    source: a checkpoint or a run directory. like: a model folder whose tokenizer files, and whose values of config.json
-    that the model does not determine, are used. tokenizer: a folder whose tokenizer files are used instead.
+    source: a checkpoint or a run directory. like: a model folder whose values of config.json that the model does not
+    determine are used. tokenizer: None exports the tokenizer that the run trained with, or, of a checkpoint without a
+    run directory, that of `like`.
     """
 
     source: Path
@@ -53,7 +56,7 @@ class Export:
     dtype: torch.dtype = torch.bfloat16
     max_shard_bytes: int = 4_000_000_000
     like: Path | None = None
-    tokenizer: Path | None = None
+    tokenizer: TokenizerSource | None = None
     verify: Verify = "full"
 
 
@@ -63,12 +66,10 @@ def export_weights(export: Export, note: Note, advance: Advance) -> Path:
     Raises: UserError if the checkpoint is damaged, transformers does not support its model, or the output exists or
         exceeds the free disk space.
     """
-    if export.tokenizer and not any((export.tokenizer / name).is_file() for name in SIDE_FILES):
-        raise UserError(f"--tokenizer {export.tokenizer}: no tokenizer files (tokenizer.json, …) there.")
     checkpoint = find(export.source)
     model = _model(checkpoint)
-    like = read_json(export.like / CONFIG) if export.like else None
-    config = to_published(model, export.family, like) | {"dtype": _name(export.dtype)}
+    tokenizer = _tokenizer(export, checkpoint, model, note)
+    config = _config(export, model, tokenizer)
     if problems := find_damage(checkpoint, export.verify):
         raise UserError("\n".join([*problems, "The checkpoint is damaged; export another checkpoint."]))
     saved, chunked_model = SavedTensors(checkpoint), list(chunked_mappings(model, export.family))
@@ -96,7 +97,7 @@ def export_weights(export: Export, note: Note, advance: Advance) -> Path:
                         advance(done + written, total)
             done += shard.num_bytes
             advance(done, total)
-        _write_companions(output_files.folder, config, shards, export)
+        _write_companions(output_files.folder, config, shards, tokenizer)
         output_files.publish()
     return checkpoint
 
@@ -107,6 +108,44 @@ def _model(checkpoint: Path) -> ModelConfig:
         return ModelConfig.model_validate(section)
     except ValueError as error:
         raise UserError(f"{checkpoint}: its model section is invalid: {error}") from None
+
+
+def _tokenizer(export: Export, checkpoint: Path, model: ModelConfig, note: Note) -> PublishedTokenizer | None:
+    """Return the tokenizer to export: the given one, the run's, or that of `like`; None if there is none."""
+    source = export.tokenizer or _run_tokenizer(checkpoint)
+    if source is None and export.like and (export.like / TOKENIZER_FILE).is_file():
+        source = TokenizerSource(export.like)
+    if source is None:
+        note(f"{checkpoint} is not in a run directory: exporting without a tokenizer; --tokenizer FOLDER adds one")
+        return None
+    companions = [*([export.like] if export.like else []), *published_folders(checkpoint)]
+    tokenizer = published_tokenizer(source, companions, model.max_position_embeddings)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"tokenizer {source.path} has {tokenizer.vocab_size} tokens, more than the model's vocabulary of "
+            f"{model.vocab_size}; give --tokenizer with the one that the model was trained with."
+        )
+    return tokenizer
+
+
+def _run_tokenizer(checkpoint: Path) -> TokenizerSource | None:
+    try:
+        return run_tokenizer(checkpoint)
+    except UserError as error:
+        raise UserError(
+            f"the tokenizer of the run cannot be read: {error} Or give its tokenizer with --tokenizer FOLDER."
+        ) from None
+
+
+def _config(export: Export, model: ModelConfig, tokenizer: PublishedTokenizer | None) -> dict[str, Any]:
+    """Return the content of config.json."""
+    like = read_json(export.like / CONFIG) if export.like else None
+    token_ids = tokenizer.token_ids if tokenizer else None
+    if tokenizer and export.like and not tokenizer.is_chat_format and has_tokenizer(export.like, tokenizer.fingerprint):
+        # the released values, which may stop at fewer tokens than generation_config.json
+        token_ids = None
+    config = to_published(model, export.family, like, token_ids)
+    return config | {"dtype": _name(export.dtype)}
 
 
 def _published(
@@ -171,14 +210,14 @@ def _is_in(shard: Shard, name: str) -> bool:
     return name in shard.slots or (expert is not None and expert.stack in shard.slots)
 
 
-def _write_companions(folder: Path, config: dict[str, Any], shards: list[Shard], export: Export) -> None:
-    """Write config.json and the index, and copy the tokenizer files."""
+def _write_companions(
+    folder: Path, config: dict[str, Any], shards: list[Shard], tokenizer: PublishedTokenizer | None
+) -> None:
+    """Write config.json, the index, and the tokenizer files."""
     for name, content in ((CONFIG, config), (INDEX, index_of(shards))):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    for source in (export.like, export.tokenizer):
-        for name in SIDE_FILES if source else ():
-            if source and (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+    if tokenizer is not None:
+        tokenizer.write(folder)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -18,12 +18,13 @@ import yaml
 from torch import Tensor
 
 from megatron_q3n.checkpoint.integrity import write_manifest
-from megatron_q3n.config import ModelConfig
+from megatron_q3n.config import ModelConfig, UserError
 from megatron_q3n.conversion.resumable_output import Note, ResumableOutput, plan_digest
 from megatron_q3n.conversion.tensor_chunks import ChunkedMapping, TensorChunk, chunked_mappings, initial_router_state
 from megatron_q3n.conversion.torch_dist import Record, write_data, write_metadata
 from megatron_q3n.hf import QWEN3_5_MOE, QWEN3_NEXT, Family, param_mappings
 from megatron_q3n.hf.model_config import from_published
+from megatron_q3n.hf.model_mapping import HEAD
 from megatron_q3n.hf.weights import CONFIG, VISION, PublishedWeights, read_json
 
 # size of a data file: the work that an interruption loses at most
@@ -63,7 +64,10 @@ def import_weights(source: Path, output: Path, note: Note, advance: Advance) -> 
     weights = PublishedWeights(source)
     model, family = from_published(read_json(source / CONFIG), has_mtp="mtp.fc.weight" in weights)
     family = _with_prefix_of(family, weights)
-    weights.check(param_mappings(model, family))
+    _check_counts(model, weights)
+    weights.check(param_mappings(model, family), ignored={HEAD} if family.tied_embeddings else ())
+    if family.tied_embeddings:
+        note("the source has one tensor for embedding and head; here the head is a copy, which training changes")
     groups = _groups(list(chunked_mappings(model, family)), weights)
     total = sum(size for group in groups for _, size in group)
     task = {
@@ -102,6 +106,16 @@ def _with_prefix_of(family: Family, weights: PublishedWeights) -> Family:
     prefixes = (QWEN3_5_MOE.prefix, QWEN3_NEXT.prefix)
     used = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in weights)]
     return replace(family, prefix=used[0]) if used else family
+
+
+def _check_counts(model: ModelConfig, weights: PublishedWeights) -> None:
+    """Refuse more layers and experts than the files can have, before their parameters are listed."""
+    has_stacks = any(name.endswith(".experts.gate_up_proj") for name in weights)
+    if model.num_layers * (1 if has_stacks else model.num_moe_experts) > len(weights):
+        raise UserError(
+            f"{CONFIG} describes {model.num_layers} layers of {model.num_moe_experts} experts, and the files of "
+            f"{weights.folder} have {len(weights)} tensors. The two are not of one model; download them again."
+        )
 
 
 def _groups(model: list[ChunkedMapping], weights: PublishedWeights) -> list[list[tuple[ChunkedMapping, int]]]:

@@ -77,10 +77,14 @@ class ChatTemplate:
             )
         return [TextSegment(plain, False)]
 
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Special tokens by the names that templates use."""
+        return {"eod_token": self._tokenizer.eod_token, "eos_token": self._tokenizer.eod_token, "bos_token": ""}
+
     def _render_text(self, messages: list[dict[str, Any]], extras: dict[str, Any]) -> str:
-        names = {"eod_token": self._tokenizer.eod_token, "eos_token": self._tokenizer.eod_token, "bos_token": ""}
         try:
-            (text,), _ = render_jinja_template([messages], chat_template=self.source, **names, **extras)
+            (text,), _ = render_jinja_template([messages], chat_template=self.source, **self.named_tokens, **extras)
         except (TemplateError, TypeError) as error:
             raise UserError(f"the chat template refuses a conversation: {error}") from None
         return text

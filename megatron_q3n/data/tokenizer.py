@@ -118,6 +118,11 @@ class TextTokenizer:
         added = self._backend.get_added_tokens_decoder()
         return {token.content: index for index, token in added.items() if token.special}
 
+    @property
+    def content(self) -> str:
+        """The canonical JSON of tokenizer.json."""
+        return self._canonical
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json into a folder."""
         (folder / TOKENIZER_FILE).write_text(self._canonical, encoding="utf-8")
@@ -135,7 +140,7 @@ class TextTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the canonical JSON of tokenizer.json: independent of the file's formatting."""
-        return hashlib.sha256(self._canonical.encode("utf-8")).hexdigest()
+        return hashlib.sha256(self._canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def unique_identifiers(self) -> "OrderedDict[str, Any]":
@@ -210,7 +215,7 @@ def tokenizer_file(path: str | Path) -> Path:
 def fingerprint_of(path: str | Path) -> str:
     """Return the fingerprint of a tokenizer.json without building the tokenizer."""
     canonical = _canonical(_read_tokenizer(tokenizer_file(path)))
-    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _canonical(content: dict[str, Any]) -> str:
@@ -222,7 +227,8 @@ def _canonical(content: dict[str, Any]) -> str:
 def _read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    # RecursionError: nested too deeply
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error}). Download or create the file again.") from None
     if not isinstance(content, dict):
         raise UserError(
@@ -233,13 +239,28 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _read_tokenizer(file: Path) -> dict[str, Any]:
     content = _read_object(file)
-    decoder = content.get("decoder") or {}
-    if "ByteLevel" not in {part.get("type") for part in [decoder, *decoder.get("decoders", [])]}:
+    decoder = content.get("decoder")
+    if "ByteLevel" not in _decoder_types(decoder):
+        kind = decoder.get("type") if isinstance(decoder, dict) else "no object"
         raise UserError(
-            f"tokenizer {file}: its decoder is {decoder.get('type')}, not ByteLevel. Only byte-level "
+            f"tokenizer {file}: its decoder is {kind}, not ByteLevel. Only byte-level "
             "tokenizers (GPT-2, Llama 3, Qwen, --train-tokenizer) are supported: they encode every text."
         )
+    added = content.get("added_tokens", [])
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) for token in added
+    ):
+        raise UserError(f"tokenizer {file}: added_tokens is not a list of tokens. Download or create the file again.")
     return content
+
+
+def _decoder_types(decoder: Any) -> set[Any]:
+    """Return the types of a decoder and of its parts, if it is a sequence; of a damaged one nothing."""
+    if not isinstance(decoder, dict):
+        return set()
+    parts = decoder.get("decoders", [])
+    parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return {kind for part in [decoder, *parts] if isinstance(kind := part.get("type"), str)}
 
 
 def _find_eod_token(file: Path, content: dict[str, Any], requested: str | None) -> str:
@@ -263,4 +284,5 @@ def _configured_eos(folder: Path) -> str | None:
     if not file.is_file():
         return None
     token = _read_object(file).get("eos_token")
-    return token["content"] if isinstance(token, dict) else token
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None

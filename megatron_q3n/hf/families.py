@@ -17,7 +17,8 @@ class Family:
     prefix: of all parameters but those of the head and multi-token prediction. flat_projections: in_proj_{qkv,z,b,a}
     instead of in_proj_{qkvz,ba}. stacked_experts: one tensor for gate and up, and one for down, of all experts of a
     trunk layer. multimodal: the text part of a larger model, config.json has a text_config. float32: suffixes of
-    parameters that are published in fp32 while the others are in bf16.
+    parameters that are published in fp32 while the others are in bf16. tied_embeddings: of one model folder, the head
+    is the embedding, and lm_head.weight is absent or ignored.
     """
 
     model_type: str
@@ -27,6 +28,7 @@ class Family:
     stacked_experts: bool = False
     multimodal: bool = False
     float32: tuple[str, ...] = ()
+    tied_embeddings: bool = False
 
 
 QWEN3_NEXT = Family("qwen3_next", "Qwen3NextForCausalLM")

@@ -33,18 +33,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, SLIDING_ATTENTION, ModelConfig, UserError
+from megatron_q3n.config import GATED_ATTENTION, GATED_DELTA_NET, ModelConfig, UserError
 from megatron_q3n.hf.families import QWEN3_NEXT, Family
+from megatron_q3n.hf.function_settings import check_function
 from megatron_q3n.hf.param_mapping import HUGGING_FACE, MEGATRON, ParamMapping, Shape, check_names
 
-# settings with one value in the Hugging Face format, several in ours
-_PUBLISHED = {
-    "attention_gate": "elementwise",
-    "attention_gate_position": "output",
-    "attention_gate_activation": "sigmoid",
-    "attention_gate_shared": False,
-    "moe_router_enable_expert_bias": False,
-}
+HEAD = "lm_head.weight"
 
 
 def to_megatron(
@@ -82,18 +76,7 @@ def check_publishable(config: ModelConfig) -> None:
 
     Raises: UserError naming the setting.
     """
-    variant = {
-        name: getattr(config, name) for name, published in _PUBLISHED.items() if getattr(config, name) != published
-    }
-    if SLIDING_ATTENTION in config.mixer_pattern:
-        variant["mixer_pattern"] = config.mixer_pattern
-    if variant:
-        settings = ", ".join(f"model.{name}={value}" for name, value in variant.items())
-        raise UserError(
-            f"{settings} cannot be exported: the Hugging Face format has no field for it, so transformers and vLLM "
-            "would run another model. The format covers attention with an elementwise sigmoid gate on the output of "
-            "each head, Gated DeltaNet, no sliding windows, and routers without a bias."
-        )
+    check_function(config)
     if _num_predictors(config) > 1:
         raise UserError(
             f"model.mtp_num_layers={config.mtp_num_layers} with a layer for each depth has no "
@@ -109,10 +92,12 @@ def param_mappings(config: ModelConfig, family: Family = QWEN3_NEXT) -> list[Par
     layers 2i and 2i+1.
     """
     embedding, norm = (config.vocab_size, config.hidden_size), (config.hidden_size,)
+    embedding_name = family.prefix + "embed_tokens.weight"
     table = [
-        _same("embedding.word_embeddings.weight", family.prefix + "embed_tokens.weight", embedding),
+        _same("embedding.word_embeddings.weight", embedding_name, embedding),
         _same("decoder.final_norm.weight", family.prefix + "norm.weight", norm),
-        _same("output_layer.weight", "lm_head.weight", embedding),
+        # our head is a tensor of its own, which starts as a copy of a tied embedding
+        _same("output_layer.weight", embedding_name if family.tied_embeddings else HEAD, embedding),
     ]
     for i, mixer in enumerate(config.mixers):
         published = f"{family.prefix}layers.{i}."

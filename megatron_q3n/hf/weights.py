@@ -8,7 +8,7 @@ advance: a shard's header is written first, then tensors, or single experts of a
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,13 +97,16 @@ class PublishedWeights(Mapping[str, Tensor]):
         """Return the size of every shard."""
         return {name: (self.folder / name).stat().st_size for name in self._files}
 
-    def check(self, table: Iterable[ParamMapping]) -> None:
+    def check(self, table: Iterable[ParamMapping], ignored: Container[str] = ()) -> None:
         """Compare names, shapes and dtypes with the parameter mappings, before the conversion starts.
+
+        ignored: names of tensors that may be there and are not read.
 
         Raises: UserError naming the first missing or unexpected tensor, wrong shape or unsupported dtype.
         """
         expected = {name: shape for mapping in table for name, shape in mapping.sources(self).items()}
-        check_names(HUGGING_FACE, (name for name in self if not name.startswith(VISION)), expected)
+        found = (name for name in self if not name.startswith(VISION) and name not in ignored)
+        check_names(HUGGING_FACE, found, expected)
         for name, shape in expected.items():
             if self.shape(name) != shape:
                 raise UserError(
@@ -210,7 +213,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a Hugging Face model folder, which has one.") from None
-    except ValueError as error:
+    # RecursionError: nested too deeply
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); download it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; download it again.")

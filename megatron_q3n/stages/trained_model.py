@@ -12,15 +12,14 @@ from megatron_q3n.config import ModelConfig, RunConfig, UserError, validate
 from megatron_q3n.config.data import DataConfig
 from megatron_q3n.config.plain_yaml import read_mapping
 from megatron_q3n.conversion.importing import KEPT
-from megatron_q3n.data.manifest import verify_prepared
-from megatron_q3n.data.stdlib import load_stdlib_corpus
+from megatron_q3n.conversion.run_tokenizer import run_tokenizer
 from megatron_q3n.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from megatron_q3n.device import Device
 from megatron_q3n.kernels.startup.qualification import qualify
 from megatron_q3n.model.build import build_model
 from megatron_q3n.model.transformer_config import compute_dtype
 from megatron_q3n.parallel import Parallel
-from megatron_q3n.run_directory import CONFIG, TOKENIZER_FOLDER
+from megatron_q3n.run_directory import CONFIG
 
 # the data settings that select the text, without those of layout and caching
 TEXT_SETTINGS = (
@@ -80,24 +79,13 @@ def checkpoint_tokenizer(source: Path, setting: str | None) -> TextTokenizer:
     """
     if setting is not None:
         return TextTokenizer.load(setting)
-    if (source / KEPT / TOKENIZER_FILE).is_file():
-        return TextTokenizer.load(source / KEPT)
-    run_dir = source.parent.parent
-    if (run_dir / TOKENIZER_FOLDER / TOKENIZER_FILE).is_file():
-        return TextTokenizer.load(run_dir / TOKENIZER_FOLDER)
-    run_config = run_dir / CONFIG
-    if not run_config.is_file():
+    found = run_tokenizer(source)
+    if found is None:
         raise UserError(
             f"{source} is not in a run directory and has no {KEPT}/{TOKENIZER_FILE}: set its tokenizer "
             "with inference.tokenizer=FOLDER."
         )
-    data = yaml.safe_load(run_config.read_text())["data"]
-    if data["tokenizer"] is not None:
-        return TextTokenizer.load(data["tokenizer"])
-    if data["source"] == "stdlib":
-        return TextTokenizer.load(load_stdlib_corpus(DataConfig.model_validate(data)).train)
-    folder = data["train"][0]["path"]
-    return TextTokenizer.load(folder, verify_prepared(folder).tokenizer.eod_token)
+    return TextTokenizer.load(found.path, found.eod_token)
 
 
 def find_checkpoint(config: RunConfig) -> Path:

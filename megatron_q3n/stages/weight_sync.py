@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_q3n import checkpoint
 from megatron_q3n.conversion.exporting import Export, export_weights
+from megatron_q3n.conversion.run_tokenizer import TokenizerSource
 from megatron_q3n.hf import QWEN3_NEXT
 from megatron_q3n.run_directory import TOKENIZER_FOLDER
 from megatron_q3n.training.state import TrainState
@@ -31,7 +32,7 @@ class WeightSync:
             # a killed run may have left an incomplete one
             shutil.rmtree(output, ignore_errors=True)
             dtype = next(self._state.models[0].parameters()).dtype
-            tokenizer = self._run_dir / TOKENIZER_FOLDER
+            tokenizer = TokenizerSource(self._run_dir / TOKENIZER_FOLDER, is_chat_format=True)
             export = Export(saved, output, QWEN3_NEXT, dtype, tokenizer=tokenizer, verify="sizes")
             export_weights(export, _discard, _discard)
             for old in sorted(self._folder.glob("version_*"))[:-NUM_KEPT]:

@@ -114,6 +114,17 @@ def test_truncation_in_the_file_does_not_cut_documents(tmp_path: Path) -> None:
         ("[]", "not a JSON object"),
         ("{}", "not ByteLevel"),
         ('{"decoder": {"type": "Metaspace"}}', "its decoder is Metaspace"),
+        ('{"decoder": "ByteLevel"}', "its decoder is no object"),
+        ('{"decoder": ["ByteLevel"]}', "its decoder is"),
+        ('{"decoder": {"type": ["ByteLevel"]}}', "its decoder is"),
+        ('{"decoder": {"type": "Sequence", "decoders": "ByteLevel"}}', "its decoder is Sequence"),
+        ('{"decoder": {"type": "Sequence", "decoders": [null, 3]}}', "its decoder is Sequence"),
+        ('{"decoder": {"type": "ByteLevel"}, "added_tokens": {"a": 1}}', "added_tokens is not a list of tokens"),
+        (
+            '{"decoder": {"type": "ByteLevel"}, "added_tokens": [{"content": 7}]}',
+            "added_tokens is not a list of tokens",
+        ),
+        ("[" * 100_000, "not JSON"),
         (
             '{"decoder": {"type": "ByteLevel"}, "added_tokens": [{"content": "</s>"}]}',
             "the tokenizers library refuses it",

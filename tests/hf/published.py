@@ -37,16 +37,16 @@ SIZES: dict[str, Any] = {
 }
 
 
-def transformers_model(model_type: str) -> nn.Module:
-    """Return a random model of transformers whose weights differ from the initial values."""
+def transformers_model(model_type: str, **fields: Any) -> nn.Module:
+    """Return a random model of transformers whose weights differ from the initial values; fields of its config."""
     # first: it prevents the import of flash-linear-attention
     modeling = qwen3_next()
     if model_type == "qwen3_next":
-        model = modeling.Qwen3NextForCausalLM(modeling.Qwen3NextConfig(**SIZES))
+        model = modeling.Qwen3NextForCausalLM(modeling.Qwen3NextConfig(**SIZES, **fields))
     else:
         from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
-        model = moe.Qwen3_5MoeForCausalLM(moe.Qwen3_5MoeTextConfig(**SIZES))
+        model = moe.Qwen3_5MoeForCausalLM(moe.Qwen3_5MoeTextConfig(**SIZES, **fields))
     move_from_init(model)
     return model.eval()
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_q3n.config import ModelConfig, UserError
 from megatron_q3n.hf import QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_NEXT, Family
-from megatron_q3n.hf.model_config import family_of, from_published, to_published
+from megatron_q3n.hf.model_config import family_of, from_published
+from megatron_q3n.hf.published_config import to_published
 from tests.model.reference.test_model import qwen3_next
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes" / "model"
@@ -127,7 +128,24 @@ def test_transformers_reads_it_as_meant(family: Family) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tie_word_embeddings", True),
+        ("tie_word_embeddings", 2),
+        ("num_hidden_layers", 10**9),
+        ("num_experts", 10**9),
+        ("hidden_size", 10**400),
+        ("hidden_size", "2048"),
+        ("hidden_size", True),
+        ("hidden_size", 2048.5),
+        ("hidden_size", None),
+        ("rms_norm_eps", float("nan")),
+        ("rope_theta", float("inf")),
+        ("rope_theta", "1e7"),
+        ("full_attention_interval", 0),
+        ("full_attention_interval", "4"),
+        ("layer_types", [1, 2]),
+        ("layer_types", [["full_attention"]]),
+        ("layer_types", "full_attention"),
+        ("rope_parameters", "default"),
+        ("rope_parameters", ["default"]),
         ("norm_topk_prob", False),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
@@ -143,6 +161,40 @@ def test_what_we_cannot_represent_is_named(field: str, value: object) -> None:
     name = "rope_parameters" if field == "rope_scaling" else field
     with pytest.raises(UserError, match=rf"config\.json: {name}=.*is not supported"):
         from_published(QWEN3_NEXT_80B | {field: value}, has_mtp=True)
+
+
+def test_a_missing_interval_is_that_of_transformers() -> None:
+    """Null too, as other programs write it."""
+    expected, _ = from_published(QWEN3_NEXT_80B, has_mtp=True)
+    without = {name: value for name, value in QWEN3_NEXT_80B.items() if name != "full_attention_interval"}
+    assert from_published(without, has_mtp=True)[0] == expected
+    assert from_published(without | {"full_attention_interval": None}, has_mtp=True)[0] == expected
+    assert from_published(without | {"full_attention_interval": 2}, has_mtp=True)[0].mixer_pattern == "G*"
+
+
+@pytest.mark.parametrize(
+    ("published", "message"),
+    [
+        ({"model_type": ["qwen3_next"]}, r"model_type=\['qwen3_next'\] is not supported"),
+        ({"model_type": "qwen3_5_moe", "text_config": ["a"]}, r"text_config=\['a'\] is not supported"),
+        (
+            {"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_5_text"}},
+            r"text_config\.model_type=qwen3_5_text is not supported; supported is only 'qwen3_5_moe_text'",
+        ),
+    ],
+)
+def test_another_structure_is_refused(published: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_published(published, has_mtp=False)
+
+
+def test_a_refused_setting_has_its_published_name() -> None:
+    with pytest.raises(UserError, match=r"partial_rotary_factor: Input should be less than or equal to 1"):
+        from_published(QWEN3_NEXT_80B | {"partial_rotary_factor": 3.0}, has_mtp=True)
+    with pytest.raises(UserError, match=r"linear_conv_kernel_dim: Input should be greater than 1"):
+        from_published(QWEN3_NEXT_80B | {"linear_conv_kernel_dim": 1}, has_mtp=True)
+    with pytest.raises(UserError, match=r"rms_norm_eps: Input should be greater than 0"):
+        from_published(QWEN3_NEXT_80B | {"rms_norm_eps": -1}, has_mtp=True)
 
 
 def test_impossible_sizes_are_refused_with_our_reason() -> None:

@@ -18,7 +18,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 from megatron_q3n import hf
 from megatron_q3n.config import RunConfig
 from megatron_q3n.device import Device
-from megatron_q3n.hf.model_config import to_published
+from megatron_q3n.hf.published_config import to_published
 from tools.benchmarks.comparison.tokens import random_rows
 
 Gradients = Literal["bf16", "fp32"]
