@@ -5,6 +5,7 @@ A stage that a check refuses keeps the reason in `Stage.problem`, so that a dry 
 
 import argparse
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,11 +98,11 @@ def _new_pipeline(arguments: argparse.Namespace, site: Site, name: str) -> tuple
 def _new_folder(arguments: argparse.Namespace, name: str, run_dir: str | None, runs_dir: str) -> Path:
     """Return the new directory: --run-dir, the setting run_dir, or a new name below runs_dir."""
     if arguments.run_dir and run_dir:
-        raise UserError(f"--run-dir {arguments.run_dir} and run_dir={run_dir}: give one of them.")
+        raise UserError(f"--run-dir {arguments.run_dir} and the setting run_dir, {run_dir}: give one of them.")
     chosen = arguments.run_dir or (Path(run_dir) if run_dir else None)
     folder = check_folder((chosen or pipeline.new_folder(runs_dir, name)).expanduser().resolve(), "run directory")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--run-dir {folder} is not empty; to resume it: --resume {folder}")
+        raise UserError(f"--run-dir {folder} is not empty; to resume it: --resume {shlex.quote(str(folder))}")
     return folder
 
 

@@ -4,8 +4,17 @@ Hydra splits unquoted values at commas (a sweep) and reads brackets, quotes and 
 """
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
+
+# read by Hydra as a text
+_PLAIN_PATH = re.compile(r"/[\w/.+@-]*", re.ASCII)
+
+
+def shell_override(name: str, path: Path) -> str:
+    """Return the override name=path for a command that a user pastes into a shell."""
+    return shlex.quote(override(name, path))
 
 
 def override(name: str, value: str | int | Path | Sequence[str] | None) -> str:
@@ -13,6 +22,8 @@ def override(name: str, value: str | int | Path | Sequence[str] | None) -> str:
     if value is None:
         return f"{name}=null"
     if isinstance(value, int):
+        return f"{name}={value}"
+    if isinstance(value, Path) and _PLAIN_PATH.fullmatch(str(value)):
         return f"{name}={value}"
     if isinstance(value, (str, Path)):
         return f"{name}={quoted(str(value))}"
