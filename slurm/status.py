@@ -33,7 +33,8 @@ def main() -> int:
             table.add_column(column, overflow="fold")
         for row in rows(pipeline.read_lineage(Path(sys.argv[1]))):
             table.add_row(*map(escape, row))
-    except UserError as error:
+    # messages of OSError contain the file name
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     Console().print(table)

@@ -54,7 +54,8 @@ def main() -> int:
         if arguments.local:
             return _run_locally(folder, remaining)
         return _submit(folder, remaining)
-    except UserError as error:
+    # messages of OSError contain the file name
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
 

@@ -70,6 +70,16 @@ def test_what_a_kill_may_leave_is_skipped(tmp_path: Path, files: dict[str, str |
     assert "2/12" in done.stdout
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    folder = run_directory(tmp_path / "run")
+    (folder / "slurm" / "attempts.jsonl").unlink()
+    (folder / "slurm" / "attempts.jsonl").mkdir()
+    done = call("slurm.status", str(folder))
+    assert done.returncode == 2
+    assert f"{folder}/slurm/attempts.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_resumed_run_without_configuration_is_named(tmp_path: Path) -> None:
     done = call("slurm.submit", "--dry-run", "--resume", str(run_directory(tmp_path / "run")))
     assert done.returncode == 2

@@ -97,7 +97,7 @@ TINY = (
     "schedule.lr=1e-3",
     "schedule.warmup_steps=2",
     "instruments.interval_steps=0",
-    "instruments.microbatches=1000",
+    "instruments.global_rows=1000",
 )
 # figure of a step -> largest relative difference allowed
 TOLERANCES = {"loss": 1e-5, "grad norm": 1e-4, "mtp": 1e-5, "balance": 1e-5, "inside": 1e-4}
