@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_q3n.config import RunConfig, UserError, default_tree, known_settings, suggest, validate
+from megatron_q3n.config.override_text import hydra_quoted
 from megatron_q3n.config.plain_yaml import read_mapping
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -67,6 +68,14 @@ def configure(arguments: list[str]) -> RunConfig:
 
     Raises: UserError for a wrong recipe, setting or value.
     """
+    return validate(configured_tree(arguments))
+
+
+def configured_tree(arguments: list[str]) -> dict[str, Any]:
+    """Return the composed configuration that command-line arguments describe, unchecked.
+
+    Raises: UserError for a wrong recipe or setting.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m megatron_q3n.train",
         description="Train a Qwen3-Next-like model from a recipe.",
@@ -81,7 +90,7 @@ def configure(arguments: list[str]) -> RunConfig:
     options = parser.parse_args(arguments)
     if options.resume:
         return _resumed(Path(options.resume), options.overrides)
-    return validate(_composed(options.config_name, options.config_dir, options.overrides))
+    return _composed(options.config_name, options.config_dir, options.overrides)
 
 
 def _composed(recipe: str, config_dir: str | None, overrides: list[str]) -> dict[str, Any]:
@@ -102,7 +111,7 @@ def _composed(recipe: str, config_dir: str | None, overrides: list[str]) -> dict
             f"--config-name {recipe}: no such recipe.{suggest(recipe, _recipes())} There are: {', '.join(_recipes())}."
         )
     home = next(folder for folder in reversed(folders) if (folder / f"{recipe}.yaml").is_file())
-    search = [f"hydra.searchpath=[file://{folder}]" for folder in folders if folder != home]
+    search = [f"hydra.searchpath=[{hydra_quoted(f'file://{folder}')}]" for folder in folders if folder != home]
     # the pass-through takes any field of TransformerConfig, so Hydra must not require a "+" for a new key
     prepared = [f"++{o}" if o.startswith("model.megatron.") else o for o in overrides]
     try:
@@ -112,7 +121,7 @@ def _composed(recipe: str, config_dir: str | None, overrides: list[str]) -> dict
         raise UserError(_explain(error, overrides)) from None
 
 
-def _resumed(run_dir: Path, overrides: list[str]) -> RunConfig:
+def _resumed(run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"--resume {run_dir}: not a run directory (it has no config.yaml). Try --resume runs/latest.")
@@ -127,7 +136,7 @@ def _resumed(run_dir: Path, overrides: list[str]) -> RunConfig:
         plain = plain_tree(tree)
     except (OmegaConfBaseException, AttributeError, RecursionError) as error:
         raise UserError(_explain(error, overrides)) from None
-    return validate(plain | {"run_dir": str(run_dir.resolve())})
+    return plain | {"run_dir": str(run_dir.resolve())}
 
 
 def plain_tree(tree: DictConfig) -> dict[str, Any]:

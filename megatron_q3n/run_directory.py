@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from megatron_q3n.config import RunConfig, UserError, launch
+from megatron_q3n.config.override_text import shell_override
 from megatron_q3n.device import Device
 
 CONFIG, ENVIRONMENT, LATEST = "config.yaml", "environment.json", "latest"
@@ -107,7 +108,7 @@ def check_same_data(run_dir: Path, config: RunConfig) -> None:
     if differences:
         raise UserError(
             f"{run_dir} cannot be resumed with other data or batches: {'; '.join(differences)}. "
-            f"Set them back, or start a new run from its weights: checkpoint.load={run_dir}"
+            f"Set them back, or start a new run from its weights: {shell_override('checkpoint.load', run_dir)}"
         )
 
 

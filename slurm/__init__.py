@@ -1,11 +1,16 @@
 """Slurm integration: recipes and pipelines as jobs on a cluster, or as the same steps on one machine.
 
-    submit.py      the main command: validate, write the job files, submit
+    submit.py      the main command: write the job files, submit
+    stages.py      stages of a submission, validated for the site
     pipeline.py    recipes/pipeline-*.yaml: stages, and the checkpoint that each loads
     site.py        settings of a cluster, one YAML file per cluster (sites/)
+    yaml_files.py  reader of site and pipeline files
     checks.py      checks before submission
     snapshot.py    copy of the code in the run directory, from which the job runs
+    user_code.py   the user's own modules that a recipe names, for the snapshot
     script.py      the sbatch script
+    directives.py  its #SBATCH lines, and checks of values that become part of them
+    credential_rules.py  what looks like a credential and must not be written
     jobs.py        calls of sbatch and squeue
     supervise.py   supervisor in the job: start, monitor, requeue or give up     (standard library only)
     preflight.py   check of every node before training: GPUs, disk, network      (standard library only)

@@ -4,6 +4,8 @@ The recipe itself is already validated. Data files are checked on the machine wh
 therefore have access to the cluster's file system.
 """
 
+import contextlib
+import io
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,9 @@ from megatron_q3n.config.sizes import parameters
 from megatron_q3n.data.blend import load_blends
 from megatron_q3n.planner import Gpu, plan
 from slurm.site import Site
+from slurm.snapshot import ROOT
 
+EXPORT_TOOL = "tools/convert_hf.py"
 GIB = 2**30
 # bytes per parameter: fp32 master weights and two Adam moments
 MASTER_AND_MOMENTS_BYTES = 12
@@ -39,6 +43,44 @@ def check_run(
         _check_loaded_checkpoint(config, before)
     _check_memory(config, site)
     _check_space(config)
+
+
+def check_tool(stage: str, command: list[str], config: RunConfig | None) -> None:
+    """Check that the command of a stage can run: its program exists, and an export suits the model before it.
+
+    config: the configuration of the stage that it starts from, if that is a recipe.
+
+    Raises: UserError if the program is missing, or the model cannot be exported with these options.
+    """
+    program = command[0]
+    if not program.startswith("-") and not (ROOT / program).is_file():
+        raise UserError(f"stage {stage}: tool: {program} does not exist in {ROOT}.")
+    if program == EXPORT_TOOL and command[1:2] == ["export"]:
+        _check_export(stage, command[1:], config)
+
+
+def _check_export(stage: str, arguments: list[str], config: RunConfig | None) -> None:
+    # imports torch, which only this check needs
+    from megatron_q3n.hf.model_config import family_of, to_published
+    from megatron_q3n.hf.weights import CONFIG, read_json
+    from tools.convert_hf import parse
+
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            options = parse(arguments)
+    except SystemExit:
+        reason = message.getvalue().strip().splitlines() or ["its options are not valid"]
+        raise UserError(f"stage {stage}: {EXPORT_TOOL}: {reason[-1]}") from None
+    for option, folder in (("--like", options.like), ("--tokenizer", options.tokenizer)):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"stage {stage}: {option} {folder}: no such folder on this machine.")
+    if config is not None:
+        like = read_json(options.like / CONFIG) if options.like else None
+        try:
+            to_published(config.model, family_of(options.model_type, options.like), like)
+        except UserError as error:
+            raise UserError(f"stage {stage} cannot export the model of its `from`: {error}") from None
 
 
 def checkpoint_bytes(config: RunConfig) -> float:

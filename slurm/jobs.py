@@ -1,5 +1,7 @@
-"""Calls of sbatch and squeue."""
+"""Calls of sbatch and squeue, and the environment in which they are made."""
 
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,6 +23,25 @@ ACTIVE_STATES = {
     "REQUEUE_FED",
     "SPECIAL_EXIT",
 }
+
+
+# of an enclosing job, its step and its launcher; what selects the cluster is kept
+_OF_A_JOB = re.compile(
+    r"(SLURM|SLURMD|SRUN|PMI|PMI2|PMIX|OMPI|TORCHELASTIC)_.*|GPU_DEVICE_ORDINAL|CUDA_VISIBLE_DEVICES"
+    r"|ROCR_VISIBLE_DEVICES|MASTER_ADDR|MASTER_PORT|(LOCAL_|GROUP_)?RANK|(LOCAL_)?WORLD_SIZE"
+)
+_OF_THE_CLUSTER = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"}
+
+
+def leave_enclosing_job() -> None:
+    """Remove the variables of a job in which this command runs from the environment; nothing outside a job.
+
+    sbatch hands the environment to the new job, whose srun would take its shape and its CPUs from the enclosing job.
+    """
+    if "SLURM_JOB_ID" in os.environ:
+        for name in set(os.environ) - _OF_THE_CLUSTER:
+            if _OF_A_JOB.fullmatch(name):
+                del os.environ[name]
 
 
 def require_slurm() -> None:

@@ -13,43 +13,105 @@
         from: longcontext
 
 A stage runs after the stage named in `from`. Its run directory is PIPELINE_DIR/<stage>. A `tool` is a command run in
-the code folder instead of a recipe. A stage may set `nodes` and `time`. On the command line `stage.setting=value`
-overrides a setting of one stage, and `all.setting=value` of every recipe.
+the code folder instead of a recipe; {from} and {run_dir} in its arguments are replaced by those directories, other
+braces are kept. A stage may set `nodes` and `time`. On the command line `stage.setting=value` overrides a setting of
+one stage, and `all.setting=value` of every recipe.
 """
 
 import json
+import re
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from megatron_q3n.config import RunConfig, UserError, suggest
 from megatron_q3n.config.section import Section
 from slurm import progress
+from slurm.directives import check_line, check_time
+from slurm.yaml_files import read_mapping
 
 PREFIX = "pipeline-"
 FILE = "pipeline.json"
+CODE = "code"
+# a stage's name is a folder, a job's name, and the first part of stage.setting=value
+STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+RESERVED_NAMES = ("all", CODE, progress.SLURM_FOLDER)
+_PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)[^{}\s]*\}")
 
 
 class StageRecipe(Section):
     """One stage of a pipeline file."""
 
     recipe: str | None = None
-    tool: list[str] | None = None
+    tool: list[str] | None = Field(None, min_length=1)
     begins_with: str | None = Field(None, alias="from")
     overrides: list[str] = Field(default_factory=list)
     nodes: int | None = Field(None, gt=0)
     time: str | None = None
 
+    @field_validator("recipe")
+    @classmethod
+    def _names_a_file(cls, recipe: str | None) -> str | None:
+        return None if recipe is None else check_recipe_name(recipe, "recipe")
+
+    @field_validator("tool")
+    @classmethod
+    def _has_lines(cls, tool: list[str] | None) -> list[str] | None:
+        for part in tool or []:
+            check_line(part, "tool")
+        return tool
+
+    @field_validator("time")
+    @classmethod
+    def _is_time(cls, time: str | None) -> str | None:
+        return None if time is None else check_time(time, "time")
+
+    def tool_command(self, source: Path | None, run_dir: Path) -> list[str]:
+        """Return the command of a tool, with its directories in the places of {from} and {run_dir}."""
+        directories = {"run_dir": str(run_dir)} | ({"from": str(source)} if source else {})
+        return [_PLACEHOLDER.sub(lambda match: directories[match[1]], part) for part in self.tool or []]
+
 
 class PipelineRecipe(Section):
     """A file recipes/pipeline-*.yaml."""
 
-    stages: dict[str, StageRecipe]
+    stages: dict[str, StageRecipe] = Field(min_length=1)
+
+
+class SubmittedStage(BaseModel):
+    """One stage in pipeline.json; its run directory is the folder of its name beside that file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    begins_with: str | None = Field(None, alias="from")
+    tool: list[str] = Field(default_factory=list)
+    nodes: int = Field(1, gt=0)
+    time: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_folder(cls, name: str) -> str:
+        return check_stage_name(name, FILE)
+
+
+class SubmittedPipeline(BaseModel):
+    """A file pipeline.json."""
+
+    stages: list[SubmittedStage] = Field(min_length=1)
+
+
+class SubmittedJob(BaseModel):
+    """What is read of a job.json here; the supervisor reads all of it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    steps: int | None = None
+    time: str | None = None
 
 
 @dataclass
@@ -64,6 +126,9 @@ class Stage:
     begins_with: str | None = None
     num_nodes: int = 1
     time: str | None = None
+    # why it would be refused, and files of the user for the snapshot (name there -> file)
+    problem: str | None = None
+    user_files: dict[str, Path] = field(default_factory=dict)
 
     @property
     def job_file(self) -> Path:
@@ -82,27 +147,75 @@ class Stage:
         return progress.is_concluded(self.run_dir, steps)
 
 
+def check_recipe_name(name: str, where: str) -> str:
+    """Check that a recipe's name is one, without folders; return it without .yaml.
+
+    Raises: UserError that names `where`.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise UserError(
+            f"{where}: {name!r} is not the name of a recipe (letters, digits, _, - and .); name its folder with "
+            "--config-dir."
+        )
+    return name.removesuffix(".yaml")
+
+
+def check_stage_name(name: str, where: str) -> str:
+    """Check the name of a stage; return it.
+
+    Raises: UserError that names `where`.
+    """
+    if not STAGE_NAME.fullmatch(name) or name in RESERVED_NAMES:
+        raise UserError(
+            f"{where}: {name!r} cannot be the name of a stage, because it becomes a folder: letters, digits, _ and -, "
+            f"but not {', '.join(RESERVED_NAMES)}."
+        )
+    return name
+
+
 def read_recipe(path: Path) -> PipelineRecipe:
     """Read and check a pipeline file.
 
     Raises: UserError that names the stage and the problem.
     """
     try:
-        recipe = PipelineRecipe.model_validate(yaml.safe_load(path.read_text()))
+        recipe = PipelineRecipe.model_validate(read_mapping(path))
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        raise UserError(f"{path}: {'; '.join(problems)}") from None
+        raise UserError(f"{path}: {_problems(error)}") from None
     before: list[str] = []
     for name, stage in recipe.stages.items():
+        check_stage_name(name, str(path))
         if (stage.recipe is None) == (stage.tool is None):
             raise UserError(f"{path}: stage {name} needs either a recipe or a tool.")
+        if stage.tool is not None and stage.overrides:
+            raise UserError(f"{path}: stage {name}: overrides are for recipes; give a tool its options in `tool`.")
+        if stage.tool is not None and stage.nodes is not None:
+            raise UserError(f"{path}: stage {name}: a tool runs as one process; leave out nodes.")
         if stage.begins_with is not None and stage.begins_with not in before:
             raise UserError(
                 f"{path}: stage {name} is from {stage.begins_with}, which is not an earlier stage"
                 f"{suggest(stage.begins_with, before)} (earlier stages: {', '.join(before) or 'none'})."
             )
+        _check_placeholders(path, name, stage)
         before.append(name)
     return recipe
+
+
+def _check_placeholders(path: Path, name: str, stage: StageRecipe) -> None:
+    allowed = ["{run_dir}", *(["{from}"] if stage.begins_with else [])]
+    for part in stage.tool or []:
+        for match in _PLACEHOLDER.finditer(part):
+            if match[0] not in allowed:
+                reason = "" if stage.begins_with or match[0] != "{from}" else ", because the stage has no `from`"
+                raise UserError(
+                    f"{path}: stage {name}: tool: {match[0]} in {part!r} is not one of {', '.join(allowed)}{reason}."
+                )
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(map(str, p['loc']))}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors()
+    )
 
 
 def overrides_by_stage(overrides: list[str], stages: list[str]) -> dict[str, list[str]]:
@@ -135,19 +248,55 @@ def write_lineage(folder: Path, recipe: str, stages: list[Stage]) -> None:
     (folder / FILE).write_text(text + "\n")
 
 
-def read_lineage(folder: Path) -> list[dict[str, Any]]:
-    """Return the stages of a pipeline directory, in order, or the single stage of a run directory.
+def is_pipeline(folder: Path) -> bool:
+    """Return whether a folder is the directory of a pipeline."""
+    return (folder / FILE).is_file()
 
-    Raises: UserError if it is neither.
+
+def read_lineage(folder: Path) -> list[Stage]:
+    """Return the stages of a pipeline directory, in order, or the single stage of a run directory, without settings.
+
+    Raises: UserError if it is neither, or its files are damaged.
     """
-    if (folder / FILE).is_file():
-        return json.loads((folder / FILE).read_text())["stages"]
-    if (folder / progress.SLURM_FOLDER / progress.JOB).is_file():
-        return [{"name": folder.name, "run_dir": str(folder.resolve()), "from": None}]
+    folder = folder.resolve()
+    if is_pipeline(folder):
+        submitted = _read_json(folder / FILE, SubmittedPipeline)
+        return [
+            Stage(
+                stage.name,
+                folder / stage.name,
+                folder / CODE,
+                tool=stage.tool,
+                begins_with=stage.begins_with,
+                num_nodes=stage.nodes,
+                time=stage.time,
+            )
+            for stage in submitted.stages
+        ]
+    stage = Stage(folder.name, folder, folder / CODE)
+    if stage.job_file.is_file():
+        return [replace(stage, time=read_job(stage).time)]
     raise UserError(
         f"{folder} was not written by slurm.submit (no {FILE}, no slurm/{progress.JOB}). Give the directory that it "
         "printed."
     )
+
+
+def read_job(stage: Stage) -> SubmittedJob:
+    """Return what the job.json of a stage says; a stage that was not written yet has none.
+
+    Raises: UserError if it is damaged.
+    """
+    return _read_json(stage.job_file, SubmittedJob) if stage.job_file.exists() else SubmittedJob()
+
+
+def _read_json[Model: BaseModel](path: Path, model: type[Model]) -> Model:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged: {_problems(error)}. Restore it, or submit to a new directory.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _describe(stage: Stage) -> dict[str, Any]:

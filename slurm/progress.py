@@ -19,6 +19,13 @@ SLURM_FOLDER = "slurm"
 ATTEMPTS = "attempts.jsonl"
 JOB = "job.json"
 EXCLUDED = "excluded_nodes.txt"
+# event of a line in attempts.jsonl -> the values that it has
+_FIELDS = {
+    "submitted": {"job"},
+    "resubmitted": set(),
+    "begin": {"step", "nodes"},
+    "end": {"decision", "code", "reason", "step"},
+}
 
 
 def newest_step(run_dir: Path) -> int:
@@ -36,7 +43,8 @@ def is_concluded(run_dir: Path, steps: int | None) -> bool:
     summary = _read(run_dir / "summary.json")
     if steps is None or not summary:
         return read_outcome(run_dir).get("code") == 0
-    return summary.get("steps", -1) >= steps
+    done = summary.get("steps")
+    return isinstance(done, int) and done >= steps
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any]:
@@ -58,16 +66,18 @@ def delete_outcome(run_dir: Path) -> None:
 
 
 def attempts(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of attempts.jsonl, oldest first; a partial last line is skipped."""
+    """Return the lines of attempts.jsonl, oldest first; a partial line, which a kill may leave, is skipped."""
     path = run_dir / SLURM_FOLDER / ATTEMPTS
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            lines.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and _FIELDS.get(record.get("event"), {"?"}) <= set(record):
+            lines.append(record)
     return lines
 
 
@@ -107,7 +117,9 @@ def log_event(run_dir: Path, message: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, empty if it is absent or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return content if isinstance(content, dict) else {}

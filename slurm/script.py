@@ -5,6 +5,7 @@ import shlex
 from typing import Any
 
 from megatron_q3n.config import RunConfig
+from slurm.directives import directive, output_pattern
 from slurm.pipeline import Stage
 from slurm.site import Site
 
@@ -24,6 +25,7 @@ def job_description(stage: Stage, site: Site, *, local: bool) -> dict[str, Any]:
         "code": str(stage.code),
         "command": command(stage, site.python),
         "steps": stage.config.training.steps if stage.config else None,
+        "time": stage.time,
         "nodes": stage.num_nodes,
         "processes_per_node": _processes(stage),
         "launcher": "local" if local else site.launcher,
@@ -46,7 +48,9 @@ def command(stage: Stage, python: str) -> list[str]:
 
 def sbatch_script(stage: Stage, site: Site) -> str:
     """Return the job script."""
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(stage, site))]
+    lines = ["#!/bin/bash", *(directive(option) for option in _options(stage, site))]
+    # these are written as sbatch reads them, with quotes of their own
+    lines += [f"#SBATCH {argument}" for argument in site.sbatch_arguments]
     lines += ["", "# setup of this site", *site.setup]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in _environment(stage, site).items()]
     lines += [
@@ -54,7 +58,7 @@ def sbatch_script(stage: Stage, site: Site) -> str:
         "# snapshot of the code at submission; the supervisor is documented in slurm/supervise.py",
         f"cd {shlex.quote(str(stage.code))}",
         f"export PYTHONPATH={shlex.quote(_python_path(stage, site))}",
-        f"exec {site.node_python} -m slurm.supervise {shlex.quote(str(stage.job_file))}",
+        f"exec {shlex.quote(site.node_python)} -m slurm.supervise {shlex.quote(str(stage.job_file))}",
     ]
     return "\n".join([*lines, ""])
 
@@ -79,16 +83,16 @@ def _options(stage: Stage, site: Site) -> list[str]:
         "mem": site.memory_per_node,
         "time": stage.time or site.time,
         "signal": f"B:USR1@{site.save_margin_seconds}",
-        "output": stage.run_dir / "logs" / "slurm-%j.out",
+        "output": output_pattern(stage.run_dir / "logs"),
         "open-mode": "append",
     }
     options = [f"--{name}={value}" for name, value in values.items() if value is not None]
-    return [*options, "--requeue", *site.sbatch_arguments]
+    return [*options, "--requeue"]
 
 
 def _processes(stage: Stage) -> int:
     config: RunConfig | None = stage.config
-    return config.world_size // stage.num_nodes if config else 1
+    return max(1, config.world_size // stage.num_nodes) if config else 1
 
 
 def _environment(stage: Stage, site: Site) -> dict[str, str]:

@@ -9,15 +9,17 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megatron_q3n.config import UserError, suggest
 from megatron_q3n.config.section import Section
+from slurm.credential_rules import find as find_credential
+from slurm.credential_rules import is_secret_name, refers_only
+from slurm.directives import check_line, check_time
+from slurm.yaml_files import read_mapping
 
 SITES = Path(__file__).parent / "sites"
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
+VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 class Preflight(Section):
@@ -37,7 +39,9 @@ class Site(Section):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str = Field("24:00:00", description="time limit of one job; the run continues after a requeue")
+    time: str = Field(
+        "24:00:00", description="time limit of one job, UNLIMITED for none; the run continues after a requeue"
+    )
     save_margin_seconds: int = Field(
         300, gt=0, description="time before the limit for one step, one save and the report"
     )
@@ -60,32 +64,59 @@ class Site(Section):
     max_excluded_nodes: int = Field(2, ge=0, description="nodes of one run that the pre-flight check may exclude")
     preflight: Preflight | None = Preflight()
 
-    @field_validator("environment")
-    @classmethod
-    def _no_secrets(cls, environment: dict[str, str]) -> dict[str, str]:
-        if matches := [name for name in environment if SECRET.search(name)]:
-            raise UserError(
-                f"site: environment.{matches[0]} looks like a secret; it would be written into the run directory. "
-                "Log in on the cluster (wandb login), or export it in the shell from which you submit."
-            )
-        return environment
+    @model_validator(mode="after")
+    def _is_writable(self) -> "Site":
+        """Check every text: it becomes part of job scripts, which others may read."""
+        for name, value in self._texts():
+            if not name.startswith(("setup", "environment")):
+                check_line(value, f"site: {name}")
+        for name in self.environment:
+            if not VARIABLE.fullmatch(name):
+                raise UserError(f"site: environment: {name!r} is not a variable's name (letters, digits and _).")
+        if self.node_python.strip() == "" or self.python.strip() == "":
+            raise UserError("site: python and node_python name a program; leave them out for the default.")
+        self._check_credentials()
+        return self
 
-    @field_validator("setup")
-    @classmethod
-    def _no_secret_lines(cls, lines: list[str]) -> list[str]:
-        if matches := [line for line in lines if re.search(rf"(?:{SECRET.pattern})\w*=\S", line, re.I)]:
-            raise UserError(
-                f"site: setup sets {matches[0].split('=')[0]}, which looks like a secret; it would be written into "
-                "the job script. Read it in the script from a file that only you can read."
-            )
-        return lines
+    def _check_credentials(self) -> None:
+        for name, value in self.environment.items():
+            if is_secret_name(name) and not refers_only(value):
+                raise UserError(
+                    f"site: environment.{name} looks like a secret; it would be written into the run directory. "
+                    "Log in on the cluster (wandb login), or export it in the shell from which you submit."
+                )
+        texts = [*self._texts(), ("sbatch_arguments", " ".join(self.sbatch_arguments))]
+        for name, value in [*texts, ("srun_arguments", " ".join(self.srun_arguments))]:
+            if found := find_credential(value):
+                raise UserError(
+                    f"site: {name} sets {found}, which looks like a secret; it would be written into the job script. "
+                    "Read it in a setup line from a file that only you can read: export NAME=$(cat FILE)."
+                )
+
+    def _texts(self) -> list[tuple[str, str]]:
+        """Return (setting, text) of every text in the settings."""
+        texts = []
+        for name, value in self:
+            if isinstance(value, str):
+                texts.append((name, value))
+            elif isinstance(value, list):
+                texts += [(name, item) for item in value]
+            elif isinstance(value, dict):
+                texts += [(f"{name}.{key}", item) for key, item in value.items()]
+        return texts
 
     @field_validator("time")
     @classmethod
     def _is_time(cls, time: str) -> str:
-        if not TIME.fullmatch(time):
-            raise UserError(f"site: time={time}: write [days-]hours:minutes:seconds, as Slurm does.")
-        return time
+        return check_time(time, "site: time")
+
+    @field_validator("setup")
+    @classmethod
+    def _no_directives(cls, lines: list[str]) -> list[str]:
+        for line in "\n".join(lines).splitlines():
+            if line.lstrip().startswith("#SBATCH"):
+                raise UserError(f"site: setup: {line.strip()!r} is an option of sbatch; list it in sbatch_arguments.")
+        return lines
 
     @property
     def ranks_per_node(self) -> int:
@@ -108,13 +139,11 @@ def load_site(chosen: str | None) -> Site:
             f"--site {chosen}: {path} does not exist.{suggest(chosen, names)} Create it from {SITES / 'example.yaml'}."
         )
     try:
-        return Site.model_validate(yaml.safe_load(path.read_text()) or {})
+        return Site.model_validate(read_mapping(path))
     except ValidationError as error:
         raise UserError(
             "\n".join(f"{path}: {_location(p)}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors())
         ) from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
 
 
 def _location(problem: object) -> str:

@@ -10,22 +10,22 @@ All inputs of a job are in its run directory: config.yaml, code/, slurm/job.sbat
 """
 
 import argparse
-import math
+import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from megatron_q3n.config import EXIT_BAD_INPUT, RunConfig, UserError
-from megatron_q3n.recipe import RECIPES, configure, register_defaults
+from megatron_q3n.recipe import register_defaults
 from slurm import jobs, pipeline, progress, script
-from slurm.checks import check_run
-from slurm.pipeline import PREFIX, Stage
+from slurm.directives import check_time
+from slurm.pipeline import CODE, PREFIX, Stage
 from slurm.site import Site, load_site
-from slurm.snapshot import take_snapshot
+from slurm.snapshot import add_files, take_snapshot
+from slurm.stages import new_stages, resumed_stages
 
 
 def main() -> int:
@@ -33,23 +33,29 @@ def main() -> int:
     arguments = parse(sys.argv[1:])
     register_defaults()
     try:
+        check_arguments(arguments)
         site = load_site(arguments.site)
         if arguments.local:
             site = replace_python(site)
-        elif not arguments.dry_run:
-            jobs.require_slurm()
-        folder, stages = _resumed(arguments, site) if arguments.resume else _new(arguments, site)
+        else:
+            jobs.leave_enclosing_job()
+            if not arguments.dry_run:
+                jobs.require_slurm()
+        folder, stages = (resumed_stages if arguments.resume else new_stages)(arguments, site)
         remaining = [stage for stage in stages if not stage.is_done]
         if arguments.dry_run:
             return _show(remaining, site)
+        if refused := _refused(remaining):
+            raise UserError(refused)
         if not remaining:
             print(f"{folder}: nothing is left to do")
             return 0
-        _write(folder, arguments.config_name, stages, remaining, site, arguments)
+        _write(folder, stages, remaining, site, arguments)
         if arguments.local:
             return _run_locally(folder, remaining)
         return _submit(folder, remaining)
-    except UserError as error:
+    # messages of OSError contain the file name
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
@@ -68,8 +74,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--config-dir", "-cd", metavar="DIR", help="folder with your own recipes")
     parser.add_argument("--site", help="slurm/sites/SITE.yaml, or a path; default $Q3N_SITE")
     parser.add_argument("--run-dir", type=Path, help="the new directory (default runs/<recipe>-…)")
-    parser.add_argument("--nodes", type=int, help="number of nodes of a recipe's job")
-    parser.add_argument("--time", help="time limit of a recipe's job; the run may take several jobs")
+    parser.add_argument("--nodes", type=int, help="number of nodes of each recipe's job")
+    parser.add_argument("--time", help="time limit of each job; a run may take several jobs")
     parser.add_argument("--dry-run", action="store_true", help="only print the scripts")
     parser.add_argument("--local", action="store_true", help="run on this machine, without Slurm")
     parser.add_argument("--update-code", action="store_true", help="with --resume: take a new snapshot of the code")
@@ -77,156 +83,84 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Check the options that are no settings.
+
+    Raises: UserError for a value that is not possible, or an option that has no effect beside the others.
+    """
+    if arguments.nodes is not None and arguments.nodes < 1:
+        raise UserError(f"--nodes {arguments.nodes}: at least one node is needed.")
+    if arguments.time is not None:
+        check_time(arguments.time, "--time")
+    resumed = arguments.resume is not None
+    for option, value in (("--run-dir", arguments.run_dir), ("--config-dir", arguments.config_dir)):
+        if resumed and value is not None:
+            raise UserError(f"{option} {value} has no effect with --resume, which continues in its directory.")
+    if arguments.update_code and not resumed:
+        raise UserError("--update-code is for --resume; a new run always takes a snapshot of the code.")
+    if arguments.config_dir is not None and not Path(arguments.config_dir).is_dir():
+        raise UserError(f"--config-dir {arguments.config_dir}: no such folder. Give the folder of your recipes.")
+
+
 def replace_python(site: Site) -> Site:
     """Return the site with this process's Python interpreter."""
     return site.model_copy(update={"python": sys.executable, "node_python": sys.executable})
 
 
-def _new(arguments: argparse.Namespace, site: Site) -> tuple[Path, list[Stage]]:
-    name = arguments.config_name.removesuffix(".yaml")
-    folder = (arguments.run_dir or pipeline.new_folder("runs", name)).resolve()
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--run-dir {folder} is not empty; to resume it: --resume {folder}")
-    if not name.startswith(PREFIX):
-        stage = _recipe_stage(arguments, site, name, folder, arguments.overrides, nodes=arguments.nodes)
-        return folder, [replace(stage, code=folder / "code", time=arguments.time)]
-    return folder, _pipeline_stages(arguments, site, name, folder)
-
-
-def _pipeline_stages(arguments: argparse.Namespace, site: Site, name: str, folder: Path) -> list[Stage]:
-    config_dir = Path(arguments.config_dir) if arguments.config_dir else RECIPES
-    path = next((p for p in (config_dir / f"{name}.yaml", RECIPES / f"{name}.yaml") if p.is_file()), None)
-    if path is None:
-        available = ", ".join(sorted(p.stem for p in RECIPES.glob(f"{PREFIX}*.yaml")))
-        raise UserError(f"--config-name {name}: no such pipeline. Available: {available}.")
-    recipe = pipeline.read_recipe(path)
-    extra = pipeline.overrides_by_stage(arguments.overrides, list(recipe.stages))
-    stages: list[Stage] = []
-    for stage_name, spec in recipe.stages.items():
-        run_dir, source = folder / stage_name, spec.begins_with and folder / spec.begins_with
-        if spec.tool is not None:
-            tool = [part.format_map({"from": source, "run_dir": run_dir}) for part in spec.tool]
-            stage = Stage(stage_name, run_dir, folder / "code", tool=tool)
-        else:
-            overrides = [*spec.overrides, *extra[stage_name]]
-            overrides += [f"checkpoint.load={source}"] if source else []
-            before = next((s for s in stages if s.name == spec.begins_with), None)
-            stage = _recipe_stage(
-                arguments, site, spec.recipe or "", run_dir, overrides, nodes=spec.nodes, before=before
-            )
-        stages.append(
-            replace(stage, name=stage_name, code=folder / "code", begins_with=spec.begins_with, time=spec.time)
-        )
-    return stages
-
-
-def _recipe_stage(
-    arguments: argparse.Namespace,
-    site: Site,
-    recipe: str,
-    run_dir: Path,
-    overrides: list[str],
-    *,
-    nodes: int | None,
-    before: Stage | None = None,
-) -> Stage:
-    """Return the stage of a recipe, validated for this site."""
-    command_line = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
-    command_line += ["--config-name", recipe, *overrides, f"run_dir={run_dir}"]
-    if nodes:
-        command_line.append(f"parallel.world_size={nodes * site.ranks_per_node}")
-    config = configure(command_line)
-    return _checked(Stage(recipe, run_dir, run_dir / "code", config), site, nodes, before)
-
-
-def _checked(stage: Stage, site: Site, nodes: int | None, before: Stage | None) -> Stage:
-    """Return the stage with its number of nodes, after checking that it can run."""
-    assert stage.config is not None
-    num_nodes = nodes or math.ceil(stage.config.world_size / site.ranks_per_node)
-    before_config = before.config if before is not None else None
-    check_run(stage.config, site, num_nodes, before_config, loads_later=before is not None)
-    return replace(stage, num_nodes=num_nodes)
-
-
-def _resumed(arguments: argparse.Namespace, site: Site) -> tuple[Path, list[Stage]]:
-    """Return the stages of an existing directory, with changed settings for those that are not done."""
-    folder = arguments.resume.resolve()
-    lineage = pipeline.read_lineage(folder)
-    is_single_run = not (folder / pipeline.FILE).is_file()
-    names = [entry["name"] for entry in lineage]
-    extra = (
-        {names[0]: arguments.overrides} if is_single_run else pipeline.overrides_by_stage(arguments.overrides, names)
+def _refused(stages: list[Stage]) -> str:
+    """Return the problems of the stages, empty if there are none."""
+    return "\n".join(
+        problem if len(stages) == 1 else f"stage {stage.name}: {problem}"
+        for stage in stages
+        if (problem := stage.problem) is not None
     )
-    stages: list[Stage] = []
-    for entry in lineage:
-        run_dir = Path(entry["run_dir"])
-        stage = Stage(
-            entry["name"],
-            run_dir,
-            folder / "code",
-            tool=entry.get("tool") or [],
-            begins_with=entry["from"],
-            num_nodes=entry.get("nodes", 1),
-            time=arguments.time or entry.get("time"),
-        )
-        if not stage.tool:
-            settings = list(extra[stage.name])
-            if arguments.nodes:
-                settings.append(f"parallel.world_size={arguments.nodes * site.ranks_per_node}")
-            config = configure(["--resume", str(run_dir), *settings])
-            stage = replace(stage, config=config)
-            if not stage.is_done:
-                before = next((s for s in stages if s.name == entry["from"]), None)
-                stage = _checked(stage, site, arguments.nodes, before)
-        _check_not_queued(stage)
-        stages.append(stage)
-    return folder, stages
-
-
-def _check_not_queued(stage: Stage) -> None:
-    ids = [str(line["job"]) for line in progress.attempts(stage.run_dir) if line.get("job")]
-    for job_id, (state, _) in jobs.states(ids[-1:]).items():
-        if jobs.is_active(state):
-            raise UserError(f"{stage.name} is already job {job_id} ({state}); run scancel {job_id} first.")
 
 
 def _show(stages: list[Stage], site: Site) -> int:
+    """Print the files of every job, and then what would be refused."""
     for stage in stages:
         after = f", after {stage.begins_with} has completed" if stage.begins_with else ""
         print(f"# ---- {stage.name}: {stage.script_file}{after}")
         print(script.sbatch_script(stage, site))
         print(f"# {stage.job_file}\n{script.job_json(stage, site, local=False)}")
-    print("dry run: nothing was written, nothing submitted")
+    print("dry run: nothing was written, nothing submitted", flush=True)
+    if refused := _refused(stages):
+        raise UserError(f"would be refused: {refused}")
     return 0
 
 
 def _write(
-    folder: Path,
-    recipe: str | None,
-    stages: list[Stage],
-    remaining: list[Stage],
-    site: Site,
-    arguments: argparse.Namespace,
+    folder: Path, stages: list[Stage], remaining: list[Stage], site: Site, arguments: argparse.Namespace
 ) -> None:
     """Write the code snapshot, pipeline.json, and the configuration, job.json and script of each remaining stage."""
+    recipe = arguments.config_name
     try:
-        if arguments.update_code:
-            shutil.rmtree(folder / "code")
-        if not (folder / "code").is_dir():
-            take_snapshot(folder / "code")
+        _write_code(folder / CODE, remaining, take_new=arguments.update_code)
         if recipe is not None and recipe.startswith(PREFIX):
             pipeline.write_lineage(folder, recipe.removesuffix(".yaml"), stages)
         for stage in remaining:
             for name in ("logs", progress.SLURM_FOLDER):
                 (stage.run_dir / name).mkdir(parents=True, exist_ok=True)
             if stage.config is not None:
-                (stage.run_dir / "config.yaml").write_text(_config_text(stage.config))
-            stage.job_file.write_text(script.job_json(stage, site, local=arguments.local))
-            stage.script_file.write_text(script.sbatch_script(stage, site))
+                (stage.run_dir / "config.yaml").write_text(_config_text(stage.config), encoding="utf-8")
+            stage.job_file.write_text(script.job_json(stage, site, local=arguments.local), encoding="utf-8")
+            stage.script_file.write_text(script.sbatch_script(stage, site), encoding="utf-8")
             if arguments.resume:
                 progress.reset_attempts(stage.run_dir)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}. Choose another with --run-dir.") from None
+
+
+def _write_code(code: Path, stages: list[Stage], *, take_new: bool) -> None:
+    if take_new and code.exists():
+        shutil.rmtree(code)
+    if not code.is_dir() and (left_out := take_snapshot(code)):
+        print(
+            f"not in the code snapshot, because git does not track them: {', '.join(left_out)}. If the job needs one, "
+            "git add it and submit again."
+        )
+    for stage in stages:
+        add_files(code, stage.user_files)
 
 
 def _config_text(config: RunConfig) -> str:
@@ -240,7 +174,7 @@ def _submit(folder: Path, stages: list[Stage]) -> int:
         job_of[stage.name] = jobs.submit(stage.script_file, job_of.get(stage.begins_with or ""))
         progress.add_attempt_line(stage.run_dir, event="submitted", job=job_of[stage.name])
         print(f"job {job_of[stage.name]}  {stage.name}  {stage.run_dir}/logs/slurm-{job_of[stage.name]}.out")
-    print(f"\ndirectory {folder}\nstatus    python -m slurm.status {folder}")
+    _print_directory(folder)
     return 0
 
 
@@ -254,11 +188,15 @@ def _run_locally(folder: Path, stages: list[Stage]) -> int:
             print(
                 f"{stage.name} ended with code {code}"
                 + (f"; not started: {not_started}" if not_started else "")
-                + f"\nto resume: python -m slurm.submit --local --resume {folder}"
+                + f"\nto resume: python -m slurm.submit --local --resume {shlex.quote(str(folder))}"
             )
             return code
-    print(f"\ndirectory {folder}\nstatus    python -m slurm.status {folder}")
+    _print_directory(folder)
     return 0
+
+
+def _print_directory(folder: Path) -> None:
+    print(f"\ndirectory {folder}\nstatus    python -m slurm.status {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_q3n.config import EXIT_BAD_INPUT, UserError
+from megatron_q3n.config.override_text import shell_override
 from megatron_q3n.conversion.malloc import return_freed_memory
 
 EXAMPLES = """examples:
@@ -92,13 +94,14 @@ def run_import(options: argparse.Namespace, console: Console) -> None:
     if imported.num_left_out:
         console.print(f"omitted: {imported.num_left_out} tensors of the vision tower")
     checkpoint = imported.checkpoint.resolve()
+    load = shell_override("checkpoint.load", checkpoint)
     print(
         f"checkpoint {checkpoint} (published configuration and tokenizer in its huggingface/)\n"
         "train from it, with any recipe whose model has the same dimensions, by one override:\n"
-        f"  checkpoint.load={checkpoint}\n"
+        f"  {load}\n"
         "or with any other recipe and the imported model's own dimensions:\n"
         "  python -m megatron_q3n.train --config-name pretrain-tiny "
-        f"--config-dir {checkpoint} model={MODEL_PART} checkpoint.load={checkpoint}"
+        f"--config-dir {shlex.quote(str(checkpoint))} model={MODEL_PART} {load}"
     )
 
 

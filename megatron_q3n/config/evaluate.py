@@ -41,5 +41,5 @@ class EvaluateConfig(Section):
     output: str | None = Field(
         None,
         description="a JSON file for the results; null: evaluation.json in the checkpoint's run directory, which the "
-        "report includes",
+        "report includes. Earlier results in the file are kept, under `earlier`",
     )

@@ -12,11 +12,11 @@ class InstrumentsConfig(Section):
     """
 
     interval_steps: int = Field(100, ge=0, description="steps between measurements; 0: none")
-    microbatches: int = Field(
-        1,
+    global_rows: int = Field(
+        8,
         gt=0,
-        description="number of each rank's micro-batches that are measured (rounded up to a multiple of interleaved "
-        "pipeline stages)",
+        description="first rows of the global batch that are measured, the same in every layout; rounded up to whole "
+        "micro-batches of all replicas (and to a multiple of interleaved pipeline stages)",
     )
 
 

@@ -3,6 +3,7 @@
 No torch here: an invalid blend is refused before slow imports and large allocations.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,13 +96,13 @@ def _load_tokenizer(setting: str | None, blends: dict[str, tuple[PreparedFolder,
                 raise UserError(
                     f"{name}: {folder.path} was made with tokenizer {_describe(folder)}, {first.path} with "
                     f"{_describe(first)}. All folders of a run need one tokenizer: make one of them again "
-                    f"with --tokenizer {first.path}."
+                    f"with --tokenizer {shlex.quote(str(first.path))}."
                 )
     if setting is not None and fingerprint_of(setting) != expected.fingerprint:
         raise UserError(
             f"data.tokenizer={setting} has fingerprint {fingerprint_of(setting)[:12]}…, but {first.path} was "
             f"made with tokenizer {_describe(first)}. Leave data.tokenizer null (the folder's own is used), or "
-            f"prepare the data again with --tokenizer {setting}."
+            f"prepare the data again with --tokenizer {shlex.quote(str(setting))}."
         )
     return TextTokenizer.load(first.path, expected.eod_token)
 

@@ -6,6 +6,7 @@ size; `tools/prepare_data.py verify --full` hashes every byte.
 """
 
 import hashlib
+import shlex
 import struct
 from pathlib import Path
 from typing import Literal
@@ -90,7 +91,8 @@ class Manifest(Section):
         file = folder / MANIFEST_FILE
         if not folder.is_dir():
             raise UserError(
-                f"data folder {folder} does not exist. Create it with tools/prepare_data.py --output {folder}."
+                f"data folder {folder} does not exist. Create it with tools/prepare_data.py "
+                f"--output {shlex.quote(str(folder))}."
             )
         if not file.is_file():
             raise UserError(

@@ -1,5 +1,6 @@
 """Evaluation results: named numbers for the terminal, evaluation.json and the run's report."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron_q3n.config import UserError
 from megatron_q3n.config.evaluate import EvaluateConfig
 from megatron_q3n.evaluation.held_out_loss import EvaluationSums
 from megatron_q3n.metrics.report import write_report
+from megatron_q3n.metrics.report.evaluation import EARLIER
 from megatron_q3n.metrics.report.run_files import EVALUATION_FILE
 
 RECALL_TASK = "repeat {length} tokens"
@@ -82,8 +84,32 @@ def results_path(source: Path, settings: EvaluateConfig) -> Path | None:
     return run_dir / EVALUATION_FILE if (run_dir / run_directory.CONFIG).is_file() else None
 
 
-def write_results(results: dict[str, Any], source: Path, settings: EvaluateConfig) -> None:
-    """Print the results, write them to a JSON file, and update the report of the checkpoint's run.
+def earlier_results(source: Path, settings: EvaluateConfig) -> list[dict[str, Any]]:
+    """Return the results that the output file holds already, newest first; the new ones are put before them.
+
+    Raises: UserError if the file holds something else, which would be lost.
+    """
+    path = results_path(source, settings)
+    if path is None or not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        earlier = [{k: v for k, v in content.items() if k != EARLIER}, *content.get(EARLIER, [])]
+        is_readable = all({"checkpoint", "sets", "tasks"} <= set(entry) for entry in earlier)
+    except (OSError, ValueError, AttributeError, TypeError):
+        is_readable = False
+    if not is_readable:
+        raise UserError(
+            f"{path} exists and holds no results of an evaluation, or is damaged; it is left untouched. Remove it, or "
+            "choose another file with evaluate.output=…."
+        )
+    return earlier
+
+
+def write_results(
+    results: dict[str, Any], earlier: list[dict[str, Any]], source: Path, settings: EvaluateConfig
+) -> None:
+    """Print the results, write them before the earlier ones to a JSON file, and update the report of the run.
 
     Raises: UserError if the file cannot be written.
     """
@@ -91,8 +117,10 @@ def write_results(results: dict[str, Any], source: Path, settings: EvaluateConfi
     path = results_path(source, settings)
     if path is None:
         return
+    # the same measurement of the same checkpoint gives the same numbers
+    others = [entry for entry in earlier if entry != json.loads(json.dumps(results))]
     try:
-        run_directory.write_json(path, results)
+        run_directory.write_json(path, results | ({EARLIER: others} if others else {}))
     except OSError as error:
         raise UserError(f"evaluate.output={path}: {error}") from None
     print(f"results       {path}")

@@ -72,9 +72,15 @@ class Instruments(Callback):
         return values | dict(load_readings(report.expert_load))
 
     def _measured_part(self, batches: list[Any]) -> list[Any]:
-        """Return the first `instruments.microbatches`; if stages are interleaved, a multiple of their number."""
-        layout = self._state.config.parallel
-        number = self._settings.microbatches
+        """Return this replica's part of the first `instruments.global_rows`, in whole micro-batches.
+
+        The rows of the micro-batches at one position, over all replicas, are consecutive in the global batch
+        (data/pretrain.py), so their first ones hold its first rows. If stages are interleaved, their number is a
+        multiple of the number of stages.
+        """
+        layout, training = self._state.config.parallel, self._state.config.training
+        rows_at_once = training.micro_batch_size * self._state.parallel.data_size
+        number = math.ceil(self._settings.global_rows / rows_at_once)
         if layout.virtual_pipeline_model_parallel_size:
             stages = layout.pipeline_model_parallel_size
             number = math.ceil(number / stages) * stages

@@ -13,6 +13,8 @@ from pathlib import Path
 from megatron_q3n.config import UserError
 from megatron_q3n.metrics.names import STEP
 
+# integers beyond are damage: neither a step nor a number of tokens
+MAX_COUNT = 2**63
 Record = dict[str, float]
 
 
@@ -98,11 +100,21 @@ def _parse(line: bytes) -> Record | None:
     """Return the record of a line, or None if the line is not a record (partial, zero-filled, or foreign)."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get(STEP), int):
+    if not isinstance(record, dict):
         return None
-    return {name: math.nan if value is None else value for name, value in record.items()}
+    step = record.get(STEP)
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= MAX_COUNT:
+        return None
+    return {name: _number(value) for name, value in record.items()}
+
+
+def _number(value: object) -> float:
+    """Return the value of a metric; nan for null, and for what is damaged (a text, a list, a number beyond floats)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    return value if isinstance(value, float) or abs(value) <= MAX_COUNT else math.nan
 
 
 def _cut_back(path: Path, step: int) -> tuple[int, int]:

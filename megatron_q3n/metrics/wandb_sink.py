@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -122,7 +123,7 @@ def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Notify) -> 
         return None
     run = _start(run_dir, config, mode, note)
     if run.offline:
-        note(f"wandb: offline; to upload: wandb sync {run_dir}/wandb/*run-*")
+        note(f"wandb: offline; to upload: wandb sync {shlex.quote(str(run_dir))}/wandb/*run-*")
         return WandbSink(run, records, last_logged_offline_step(run_dir, note), note)
     note(f"wandb: {run.url}")
     # the server resumes after its last step

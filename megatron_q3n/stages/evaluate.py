@@ -23,7 +23,13 @@ from megatron_q3n.device import select_device
 from megatron_q3n.evaluation.copy_recall import measure_recall, repeated_sequences
 from megatron_q3n.evaluation.harness_tasks import run_tasks
 from megatron_q3n.evaluation.held_out_loss import EvaluationSums, MeasurementSettings, measure_sequences
-from megatron_q3n.evaluation.results import results_path, summarize_data_set, summarize_recall, write_results
+from megatron_q3n.evaluation.results import (
+    earlier_results,
+    results_path,
+    summarize_data_set,
+    summarize_recall,
+    write_results,
+)
 from megatron_q3n.inference.limits import GenerationLimits
 from megatron_q3n.inference.sampling import Sampling
 from megatron_q3n.parallel import Parallel
@@ -47,6 +53,7 @@ def run(config: RunConfig, _run_dir: Path) -> int:
     tokenizer = trained_model.checkpoint_tokenizer(source, settings.tokenizer)
     data_sets = _find_data_sets(config, tokenizer) if settings.num_sequences or settings.recall_lengths else {}
     _check(config)
+    earlier = earlier_results(source, settings)
     device = select_device(config)
     group = parallel.initialize(config, device)
     model = trained_model.load_model(source, config, device, group)
@@ -66,7 +73,7 @@ def run(config: RunConfig, _run_dir: Path) -> int:
         stop_tokens = chat_format.stop_tokens(source, tokenizer)
         results["tasks"] |= run_tasks(model, tokenizer, stop_tokens, settings, group)
     if group.is_leader:
-        write_results(results, source, settings)
+        write_results(results, earlier, source, settings)
     parallel.shutdown()
     return 0
 

@@ -9,6 +9,7 @@ The order of the calls is part of the contract: it decides the use of random num
 
 import gc
 import math
+import shlex
 import sys
 import time
 from contextlib import ExitStack
@@ -106,7 +107,8 @@ class Session:
         if result.verdict == "stop":
             raise UserError(self.monitor.stop_message())
         if self.group.is_leader:
-            resume = f"\ncontinue      python -m megatron_q3n.train --resume {self.run_dir}" if result.stopped else ""
+            command = f"python -m megatron_q3n.train --resume {shlex.quote(str(self.run_dir))}"
+            resume = f"\ncontinue      {command}" if result.stopped else ""
             print(f"\nrun directory {self.run_dir}\nreport        {self.run_dir / 'report.html'}{resume}")
         # a launcher ends all processes when the first one exits with 75
         self.group.barrier()

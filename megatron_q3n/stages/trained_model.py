@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_q3n import checkpoint
 from megatron_q3n.checkpoint import integrity
 from megatron_q3n.checkpoint.weights import load_weights

@@ -7,6 +7,7 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,3 +103,24 @@ def test_the_cost_of_a_measurement_is_computed_from_alternating_steps(tmp_path: 
     assert found["more for a measured step, ms"] == pytest.approx(1000 * extra, abs=1e-3)
     share = float(found["share of a run's time"].removesuffix(" %"))
     assert share == pytest.approx(100 * extra / (100 * seconds["without"]), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("rows", "replicas", "interleaved", "expected"),
+    [(4, 1, False, 2), (4, 2, False, 1), (5, 2, False, 2), (1, 4, False, 1), (2, 1, True, 2), (100, 2, False, 6)],
+)
+def test_rows_are_whole_microbatches_of_all_replicas(
+    rows: int, replicas: int, interleaved: bool, expected: int
+) -> None:
+    """Micro-batches of 2 rows, 6 of each replica; with interleaved pipeline stages, 2 of them."""
+    from megatron_q3n.instruments import Instruments
+
+    layout = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2} if interleaved else {}
+    config = SimpleNamespace(
+        instruments=SimpleNamespace(interval_steps=0, global_rows=rows),
+        model=SimpleNamespace(num_layers=4),
+        training=SimpleNamespace(micro_batch_size=2),
+        parallel=SimpleNamespace(**({"virtual_pipeline_model_parallel_size": None} | layout)),
+    )
+    state = SimpleNamespace(config=config, parallel=SimpleNamespace(data_size=replicas))
+    assert Instruments(state)._measured_part([*range(6)]) == [*range(expected)]

@@ -103,3 +103,17 @@ def test_a_directory_that_cannot_be_created_is_one_clear_message(tmp_path: Path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         jsonl.open_at(tmp_path / "file" / "metrics.jsonl", 0)
+
+
+DAMAGED = ['"text"', "[1, 2]", '{"a": 1}', "true", "1" + "0" * 400, "null"]
+
+
+def test_a_damaged_value_is_a_gap_and_a_damaged_line_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}, "loss/train": {value}}}' for step, value in enumerate(DAMAGED, start=1)]
+    no_steps = [f'{{"step": {value}, "loss/train": 1.0}}' for value in DAMAGED]
+    path.write_text("\n".join([*lines, *no_steps, '{"step": -1}', "[" * 100_000, '{"step": 9, "loss/train": 2.5}', ""]))
+    records = jsonl.read(path)
+    assert [record["step"] for record in records] == [*range(1, len(DAMAGED) + 1), 9]
+    assert all(math.isnan(record["loss/train"]) for record in records[:-1])
+    assert records[-1]["loss/train"] == 2.5

@@ -324,3 +324,26 @@ def test_the_tool_rebuilds_reports_and_rejects_bad_input(tmp_path: Path) -> None
         assert says in refused.stderr
         assert "Traceback" not in refused.stderr
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_damaged_metric_is_a_gap(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", steps=40)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record, value in zip(records[5:], ["text", [1], {"a": 1}, True, 10**400, None]):
+        record |= dict.fromkeys(("loss/train", "grad_norm", "tokens", "seconds_per_step"), value)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert write_report(run_dir).read_text().count("<svg") > 3
+
+
+def test_earlier_evaluations_have_cards_too(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", steps=40)
+    path = run_dir / "evaluation.json"
+    latest = json.loads(path.read_text())
+    earlier = {**json.loads(path.read_text()), "checkpoint": "/r/checkpoints/step_0000007"}
+    path.write_text(json.dumps({**latest, "earlier": [earlier]}))
+    html = write_report(run_dir).read_text()
+    name = next(iter(latest["sets"]))
+    assert html.count(f"Held-out text: {name}") == 2
+    assert f"Held-out text: {name} (earlier 1: step_0000007)" in html
+    assert "Tasks (earlier 1: step_0000007)" in html

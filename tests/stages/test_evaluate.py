@@ -287,3 +287,30 @@ def test_two_ranks_give_the_results_of_one(layout: str, run_dir: Path, tasks_dir
         one, two = (found[name]["tasks"].pop(task) for name in ("one", "two"))
         assert two == pytest.approx(one, rel=1e-5)
     assert found["two"]["tasks"] == found["one"]["tasks"]
+
+
+def results_of(checkpoint: str, loss: float) -> dict[str, Any]:
+    return {"checkpoint": checkpoint, "sets": {}, "tasks": {"choosing": {"acc": loss}}}
+
+
+def test_a_second_evaluation_keeps_the_results_of_the_first(tmp_path: Path) -> None:
+    from megatron_q3n.evaluation.results import earlier_results, write_results
+
+    settings = request(tmp_path, output=str(tmp_path / "out.json")).evaluate
+    source = tmp_path / "run/checkpoints/step_0000001"
+    for loss in (1.0, 2.0, 2.0, 3.0):
+        write_results(results_of("a", loss), earlier_results(source, settings), source, settings)
+    written = json.loads((tmp_path / "out.json").read_text())
+    found = [written, *written["earlier"]]
+    assert [entry["tasks"]["choosing"]["acc"] for entry in found] == [3.0, 2.0, 1.0], "equal results once"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"a": 1}', b"\xff", b'{"checkpoint": "a", "sets": {}}'])
+def test_a_file_that_holds_no_results_is_not_replaced(tmp_path: Path, content: bytes) -> None:
+    from megatron_q3n.evaluation.results import earlier_results
+
+    (tmp_path / "out.json").write_bytes(content)
+    settings = request(tmp_path, output=str(tmp_path / "out.json")).evaluate
+    with pytest.raises(UserError, match=r"out\.json exists and holds no results"):
+        earlier_results(tmp_path / "run/checkpoints/step_0000001", settings)
+    assert (tmp_path / "out.json").read_bytes() == content

@@ -97,7 +97,7 @@ TINY = (
     "schedule.lr=1e-3",
     "schedule.warmup_steps=2",
     "instruments.interval_steps=0",
-    "instruments.microbatches=1000",
+    "instruments.global_rows=1000",
 )
 # figure of a step -> largest relative difference allowed
 TOLERANCES = {"loss": 1e-5, "grad norm": 1e-4, "mtp": 1e-5, "balance": 1e-5, "inside": 1e-4}
@@ -133,13 +133,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--all", action="store_true", help=f"layouts: {', '.join(LAYOUTS)}")
     parser.add_argument("--reshard", nargs="*", metavar="A:B", help=f"without names: {', '.join(RESHARDS)}")
-    parser.add_argument("--steps", type=int, default=10, help="save for --reshard halfway")
+    parser.add_argument("--steps", type=_positive, default=10, help="save for --reshard halfway")
     parser.add_argument("--config-name", metavar="RECIPE", help="instead of a tiny model")
     parser.add_argument("--masked", type=float, default=0.0, help="share of targets masked out")
     parser.add_argument("--packed", action="store_true", help="rows are packed documents")
     parser.add_argument("--json", type=Path, help="write every run's figures here")
-    parser.add_argument("--processes", type=int, default=4, help="at once")
+    parser.add_argument("--processes", type=_positive, default=4, help="at once")
     return parser
+
+
+def _positive(text: str) -> int:
+    """Parse a whole number above 0."""
+    if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def check(options: argparse.Namespace, words: list[str]) -> tuple[list[Run], list[dict[str, Any]]]:
@@ -157,6 +164,10 @@ def check(options: argparse.Namespace, words: list[str]) -> tuple[list[Run], lis
     base = [*recipe, "parallel=single", *(() if options.config_name else TINY)]
     base += [*(ONE_ROW if options.packed else ()), *settings]
     configs = {name: configure([*base, *_overrides(name)]) for name in [*needed, *(target for _, target in pairs)]}
+    if not 0 <= options.masked < 1:
+        raise UserError(f"--masked {options.masked}: a share from 0 to below 1 is needed.")
+    if pairs and options.steps < 2:
+        raise UserError("--reshard saves halfway; it needs --steps 2 or more.")
     data = Data(options.masked, options.packed)
     import_everything(configs[SINGLE])
     with tempfile.TemporaryDirectory(prefix="check_layout-") as folder:

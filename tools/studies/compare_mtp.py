@@ -29,6 +29,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from megatron_q3n.config import EXIT_BAD_INPUT, EXIT_REQUEUE, UserError
+from megatron_q3n.config.override_text import override
 from megatron_q3n.recipe import configure, register_defaults
 from tools.studies.ablations.outcomes import DONE, outcome_of, record_arguments
 from tools.studies.ablations.recipe import QUIET, Trial
@@ -63,7 +64,7 @@ class Way(Trial):
     @property
     def evaluation(self) -> list[str]:
         """Return the command line of the evaluation, in the dtype of the training."""
-        source = (f"checkpoint.load={self.run_dir}", f"precision={self.config.precision.compute}")
+        source = (override("checkpoint.load", self.run_dir), f"precision={self.config.precision.compute}")
         return [
             "--config-name",
             "evaluate",
@@ -128,7 +129,7 @@ def trunk_of(options: argparse.Namespace) -> Trial | None:
 
 def ways_of(options: argparse.Namespace, trunk: str) -> list[Way]:
     """Return the trainings, all ways of the first seed first."""
-    base = ("--config-name", options.config_name, f"checkpoint.load={trunk}")
+    base = ("--config-name", options.config_name, override("checkpoint.load", trunk))
     ways = []
     for seed in range(1, options.seeds + 1):
         for name in options.ways:

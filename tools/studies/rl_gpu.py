@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_q3n.config import EXIT_BAD_INPUT, EXIT_REQUEUE, UserError
+from megatron_q3n.config.override_text import override
 from tools.studies.ablations import evidence
 from tools.studies.ablations.processes import ROOT
 from tools.studies.rl_studies import accuracy, mismatch
@@ -108,7 +109,7 @@ def run_study(runner: RecipeRunner, options: argparse.Namespace) -> int:
         return 1 + len(options.variants)
 
     def run_variant(name: str) -> int:
-        settings = (f"checkpoint.load={start}", f"training.steps={options.steps}", *VARIANTS[name])
+        settings = (override("checkpoint.load", start), f"training.steps={options.steps}", *VARIANTS[name])
         try:
             extra = (*options.settings, *options.rl)
             run_dir = runner.run("rl-small-spelling", name, *settings, *extra)

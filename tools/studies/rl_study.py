@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_q3n.config import EXIT_BAD_INPUT, EXIT_REQUEUE, UserError
+from megatron_q3n.config.override_text import override
 from tools.studies.ablations import evidence
 from tools.studies.ablations.processes import ROOT
 from tools.studies.rl_studies import accuracy
@@ -101,7 +102,7 @@ class Study:
             start = self.runner.run("sft-tiny", f"sft-{seed}", f"training.seed={seed}")
         except Interrupted:
             return {}
-        common = (f"checkpoint.load={start}", f"training.seed={seed}")
+        common = (override("checkpoint.load", start), f"training.seed={seed}")
         shuffled = "rl.shuffled_rewards=true"
         tasks = {
             "rl": partial(self.train_rl, f"rl-{seed}", *common),
@@ -137,7 +138,7 @@ class Study:
         # the recipe's learning rate schedule needs more than one step
         rate = ("schedule.style=constant", "schedule.decay_steps=null", "schedule.warmup_steps=0")
         one_step = ("training.steps=1", "rl.held_out_interval_steps=0", *rate)
-        run_dir = self.runner.run("rl-tiny", name, f"checkpoint.load={checkpoint}", *one_step)
+        run_dir = self.runner.run("rl-tiny", name, override("checkpoint.load", checkpoint), *one_step)
         return accuracy.initial_accuracy(run_dir)
 
 

@@ -1,36 +1,50 @@
 """Cards of the evaluate stage's results: held-out loss, draft acceptance, copy recall, tasks."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from megatron_q3n.metrics.report import page
 from megatron_q3n.metrics.report.copy_recall import is_recall, recall_cards, recall_comparison
 from megatron_q3n.metrics.report.variants import Variant, mean_and_spread, spread_text
 
+# key of evaluation.json: the results of earlier evaluations, newest first
+EARLIER = "earlier"
+
 
 def evaluation_cards(evaluation: Any) -> list[str]:
-    """Return the cards of evaluation.json; none for a run that was not evaluated."""
+    """Return the cards of evaluation.json, then those of earlier results; none for a run that was not evaluated."""
     if not isinstance(evaluation, dict):
         return []
+    cards = [*_text_cards(evaluation, ""), *recall_cards(evaluation), *_task_cards(evaluation, "")]
+    for number, earlier in enumerate(evaluation.get(EARLIER, []), start=1):
+        label = f" (earlier {number}: {PurePath(str(earlier['checkpoint'])).name})"
+        cards += [*_text_cards(earlier, label), *_task_cards(earlier, label, with_recall=True)]
+    return cards
+
+
+def _text_cards(evaluation: dict[str, Any], label: str) -> list[str]:
     cards = []
     for name, results in evaluation.get("sets", {}).items():
         text = page.table(_text_rows(results), ("tokens", "perplexity", "bits per byte"))
-        cards.append(page.card(f"Held-out text: {name}", text, note="By position in the context."))
+        cards.append(page.card(f"Held-out text: {name}{label}", text, note="By position in the context."))
         if "drafts" in results:
             drafts = page.table(_draft_rows(results), _draft_header(results))
             note = "Acceptance rate at each depth, given that all earlier drafts were accepted."
-            cards.append(page.card(f"Draft acceptance: {name}", drafts, note=note))
-    cards += recall_cards(evaluation)
+            cards.append(page.card(f"Draft acceptance: {name}{label}", drafts, note=note))
+    return cards
+
+
+def _task_cards(evaluation: dict[str, Any], label: str, *, with_recall: bool = False) -> list[str]:
+    """Return the table of the tasks; copy recall has a chart of its own, and a table for earlier results."""
     tasks = [
         (task, *pair)
         for task, scores in evaluation.get("tasks", {}).items()
         for pair in scores.items()
-        if not is_recall(task)
+        if with_recall or not is_recall(task)
     ]
-    if tasks:
-        rows = [(task, name, f"{value:.4g}") for task, name, value in tasks]
-        cards.append(page.card("Tasks", page.table(rows, ("task", "metric", "value"))))
-    return cards
+    rows = [(task, name, f"{value:.4g}") for task, name, value in tasks]
+    return [page.card(f"Tasks{label}", page.table(rows, ("task", "metric", "value")))] if rows else []
 
 
 def evaluation_comparison(variants: Sequence[Variant]) -> list[str]:

@@ -1,7 +1,7 @@
 """Instruments in every layout: their numbers are global, equal to those of one process within 1e-4 relative.
 
-One run of the layout check; all micro-batches are measured, since the default, each data-parallel rank's first, is a
-different sample in each layout. Four steps in fp32 with MTP and masked targets, measured at steps 1, 2 and 4.
+Four steps in fp32 with MTP and masked targets, measured at steps 1, 2 and 4. One run of the layout check measures the
+whole global batch; in another, two replicas measure the part of it that one process does.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,12 @@ def verdicts(check_layouts: Callable[..., Any]) -> Any:
 def test_numbers_are_those_of_one_process(verdicts: Any, layout: str) -> None:
     assert 0 < verdicts[layout]["inside"] <= 1e-4, verdicts[layout]
     assert verdicts[layout]["ok"], verdicts[layout]
+
+
+def test_two_replicas_measure_the_rows_that_one_process_does(check_layouts: Callable[..., Any]) -> None:
+    """The first 4 of 8 rows: two micro-batches of one process, one of each replica."""
+    verdict = check_layouts("dp2", *OPTIONS, "instruments.global_rows=4")["dp2"]
+    assert 0 < verdict["inside"] <= 1e-4, verdict
 
 
 @pytest.mark.slow

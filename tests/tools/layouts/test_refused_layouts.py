@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_q3n.config import UserError, validate
+from tests import forked
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tensor_model_parallel_size": 4}, r"num_query_groups=2 .*\.tensor_model_parallel_size=4"),
@@ -44,3 +45,21 @@ def test_impossible_layout_is_refused_by_name(layout: dict[str, Any], message: s
 def test_state_passing_lifts_the_limit_of_heads() -> None:
     layout = {"world_size": 8, "context_parallel_size": 8, "linear_context_parallel": "state_passing"}
     assert validate({"parallel": layout}).parallel.context_parallel_size == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tp2", "--steps", "0"], "'0' is not a whole number above 0"),
+        (["tp2", "--processes", "0"], "'0' is not a whole number above 0"),
+        (["tp2", "--processes", "-1"], "'-1' is not a whole number above 0"),
+        (["tp2", "--masked", "1.5"], "a share from 0 to below 1"),
+        (["tp2", "--masked", "nan"], "a share from 0 to below 1"),
+        (["--reshard", "tp2:pp2", "--steps", "1"], "needs --steps 2 or more"),
+    ],
+)
+def test_an_impossible_number_is_refused(arguments: list[str], message: str) -> None:
+    done = forked.run(forked.ROOT / "tools/checks/check_layout.py", *arguments)
+    assert done.returncode == 2, done.stdout
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -24,6 +24,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from megatron_q3n.config import RunConfig, UserError, suggest
+from megatron_q3n.config.override_text import override
 from megatron_q3n.config.section import Section
 from megatron_q3n.metrics.report.charts import NUM_COLORS
 from megatron_q3n.recipe import RECIPES, configure
@@ -74,13 +75,13 @@ class Trial:
     def training(self) -> list[str]:
         """Return the command line of the training."""
         seed = f"training.seed={self.seed}"
-        own = (seed, f"recipe={self.variant}", f"run_dir={self.run_dir}", *QUIET)
+        own = (seed, f"recipe={self.variant}", override("run_dir", self.run_dir), *QUIET)
         return [*self.arguments, *own]
 
     @property
     def evaluation(self) -> list[str]:
         """Return the command line of the evaluation: the same settings in another stage."""
-        return [*self.arguments, "stage=evaluate", f"checkpoint.load={self.run_dir}", *QUIET]
+        return [*self.arguments, "stage=evaluate", override("checkpoint.load", self.run_dir), *QUIET]
 
 
 def list_studies() -> list[str]:

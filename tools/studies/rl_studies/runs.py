@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_q3n.config import EXIT_REQUEUE, UserError
+from megatron_q3n.config.override_text import override
 from tools.studies.ablations.processes import Processes, last_lines
 
 SESSIONS = "sessions.json"
@@ -95,7 +96,7 @@ class RecipeRunner:
 
     def _start(self, recipe: str, run_dir: Path, settings: tuple[str, ...]) -> subprocess.Popen[bytes]:
         logging = ("logging.progress=false", "logging.wandb.mode=disabled")
-        arguments = ["--config-name", recipe, f"run_dir={run_dir}", *logging, *settings]
+        arguments = ["--config-name", recipe, override("run_dir", run_dir), *logging, *settings]
         process = self._processes.start(arguments, run_dir)
         if process is None:
             raise Interrupted
