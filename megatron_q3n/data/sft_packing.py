@@ -121,20 +121,22 @@ def pack(items: list[TokenizedConversation], length: int, alignment: int, eod: i
     """
     tokens, labels = (np.full(length, eod, np.int64) for _ in range(2))
     weights, positions = np.zeros(length, np.float32), np.zeros(length, np.int64)
-    bounds = [0]
+    bounds, used_lengths = [0], []
     for item in items:
         start, used = bounds[-1], len(item.tokens) - 1
         tokens[start : start + used] = item.tokens[:-1]
         labels[start : start + used] = item.tokens[1:]
         weights[start : start + used] = item.weights[1:]
         bounds.append(start + _aligned_length(used + 1, alignment))
+        used_lengths.append(used)
     if bounds[-1] < length:
         bounds.append(length)
+        used_lengths.append(0)
     for start, end in itertools.pairwise(bounds):
         positions[start:end] = np.arange(end - start)
     columns = (tokens, labels, weights, positions)
     tokens_BT, labels_BT, weights_BT, positions_BT = (torch.from_numpy(x)[None] for x in columns)
-    return Batch(tokens_BT, labels_BT, weights_BT, positions_BT, packing=Packing.of(bounds))
+    return Batch(tokens_BT, labels_BT, weights_BT, positions_BT, packing=Packing.of(bounds, used_lengths=used_lengths))
 
 
 def tokenized_conversations(
