@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 
 from megatron_q3n.config import UserError
-from megatron_q3n.data.chat_template import ChatTemplate, TextSegment
+from megatron_q3n.data.chat_template import ChatTemplate
+from megatron_q3n.data.protected_text import TextSegment
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
+# what an assistant's turn may hold beside its content, under the names that datasets use
+SPOKEN = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
 # characters of an invalid line that an error message quotes
 SHOWN = 160
 
@@ -71,15 +74,51 @@ def parse_conversation(row: Any, location: str) -> Conversation:
             f'{location}: no conversation; it must be {{"messages": [{{"role": …, "content": …}}, …]}}, '
             f"found {str(row)[:SHOWN]}."
         )
-    # a row of a table has every column, None where the message has no such key
-    cleaned = [{k: v for k, v in m.items() if v is not None} for m in messages if isinstance(m, dict)]
-    if len(cleaned) != len(messages):
+    cleaned = check_messages(messages, location)
+    if all(message["role"] != "assistant" for message in cleaned):
+        raise UserError(f"{location}: no message of role assistant, so it has no tokens with a loss; leave it out.")
+    return Conversation(cleaned, location, check_tools(row.get("tools"), location))
+
+
+def check_messages(messages: list[Any], location: str) -> list[dict[str, Any]]:
+    """Return the messages without keys that hold null.
+
+    Raises: UserError naming the location and the problem.
+    """
+    cleaned = _without_nulls(messages)
+    if not all(isinstance(message, dict) for message in cleaned):
         raise UserError(f"{location}: a message is no JSON object: {str(messages)[:SHOWN]}.")
     for message in cleaned:
         _check_message(message, location)
-    if all(message["role"] != "assistant" for message in cleaned):
-        raise UserError(f"{location}: no message of role assistant, so it has no tokens with a loss; leave it out.")
-    return Conversation(cleaned, location, row.get("tools") or None)
+    return cleaned
+
+
+def check_tools(tools: Any, location: str) -> list[dict[str, Any]] | None:
+    """Return a list of tool descriptions, given as a list or as its JSON text; None for no tools.
+
+    Raises: UserError naming the location and the problem.
+    """
+    found = tools
+    if isinstance(tools, str) and tools:
+        try:
+            found = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{location}: tools is text, but not JSON ({error}): {tools[:SHOWN]}.") from None
+    if not found:
+        return None
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise UserError(f"{location}: tools must be a list of objects, found {str(tools)[:SHOWN]}.")
+    return _without_nulls(found)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a JSON value without the keys that hold null, at every depth.
+
+    A row of a table has every column and field of the table, with null where a message or a tool has no such key.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def apply_chat_template(
@@ -91,6 +130,7 @@ def apply_chat_template(
     """
     messages, tools = conversation.messages, conversation.tools
     try:
+        check_tools_are_rendered(template, messages, tools)
         segments = template.render(messages, tools=tools)
         text = _text(segments)
         spans = [_turn_span(conversation, template, text, index) for index in _turns_with_loss(messages, turns)]
@@ -106,6 +146,16 @@ def apply_chat_template(
             weights += [value] * len(ids)
         offset = end
     return TokenizedConversation(np.array(tokens, np.int64), np.array(weights, np.float32))
+
+
+def check_tools_are_rendered(
+    template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> None:
+    """Raise UserError if there are tools and the template leaves them out."""
+    if tools and template.ignores(messages, messages, tools=tools, reduced_tools=None):
+        raise UserError(
+            "the chat template leaves out tools; use a template that renders them (sft.chat_template), or remove them."
+        )
 
 
 def without_oldest_exchange(conversation: Conversation) -> Conversation | None:
@@ -134,6 +184,7 @@ def _turns_with_loss(messages: list[dict[str, Any]], turns: str) -> list[int]:
 def _turn_span(conversation: Conversation, template: ChatTemplate, text: str, index: int) -> tuple[int, int, float]:
     """Return the start and end of an assistant's turn in the rendered text, and its loss weight."""
     messages, tools = conversation.messages, conversation.tools
+    _check_turn_is_rendered(template, messages[: index + 1], tools)
     before = _text(template.render(messages[:index], generation_prompt=True, tools=tools))
     after = _text(template.render(messages[: index + 1], tools=tools))
     if not (text.startswith(after) and after.startswith(before)):
@@ -144,6 +195,20 @@ def _turn_span(conversation: Conversation, template: ChatTemplate, text: str, in
         )
     end = len(before) + template.end_of_last_special(after[len(before) :])
     return len(before), end, float(messages[index].get("weight", 1))
+
+
+def _check_turn_is_rendered(
+    template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> None:
+    """Raise UserError if the template leaves out part of the last message, whose end would then be trained too early."""
+    *earlier, turn = messages
+    for name in SPOKEN:
+        rest = {key: value for key, value in turn.items() if key != name}
+        if turn.get(name) and template.ignores(messages, [*earlier, rest], tools=tools):
+            raise UserError(
+                f"the chat template leaves out {name} of turn {len(messages)}, so that the model would learn to stop "
+                "without it; use a template that renders it (sft.chat_template), or remove it from the message."
+            )
 
 
 def _text(segments: list[TextSegment]) -> str:
@@ -167,6 +232,13 @@ def _check_message(message: dict[str, Any], location: str) -> None:
         raise UserError(f"{location}: role {role!r}; it must be one of {', '.join(ROLES)}.")
     if not isinstance(message.get("content", ""), str):
         raise UserError(f"{location}: the content of a message must be a string.")
+    for call in message.get("tool_calls", []) if isinstance(message.get("tool_calls", []), list) else [None]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(
+                f'{location}: tool_calls must be a list of {{"function": {{"name": …, "arguments": …}}}}, found '
+                f"{str(message['tool_calls'])[:SHOWN]}."
+            )
     if not message.get("content") and not message.get("tool_calls"):
         raise UserError(f"{location}: a message of {role!r} has neither content nor tool_calls; leave it out.")
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < 1e6:

@@ -36,7 +36,7 @@ from megatron_q3n.data.conversations import (
 from megatron_q3n.packing import Packing
 
 # version of the cached files, part of their key: raise it when their layout changes
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 @dataclass
@@ -232,7 +232,7 @@ def _cache_key(settings: SftConfig, template: ChatTemplate, length: int, fingerp
         "layout": CACHE_VERSION,
         "settings": settings.model_dump(mode="json"),
         "files": files,
-        "template": template.source,
+        "template": [template.source, template.named_tokens],
         "length": length,
         "tokenizer": fingerprint,
     }

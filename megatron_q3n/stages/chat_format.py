@@ -1,5 +1,6 @@
 """Tokenizer and chat template of a post-training run: chosen once, then saved in the run directory."""
 
+import json
 from pathlib import Path
 
 from megatron_q3n import checkpoint
@@ -11,7 +12,7 @@ from megatron_q3n.data.conversations import plain_texts
 from megatron_q3n.data.manifest import verify_prepared
 from megatron_q3n.data.sft_packing import read_sources
 from megatron_q3n.data.stdlib import load_stdlib_corpus
-from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
+from megatron_q3n.data.tokenizer import TOKENIZER_SETTINGS_FILE, TextTokenizer, train_bpe
 from megatron_q3n.run_directory import TOKENIZER_FOLDER, write_atomically
 from megatron_q3n.stages.trained_model import checkpoint_tokenizer
 
@@ -39,7 +40,7 @@ def save(run_dir: Path, tokenizer: TextTokenizer, template: ChatTemplate) -> Non
     folder = run_dir / TOKENIZER_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
-    write_atomically(folder / "tokenizer_config.json", f'{{"eos_token": "{tokenizer.eod_token}"}}')
+    write_atomically(folder / TOKENIZER_SETTINGS_FILE, json.dumps(template.named_tokens, ensure_ascii=False))
     write_atomically(folder / TEMPLATE_FILE, template.source)
 
 

@@ -130,7 +130,7 @@ class GlobalBatchRouter(TopKRouter):
                 self.slots += counted_map.sum(0)
                 self.probability += scores.sum(0)
             if self.balances_globally:
-                probs = self._attach_balance_loss(probs, scores)
+                probs = self._attach_balance_loss(probs, scores, self.expert_load)
         return probs, routing_map
 
     def reset_counts(self) -> None:
@@ -152,9 +152,24 @@ class GlobalBatchRouter(TopKRouter):
         """Return probs without megatron-core's loss; `routing` attaches ours."""
         return probs
 
-    def _attach_balance_loss(self, probs: Tensor, scores_TE: Tensor) -> Tensor:
+    def _apply_aux_loss(
+        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
+    ) -> Tensor:
+        """Attach the balance loss of the micro-batch, whose f is that of its own tokens.
+
+        With padding, megatron-core 0.19.2 weighs it by the number of tokens times the number of ranks: the reduction in
+        `get_tokens_per_expert_and_token_count` is in place, and its local count is the global one.
+        """
+        if not with_padding_mask or self.get_aux_loss_coeff("aux_loss") == 0:
+            return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, with_padding_mask)
+        slots_E = routing_map.sum(0).float()
+        if self.tp_cp_group.size() > 1:
+            torch.distributed.all_reduce(slots_E, group=self.tp_cp_group)
+        return self._attach_balance_loss(probs, scores_for_aux_loss, slots_E / slots_E.sum().clamp(min=1))
+
+    def _attach_balance_loss(self, probs: Tensor, scores_TE: Tensor, load_E: Tensor) -> Tensor:
         """Attach coeff · E · Σ f·p, summed over this rank's tokens (padding has p = 0)."""
-        loss = self.num_experts * (scores_TE * self.expert_load).sum()
+        loss = self.num_experts * (scores_TE * load_E).sum()
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
             # one layer, which runs once per depth
             loss = loss / self.config.mtp_num_layers
@@ -178,20 +193,12 @@ class GlobalBatchRouter(TopKRouter):
         needs_dp_avg: bool = True,
         valid_token_count: int | Tensor | None = None,
     ) -> Tensor:
-        """Attach megatron-core's `aux_loss` or `seq_aux_loss`, weighted by the tokens that are not padding.
-
-        megatron-core divides the weight by N of the loss; its log of the values is not read here.
-        """
-        assert valid_token_count is not None, "megatron-core counts the tokens of its losses"
+        """Attach megatron-core's `aux_loss` or `seq_aux_loss` of rows without padding; its log of them is not kept."""
+        assert isinstance(valid_token_count, int), "megatron-core's losses are not used with padding"
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
             # one layer, which runs once per depth
             aux_loss = aux_loss / self.config.mtp_num_layers
-        total = valid_token_count * self.tp_cp_group.size()
-        if isinstance(valid_token_count, Tensor) and self.tp_cp_group.size() > 1:
-            # megatron-core assumes that every rank of the sequence has as much padding
-            total = valid_token_count.clone()
-            torch.distributed.all_reduce(total, group=self.tp_cp_group)
-        return self._attach(activation, aux_loss * total)
+        return self._attach(activation, aux_loss * valid_token_count * self.tp_cp_group.size())
 
     def _attach(self, activation: Tensor, loss: Tensor) -> Tensor:
         """Attach a sum over this rank's tokens, which becomes a mean over the M tokens of the global batch.
