@@ -26,6 +26,7 @@ from megatron_q3n.data.tokenizer import TextTokenizer, tokenizer_file, tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
 
+
 class ChatTemplate:
     """A Jinja chat template and the tokenizer of its special tokens."""
 
@@ -66,7 +67,7 @@ class ChatTemplate:
     def ignores(self, messages: list[dict[str, Any]], reduced: list[dict[str, Any]], **extras: Any) -> bool:
         """Return whether the conversation and a reduced form of it render alike, so that the difference is left out.
 
-        `reduced_tools` replaces `tools` in the reduced form, if given. A template that refuses the reduced form uses it.
+        `reduced_tools`, if given, replaces `tools` in the reduced form. A template that refuses this form reads the rest.
         """
         tools = extras.pop("tools", None)
         reduced_tools = extras.pop("reduced_tools", tools)

@@ -1,7 +1,7 @@
 """Conversations for SFT: reading and validation, tokenization with the chat template, and loss weights per token.
 
-A conversation is a JSON object {"messages": [{"role", "content", "weight"?}, …], "tools"?: […]}, one per line, or a row
-of a Hugging Face datasets folder. The loss covers the assistant's turns only: content and end-of-turn token, times the
+A conversation is a row {"messages": [{"role", "content", "weight"?}, …], "tools"?: […]} of JSONL or a table (rows.py).
+The loss covers the assistant's turns only: what the template renders of them and the end-of-turn token, times the
 message's `weight` (default 1; 0 masks the turn).
 
 Sequence packing is in `sft_packing.py`, rendering in `chat_template.py`.
@@ -18,6 +18,7 @@ import numpy as np
 from megatron_q3n.config import UserError
 from megatron_q3n.data.chat_template import ChatTemplate
 from megatron_q3n.data.protected_text import TextSegment
+from megatron_q3n.data.rows import read_rows
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 # what an assistant's turn may hold beside its content, under the names that datasets use
@@ -44,23 +45,12 @@ class TokenizedConversation:
 
 
 def read_conversations(path: str | Path) -> Iterator[Conversation]:
-    """Yield the conversations of a .jsonl file or a folder saved by Hugging Face datasets.
+    """Yield the conversations of a file, folder or glob pattern (rows.py).
 
-    Raises: UserError for any other path, or an invalid conversation.
+    Raises: UserError for a path that cannot be read, or an invalid conversation.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        yield from _read_saved_dataset(path)
-        return
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield parse_conversation(_parse_json(line, f"{path}:{number}"), f"{path}:{number}")
-    except OSError as error:
-        raise UserError(
-            f"conversations {path}: {error.strerror}. Give a .jsonl file or a folder saved by datasets."
-        ) from None
+    for row in read_rows(path):
+        yield parse_conversation(row.values, row.location)
 
 
 def parse_conversation(row: Any, location: str) -> Conversation:
@@ -200,7 +190,7 @@ def _turn_span(conversation: Conversation, template: ChatTemplate, text: str, in
 def _check_turn_is_rendered(
     template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
 ) -> None:
-    """Raise UserError if the template leaves out part of the last message, whose end would then be trained too early."""
+    """Raise UserError if the template leaves out part of the last message, and so trains its end too early."""
     *earlier, turn = messages
     for name in SPOKEN:
         rest = {key: value for key, value in turn.items() if key != name}
@@ -243,26 +233,3 @@ def _check_message(message: dict[str, Any], location: str) -> None:
         raise UserError(f"{location}: a message of {role!r} has neither content nor tool_calls; leave it out.")
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < 1e6:
         raise UserError(f"{location}: weight {weight!r}; it must be a number from 0.")
-
-
-def _parse_json(line: str, location: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{location}: not JSON ({error}): {line[:SHOWN].strip()}") from None
-
-
-def _read_saved_dataset(folder: Path) -> Iterator[Conversation]:
-    # late: this import takes 1.5 seconds, and JSONL does not need it
-    import datasets
-
-    try:
-        table = datasets.load_from_disk(str(folder))
-    except FileNotFoundError:
-        raise UserError(
-            f"conversations {folder}: not a folder saved by Hugging Face datasets (save_to_disk)."
-        ) from None
-    if isinstance(table, datasets.DatasetDict):
-        raise UserError(f"conversations {folder}: holds several splits ({', '.join(table)}); name one: {folder}/SPLIT.")
-    for number, row in enumerate(table):
-        yield parse_conversation(row, f"{folder}:{number + 1}")

@@ -60,7 +60,9 @@ class ProtectedTexts:
         for key in value:
             special = self.specials.search(str(key)) if self.specials else None
             if special:
-                raise UserError(f"the key {key!r} of a message or tool holds the special token {special[0]!r}; rename it.")
+                raise UserError(
+                    f"the key {key!r} of a message or tool holds the special token {special[0]!r}; rename it."
+                )
         return {key: self.replace(item) for key, item in value.items()}
 
     def segments(self, rendered: str, plain: str) -> list[TextSegment] | None:

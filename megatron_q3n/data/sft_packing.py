@@ -33,6 +33,7 @@ from megatron_q3n.data.conversations import (
     read_conversations,
     without_oldest_exchange,
 )
+from megatron_q3n.data.sources import find_row_sources
 from megatron_q3n.packing import Packing
 
 # version of the cached files, part of their key: raise it when their layout changes
@@ -224,7 +225,7 @@ def _aligned_length(num_tokens: int, alignment: int) -> int:
 
 def _cache_key(settings: SftConfig, template: ChatTemplate, length: int, fingerprint: str) -> str:
     files = {
-        source.path: _digest(Path(source.path).expanduser())
+        source.path: [_digest(file.path) for file in find_row_sources(source.path)]
         for source in [*settings.train, *settings.validation]
         if source.path is not None
     }
@@ -248,9 +249,7 @@ def _digest(path: Path) -> str:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:
-            raise UserError(
-                f"conversations {file}: {error.strerror}. Give a .jsonl file or a folder saved by datasets."
-            ) from None
+            raise UserError(f"{file}: {error.strerror}. Check the path and permissions.") from None
     return digest.hexdigest()
 
 

@@ -64,6 +64,20 @@ def find_sources(inputs: Sequence[str], format: Format | None = None) -> list[So
     return sources
 
 
+def find_row_sources(argument: str) -> list[Source]:
+    """Return the sources of rows (conversations, prompts) of a file, folder or glob pattern.
+
+    As `find_sources`, but a file whose suffix names no format of rows is JSONL, and text files in folders are left out.
+
+    Raises: UserError as there.
+    """
+    path = Path(argument).expanduser()
+    if path.is_file():
+        suffix_format = _parse_suffix(path)[0]
+        return find_sources([argument], "jsonl" if suffix_format in (None, "text") else None)
+    return [source for source in find_sources([argument]) if source.format != "text"]
+
+
 def _check_packages(source: Source) -> None:
     for package in _PACKAGES.get(source.format, ()):
         spec = importlib.util.find_spec(package)

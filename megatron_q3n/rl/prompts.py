@@ -3,9 +3,7 @@
 Each pass over the prompts has its own permutation, so that a run may use more prompts than there are.
 """
 
-import json
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,10 +12,9 @@ from megatron_q3n.config.rl import PromptSource
 from megatron_q3n.config.sft import TaskSet
 from megatron_q3n.data.chat_template import ChatTemplate
 from megatron_q3n.data.conversation_tasks import questions
+from megatron_q3n.data.conversations import SHOWN, check_messages, check_tools, check_tools_are_rendered
+from megatron_q3n.data.rows import Row, read_rows
 from megatron_q3n.rl.samples import Prompt
-
-# length of the part of an invalid line that an error message quotes
-QUOTED_CHARACTERS = 160
 
 
 class Prompts:
@@ -31,7 +28,7 @@ class Prompts:
         Raises: UserError for an invalid source, or if no prompt has at most `max_tokens` tokens.
         """
         items = [item for source in sources for item in _read(source)]
-        tokenized = [(template.prompt(messages), arguments) for messages, arguments in items]
+        tokenized = [(_tokens(template, item), item.arguments) for item in items]
         self._pool = [item for item in tokenized if len(item[0]) <= max_tokens]
         self.num_too_long = len(tokenized) - len(self._pool)
         self._seed, self._shuffled = seed, shuffled
@@ -60,22 +57,33 @@ class Prompts:
         return [self[number] for number in range(first, first + count)]
 
 
-def _read(source: PromptSource) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
-    """Return (messages, scoring arguments) of every prompt."""
+class _Item(NamedTuple):
+    """A prompt before tokenization: messages, the arguments of its scoring, and its location for error messages."""
+
+    messages: list[dict[str, Any]]
+    arguments: dict[str, Any]
+    location: str
+
+
+def _read(source: PromptSource) -> list[_Item]:
     if source.task is not None:
         return _from_task_set(source.task)
     assert source.path is not None, "PromptSource validates it"
-    path = Path(source.path).expanduser()
+    return [_from_row(row) for row in read_rows(source.path)]
+
+
+def _tokens(template: ChatTemplate, item: _Item) -> list[int]:
+    tools = item.arguments.get("tools")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"prompts {path}: {error.strerror}. Give a .jsonl file.") from None
-    return [_from_line(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+        check_tools_are_rendered(template, item.messages, tools)
+        return template.prompt(item.messages, tools=tools)
+    except UserError as error:
+        raise UserError(f"{item.location}: {error}") from None
 
 
-def _from_task_set(task: TaskSet) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+def _from_task_set(task: TaskSet) -> list[_Item]:
     return [
-        (
+        _Item(
             [{"role": "user", "content": question.text}],
             {
                 "text": question.text,
@@ -85,23 +93,26 @@ def _from_task_set(task: TaskSet) -> list[tuple[list[dict[str, Any]], dict[str, 
                 "seed": question.seed,
                 "index": question.index,
             },
+            f"task {task.name}:{question.seed}.{question.index}",
         )
         for question in questions(task)
     ]
 
 
-def _from_line(line: str, location: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{location}: not JSON ({error}): {line[:QUOTED_CHARACTERS]}") from None
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        messages = [{"role": "user", "content": row["prompt"]}]
-    elif isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]:
-        messages = row["messages"]
+def _from_row(row: Row) -> _Item:
+    """Return the messages of a row, and its other values as arguments."""
+    values, location = row
+    if isinstance(values.get("prompt"), str):
+        messages: list[Any] = [{"role": "user", "content": values["prompt"]}]
+    elif isinstance(values.get("messages"), list) and values["messages"]:
+        messages = values["messages"]
     else:
         raise UserError(
             f'{location}: no prompt; it must be {{"prompt": text, "answer": …}} or {{"messages": […], "answer": …}}, '
-            f"found {line[:QUOTED_CHARACTERS]}"
+            f"found {str(values)[:SHOWN]}."
         )
-    return messages, {k: v for k, v in row.items() if k != "messages"} | {"text": messages[-1].get("content", "")}
+    checked = check_messages(messages, location)
+    arguments = {key: value for key, value in values.items() if key not in ("messages", "tools")}
+    tools = check_tools(values.get("tools"), location)
+    arguments |= {"tools": tools} if tools else {}
+    return _Item(checked, arguments | {"text": checked[-1].get("content", "")}, location)

@@ -85,7 +85,9 @@ def test_default_templates_render_all_of_a_turn(tokenizer: TextTokenizer, source
 
 
 @pytest.mark.parametrize("source", [CHATML, PLAIN])
-def test_transformers_renders_the_default_templates_alike(tokenizer: TextTokenizer, source: str, tmp_path: Path) -> None:
+def test_transformers_renders_the_default_templates_alike(
+    tokenizer: TextTokenizer, source: str, tmp_path: Path
+) -> None:
     tokenizer.save(tmp_path)
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|endoftext|>")
     ours = ChatTemplate(source, tokenizer)
@@ -197,9 +199,7 @@ def test_a_tokenizer_folders_own_tokens_are_what_its_template_gets(tokenizer: Te
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<|bos|>", eos_token="<|im_end|>"
     )
     messages = [{"role": "user", "content": "yes"}]
-    expected = theirs.apply_chat_template(
-        messages, chat_template=source, add_generation_prompt=True, return_dict=False
-    )
+    expected = theirs.apply_chat_template(messages, chat_template=source, add_generation_prompt=True, return_dict=False)
     assert ours.prompt(messages) == expected
     assert ours.end_of_turn == tokenizer.id_of("<|im_end|>")
     chat_format.save(tmp_path / "run", TextTokenizer.load(folder), ours)
