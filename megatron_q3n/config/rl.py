@@ -125,7 +125,14 @@ class RlConfig(Section):
 
     prompts: list[PromptSource] = Field(default_factory=list)
     held_out: list[PromptSource] = Field(
-        default_factory=list, description="prompts on which accuracy is evaluated, never trained on"
+        default_factory=list,
+        description="prompts on which accuracy is evaluated, never trained on; empty: a share of rl.prompts",
+    )
+    held_out_percent: float = Field(
+        5.0,
+        ge=0,
+        lt=50,
+        description="that share by text hash, at least one and at most 500 texts; 0: no held-out prompts",
     )
     held_out_interval_steps: int = Field(0, ge=0, description="0: only before the first and after the last step")
     rollout: RolloutConfig = RolloutConfig()
@@ -187,6 +194,11 @@ class RlConfig(Section):
 
     @model_validator(mode="after")
     def _legal(self) -> "RlConfig":
+        default = type(self).model_fields["held_out_percent"].default
+        if self.held_out and self.held_out_percent != default:
+            raise UserError(
+                f"rl.held_out_percent={self.held_out_percent} has no effect with rl.held_out; set it to {default}."
+            )
         num_groups = self.rollout.prompts
         if num_groups % self.updates_per_rollout:
             raise UserError(

@@ -67,7 +67,7 @@ class ChatTemplate:
     def ignores(self, messages: list[dict[str, Any]], reduced: list[dict[str, Any]], **extras: Any) -> bool:
         """Return whether the conversation and a reduced form of it render alike, so that the difference is left out.
 
-        `reduced_tools`, if given, replaces `tools` in the reduced form. A template that refuses this form reads the rest.
+        `reduced_tools`, if given, replaces `tools` in the reduced form. A template that refuses this form uses more.
         """
         tools = extras.pop("tools", None)
         reduced_tools = extras.pop("reduced_tools", tools)

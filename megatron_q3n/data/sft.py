@@ -12,7 +12,8 @@ import numpy as np
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.data.batch import Batch
-from megatron_q3n.data.sft_packing import PackedConversations, TokenizedConversations, pack
+from megatron_q3n.data.sft_packing import PackedConversations, pack
+from megatron_q3n.data.tokenized_conversations import TokenizedConversations
 from megatron_q3n.data.tokenizer import TextTokenizer
 
 

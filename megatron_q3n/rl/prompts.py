@@ -3,7 +3,7 @@
 Each pass over the prompts has its own permutation, so that a run may use more prompts than there are.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -11,33 +11,53 @@ from megatron_q3n.config import UserError
 from megatron_q3n.config.rl import PromptSource
 from megatron_q3n.config.sft import TaskSet
 from megatron_q3n.data.chat_template import ChatTemplate
-from megatron_q3n.data.conversation_tasks import questions
+from megatron_q3n.data.conversation_tasks import hash_fraction, questions
 from megatron_q3n.data.conversations import SHOWN, check_messages, check_tools, check_tools_are_rendered
+from megatron_q3n.data.held_out import held_out_mask
 from megatron_q3n.data.rows import Row, read_rows
 from megatron_q3n.rl.samples import Prompt
+
+Part = Literal["all", "train", "held_out"]
+# distinct texts of a held-out share: each evaluation generates a response to every one
+MAX_HELD_OUT = 500
 
 
 class Prompts:
     """The prompts of some sources, tokenized by the chat template, except those longer than `max_tokens`."""
 
     def __init__(
-        self, sources: list[PromptSource], template: ChatTemplate, *, max_tokens: int, seed: int, shuffled: bool = True
+        self,
+        sources: list[PromptSource],
+        template: ChatTemplate,
+        *,
+        max_tokens: int,
+        seed: int,
+        shuffled: bool = True,
+        part: Part = "all",
+        held_out_percent: float = 0.0,
+        name: str = "rl.prompts",
     ) -> None:
-        """Read and tokenize the prompts.
+        """Read and tokenize the prompts; `part` selects those in the held-out share, those outside it, or all.
 
-        Raises: UserError for an invalid source, or if no prompt has at most `max_tokens` tokens.
+        Raises: UserError for an invalid source, if no prompt has at most `max_tokens` tokens, or none can be held out.
         """
         items = [item for source in sources for item in _read(source)]
         tokenized = [(_tokens(template, item), item.arguments) for item in items]
-        self._pool = [item for item in tokenized if len(item[0]) <= max_tokens]
-        self.num_too_long = len(tokenized) - len(self._pool)
-        self._seed, self._shuffled = seed, shuffled
-        self._order: tuple[int, np.ndarray] | None = None
-        if not self._pool:
+        fitting = [item for item in tokenized if len(item[0]) <= max_tokens]
+        self.num_too_long = len(tokenized) - len(fitting)
+        if not fitting:
             raise UserError(
-                f"rl.prompts: all of {len(tokenized)} prompts are longer than {max_tokens} tokens, which is "
+                f"{name}: all of {len(tokenized)} prompts are longer than {max_tokens} tokens, which is "
                 "training.sequence_length less rl.rollout.max_new_tokens; raise training.sequence_length."
             )
+        self._pool = fitting if part == "all" else _part(fitting, part, held_out_percent)
+        self._origin = name if part == "all" else f"{held_out_percent:g} % of {name}"
+        self._seed, self._shuffled = seed, shuffled
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def describe(self) -> str:
+        """Return the number of prompts and where they come from."""
+        return f"{len(self)} prompts ({self._origin})"
 
     def __len__(self) -> int:
         """Return the number of prompts of one pass."""
@@ -55,6 +75,17 @@ class Prompts:
     def take(self, first: int, count: int) -> list[Prompt]:
         """Return the prompts `first` … `first + count - 1`."""
         return [self[number] for number in range(first, first + count)]
+
+
+def _part(items: list[Any], part: Part, percent: float) -> list[Any]:
+    """Return the (tokens, arguments) inside or outside the held-out share, by the hash of the tokens."""
+    mask = held_out_mask([hash_fraction(str(tokens)) for tokens, _ in items], percent / 100, MAX_HELD_OUT)
+    if not any(mask):
+        raise UserError(
+            f"rl.prompts: its {len(items)} prompt(s) have one text, so that none can be held out; give others, "
+            "rl.held_out, or rl.held_out_percent=0."
+        )
+    return [item for item, is_held_out in zip(items, mask) if is_held_out == (part == "held_out")]
 
 
 class _Item(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_q3n.config import RunConfig
 from megatron_q3n.data.folders import cache_root
 from megatron_q3n.data.sft import SftData
-from megatron_q3n.data.sft_packing import tokenized_conversations
+from megatron_q3n.data.tokenized_conversations import tokenized_conversations
 from megatron_q3n.stages import chat_format, pretrain
 
 

@@ -15,13 +15,8 @@ from megatron_q3n.data.chat_template import PLAIN, ChatTemplate
 from megatron_q3n.data.conversation_tasks import hash_fraction, questions
 from megatron_q3n.data.conversations import TokenizedConversation
 from megatron_q3n.data.sft import SftData
-from megatron_q3n.data.sft_packing import (
-    PackedConversations,
-    TokenizedConversations,
-    best_fit_decreasing,
-    pack,
-    tokenized_conversations,
-)
+from megatron_q3n.data.sft_packing import PackedConversations, best_fit_decreasing, pack
+from megatron_q3n.data.tokenized_conversations import TokenizedConversations, tokenized_conversations
 from megatron_q3n.data.tokenizer import train_bpe
 
 EOD = 0
