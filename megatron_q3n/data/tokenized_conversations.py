@@ -7,7 +7,6 @@ that are left is held out. The result is cached under a hash of everything it de
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from megatron_q3n.data.conversations import (
     without_oldest_exchange,
 )
 from megatron_q3n.data.held_out import held_out_mask
+from megatron_q3n.data.source_names import distinct_names
 from megatron_q3n.data.sources import find_row_sources
 
 # version of the cached files, part of their key: raise it when their layout changes
@@ -112,14 +112,10 @@ def read_source(source: ConversationSource) -> Iterator[Conversation]:
 
 
 def source_names(sources: list[ConversationSource]) -> tuple[str, ...]:
-    """Return a distinct name for each source, made of letters that metric names may have."""
-    names: list[str] = []
-    for source in sources:
-        text = source.task.name if source.task is not None else Path(str(source.path)).name.split(".")[0]
-        name = re.sub(r"[^A-Za-z0-9_-]+", "_", text) or "source"
-        number = sum(re.fullmatch(rf"{re.escape(name)}(_\d+)?", other) is not None for other in names)
-        names.append(f"{name}_{number + 1}" if number else name)
-    return tuple(names)
+    """Return a distinct name for each source: that of its task set, or of its file without suffixes."""
+    return distinct_names(
+        source.task.name if source.task is not None else Path(str(source.path)).name.split(".")[0] for source in sources
+    )
 
 
 def _tokenize_all(
