@@ -37,15 +37,25 @@ ALGORITHMS = {
 
 
 class PromptSource(Section):
-    """Prompts with their scoring arguments: a task set, or a .jsonl file of {messages or prompt, answer}."""
+    """Prompts with their scoring arguments: a task set, or files of {messages or prompt, answer}."""
 
-    path: str | None = None
+    path: str | None = Field(
+        None,
+        description="a file, folder or glob pattern, as in sft.train; rows of {prompt}, {messages}, ShareGPT or Alpaca "
+        "shape, whose other values go to the reward function",
+    )
     task: TaskSet | None = None
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="the file's columns by our names, e.g. {prompt: problem, answer: solution}"
+    )
+    weight: float = Field(1.0, gt=0, le=100, description="how often each prompt occurs in one pass; 0.5: half of them")
 
     @model_validator(mode="after")
     def _legal(self) -> "PromptSource":
         if (self.path is None) == (self.task is None):
             raise UserError("rl.prompts: a source is either {path: …} or {task: {name: …}}, not both or neither.")
+        if self.task is not None and self.columns:
+            raise UserError(f"rl.prompts: columns={self.columns} has no effect with a task set; remove it.")
         return self
 
 
@@ -198,6 +208,11 @@ class RlConfig(Section):
         if self.held_out and self.held_out_percent != default:
             raise UserError(
                 f"rl.held_out_percent={self.held_out_percent} has no effect with rl.held_out; set it to {default}."
+            )
+        weighted = next((source for source in self.held_out if source.weight != 1), None)
+        if weighted is not None:
+            raise UserError(
+                f"rl.held_out: weight={weighted.weight} has no effect; each prompt is evaluated once. Remove it."
             )
         num_groups = self.rollout.prompts
         if num_groups % self.updates_per_rollout:

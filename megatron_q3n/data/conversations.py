@@ -1,6 +1,7 @@
 """Conversations for SFT: reading and validation, tokenization with the chat template, and loss weights per token.
 
-A conversation is a row {"messages": [{"role", "content", "weight"?}, …], "tools"?: […]} of JSONL or a table (rows.py).
+A conversation is a row {"messages": [{"role", "content", "weight"?}, …], "tools"?: […]}, or one of another shape
+(conversation_shapes.py), of JSONL or a table (rows.py).
 The loss covers the assistant's turns only: what the template renders of them and the end-of-turn token, times the
 message's `weight` (default 1; 0 masks the turn).
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from megatron_q3n.config import UserError
 from megatron_q3n.data.chat_template import ChatTemplate
+from megatron_q3n.data.conversation_shapes import messages_of, rename
 from megatron_q3n.data.protected_text import TextSegment
 from megatron_q3n.data.rows import read_rows
 
@@ -44,13 +46,13 @@ class TokenizedConversation:
     weights: np.ndarray
 
 
-def read_conversations(path: str | Path) -> Iterator[Conversation]:
-    """Yield the conversations of a file, folder or glob pattern (rows.py).
+def read_conversations(path: str | Path, columns: dict[str, str] | None = None) -> Iterator[Conversation]:
+    """Yield the conversations of a file, folder or glob pattern (rows.py), with its columns under our names.
 
     Raises: UserError for a path that cannot be read, or an invalid conversation.
     """
     for row in read_rows(path):
-        yield parse_conversation(row.values, row.location)
+        yield parse_conversation(rename(row.values, columns or {}, row.location), row.location)
 
 
 def parse_conversation(row: Any, location: str) -> Conversation:
@@ -58,12 +60,7 @@ def parse_conversation(row: Any, location: str) -> Conversation:
 
     Raises: UserError naming its location and the problem.
     """
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise UserError(
-            f'{location}: no conversation; it must be {{"messages": [{{"role": …, "content": …}}, …]}}, '
-            f"found {str(row)[:SHOWN]}."
-        )
+    messages = messages_of(row, location)
     cleaned = check_messages(messages, location)
     if all(message["role"] != "assistant" for message in cleaned):
         raise UserError(f"{location}: no message of role assistant, so it has no tokens with a loss; leave it out.")
@@ -72,6 +69,8 @@ def parse_conversation(row: Any, location: str) -> Conversation:
 
 def check_messages(messages: list[Any], location: str) -> list[dict[str, Any]]:
     """Return the messages without keys that hold null.
+
+    Each must be an object with a role and a content or tool calls.
 
     Raises: UserError naming the location and the problem.
     """

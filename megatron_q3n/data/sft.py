@@ -37,8 +37,9 @@ class SftData:
         validation: TokenizedConversations,
     ) -> "SftData":
         """Pack both sets of conversations into sequences."""
-        datasets = [_packed(config, conversations, tokenizer.eod) for conversations in (train, validation)]
-        return cls(config, tokenizer, train, validation, datasets[0], datasets[1])
+        weights = [source.weight for source in config.sft.train]
+        train_rows = _packed(config, train, tokenizer.eod, weights if set(weights) != {1} else None)
+        return cls(config, tokenizer, train, validation, train_rows, _packed(config, validation, tokenizer.eod))
 
     def train_batches(self, first_step: int, dp_rank: int, dp_size: int) -> Iterator[list[Batch]]:
         """Yield, for each step from `first_step` to the last, this rank's micro-batches."""
@@ -103,9 +104,11 @@ class SftData:
         return pack([], training.sequence_length, alignment, self.tokenizer.eod)
 
 
-def _packed(config: RunConfig, conversations: TokenizedConversations, eod: int) -> PackedConversations:
-    training = config.training
-    return PackedConversations(conversations, training.sequence_length, config.sft.alignment, training.seed, eod)
+def _packed(
+    config: RunConfig, conversations: TokenizedConversations, eod: int, source_weights: list[float] | None = None
+) -> PackedConversations:
+    training, alignment = config.training, config.sft.alignment
+    return PackedConversations(conversations, training.sequence_length, alignment, training.seed, eod, source_weights)
 
 
 def _tokens(batch: Batch) -> np.ndarray:

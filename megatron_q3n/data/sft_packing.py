@@ -8,12 +8,14 @@ Position p of a sequence predicts the next token, so a conversation of n tokens 
 
 import bisect
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from megatron_q3n.data.batch import Batch
 from megatron_q3n.data.conversations import TokenizedConversation
+from megatron_q3n.data.source_weights import repeated
 from megatron_q3n.data.tokenized_conversations import TokenizedConversations
 from megatron_q3n.packing import Packing
 
@@ -21,9 +23,19 @@ from megatron_q3n.packing import Packing
 class PackedConversations:
     """Packed sequences of a set of conversations, repeated without end, each epoch in its own order."""
 
-    def __init__(self, conversations: TokenizedConversations, length: int, alignment: int, seed: int, eod: int) -> None:
-        sizes = [_aligned_length(n, alignment) for n in np.diff(conversations.bounds).tolist()]
-        self.bins = best_fit_decreasing(sizes, length)
+    def __init__(
+        self,
+        conversations: TokenizedConversations,
+        length: int,
+        alignment: int,
+        seed: int,
+        eod: int,
+        source_weights: Sequence[float] | None = None,
+    ) -> None:
+        members = list(range(len(conversations))) if source_weights is None else _members(conversations, source_weights)
+        lengths = np.diff(conversations.bounds)[members].tolist()
+        bins = best_fit_decreasing([_aligned_length(n, alignment) for n in lengths], length)
+        self.bins = [[members[position] for position in positions] for positions in bins]
         self._conversations, self._length, self._alignment = conversations, length, alignment
         self._seed, self._eod = seed, eod
         self._order: tuple[int, np.ndarray] | None = None
@@ -40,6 +52,13 @@ class PackedConversations:
             self._order = (epoch, generator.permutation(len(self.bins)))
         members = self.bins[int(self._order[1][offset])]
         return pack([self._conversations[i] for i in members], self._length, self._alignment, self._eod)
+
+
+def _members(conversations: TokenizedConversations, source_weights: Sequence[float]) -> list[int]:
+    """Return the indices of the conversations of one epoch, given the weight of each source."""
+    weights = dict(zip(conversations.source_names, source_weights, strict=True))
+    by_source = conversations.indices_by_source()
+    return [index for name, indices in by_source.items() for index in repeated(indices, weights[name], name)]
 
 
 def best_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:

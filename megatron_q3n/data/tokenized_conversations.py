@@ -108,7 +108,7 @@ def read_source(source: ConversationSource) -> Iterator[Conversation]:
         yield from task_conversations(source.task)
     else:
         assert source.path is not None, "checked by the configuration"
-        yield from read_conversations(source.path)
+        yield from read_conversations(source.path, source.columns)
 
 
 def source_names(sources: list[ConversationSource]) -> tuple[str, ...]:
