@@ -69,7 +69,9 @@ def _from_sharegpt(turn: Any, location: str) -> Any:
     try:
         calls = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{location}: a function_call is not JSON ({error}): {value[:SHOWN_CHARACTERS]}.") from None
+        raise UserError(
+            f"{location}: a function_call is not JSON ({error}): {str(value)[:SHOWN_CHARACTERS]}."
+        ) from None
     calls = calls if isinstance(calls, list) else [calls]
     return {"role": role, "tool_calls": [{"type": "function", "function": call} for call in calls], **weight}
 

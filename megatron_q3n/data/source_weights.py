@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megatron_q3n.data.conversation_tasks import hash_fraction
+from megatron_q3n.data.held_out import hash_fraction
 
 
 def repeated(indices: list[int], weight: float, name: str) -> list[int]:

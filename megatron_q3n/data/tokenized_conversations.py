@@ -18,7 +18,7 @@ import numpy as np
 from megatron_q3n.config import UserError
 from megatron_q3n.config.sft import ConversationSource, SftConfig
 from megatron_q3n.data.chat_template import ChatTemplate
-from megatron_q3n.data.conversation_tasks import hash_fraction, task_conversations
+from megatron_q3n.data.conversation_tasks import task_conversations
 from megatron_q3n.data.conversations import (
     Conversation,
     TokenizedConversation,
@@ -26,7 +26,7 @@ from megatron_q3n.data.conversations import (
     read_conversations,
     without_oldest_exchange,
 )
-from megatron_q3n.data.held_out import held_out_mask
+from megatron_q3n.data.held_out import hash_fraction, held_out_mask
 from megatron_q3n.data.source_names import distinct_names
 from megatron_q3n.data.sources import find_row_sources
 
@@ -241,10 +241,9 @@ def _read(file: Path) -> tuple[TokenizedConversations, TokenizedConversations]:
         facts = json.loads(str(stored["facts"]))
         train, validation = (
             TokenizedConversations(
-                *(stored[f"{name}_{array}"] for array in _ARRAYS[:3]),
-                facts[name][0],
-                stored[f"{name}_sources"],
-                tuple(facts[name][1]),
+                counts=facts[name][0],
+                source_names=tuple(facts[name][1]),
+                **{array: stored[f"{name}_{array}"] for array in _ARRAYS},
             )
             for name in ("train", "validation")
         )

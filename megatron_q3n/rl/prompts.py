@@ -12,9 +12,9 @@ from megatron_q3n.config.rl import PromptSource
 from megatron_q3n.config.sft import TaskSet
 from megatron_q3n.data.chat_template import ChatTemplate
 from megatron_q3n.data.conversation_shapes import is_messages, messages_of, rename
-from megatron_q3n.data.conversation_tasks import hash_fraction, questions
+from megatron_q3n.data.conversation_tasks import questions
 from megatron_q3n.data.conversations import check_messages, check_tools, check_tools_are_rendered
-from megatron_q3n.data.held_out import held_out_mask
+from megatron_q3n.data.held_out import hash_fraction, held_out_mask
 from megatron_q3n.data.rows import read_rows
 from megatron_q3n.data.source_weights import repeated
 from megatron_q3n.rl.samples import Prompt

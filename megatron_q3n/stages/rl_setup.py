@@ -10,7 +10,7 @@ from megatron_q3n.data.chat_template import ChatTemplate
 from megatron_q3n.data.tokenizer import TextTokenizer
 from megatron_q3n.rl.http_engine import HttpEngine
 from megatron_q3n.rl.loop import RlLoop
-from megatron_q3n.rl.prompts import Prompts
+from megatron_q3n.rl.prompts import Part, Prompts
 from megatron_q3n.rl.reference_policy import ReferencePolicy
 from megatron_q3n.rl.reward_workers import RewardWorkers
 from megatron_q3n.rl.rollout_engine import InProcessEngine, RolloutEngine
@@ -35,7 +35,7 @@ def build_loop(
     rl = state.config.rl
     stop_tokens = frozenset({tokenizer.eod, template.end_of_turn})
     max_tokens, seed = _max_prompt_tokens(state.config), state.config.training.seed
-    part = "train" if _holds_out_share(rl) else "all"
+    part: Part = "train" if _holds_out_share(rl) else "all"
     prompts = Prompts(
         rl.prompts, template, max_tokens=max_tokens, seed=seed, part=part, held_out_percent=rl.held_out_percent
     )

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from megatron_q3n.config import UserError, validate
 from megatron_q3n.config.sft import SftConfig, TaskSet
 from megatron_q3n.data.chat_template import PLAIN, ChatTemplate
-from megatron_q3n.data.conversation_tasks import hash_fraction, questions
+from megatron_q3n.data.conversation_tasks import questions
 from megatron_q3n.data.conversations import TokenizedConversation
+from megatron_q3n.data.held_out import hash_fraction
 from megatron_q3n.data.sft import SftData
 from megatron_q3n.data.sft_packing import PackedConversations, best_fit_decreasing, pack
 from megatron_q3n.data.tokenized_conversations import TokenizedConversations, tokenized_conversations
