@@ -18,30 +18,46 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Documents of one row. `offsets` [D+1] from 0 to T on the host; `cu_seqlens` the same, int32 on a device."""
+    """Documents of one row. `offsets` [D+1] from 0 to T on the host; `cu_seqlens` the same, int32 on a device.
+
+    `used_lengths` [D] are the lengths without the padding at the end of each document; None if there is no padding.
+    """
 
     offsets: tuple[int, ...]
     cu_seqlens: Tensor
+    used_lengths: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, offsets: Sequence[int], device: torch.device | str = "cpu") -> "Packing":
+    def of(
+        cls, offsets: Sequence[int], device: torch.device | str = "cpu", used_lengths: Sequence[int] | None = None
+    ) -> "Packing":
         """Make it from offsets on the host; the copy to a GPU does not block.
 
-        Raises: ValueError if the offsets do not rise from 0.
+        Raises: ValueError if the offsets do not rise from 0, or a document uses more than its length.
         """
         bounds = tuple(int(offset) for offset in offsets)
         if len(bounds) < 2 or bounds[0] != 0 or any(end < start for start, end in pairwise(bounds)):
             raise ValueError(f"offsets of packed documents must rise from 0, found {bounds[:8]}")
-        return cls(bounds, torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True))
+        lengths = tuple(end - start for start, end in pairwise(bounds))
+        used = lengths if used_lengths is None else tuple(int(length) for length in used_lengths)
+        if len(used) != len(lengths) or any(not 0 <= part <= whole for part, whole in zip(used, lengths)):
+            raise ValueError(f"documents of {lengths[:8]} tokens cannot use {used[:8]} of them")
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
+        return cls(bounds, cu_seqlens, None if used == lengths else used)
 
     def to(self, device: torch.device | str) -> "Packing":
         """Return the packing with its device tensors on another device."""
-        return Packing(self.offsets, self.cu_seqlens.to(device, non_blocking=True))
+        return Packing(self.offsets, self.cu_seqlens.to(device, non_blocking=True), self.used_lengths)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the row."""
         return self.offsets[-1]
+
+    @property
+    def num_used_tokens(self) -> int:
+        """Tokens of the row that are not padding."""
+        return self.num_tokens if self.used_lengths is None else sum(self.used_lengths)
 
     @property
     def num_documents(self) -> int:
@@ -97,6 +113,26 @@ class Packing:
         if size not in self._zigzag:
             self._zigzag[size] = _zigzag(self.spans, size)
         return self._zigzag[size]
+
+    def padding_mask(self, size: int, rank: int) -> Tensor | None:
+        """Return which tokens of a context-parallel rank are padding, in its own order; None without padding.
+
+        Shapes: bool [S] on the device.
+        """
+        if self.used_lengths is None:
+            return None
+        if (size, rank) not in self._padding_masks:
+            ends = torch.tensor(self.used_lengths)
+            documents_T = torch.repeat_interleave(torch.arange(self.num_documents), torch.tensor(self.lengths))
+            starts_T = torch.tensor(self.offsets[:-1])[documents_T]
+            mask_T = torch.arange(self.num_tokens) - starts_T >= ends[documents_T]
+            mask_S = mask_T if size == 1 else mask_T[self.zigzag(size)[rank]]
+            self._padding_masks[size, rank] = mask_S.to(self.cu_seqlens.device, non_blocking=True)
+        return self._padding_masks[size, rank]
+
+    @cached_property
+    def _padding_masks(self) -> dict[tuple[int, int], Tensor]:
+        return {}
 
     @cached_property
     def _zigzag(self) -> dict[int, Tensor]:

@@ -4,6 +4,7 @@ The only module that imports Hydra and OmegaConf; nothing here imports torch, so
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_q3n.config import RunConfig, UserError, default_tree, known_settings, suggest, validate
+from megatron_q3n.config.held_out import overrides_without_recipes_held_out
 from megatron_q3n.config.override_text import hydra_quoted
 from megatron_q3n.config.plain_yaml import read_mapping
 
@@ -55,6 +57,7 @@ def run_by_hydra(run: Callable[[RunConfig], int]) -> None:
         if code:
             raise SystemExit(code)
 
+    sys.argv += overrides_without_recipes_held_out(sys.argv[1:])
     hydra.main(version_base="1.3", config_path=str(RECIPES))(run_composed)()
 
 
@@ -114,6 +117,7 @@ def _composed(recipe: str, config_dir: str | None, overrides: list[str]) -> dict
     search = [f"hydra.searchpath=[{hydra_quoted(f'file://{folder}')}]" for folder in folders if folder != home]
     # the pass-through takes any field of TransformerConfig, so Hydra must not require a "+" for a new key
     prepared = [f"++{o}" if o.startswith("model.megatron.") else o for o in overrides]
+    prepared += overrides_without_recipes_held_out(overrides)
     try:
         with initialize_config_dir(str(home), version_base="1.3"):
             return plain_tree(compose(recipe, [*prepared, *search]))

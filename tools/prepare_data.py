@@ -6,7 +6,6 @@ torch is not imported: worker processes import this file, and wrong input must b
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 from megatron_q3n.config import EXIT_BAD_INPUT, UserError
@@ -18,6 +17,7 @@ EXAMPLES = """examples:
   tools/prepare_data.py corpus/*.jsonl.zst --output data/web --tokenizer Qwen3-tokenizer/
   tools/prepare_data.py notes/ book.txt.gz --output data/mine --train-tokenizer 4096
   tools/prepare_data.py part.parquet --column content --output data/code --tokenizer tokenizer.json
+  tools/prepare_data.py notes/ --output data/notes --train-tokenizer 4096 --validation-percent 2
   tools/prepare_data.py saved_dataset/train --output data/train --tokenizer data/code
   tools/prepare_data.py verify data/web --full
 
@@ -54,8 +54,22 @@ def prepare_parser() -> argparse.ArgumentParser:
     add("--column", default="text", help="field of JSONL, parquet and datasets (%(default)s)")
     add("--format", choices=FORMATS, help="format of files with an unknown extension")
     add("--workers", type=positive, default=0, help="worker processes (one per core)")
+    add(
+        "--validation-percent",
+        type=percent,
+        default=0.0,
+        metavar="P",
+        help="hold out P %% of the documents, by the hash of their text: writes OUTPUT/train and OUTPUT/validation",
+    )
+    add(
+        "--max-bad-lines",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="skip up to N lines that cannot be read, and name them (the first one ends the preparation)",
+    )
     add("--force", action="store_true", help="replace a prepared folder at --output")
-    add("--quiet", action="store_true", help="no progress bar; there is none outside a terminal")
+    add("--quiet", action="store_true", help="no progress: neither bar nor, outside a terminal, lines")
     return parser
 
 
@@ -76,17 +90,29 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def percent(text: str) -> float:
+    """Parse a number above 0 and below 50."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 50:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 50")
+    return value
+
+
 def describe(folder: Path, manifest: Manifest) -> str:
     """Return a line that describes a prepared folder."""
+    bad = f", {manifest.num_bad_lines} bad lines" if manifest.num_bad_lines else ""
     return (
         f"{folder}: {manifest.num_documents} documents, {manifest.num_tokens} tokens of "
-        f"{manifest.text_bytes} bytes of text ({manifest.num_skipped_empty} empty ones omitted), tokenizer "
+        f"{manifest.text_bytes} bytes of text ({manifest.num_skipped_empty} empty ones{bad} left out), tokenizer "
         f"{manifest.tokenizer.fingerprint[:12]}… with {manifest.tokenizer.vocab_size} entries"
     )
 
 
 def run(arguments: list[str]) -> str:
-    """Run the command line and return the line to print."""
+    """Run the command line and return the lines to print."""
     if arguments[:1] == ["verify"]:
         options = verify_parser().parse_args(arguments[1:])
         manifest = verify_prepared(options.folder, full_hash=options.full)
@@ -94,14 +120,13 @@ def run(arguments: list[str]) -> str:
     options = prepare_parser().parse_args(arguments)
     quiet = options.__dict__.pop("quiet")
     inputs = tuple(options.__dict__.pop("inputs"))
-    manifest = prepare(Preparation(inputs=inputs, show_progress=not quiet, **vars(options)))
-    return describe(options.output, manifest)
+    prepared = prepare(Preparation(inputs=inputs, show_progress=not quiet, **vars(options)))
+    folders = [describe(folder, manifest) for folder, manifest in prepared.manifests.items()]
+    return "\n".join([*folders, *prepared.left_out.lines()])
 
 
 def main() -> int:
     """Run; 0 when done, 2 with one message on stderr for bad input."""
-    # warnings about absent GPU packages
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     try:
         print(run(sys.argv[1:]))
     except UserError as error:

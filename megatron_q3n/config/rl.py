@@ -38,15 +38,25 @@ ALGORITHMS = {
 
 
 class PromptSource(Section):
-    """Prompts with their scoring arguments: a task set, or a .jsonl file of {messages or prompt, answer}."""
+    """Prompts with their scoring arguments: a task set, or files of {messages or prompt, answer}."""
 
-    path: str | None = None
+    path: str | None = Field(
+        None,
+        description="a file, folder or glob pattern, as in sft.train; rows of {prompt}, {messages}, ShareGPT or Alpaca "
+        "shape, whose other values go to the reward function",
+    )
     task: TaskSet | None = None
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="the file's columns by our names, e.g. {prompt: problem, answer: solution}"
+    )
+    weight: float = Field(1.0, gt=0, le=100, description="how often each prompt occurs in one pass; 0.5: half of them")
 
     @model_validator(mode="after")
     def _legal(self) -> "PromptSource":
         if (self.path is None) == (self.task is None):
             raise UserError("rl.prompts: a source is either {path: …} or {task: {name: …}}, not both or neither.")
+        if self.task is not None and self.columns:
+            raise UserError(f"rl.prompts: columns={self.columns} has no effect with a task set; remove it.")
         return self
 
 
@@ -129,7 +139,14 @@ class RlConfig(Section):
 
     prompts: list[PromptSource] = Field(default_factory=list)
     held_out: list[PromptSource] = Field(
-        default_factory=list, description="prompts on which accuracy is evaluated, never trained on"
+        default_factory=list,
+        description="prompts on which accuracy is evaluated, never trained on; empty: a share of rl.prompts",
+    )
+    held_out_percent: float = Field(
+        5.0,
+        ge=0,
+        lt=50,
+        description="that share by text hash, at least one and at most 500 texts; 0: no held-out prompts",
     )
     held_out_interval_steps: int = Field(0, ge=0, description="0: only before the first and after the last step")
     rollout: RolloutConfig = RolloutConfig()
@@ -191,6 +208,16 @@ class RlConfig(Section):
 
     @model_validator(mode="after")
     def _legal(self) -> "RlConfig":
+        default = type(self).model_fields["held_out_percent"].default
+        if self.held_out and self.held_out_percent != default:
+            raise UserError(
+                f"rl.held_out_percent={self.held_out_percent} has no effect with rl.held_out; set it to {default}."
+            )
+        weighted = next((source for source in self.held_out if source.weight != 1), None)
+        if weighted is not None:
+            raise UserError(
+                f"rl.held_out: weight={weighted.weight} has no effect; each prompt is evaluated once. Remove it."
+            )
         num_groups = self.rollout.prompts
         if num_groups % self.updates_per_rollout:
             raise UserError(

@@ -4,8 +4,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_q3n.config.errors import UserError
+from megatron_q3n.config.errors import UserError, suggest
 from megatron_q3n.config.section import Section
+
+# columns of the three shapes of a conversation (data/conversation_shapes.py)
+CONVERSATION_COLUMNS = ("messages", "conversations", "instruction", "input", "output", "history", "system", "tools")
 
 
 class TaskSet(Section):
@@ -36,14 +39,30 @@ class ConversationSource(Section):
     """Conversations from a file or folder, or generated from a task set's questions and answers."""
 
     path: str | None = Field(
-        None, description="a .jsonl file of {messages: […]} objects, or a folder saved by Hugging Face datasets"
+        None,
+        description="a file (.jsonl, .json, .parquet, .gz, .zst), a folder of them, a folder saved by Hugging Face "
+        "datasets, or a glob pattern; rows of {messages}, ShareGPT or Alpaca shape (docs/conversations.md)",
     )
     task: TaskSet | None = None
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="the file's columns by our names, e.g. {instruction: question, output: reply}"
+    )
+    weight: float = Field(
+        1.0, gt=0, le=100, description="how often each conversation occurs in one pass; 0.5: half of them"
+    )
 
     @model_validator(mode="after")
     def _legal(self) -> "ConversationSource":
         if (self.path is None) == (self.task is None):
             raise UserError("sft.train: a source is either {path: …} or {task: {name: …}}, not both or neither.")
+        if self.task is not None and self.columns:
+            raise UserError(f"sft.train: columns={self.columns} has no effect with a task set; remove it.")
+        unknown = next((name for name in self.columns if name not in CONVERSATION_COLUMNS), None)
+        if unknown is not None:
+            raise UserError(
+                f"sft.train: columns has {unknown!r}.{suggest(unknown, CONVERSATION_COLUMNS)} It maps our names to the "
+                f"file's; ours are {', '.join(CONVERSATION_COLUMNS)}."
+            )
         return self
 
 
@@ -78,3 +97,13 @@ class SftConfig(Section):
         description="a conversation longer than training.sequence_length is dropped, loses its oldest exchanges "
         "(the system message stays), or is truncated",
     )
+
+    @model_validator(mode="after")
+    def _legal(self) -> "SftConfig":
+        weighted = next((source for source in self.validation if source.weight != 1), None)
+        if weighted is not None:
+            raise UserError(
+                f"sft.validation: weight={weighted.weight} has no effect; each conversation is validated on once. "
+                "Remove it."
+            )
+        return self

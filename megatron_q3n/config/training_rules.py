@@ -19,6 +19,7 @@ def check_training(config: RunSections) -> None:
     _check_graph(config)
     _check_fp8(config)
     _check_data(config)
+    _check_balance(config)
 
 
 def _check_batch(config: RunSections) -> None:
@@ -137,4 +138,17 @@ def _check_data(config: RunSections) -> None:
         raise UserError(
             f"training.sequence_length={config.training.sequence_length} is not divisible by "
             f"data.document_alignment={alignment}; make it a multiple."
+        )
+
+
+def _check_balance(config: RunSections) -> None:
+    model = config.model
+    if model.moe_router_load_balancing_type != "seq_aux_loss" or model.moe_aux_loss_coeff == 0:
+        return
+    packs_conversations = config.stage in ("sft", "rl") or bool(config.stage == "mtp" and config.sft.train)
+    if packs_conversations or config.data.mask_document_boundaries:
+        reason = f"stage={config.stage}" if packs_conversations else "data.mask_document_boundaries=true"
+        raise UserError(
+            f"model.moe_router_load_balancing_type=seq_aux_loss balances each row as one sequence, but {reason} packs "
+            "several documents into a row; set it to global_aux_loss or aux_loss."
         )

@@ -29,6 +29,11 @@ class Batch:
         """Number of predictions with a loss, an int64 scalar on the batch's device (no host synchronization)."""
         return self.loss_mask_BT.count_nonzero()
 
+    @property
+    def num_used_tokens(self) -> int:
+        """Number of tokens that are not padding, with or without a loss."""
+        return self.tokens_BT.numel() if self.packing is None else self.packing.num_used_tokens
+
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device; a copy from pinned memory is asynchronous."""
         return replace(
@@ -80,5 +85,10 @@ def packed_batch(
         padded_copy(labels_1T, eod),
         padded_copy(mask_1T, 0),
         (torch.arange(length) - starts_T)[None],
-        packing=Packing.of(bounds.tolist()),
+        packing=Packing.of(bounds.tolist(), used_lengths=_used_lengths(index_T, bounds)),
     )
+
+
+def _used_lengths(index_T: torch.Tensor, bounds: torch.Tensor) -> list[int]:
+    """Return how many of each document's places hold a token of the text, given these tokens' places."""
+    return torch.bincount(torch.bucketize(index_T, bounds[1:], right=True), minlength=len(bounds) - 1).tolist()

@@ -1,17 +1,18 @@
 """Chat templates (Jinja): selection, rendering of conversations, and tokenization that separates contents from markup.
 
-Message contents never become control tokens (no special-token injection): each content is replaced by a private-use
-character while the template renders, and substituted afterwards, marked as content. A user's text "<|im_end|>" is
-tokenized as ordinary text, and the tokenizer's special tokens come from the template alone.
+What a conversation holds never becomes a control token (no special-token injection), neither contents nor thoughts,
+tool calls and descriptions of tools (protected_text.py). A user's text "<|im_end|>" is tokenized as ordinary text, and
+the tokenizer's special tokens come from the template alone.
+
+A template gets the special tokens of its tokenizer's folder (`eos_token`, `bos_token`, …: tokenizer_config.json), as in
+transformers. `eod_token` is the token that ends a document.
 
 The loss of an assistant's turn covers the text that the template adds after the generation prompt, up to and including
 the token that ends the turn. The generation prompt is tokenized separately from it, so that training and generation
 split the tokens at the same position.
 """
 
-import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +20,21 @@ from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_q3n.config import UserError
-from megatron_q3n.data.tokenizer import TextTokenizer, tokenizer_file
+from megatron_q3n.data.default_templates import CHATML, PLAIN
+from megatron_q3n.data.protected_text import ProtectedTexts, TextSegment
+from megatron_q3n.data.tokenizer import TextTokenizer, tokenizer_file, tokenizer_settings
 
 TEMPLATE_FILE = "chat_template.jinja"
-CHATML = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-# for tokenizers whose only special token is the end-of-document token, such as those of `train_bpe`
-PLAIN = """\
-{%- for message in messages %}
-{{- message.role + ':\\n' + message.content + eod_token + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- 'assistant:\\n' }}{%- endif %}"""
-# Unicode's private-use plane 15: no template contains these characters
-_FIRST_PLACEHOLDER, _NUM_PLACEHOLDERS = 0xF0000, 0xFFFD
-
-
-@dataclass(frozen=True)
-class TextSegment:
-    """Part of a rendered conversation: a message's content (always ordinary text), or the template's markup."""
-
-    text: str
-    is_content: bool
 
 
 class ChatTemplate:
     """A Jinja chat template and the tokenizer of its special tokens."""
 
-    def __init__(self, source: str, tokenizer: TextTokenizer) -> None:
+    def __init__(self, source: str, tokenizer: TextTokenizer, named_tokens: dict[str, str] | None = None) -> None:
+        """`named_tokens` are the tokenizer's special tokens by the names that templates use, e.g. eos_token."""
         self.source, self._tokenizer = source, tokenizer
+        defaults = {"eod_token": tokenizer.eod_token, "eos_token": tokenizer.eod_token, "bos_token": ""}
+        self.named_tokens = defaults | (named_tokens or {}) | {"eod_token": tokenizer.eod_token}
         self._special_ids = tokenizer.special_ids
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
@@ -61,31 +46,42 @@ class ChatTemplate:
 
         Raises: UserError if the template refuses the messages, or if it transforms contents that hold special tokens.
         """
-        contents: list[str] = []
-        placeholders = [_with_placeholder(message, contents) for message in messages]
+        protected = ProtectedTexts(self._specials if self._special_ids else None)
+        placeholders = [protected.replace_in_message(message) for message in messages]
+        tools = extras.pop("tools", None)
         extras["add_generation_prompt"] = generation_prompt
-        segments = _split_at_placeholders(self._render_text(placeholders, extras), contents)
-        plain = self._render_text(messages, extras)
-        if "".join(segment.text for segment in segments) == plain:
+        rendered = self._render_text(placeholders, extras | {"tools": protected.replace(tools)})
+        plain = self._render_text(messages, extras | {"tools": tools})
+        segments = protected.segments(rendered, plain)
+        if segments is not None:
             return segments
         # a template that transforms contents (strips them, or searches them) cannot be rendered with placeholders
-        special = self._specials.search("\0".join(contents)) if self._special_ids else None
+        special = protected.special()
         if special:
             raise UserError(
-                f"a message contains the special token {special[0]!r}, and this chat template transforms contents, so "
+                f"a message contains the special token {special!r}, and this chat template transforms contents, so "
                 "that content and markup cannot be told apart; remove the token from the message."
             )
         return [TextSegment(plain, False)]
 
-    @property
-    def named_tokens(self) -> dict[str, str]:
-        """Special tokens by the names that templates use."""
-        return {"eod_token": self._tokenizer.eod_token, "eos_token": self._tokenizer.eod_token, "bos_token": ""}
+    def ignores(self, messages: list[dict[str, Any]], reduced: list[dict[str, Any]], **extras: Any) -> bool:
+        """Return whether the conversation and a reduced form of it render alike, so that the difference is left out.
+
+        `reduced_tools`, if given, replaces `tools` in the reduced form. A template that refuses this form uses more.
+        """
+        tools = extras.pop("tools", None)
+        reduced_tools = extras.pop("reduced_tools", tools)
+        try:
+            shorter = self._render_text(reduced, extras | {"tools": reduced_tools})
+        except UserError:
+            return False
+        return self._render_text(messages, extras | {"tools": tools}) == shorter
 
     def _render_text(self, messages: list[dict[str, Any]], extras: dict[str, Any]) -> str:
+        names = self.named_tokens
         try:
-            (text,), _ = render_jinja_template([messages], chat_template=self.source, **self.named_tokens, **extras)
-        except (TemplateError, TypeError) as error:
+            (text,), _ = render_jinja_template([messages], chat_template=self.source, **names, **extras)
+        except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"the chat template refuses a conversation: {error}") from None
         return text
 
@@ -141,59 +137,45 @@ def chat_template(setting: str | None, folder: Path | None, tokenizer: TextToken
 
     Raises: UserError for a file that cannot be read.
     """
-    if setting is not None and "{{" in setting:
-        return ChatTemplate(setting, tokenizer)
-    if setting is not None:
-        try:
-            return ChatTemplate(Path(setting).expanduser().read_text(encoding="utf-8"), tokenizer)
-        except OSError as error:
-            raise UserError(f"sft.chat_template={setting}: {error}. Give a Jinja file.") from None
-    source = _tokenizer_template(folder) if folder is not None else None
-    if source is not None:
-        return ChatTemplate(source, tokenizer)
-    has_chatml = tokenizer.id_of("<|im_start|>") is not None
-    return ChatTemplate(CHATML if has_chatml else PLAIN, tokenizer)
+    settings = {} if folder is None else tokenizer_settings(tokenizer_file(folder).parent)
+    source = _given_template(setting) if setting is not None else None
+    if source is None and folder is not None:
+        source = _tokenizer_template(tokenizer_file(folder).parent, settings)
+    if source is None:
+        source = CHATML if tokenizer.id_of("<|im_start|>") is not None else PLAIN
+    return ChatTemplate(source, tokenizer, _named_tokens(settings))
 
 
 def saved_template(folder: Path, tokenizer: TextTokenizer) -> ChatTemplate | None:
     """Return the chat template in a tokenizer's folder, or None."""
-    source = _tokenizer_template(folder)
-    return None if source is None else ChatTemplate(source, tokenizer)
+    home = tokenizer_file(folder).parent
+    settings = tokenizer_settings(home)
+    source = _tokenizer_template(home, settings)
+    return None if source is None else ChatTemplate(source, tokenizer, _named_tokens(settings))
 
 
-def _tokenizer_template(path: Path) -> str | None:
-    """Return the template next to a tokenizer.json: chat_template.jinja, or a field of tokenizer_config.json."""
-    folder = tokenizer_file(path).parent
+def _given_template(setting: str) -> str:
+    if "{{" in setting:
+        return setting
+    try:
+        return Path(setting).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"sft.chat_template={setting}: {error}. Give a Jinja file.") from None
+
+
+def _tokenizer_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Return the template of a tokenizer's folder: chat_template.jinja, or a field of tokenizer_config.json."""
     if (folder / TEMPLATE_FILE).is_file():
         return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    if not settings.is_file():
-        return None
-    template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+    template = settings.get("chat_template")
     # a list of named templates
     if isinstance(template, list):
         template = next((t["template"] for t in template if t["name"] == "default"), None)
     return template
 
 
-def _with_placeholder(message: dict[str, Any], contents: list[str]) -> dict[str, Any]:
-    """Return the message with its content replaced by a placeholder, and append the content to `contents`."""
-    content = message.get("content")
-    if not isinstance(content, str) or not content:
-        return message
-    assert len(contents) < _NUM_PLACEHOLDERS, "a conversation of 65,533 messages"
-    contents.append(content)
-    return {**message, "content": chr(_FIRST_PLACEHOLDER + len(contents) - 1)}
-
-
-def _split_at_placeholders(text: str, contents: list[str]) -> list[TextSegment]:
-    segments, markup = [], ""
-    for character in text:
-        index = ord(character) - _FIRST_PLACEHOLDER
-        if not 0 <= index < len(contents):
-            markup += character
-            continue
-        segments += [TextSegment(markup, False)] if markup else []
-        segments.append(TextSegment(contents[index], True))
-        markup = ""
-    return segments + ([TextSegment(markup, False)] if markup else [])
+def _named_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """Return the special tokens of a tokenizer_config.json by name, as transformers passes them to templates."""
+    tokens = {name: value for name, value in settings.items() if name.endswith("_token")}
+    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
+    return {name: content for name, content in contents.items() if isinstance(content, str)}

@@ -5,7 +5,6 @@ generated at any time, in any number and from any seed, and no text is in two of
 How an answer is scored is `rl/scoring_functions.py`.
 """
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 from megatron_q3n.config import UserError, suggest
 from megatron_q3n.config.sft import TaskSet
 from megatron_q3n.data.conversations import Conversation
+from megatron_q3n.data.held_out import hash_fraction
 
 # questions per data set; reasoning-gym generates entry i of seed s from s + i, so seeds are this far apart
 CHUNK_QUESTIONS = 4096
@@ -78,11 +78,6 @@ def task_conversations(task: TaskSet) -> Iterator[Conversation]:
     for question in questions(task):
         messages = [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer}]
         yield Conversation(messages, f"task {task.name}:{question.seed}.{question.index}")
-
-
-def hash_fraction(text: str) -> float:
-    """Return a hash of a text, uniform in [0, 1); it decides the split of the text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 def _questions_in_range(task: TaskSet, seed: int) -> Iterator[Question]:

@@ -1,7 +1,8 @@
 """Conversations for SFT: reading and validation, tokenization with the chat template, and loss weights per token.
 
-A conversation is a JSON object {"messages": [{"role", "content", "weight"?}, …], "tools"?: […]}, one per line, or a row
-of a Hugging Face datasets folder. The loss covers the assistant's turns only: content and end-of-turn token, times the
+A conversation is a row {"messages": [{"role", "content", "weight"?}, …], "tools"?: […]}, or one of another shape
+(conversation_shapes.py), of JSONL or a table (rows.py).
+The loss covers the assistant's turns only: what the template renders of them and the end-of-turn token, times the
 message's `weight` (default 1; 0 masks the turn).
 
 Sequence packing is in `sft_packing.py`, rendering in `chat_template.py`.
@@ -16,9 +17,14 @@ from typing import Any
 import numpy as np
 
 from megatron_q3n.config import UserError
-from megatron_q3n.data.chat_template import ChatTemplate, TextSegment
+from megatron_q3n.data.chat_template import ChatTemplate
+from megatron_q3n.data.conversation_shapes import messages_of, rename
+from megatron_q3n.data.protected_text import TextSegment
+from megatron_q3n.data.rows import read_rows
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
+# what an assistant's turn may hold beside its content, under the names that datasets use
+SPOKEN = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
 # characters of an invalid line that an error message quotes
 SHOWN = 160
 
@@ -40,24 +46,13 @@ class TokenizedConversation:
     weights: np.ndarray
 
 
-def read_conversations(path: str | Path) -> Iterator[Conversation]:
-    """Yield the conversations of a .jsonl file or a folder saved by Hugging Face datasets.
+def read_conversations(path: str | Path, columns: dict[str, str] | None = None) -> Iterator[Conversation]:
+    """Yield the conversations of a file, folder or glob pattern (rows.py), with its columns under our names.
 
-    Raises: UserError for any other path, or an invalid conversation.
+    Raises: UserError for a path that cannot be read, or an invalid conversation.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        yield from _read_saved_dataset(path)
-        return
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield parse_conversation(_parse_json(line, f"{path}:{number}"), f"{path}:{number}")
-    except OSError as error:
-        raise UserError(
-            f"conversations {path}: {error.strerror}. Give a .jsonl file or a folder saved by datasets."
-        ) from None
+    for row in read_rows(path):
+        yield parse_conversation(rename(row.values, columns or {}, row.location), row.location)
 
 
 def parse_conversation(row: Any, location: str) -> Conversation:
@@ -65,21 +60,54 @@ def parse_conversation(row: Any, location: str) -> Conversation:
 
     Raises: UserError naming its location and the problem.
     """
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise UserError(
-            f'{location}: no conversation; it must be {{"messages": [{{"role": …, "content": …}}, …]}}, '
-            f"found {str(row)[:SHOWN]}."
-        )
-    # a row of a table has every column, None where the message has no such key
-    cleaned = [{k: v for k, v in m.items() if v is not None} for m in messages if isinstance(m, dict)]
-    if len(cleaned) != len(messages):
+    messages = messages_of(row, location)
+    cleaned = check_messages(messages, location)
+    if all(message["role"] != "assistant" for message in cleaned):
+        raise UserError(f"{location}: no message of role assistant, so it has no tokens with a loss; leave it out.")
+    return Conversation(cleaned, location, check_tools(row.get("tools"), location))
+
+
+def check_messages(messages: list[Any], location: str) -> list[dict[str, Any]]:
+    """Return the messages without keys that hold null.
+
+    Each must be an object with a role and a content or tool calls.
+
+    Raises: UserError naming the location and the problem.
+    """
+    cleaned = _without_nulls(messages)
+    if not all(isinstance(message, dict) for message in cleaned):
         raise UserError(f"{location}: a message is no JSON object: {str(messages)[:SHOWN]}.")
     for message in cleaned:
         _check_message(message, location)
-    if all(message["role"] != "assistant" for message in cleaned):
-        raise UserError(f"{location}: no message of role assistant, so it has no tokens with a loss; leave it out.")
-    return Conversation(cleaned, location, row.get("tools") or None)
+    return cleaned
+
+
+def check_tools(tools: Any, location: str) -> list[dict[str, Any]] | None:
+    """Return a list of tool descriptions, given as a list or as its JSON text; None for no tools.
+
+    Raises: UserError naming the location and the problem.
+    """
+    found = tools
+    if isinstance(tools, str) and tools:
+        try:
+            found = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{location}: tools is text, but not JSON ({error}): {tools[:SHOWN]}.") from None
+    if not found:
+        return None
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise UserError(f"{location}: tools must be a list of objects, found {str(tools)[:SHOWN]}.")
+    return _without_nulls(found)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a JSON value without the keys that hold null, at every depth.
+
+    A row of a table has every column and field of the table, with null where a message or a tool has no such key.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def apply_chat_template(
@@ -91,6 +119,7 @@ def apply_chat_template(
     """
     messages, tools = conversation.messages, conversation.tools
     try:
+        check_tools_are_rendered(template, messages, tools)
         segments = template.render(messages, tools=tools)
         text = _text(segments)
         spans = [_turn_span(conversation, template, text, index) for index in _turns_with_loss(messages, turns)]
@@ -106,6 +135,16 @@ def apply_chat_template(
             weights += [value] * len(ids)
         offset = end
     return TokenizedConversation(np.array(tokens, np.int64), np.array(weights, np.float32))
+
+
+def check_tools_are_rendered(
+    template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> None:
+    """Raise UserError if there are tools and the template leaves them out."""
+    if tools and template.ignores(messages, messages, tools=tools, reduced_tools=None):
+        raise UserError(
+            "the chat template leaves out tools; use a template that renders them (sft.chat_template), or remove them."
+        )
 
 
 def without_oldest_exchange(conversation: Conversation) -> Conversation | None:
@@ -134,6 +173,7 @@ def _turns_with_loss(messages: list[dict[str, Any]], turns: str) -> list[int]:
 def _turn_span(conversation: Conversation, template: ChatTemplate, text: str, index: int) -> tuple[int, int, float]:
     """Return the start and end of an assistant's turn in the rendered text, and its loss weight."""
     messages, tools = conversation.messages, conversation.tools
+    _check_turn_is_rendered(template, messages[: index + 1], tools)
     before = _text(template.render(messages[:index], generation_prompt=True, tools=tools))
     after = _text(template.render(messages[: index + 1], tools=tools))
     if not (text.startswith(after) and after.startswith(before)):
@@ -144,6 +184,20 @@ def _turn_span(conversation: Conversation, template: ChatTemplate, text: str, in
         )
     end = len(before) + template.end_of_last_special(after[len(before) :])
     return len(before), end, float(messages[index].get("weight", 1))
+
+
+def _check_turn_is_rendered(
+    template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> None:
+    """Raise UserError if the template leaves out part of the last message, and so trains its end too early."""
+    *earlier, turn = messages
+    for name in SPOKEN:
+        rest = {key: value for key, value in turn.items() if key != name}
+        if turn.get(name) and template.ignores(messages, [*earlier, rest], tools=tools):
+            raise UserError(
+                f"the chat template leaves out {name} of turn {len(messages)}, so that the model would learn to stop "
+                "without it; use a template that renders it (sft.chat_template), or remove it from the message."
+            )
 
 
 def _text(segments: list[TextSegment]) -> str:
@@ -167,30 +221,14 @@ def _check_message(message: dict[str, Any], location: str) -> None:
         raise UserError(f"{location}: role {role!r}; it must be one of {', '.join(ROLES)}.")
     if not isinstance(message.get("content", ""), str):
         raise UserError(f"{location}: the content of a message must be a string.")
+    for call in message.get("tool_calls", []) if isinstance(message.get("tool_calls", []), list) else [None]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(
+                f'{location}: tool_calls must be a list of {{"function": {{"name": …, "arguments": …}}}}, found '
+                f"{str(message['tool_calls'])[:SHOWN]}."
+            )
     if not message.get("content") and not message.get("tool_calls"):
         raise UserError(f"{location}: a message of {role!r} has neither content nor tool_calls; leave it out.")
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < 1e6:
         raise UserError(f"{location}: weight {weight!r}; it must be a number from 0.")
-
-
-def _parse_json(line: str, location: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{location}: not JSON ({error}): {line[:SHOWN].strip()}") from None
-
-
-def _read_saved_dataset(folder: Path) -> Iterator[Conversation]:
-    # late: this import takes 1.5 seconds, and JSONL does not need it
-    import datasets
-
-    try:
-        table = datasets.load_from_disk(str(folder))
-    except FileNotFoundError:
-        raise UserError(
-            f"conversations {folder}: not a folder saved by Hugging Face datasets (save_to_disk)."
-        ) from None
-    if isinstance(table, datasets.DatasetDict):
-        raise UserError(f"conversations {folder}: holds several splits ({', '.join(table)}); name one: {folder}/SPLIT.")
-    for number, row in enumerate(table):
-        yield parse_conversation(row, f"{folder}:{number + 1}")

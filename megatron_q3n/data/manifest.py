@@ -24,9 +24,9 @@ DOCUMENTS = "documents"
 FORMAT_VERSION = 1
 
 # documents.idx: magic, version, dtype code, number of items, number of document ends (items + 1)
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
-_DTYPE_CODES = {"int32": 4, "uint16": 8}
+INDEX_HEADER = struct.Struct("<9sQBQQ")
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+DTYPE_CODES = {"int32": 4, "uint16": 8}
 # length, position, document end
 _BYTES_PER_ITEM = 4 + 8 + 8
 
@@ -65,6 +65,7 @@ class Manifest(Section):
     num_tokens: int
     text_bytes: int
     num_skipped_empty: int
+    num_bad_lines: int = 0
     token_dtype: TokenDtype
     tokenizer: TokenizerRecord
     documents_bin: FileRecord
@@ -169,11 +170,11 @@ def _check_index(folder: Path, manifest: Manifest) -> None:
     """Compare the index header, and the file sizes computed from it, with the manifest."""
     file = folder / f"{DOCUMENTS}.idx"
     with file.open("rb") as stream:
-        header = stream.read(_INDEX_HEADER.size)
-    if len(header) < _INDEX_HEADER.size or not header.startswith(_MAGIC):
+        header = stream.read(INDEX_HEADER.size)
+    if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
         raise UserError(f"{file}: not a megatron-core index (bad header). {_remedy(folder)}")
-    _, version, code, num_items, num_ends = _INDEX_HEADER.unpack(header)
-    if (version, code) != (1, _DTYPE_CODES[manifest.token_dtype]):
+    _, version, code, num_items, num_ends = INDEX_HEADER.unpack(header)
+    if (version, code) != (1, DTYPE_CODES[manifest.token_dtype]):
         raise UserError(
             f"{file}: version {version} and token type code {code}, but the manifest requires 1 and "
             f"{manifest.token_dtype}. {_remedy(folder)}"
@@ -184,7 +185,7 @@ def _check_index(folder: Path, manifest: Manifest) -> None:
         )
     token_bytes = np.dtype(manifest.token_dtype).itemsize
     expected = {
-        f"{DOCUMENTS}.idx": _INDEX_HEADER.size + num_items * _BYTES_PER_ITEM + 8,
+        f"{DOCUMENTS}.idx": INDEX_HEADER.size + num_items * _BYTES_PER_ITEM + 8,
         f"{DOCUMENTS}.bin": manifest.num_tokens * token_bytes,
     }
     for name, size in expected.items():

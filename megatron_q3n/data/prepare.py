@@ -1,37 +1,29 @@
 """Parallel tokenization of text into a prepared folder, with output in the order of the input.
 
-The parent process streams raw documents in batches of about a megabyte; worker processes parse and tokenize them; the
-parent writes the results in order. At most a few batches per worker exist at any time. Worker processes are spawned,
-not forked: they import the tokenizer but not torch, and no lock is copied.
+The parent process streams raw documents in batches of about a megabyte; worker processes parse and tokenize them
+(encoding_workers.py); the parent writes the results in order. Nothing here imports torch or megatron-core.
 """
 
-import itertools
-import multiprocessing
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from megatron_q3n.config import UserError
-from megatron_q3n.data.encoding import EncodedDocuments, encode_documents
+from megatron_q3n.data.encoding import MAX_NAMED, EncodedBatch
+from megatron_q3n.data.encoding_workers import EncodingJob, encode_in_order
 from megatron_q3n.data.folders import publish
 from megatron_q3n.data.manifest import MANIFEST_FILE, Manifest, Settings, SourceRecord
+from megatron_q3n.data.preparation_progress import progress
 from megatron_q3n.data.readers import MAX_DOCUMENT_CHARACTERS, RawDocument, read_documents, text_of
-from megatron_q3n.data.sources import Format, Source, find_sources
+from megatron_q3n.data.sources import Format, Source, find_sources, left_out_files
 from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
+from megatron_q3n.data.writer import PreparedWriter
 
 _BATCH_BYTES = 2**20
 _BATCH_DOCUMENTS = 4096
-_BATCHES_PER_WORKER = 4
-
-# progress callback, called with the bytes of input whose tokens are written
-Advance = Callable[[int], None]
+# folders of a preparation that holds out a share
+TRAIN, VALIDATION = "train", "validation"
 
 
 @dataclass(frozen=True)
@@ -40,6 +32,8 @@ class Preparation:
 
     train_tokenizer: vocabulary size of a BPE tokenizer trained on the first `tokenizer_sample_mib` of the input.
     workers: number of worker processes; 0 is one per core.
+    max_bad_lines: lines that cannot be read are skipped up to this number.
+    validation_percent: share of the documents, by the hash of their text, that is written to a folder of its own.
     """
 
     inputs: tuple[str, ...]
@@ -51,39 +45,105 @@ class Preparation:
     format: Format | None = None
     column: str = "text"
     workers: int = 0
+    max_bad_lines: int = 0
+    validation_percent: float = 0.0
     force: bool = False
     show_progress: bool = True
 
 
-def prepare(request: Preparation) -> Manifest:
-    """Write a prepared folder and return its manifest.
+@dataclass
+class LeftOut:
+    """What a preparation leaves out: numbers, and the first ones by name."""
+
+    num_empty: int = 0
+    empty: list[str] = field(default_factory=list)
+    bad_lines: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Return a line for each kind."""
+        kinds = [
+            (self.num_empty, "empty documents", self.empty),
+            (len(self.bad_lines), "bad lines", self.bad_lines),
+            (len(self.files), "files of an unknown format", [str(file) for file in self.files]),
+        ]
+        return [
+            f"left out: {count} {kind}: {', '.join(named[:MAX_NAMED])}{', …' if count > MAX_NAMED else ''}"
+            for count, kind, named in kinds
+            if count
+        ]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The folders that a preparation wrote, with their manifests, and what it left out."""
+
+    manifests: dict[Path, Manifest]
+    left_out: LeftOut
+
+
+def prepare(request: Preparation) -> Prepared:
+    """Write a prepared folder, or with `validation_percent` two in one: train/ and validation/.
 
     Raises: UserError for an invalid request or input, or a disk error; the output folder is unchanged then.
     """
     _check_output(request)
     sources = find_sources(request.inputs, request.format)
     tokenizer = _load_or_train_tokenizer(request, sources)
+    left_out = LeftOut(files=left_out_files(request.inputs, request.format))
+    parts = [TRAIN, VALIDATION] if request.validation_percent else [""]
     with (
         publish(request.output, setting="--output", replace=request.force) as folder,
-        _progress(sources, request.show_progress) as advance,
+        progress(sum(source.size_bytes for source in sources), request.show_progress) as advance,
     ):
-        encoded = _encode_in_order(request, sources, tokenizer, advance)
-        head = list(itertools.islice(encoded, 1))
-        # late: importing torch and megatron-core takes five seconds; a wrong --column is reported before that
-        from megatron_q3n.data.writer import PreparedWriter
-
-        writer = PreparedWriter(folder, tokenizer)
-        for documents in itertools.chain(head, encoded):
-            writer.add(documents)
+        for part in parts:
+            (folder / part).mkdir(exist_ok=True)
+        writers = [PreparedWriter(folder / part, tokenizer) for part in parts]
+        job = EncodingJob(tokenizer, request.column, request.validation_percent / 100)
+        workers = request.workers or os.cpu_count() or 1
+        for batch, position in encode_in_order(job, _batches(sources, request.column), workers):
+            _note_left_out(batch, left_out, request.max_bad_lines)
+            for writer, documents in zip(writers, (batch.train, batch.held_out)):
+                writer.add(documents)
+            advance(position)
+        _check_split(request, writers)
         records = [SourceRecord(path=str(s.path), size_bytes=s.size_bytes) for s in sources]
-        return writer.finish(records, _settings(request))
+        manifests = [
+            writer.finish(records, _settings(request, part), len(left_out.bad_lines))
+            for part, writer in zip(parts, writers)
+        ]
+    return Prepared(dict(zip((request.output / part for part in parts), manifests)), left_out)
+
+
+def _note_left_out(batch: EncodedBatch, left_out: LeftOut, max_bad_lines: int) -> None:
+    """Count what a batch leaves out.
+
+    Raises: UserError for more bad lines than allowed.
+    """
+    left_out.num_empty += batch.train.num_skipped_empty
+    left_out.empty += batch.empty[: MAX_NAMED - len(left_out.empty)]
+    left_out.bad_lines += batch.bad_lines
+    if len(left_out.bad_lines) > max_bad_lines:
+        first = left_out.bad_lines[max_bad_lines]
+        skipped = f" ({max_bad_lines} bad lines were skipped before it, the bound of --max-bad-lines)"
+        raise UserError(first + (skipped if max_bad_lines else ""))
+
+
+def _check_split(request: Preparation, writers: list[PreparedWriter]) -> None:
+    counts = [writer.num_documents for writer in writers]
+    total = sum(counts)
+    if len(counts) == 2 and total and 0 in counts:
+        raise UserError(
+            f"--validation-percent {request.validation_percent:g} splits {total} documents into {counts[0]} for "
+            f"training and {counts[1]} for validation; choose another share, or give more documents."
+        )
 
 
 def _check_output(request: Preparation) -> None:
     output = request.output
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not (output / MANIFEST_FILE).is_file():
+    if not any((output / part / MANIFEST_FILE).is_file() for part in ("", TRAIN)):
         raise UserError(
             f"--output {output} exists and is not a prepared data set (no {MANIFEST_FILE}); it is left "
             "untouched. Choose another folder."
@@ -94,7 +154,7 @@ def _check_output(request: Preparation) -> None:
         )
 
 
-def _settings(request: Preparation) -> Settings:
+def _settings(request: Preparation, part: str) -> Settings:
     """Return the settings that determine the result besides the sources; the number of workers is not one of them."""
     trained = request.train_tokenizer is not None
     return {
@@ -103,6 +163,7 @@ def _settings(request: Preparation) -> Settings:
         "train_tokenizer": request.train_tokenizer,
         "tokenizer_sample_mib": request.tokenizer_sample_mib if trained else None,
         "max_document_characters": MAX_DOCUMENT_CHARACTERS,
+        **({"part": part, "validation_percent": request.validation_percent} if part else {}),
     }
 
 
@@ -110,15 +171,20 @@ def _load_or_train_tokenizer(request: Preparation, sources: list[Source]) -> Tex
     if request.tokenizer is not None:
         return TextTokenizer.load(request.tokenizer, request.eod_token)
     assert request.train_tokenizer is not None, "the command line requires one of the two"
-    texts = _texts(sources, request.column)
+    texts = _texts(sources, request.column, skips_bad_lines=request.max_bad_lines > 0)
     sample = _first_bytes(texts, request.tokenizer_sample_mib * 2**20)
     return train_bpe(sample, request.train_tokenizer)
 
 
-def _texts(sources: list[Source], column: str) -> Iterator[str]:
+def _texts(sources: list[Source], column: str, *, skips_bad_lines: bool) -> Iterator[str]:
+    """Yield the texts of the input; skipped lines are counted when the input is tokenized."""
     for source in sources:
         for document in read_documents(source, column):
-            yield text_of(document, column)
+            try:
+                yield text_of(document, column)
+            except UserError:
+                if not skips_bad_lines:
+                    raise
 
 
 def _first_bytes(texts: Iterator[str], limit_bytes: int) -> Iterator[str]:
@@ -145,65 +211,3 @@ def _batches(sources: list[Source], column: str) -> Iterator[tuple[list[RawDocum
         done_bytes += source.size_bytes
     if batch:
         yield batch, done_bytes
-
-
-def _encode_in_order(
-    request: Preparation, sources: list[Source], tokenizer: TextTokenizer, advance: Advance
-) -> Iterator[EncodedDocuments]:
-    """Yield the tokenized batches in input order, from worker processes, or from this one with one worker."""
-    workers = request.workers or os.cpu_count() or 1
-    column = request.column
-    if workers == 1:
-        for batch, position in _batches(sources, column):
-            yield encode_documents(tokenizer, [text_of(document, column) for document in batch])
-            advance(position)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, column)) as pool:
-        pending: deque[tuple[Future[EncodedDocuments], int]] = deque()
-        try:
-            for batch, position in _batches(sources, column):
-                pending.append((pool.submit(_encode_on_worker, batch), position))
-                if len(pending) >= workers * _BATCHES_PER_WORKER:
-                    yield from _pop_oldest(pending, advance)
-            while pending:
-                yield from _pop_oldest(pending, advance)
-        finally:
-            # after an error the remaining batches are cancelled
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _pop_oldest(pending: deque[tuple[Future[EncodedDocuments], int]], advance: Advance) -> Iterator[EncodedDocuments]:
-    future, position = pending.popleft()
-    yield future.result()
-    advance(position)
-
-
-class _Worker:
-    """Global state of a worker process, set once at its start."""
-
-    tokenizer: TextTokenizer
-    column: str
-
-
-def _start_worker(tokenizer: TextTokenizer, column: str) -> None:
-    # one process per core already
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _Worker.tokenizer = tokenizer
-    _Worker.column = column
-
-
-def _encode_on_worker(batch: list[RawDocument]) -> EncodedDocuments:
-    texts = [text_of(document, _Worker.column) for document in batch]
-    return encode_documents(_Worker.tokenizer, texts)
-
-
-@contextmanager
-def _progress(sources: list[Source], show: bool) -> Iterator[Advance]:
-    """Show a progress bar over the bytes of input if stderr is a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    disable = not (show and console.is_terminal)
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=disable) as bar:
-        task = bar.add_task("", total=sum(source.size_bytes for source in sources))
-        yield lambda position: bar.update(task, completed=position)

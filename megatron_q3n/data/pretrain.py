@@ -23,6 +23,7 @@ from megatron_q3n.data.batch import Batch, causal_batch, packed_batch
 from megatron_q3n.data.blend import Blends, PreparedFolder, load_blends
 from megatron_q3n.data.folders import cache_root
 from megatron_q3n.data.sample_datasets import SampleDataset, SampleDatasetBuilder
+from megatron_q3n.data.source_names import distinct_names
 from megatron_q3n.data.tokenizer import TextTokenizer
 
 
@@ -34,6 +35,8 @@ class PretrainData:
     blends: Blends
     train_dataset: SampleDataset
     validation_dataset: SampleDataset
+    # by name, with its number of batches; empty if the validation blend is one folder
+    validation_by_source: dict[str, tuple[SampleDataset, int]]
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -53,6 +56,11 @@ class PretrainData:
         """Yield this rank's micro-batches of each validation batch, the same ones at every call."""
         steps = range(self.config.validation.batches)
         yield from self._batches(self.validation_dataset, steps, dp_rank, dp_size, num_workers=0)
+
+    def validation_sources(self, dp_rank: int, dp_size: int) -> Iterator[tuple[str, Iterator[list[Batch]]]]:
+        """Yield the name of each folder of the validation blend and this rank's micro-batches of it alone."""
+        for name, (dataset, num_batches) in self.validation_by_source.items():
+            yield name, self._batches(dataset, range(num_batches), dp_rank, dp_size, num_workers=0)
 
     def train_sample_tokens(self, num_samples: int) -> Iterator[np.ndarray]:
         """Yield the first samples of training. Shapes: (sequence_length + 1,) int64 each."""
@@ -139,7 +147,23 @@ def _build(config: RunConfig, may_build: bool) -> PretrainData:
         blends,
         builder.build(blends.train, num_train, Split.train),
         builder.build(blends.validation, num_validation, Split.valid),
+        _validation_by_source(config, blends, builder),
     )
+
+
+def _validation_by_source(
+    config: RunConfig, blends: Blends, builder: SampleDatasetBuilder
+) -> dict[str, tuple[SampleDataset, int]]:
+    """Return a dataset of each folder of a validation blend, and its share of the batches, at least one."""
+    if len(blends.validation) < 2:
+        return {}
+    total = sum(folder.weight for folder in blends.validation)
+    datasets = []
+    for folder in blends.validation:
+        num_batches = max(1, round(config.validation.batches * folder.weight / total))
+        num_samples = num_batches * config.training.global_batch_size
+        datasets.append((builder.build((folder,), num_samples, Split.valid), num_batches))
+    return dict(zip(distinct_names(folder.path.name for folder in blends.validation), datasets, strict=True))
 
 
 def _collate(items: list[dict[str, torch.Tensor]], packing: tuple[int, int] | None) -> Batch:

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ def read_documents(source: Source, column: str) -> Iterator[RawDocument]:
         case "text":
             return _read_text(source)
         case "jsonl":
-            return _read_jsonl(source)
+            return read_lines(source)
         case "parquet":
             return _read_parquet(source, column)
         case "dataset":
@@ -66,7 +67,36 @@ def text_of(document: RawDocument, column: str) -> str:
     return text
 
 
+def json_object(document: RawDocument) -> dict[str, Any]:
+    """Return the object of a JSON line.
+
+    Raises: UserError for a line that is not a JSON object, or holds a lone surrogate.
+    """
+    row = _parse_line(document)
+    # only an escape can hold one: strict UTF-8 has none
+    if b"\\u" in document.payload:  # type: ignore[operator]
+        check_unicode(row, f"{document.path} line {document.number}")
+    return row
+
+
+def check_unicode(value: Any, location: str) -> None:
+    """Raise UserError if a JSON value holds a lone surrogate, which UTF-8 cannot encode."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{location}: not valid Unicode ({error.reason}). Correct or remove the line.") from None
+
+
 def _json_text(document: RawDocument, column: str) -> str:
+    row = _parse_line(document)
+    if column not in row:
+        raise _bad_line(document, _no_column(column, list(row)))
+    if not isinstance(row[column], str):
+        raise _bad_line(document, f"field {column!r} is {type(row[column]).__name__}, not a string")
+    return row[column]
+
+
+def _parse_line(document: RawDocument) -> dict[str, Any]:
     try:
         row = json.loads(document.payload)
     except UnicodeDecodeError as error:
@@ -75,11 +105,7 @@ def _json_text(document: RawDocument, column: str) -> str:
         raise _bad_line(document, f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise _bad_line(document, f"a JSON {type(row).__name__}, not an object")
-    if column not in row:
-        raise _bad_line(document, _no_column(column, list(row)))
-    if not isinstance(row[column], str):
-        raise _bad_line(document, f"field {column!r} is {type(row[column]).__name__}, not a string")
-    return row[column]
+    return row
 
 
 def _bad_line(document: RawDocument, problem: str) -> UserError:
@@ -94,7 +120,7 @@ def _no_column(column: str, known: list[str]) -> str:
 def _read_text(source: Source) -> Iterator[RawDocument]:
     stream = ByteStream(source)
     try:
-        text = io.TextIOWrapper(stream.bytes, encoding="utf-8", errors="strict", newline="")
+        text = io.TextIOWrapper(stream.bytes, encoding="utf-8-sig", errors="strict", newline="")
         for number in itertools.count(1):
             chunk = text.read(MAX_DOCUMENT_CHARACTERS)
             chunk += text.readline(_MAX_LINE_BYTES) if len(chunk) == MAX_DOCUMENT_CHARACTERS else ""
@@ -116,7 +142,11 @@ def _read_text(source: Source) -> Iterator[RawDocument]:
         stream.close()
 
 
-def _read_jsonl(source: Source) -> Iterator[RawDocument]:
+def read_lines(source: Source) -> Iterator[RawDocument]:
+    """Stream the lines of a JSONL file that are not blank. A line ends at a line feed and nowhere else.
+
+    Raises: UserError for a damaged file, or a line too long for JSONL.
+    """
     stream = ByteStream(source)
     try:
         for number in itertools.count(1):
@@ -163,15 +193,44 @@ def _read_parquet(source: Source, column: str) -> Iterator[RawDocument]:
 
 
 def _read_saved_dataset(source: Source, column: str) -> Iterator[RawDocument]:
+    with _saved_dataset(source) as table:
+        if column not in table.column_names:
+            raise UserError(f"{source.path}: {_no_column(column, table.column_names)}.")
+        batches = table.select_columns([column]).iter(_ROWS_PER_BATCH)
+        yield from _rows(source, (batch[column] for batch in batches), len(table), column)
+
+
+@contextmanager
+def _saved_dataset(source: Source) -> Iterator[Any]:
+    """Open a folder saved by Hugging Face datasets; damage is a UserError, also while rows are read in the block."""
     # late: only this format needs it, and the import takes two seconds
     import datasets
     import pyarrow as pa
 
     try:
-        table = datasets.load_from_disk(str(source.path))
+        yield datasets.load_from_disk(str(source.path))
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
         raise unreadable(source, error) from None
-    if column not in table.column_names:
-        raise UserError(f"{source.path}: {_no_column(column, table.column_names)}.")
-    batches = table.select_columns([column]).iter(_ROWS_PER_BATCH)
-    yield from _rows(source, (batch[column] for batch in batches), len(table), column)
+
+
+def table_rows(source: Source) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file or a saved dataset, with every column.
+
+    Raises: UserError for a damaged table.
+    """
+    if source.format == "dataset":
+        with _saved_dataset(source) as table:
+            yield from table
+        return
+    # late: as above
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(source.path) as table:
+            for batch in table.iter_batches(_ROWS_PER_BATCH):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise unreadable(source, error) from None

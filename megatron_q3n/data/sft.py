@@ -12,7 +12,8 @@ import numpy as np
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.data.batch import Batch
-from megatron_q3n.data.sft_packing import PackedConversations, TokenizedConversations, pack
+from megatron_q3n.data.sft_packing import PackedConversations, pack
+from megatron_q3n.data.tokenized_conversations import TokenizedConversations
 from megatron_q3n.data.tokenizer import TextTokenizer
 
 
@@ -36,12 +37,9 @@ class SftData:
         validation: TokenizedConversations,
     ) -> "SftData":
         """Pack both sets of conversations into sequences."""
-        training, alignment = config.training, config.sft.alignment
-        datasets = [
-            PackedConversations(conversations, training.sequence_length, alignment, training.seed, tokenizer.eod)
-            for conversations in (train, validation)
-        ]
-        return cls(config, tokenizer, train, validation, datasets[0], datasets[1])
+        weights = [source.weight for source in config.sft.train]
+        train_rows = _packed(config, train, tokenizer.eod, weights if set(weights) != {1} else None)
+        return cls(config, tokenizer, train, validation, train_rows, _packed(config, validation, tokenizer.eod))
 
     def train_batches(self, first_step: int, dp_rank: int, dp_size: int) -> Iterator[list[Batch]]:
         """Yield, for each step from `first_step` to the last, this rank's micro-batches."""
@@ -52,11 +50,20 @@ class SftData:
 
     def validation_batches(self, dp_rank: int, dp_size: int) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of each validation batch, the same at every call, each sequence once."""
-        per_batch = self.config.training.global_batch_size
-        num_batches = min(self.config.validation.batches, -(-len(self.validation_dataset) // per_batch))
-        for batch in range(num_batches):
-            indices = range(batch * per_batch + dp_rank, (batch + 1) * per_batch, dp_size)
-            yield [self._validation_sequence(index) for index in indices]
+        return self._validation_batches(self.validation_dataset, self.config.validation.batches, dp_rank, dp_size)
+
+    def validation_sources(self, dp_rank: int, dp_size: int) -> Iterator[tuple[str, Iterator[list[Batch]]]]:
+        """Yield the name of each validation source and this rank's micro-batches of it; nothing for a single source.
+
+        Each source has its share of the validation batches, at least one.
+        """
+        by_source = self.validation.indices_by_source()
+        if len(by_source) < 2:
+            return
+        for name, indices in by_source.items():
+            rows = _packed(self.config, self.validation.select(indices, {}), self.tokenizer.eod)
+            most = max(1, round(self.config.validation.batches * len(indices) / len(self.validation)))
+            yield name, self._validation_batches(rows, most, dp_rank, dp_size)
 
     def train_sample_tokens(self, num_samples: int) -> Iterator[np.ndarray]:
         """Yield the tokens of the first training sequences. Shapes: (sequence_length + 1,) int64 each."""
@@ -81,12 +88,27 @@ class SftData:
             "validation": [_describe(self.validation, self.validation_dataset, 0)],
         }
 
-    def _validation_sequence(self, index: int) -> Batch:
+    def _validation_batches(
+        self, rows: PackedConversations, most: int, dp_rank: int, dp_size: int
+    ) -> Iterator[list[Batch]]:
+        per_batch = self.config.training.global_batch_size
+        for batch in range(min(most, -(-len(rows) // per_batch))):
+            indices = range(batch * per_batch + dp_rank, (batch + 1) * per_batch, dp_size)
+            yield [self._validation_sequence(rows, index) for index in indices]
+
+    def _validation_sequence(self, rows: PackedConversations, index: int) -> Batch:
         """Return a validation sequence, or a padding sequence without loss past the last one."""
-        if index < len(self.validation_dataset):
-            return self.validation_dataset.batch(index)
+        if index < len(rows):
+            return rows.batch(index)
         training, alignment = self.config.training, self.config.sft.alignment
         return pack([], training.sequence_length, alignment, self.tokenizer.eod)
+
+
+def _packed(
+    config: RunConfig, conversations: TokenizedConversations, eod: int, source_weights: list[float] | None = None
+) -> PackedConversations:
+    training, alignment = config.training, config.sft.alignment
+    return PackedConversations(conversations, training.sequence_length, alignment, training.seed, eod, source_weights)
 
 
 def _tokens(batch: Batch) -> np.ndarray:
@@ -97,6 +119,9 @@ def _describe(
     conversations: TokenizedConversations, dataset: PackedConversations, num_sequences: int
 ) -> dict[str, Any]:
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in conversations.counts.items())
+    by_source = conversations.indices_by_source()
+    if len(by_source) > 1:
+        outcomes += "; " + ", ".join(f"{len(indices)} from {name}" for name, indices in by_source.items())
     return {
         "path": f"{len(conversations)} conversations in {len(dataset)} packed sequences ({outcomes})",
         "documents": len(conversations),

@@ -64,6 +64,31 @@ def find_sources(inputs: Sequence[str], format: Format | None = None) -> list[So
     return sources
 
 
+def left_out_files(inputs: Sequence[str], format: Format | None = None) -> list[Path]:
+    """Return the files in folders of the input that are left out, because their suffix names no (or another) format."""
+    folders = [path for argument in inputs if (path := Path(argument).expanduser()).is_dir()]
+    chosen = {source.path for source in find_sources([str(folder) for folder in folders], format)} if folders else set()
+    if any(path.is_dir() for path in chosen):
+        # a saved dataset is read as a whole
+        folders = [folder for folder in folders if folder.absolute() not in chosen]
+    files = (file for folder in folders for file in sorted(folder.rglob("*")) if not _is_hidden(file, folder))
+    return [file for file in files if file.is_file() and file.absolute() not in chosen]
+
+
+def find_row_sources(argument: str) -> list[Source]:
+    """Return the sources of rows (conversations, prompts) of a file, folder or glob pattern.
+
+    As `find_sources`, but a file whose suffix names no format of rows is JSONL, and text files in folders are left out.
+
+    Raises: UserError as there.
+    """
+    path = Path(argument).expanduser()
+    if path.is_file():
+        suffix_format = _parse_suffix(path)[0]
+        return find_sources([argument], "jsonl" if suffix_format in (None, "text") else None)
+    return [source for source in find_sources([argument]) if source.format != "text"]
+
+
 def _check_packages(source: Source) -> None:
     for package in _PACKAGES.get(source.format, ()):
         spec = importlib.util.find_spec(package)

@@ -27,6 +27,7 @@ from megatron_q3n.data.encoding import encode_documents
 from megatron_q3n.data.folders import cache_root, publish
 from megatron_q3n.data.manifest import Settings, SourceRecord, verify_prepared
 from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
+from megatron_q3n.data.writer import PreparedWriter
 
 # part of the cache key: raise it when the same sources would give other tokens
 _PREPARATION_VERSION = 1
@@ -201,9 +202,6 @@ def _read(file: Path) -> str | None:
 
 
 def _write(folder: Path, tokenizer: TextTokenizer, texts: dict[Path, str], settings: Settings) -> None:
-    # late: these imports take five seconds, and a cached corpus does not need them
-    from megatron_q3n.data.writer import PreparedWriter
-
     folder.mkdir()
     writer = PreparedWriter(folder, tokenizer)
     for batch in itertools.batched(texts.values(), _FILES_PER_BATCH):

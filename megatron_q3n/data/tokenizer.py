@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from megatron_q3n.config import UserError, suggest
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, TOKENIZER_SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 END_OF_DOCUMENT = "<|endoftext|>"
 
 # Names of the end-of-document token in published tokenizers, in order of preference. They take precedence over
@@ -266,7 +266,10 @@ def _decoder_types(decoder: Any) -> set[Any]:
 def _find_eod_token(file: Path, content: dict[str, Any], requested: str | None) -> str:
     """Return the name of the end-of-document token: the requested one, a known one, or the folder's eos_token."""
     added = {token["content"] for token in content.get("added_tokens", [])}
-    for name in [requested] if requested else [*_KNOWN_END_OF_DOCUMENT, _configured_eos(file.parent)]:
+    settings = tokenizer_settings(file.parent)
+    # eod_token is written by this project's runs
+    configured = [_token_name(settings.get(name)) for name in ("eod_token", "eos_token")]
+    for name in [requested] if requested else [configured[0], *_KNOWN_END_OF_DOCUMENT, configured[1]]:
         if name in added:
             return str(name)
     problem = f"has no token {requested!r}" if requested else "no known end-of-document token"
@@ -278,11 +281,12 @@ def _find_eod_token(file: Path, content: dict[str, Any], requested: str | None) 
     )
 
 
-def _configured_eos(folder: Path) -> str | None:
-    """Return eos_token of the tokenizer_config.json in a folder, if there is one."""
-    file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return None
-    token = _read_object(file).get("eos_token")
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """Return the tokenizer_config.json of a folder; {} if there is none."""
+    file = folder / TOKENIZER_SETTINGS_FILE
+    return _read_object(file) if file.is_file() else {}
+
+
+def _token_name(token: Any) -> str | None:
     name = token.get("content") if isinstance(token, dict) else token
     return name if isinstance(name, str) else None

@@ -66,6 +66,7 @@ METRICS = (
     Metric("loss/mtp_<k>", "nats/token", "loss of multi-token prediction depth k, unscaled", "loss"),
     Metric("loss/load_balancing", "1", "MoE load balancing loss, unscaled; 1.0 is perfectly balanced", "loss"),
     Metric("loss/validation", "nats/token", "language-model loss on held-out text", "loss", "min"),
+    Metric("loss/validation/<source>", "nats/token", "the same on one source of a blend, by the source's name", "loss"),
     Metric("bits_per_byte/validation", "bits/byte", "validation loss in bits per byte of text", "loss", "min"),
     Metric("learning_rate", "1", "learning rate of the step", "optimizer"),
     Metric("grad_norm", "1", "L2 norm of the whole gradient before clipping", "optimizer"),
@@ -272,13 +273,23 @@ METRICS = (
 GROUPS = tuple(dict.fromkeys(metric.group for metric in METRICS))
 """The panel groups, in the order of the table."""
 
+# parts of a row's name that stand for many names: an index from 0, and a data source
+PLACEHOLDERS = {"<k>": r"\d+", "<source>": r"[\w-]+"}
 STEP, TOKENS, TIME = "step", "tokens", "time"
 CUSTOM = "custom/"
 
 
 @cache
 def _patterns() -> tuple[tuple[re.Pattern[str], Metric], ...]:
-    return tuple((re.compile(re.escape(metric.name).replace(re.escape("<k>"), r"\d+")), metric) for metric in METRICS)
+    return tuple((re.compile(expression(metric.name)), metric) for metric in METRICS)
+
+
+def expression(row: str) -> str:
+    """Return the regular expression of the metric names that a row of the table describes."""
+    escaped = re.escape(row)
+    for placeholder, names in PLACEHOLDERS.items():
+        escaped = escaped.replace(re.escape(placeholder), names)
+    return escaped
 
 
 @cache

@@ -66,7 +66,7 @@ class Progress:
         elif self._prints_line(values):
             self._print(self.plain_line())
 
-    def message(self, text: str) -> None:
+    def message(self, text: str | Text) -> None:
         """Print a line, above the live line if there is one."""
         self._print(text)
 
@@ -137,7 +137,7 @@ class Progress:
         self._drawn = self._clock()
         self._live.refresh()
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str | Text) -> None:
         self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.text import Text
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.metrics import jsonl, wandb_sink
@@ -73,8 +74,11 @@ class Recorder:
         if self._wandb:
             self._wandb.follow(step)
 
-    def note(self, message: str) -> None:
-        """Show a message above the progress bar and append it to logs/events.log with a timestamp."""
+    def note(self, message: str, in_color: Text | None = None) -> None:
+        """Show a message above the progress bar and append it to logs/events.log with a timestamp.
+
+        `in_color` is the message as it is shown; a console that is no terminal prints it without color.
+        """
         if not self.enabled:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -83,7 +87,7 @@ class Recorder:
                 file.writelines(f"{now} {line}\n" for line in message.splitlines())
         except OSError as error:
             raise jsonl.cannot_write(self._events_path, error) from error
-        self._progress.message(message)
+        self._progress.message(message if in_color is None else in_color)
 
     def close(self, status: Status) -> None:
         """Close the sinks and send the remaining records to wandb; "stopped" runs can be resumed."""

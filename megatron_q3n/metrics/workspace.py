@@ -4,7 +4,6 @@ The only file that imports `wandb_workspaces`. Saving needs the wandb server; bu
 everything up to saving. The command is `tools/wandb_workspace.py`.
 """
 
-import re
 from typing import Any
 
 from megatron_q3n.metrics import names
@@ -48,11 +47,11 @@ def sections() -> dict[str, list[Any]]:
 
 
 def _plot(panel: Panel) -> Any:
-    """Return a line plot; metric names with a `<k>` placeholder become a regular expression."""
+    """Return a line plot; metric names with a placeholder become a regular expression."""
     import wandb_workspaces.reports.v2 as wr
 
     options: dict[str, Any] = {"y": list(panel.metrics)}
-    if any("<k>" in metric for metric in panel.metrics):
+    if any(placeholder in metric for metric in panel.metrics for placeholder in names.PLACEHOLDERS):
         options = {"metric_regex": pattern(panel.metrics)}
     if panel.smoothed:
         options |= {"smoothing_type": "gaussian", "smoothing_factor": 5, "smoothing_show_original": True}
@@ -69,10 +68,12 @@ def _plot(panel: Panel) -> Any:
 
 def pattern(metrics: tuple[str, ...]) -> str:
     """Return a regular expression that matches the names of these rows of the table."""
-    expressions = [re.escape(metric).replace(re.escape("<k>"), r"\d+") for metric in metrics]
-    return f"^({'|'.join(expressions)})$"
+    return f"^({'|'.join(map(names.expression, metrics))})$"
 
 
 def _unit(panel: Panel) -> str | None:
-    metric = names.find(panel.metrics[0].replace("<k>", "0"))
+    name = panel.metrics[0]
+    for placeholder in names.PLACEHOLDERS:
+        name = name.replace(placeholder, "0")
+    metric = names.find(name)
     return None if metric is None or metric.unit == "1" else metric.unit

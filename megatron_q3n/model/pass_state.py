@@ -6,6 +6,7 @@ There is no other such channel: no module sets attributes of another module or o
 | field | from | to |
 |---|---|---|
 | `mtp` | `build_model`, the training step | MTP block and MTP loss: accumulated losses and the schedule of drafts |
+| `balance_scale` | the training step | routers: N / M of the global batch (model/moe/router.py) |
 | `draft_chain` | MTP block | MTP loss of the same pass: drafts need logits, which only the loss computes |
 | `rope_angles` | `GatedAttention.forward` | the QKV projection that it calls, which applies RoPE in its epilogue |
 | `residual` | MoE layer | dispatcher or experts of the same layer, which add it in their epilogue |
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from megatron_q3n.kernels.gated_delta.backend import Rule
@@ -54,6 +56,7 @@ class PassState:
     """See the module's docstring."""
 
     mtp: MTPLosses | None = None
+    balance_scale: Tensor | None = None
     draft_chain: DraftChain | None = None
     rope_angles: Tensor | None = None
     residual: Tensor | None = None
@@ -65,6 +68,12 @@ class PassState:
     def __deepcopy__(self, _: object) -> "PassState":
         """Return the object itself: megatron-core deep-copies configurations."""
         return self
+
+    def set_balance_scale(self, scale: Tensor) -> None:
+        """Set N / M of the next step, in place: a step captured as a CUDA graph reads it."""
+        if self.balance_scale is None:
+            self.balance_scale = torch.empty((), device=scale.device)
+        self.balance_scale.copy_(scale)
 
     def take_rope_angles(self) -> Tensor | None:
         """Return the RoPE angles of this call and clear the field."""

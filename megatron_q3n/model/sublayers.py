@@ -7,11 +7,13 @@ plan (config/execution_rules.py) does not have `aliased_norm`, and for inference
 
 from typing import Any, Literal
 
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_q3n.config.execution_plan import MoEPlan, SublayerPlan
+from megatron_q3n.model.packed_params import packing_of
 from megatron_q3n.model.protocols import MoELayerLike, TokenMixer
 
 _NOT_FOR_MIXERS = ("context", "context_mask", "padding_mask")
@@ -55,6 +57,8 @@ class MoESublayer(MoETransformerLayer):
         plan: MoEPlan = self.config.plan.moe
         moe: MoELayerLike = self.mlp
         decodes = bool(args) and args[0] is not None
+        if self.training and not decodes:
+            named["padding_mask"] = self._padding_mask(named.get("packed_seq_params"))
         if decodes or not plan.sublayer.aliased_norm:
             return super()._forward_mlp(hidden_states, *args, **named)
         residual, *normed = self.pre_mlp_layernorm(hidden_states, num_consumers=plan.sublayer.num_norm_consumers)
@@ -64,3 +68,17 @@ class MoESublayer(MoETransformerLayer):
         output, _ = moe(tuple(normed), padding_mask=mask, residual=residual)
         # activation checkpointing does not accept views
         return make_viewless_tensor(output, output.requires_grad, keep_graph=True)
+
+    def _padding_mask(self, packed: PackedSeqParams | None) -> Tensor | None:
+        """Return which of this rank's tokens are padding, bool [1,S]; None without padding.
+
+        HybridModel's own `padding_mask` is neither scattered for sequence parallelism nor passed to MTP layers
+        (megatron/core/models/hybrid/hybrid_model.py:521-549).
+        """
+        packing = packing_of(packed)
+        if packing is None:
+            return None
+        mask_S = packing.padding_mask(self.pg_collection.cp.size(), self.pg_collection.cp.rank())
+        if mask_S is not None and self.config.sequence_parallel:
+            mask_S = mask_S.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
+        return None if mask_S is None else mask_S[None]

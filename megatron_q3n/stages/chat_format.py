@@ -1,5 +1,6 @@
 """Tokenizer and chat template of a post-training run: chosen once, then saved in the run directory."""
 
+import json
 from pathlib import Path
 
 from megatron_q3n import checkpoint
@@ -9,9 +10,9 @@ from megatron_q3n.conversion.importing import KEPT
 from megatron_q3n.data.chat_template import TEMPLATE_FILE, ChatTemplate, chat_template, saved_template
 from megatron_q3n.data.conversations import plain_texts
 from megatron_q3n.data.manifest import verify_prepared
-from megatron_q3n.data.sft_packing import read_sources
 from megatron_q3n.data.stdlib import load_stdlib_corpus
-from megatron_q3n.data.tokenizer import TextTokenizer, train_bpe
+from megatron_q3n.data.tokenized_conversations import read_source
+from megatron_q3n.data.tokenizer import TOKENIZER_SETTINGS_FILE, TextTokenizer, train_bpe
 from megatron_q3n.run_directory import TOKENIZER_FOLDER, write_atomically
 from megatron_q3n.stages.trained_model import checkpoint_tokenizer
 
@@ -52,7 +53,7 @@ def save(run_dir: Path, tokenizer: TextTokenizer, template: ChatTemplate) -> Non
     folder = run_dir / TOKENIZER_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
-    write_atomically(folder / "tokenizer_config.json", f'{{"eos_token": "{tokenizer.eod_token}"}}')
+    write_atomically(folder / TOKENIZER_SETTINGS_FILE, json.dumps(template.named_tokens, ensure_ascii=False))
     write_atomically(folder / TEMPLATE_FILE, template.source)
 
 
@@ -60,7 +61,8 @@ def _tokenizer(config: RunConfig) -> tuple[TextTokenizer, Path | None]:
     """Return the tokenizer, and the folder that may hold its chat template."""
     data = config.data
     if config.sft.tokenizer_vocab_size is not None:
-        texts = (text for c in read_sources(config.sft.train) for text in plain_texts(c))
+        conversations = (conversation for source in config.sft.train for conversation in read_source(source))
+        texts = (text for conversation in conversations for text in plain_texts(conversation))
         return train_bpe(texts, config.sft.tokenizer_vocab_size, single_digits=True), None
     if data.tokenizer is not None:
         return TextTokenizer.load(data.tokenizer), Path(data.tokenizer).expanduser()

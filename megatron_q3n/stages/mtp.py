@@ -1,12 +1,10 @@
 """MTP stage: trains the multi-token prediction layer to draft, on text or on conversations."""
 
-from functools import partial
 from pathlib import Path
 
 from megatron_q3n.config import RunConfig
 from megatron_q3n.data.pretrain import build_pretrain_data
-from megatron_q3n.stages import pretrain
-from megatron_q3n.stages.sft import build_sft_data
+from megatron_q3n.stages import pretrain, sft
 
 
 def run(config: RunConfig, run_dir: Path) -> int:
@@ -15,5 +13,5 @@ def run(config: RunConfig, run_dir: Path) -> int:
     Returns: 0 when all steps are done, 75 when stopped early with everything saved.
     """
     if config.sft.train:
-        return pretrain.run(config, run_dir, partial(build_sft_data, run_dir=run_dir))
+        return sft.run(config, run_dir)
     return pretrain.run(config, run_dir, build_pretrain_data)

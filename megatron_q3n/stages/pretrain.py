@@ -53,9 +53,11 @@ class PretrainStage:
         """Return the lines on data and number of tokens."""
         config, facts = self.session.config, self.data.describe()
         sources = ", ".join(f"{p['path']} ({p['tokens']:,} tokens, {p['epochs']:.2f} passes)" for p in facts["train"])
+        held_out = ", ".join(f"{p['path']} ({p['tokens']:,} tokens)" for p in facts["validation"])
         steps, tokens = config.training.steps, config.tokens_per_step
         return [
             f"data {sources}; vocabulary {facts['tokenizer']['vocab_size']}",
+            f"validation {held_out}",
             f"training {steps} steps × {tokens:,} tokens = {steps * tokens:,}",
         ]
 

@@ -62,7 +62,7 @@ class RlStage:
 
     def introduction(self) -> list[str]:
         """Return the lines on prompts and algorithm."""
-        return introduction(self.loop)
+        return introduction(self.loop, self.held_out)
 
     def train(self, hooks: LoopHooks) -> LoopResult:
         """Generate rollouts and update on them."""

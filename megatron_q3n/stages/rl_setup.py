@@ -5,11 +5,12 @@ from pathlib import Path
 
 from megatron_q3n import checkpoint
 from megatron_q3n.config import RunConfig
+from megatron_q3n.config.rl import RlConfig
 from megatron_q3n.data.chat_template import ChatTemplate
 from megatron_q3n.data.tokenizer import TextTokenizer
 from megatron_q3n.rl.http_engine import HttpEngine
 from megatron_q3n.rl.loop import RlLoop
-from megatron_q3n.rl.prompts import Prompts
+from megatron_q3n.rl.prompts import Part, Prompts
 from megatron_q3n.rl.reference_policy import ReferencePolicy
 from megatron_q3n.rl.reward_workers import RewardWorkers
 from megatron_q3n.rl.rollout_engine import InProcessEngine, RolloutEngine
@@ -34,27 +35,40 @@ def build_loop(
     rl = state.config.rl
     stop_tokens = frozenset({tokenizer.eod, template.end_of_turn})
     max_tokens, seed = _max_prompt_tokens(state.config), state.config.training.seed
-    prompts = Prompts(rl.prompts, template, max_tokens=max_tokens, seed=seed)
+    part: Part = "train" if _holds_out_share(rl) else "all"
+    prompts = Prompts(
+        rl.prompts, template, max_tokens=max_tokens, seed=seed, part=part, held_out_percent=rl.held_out_percent
+    )
     engine = _engine(state, run_dir, tokenizer, stop_tokens, heartbeat)
     reference = _reference(state) if rl.kl_coefficient else None
     return RlLoop(state, engine, reward_workers, prompts, tokenizer, stop_tokens, reference)
 
 
 def held_out_prompts(config: RunConfig, template: ChatTemplate) -> Prompts | None:
-    """Return the prompts on which accuracy is evaluated; None without `rl.held_out`."""
-    if not config.rl.held_out:
+    """Return the prompts on which accuracy is evaluated: `rl.held_out`, a share of `rl.prompts`, or None."""
+    rl, max_tokens = config.rl, _max_prompt_tokens(config)
+    if rl.held_out:
+        return Prompts(rl.held_out, template, max_tokens=max_tokens, seed=0, shuffled=False, name="rl.held_out")
+    if not _holds_out_share(rl):
         return None
-    max_tokens = _max_prompt_tokens(config)
-    return Prompts(config.rl.held_out, template, max_tokens=max_tokens, seed=0, shuffled=False)
+    percent = rl.held_out_percent
+    return Prompts(
+        rl.prompts, template, max_tokens=max_tokens, seed=0, shuffled=False, part="held_out", held_out_percent=percent
+    )
 
 
-def introduction(loop: RlLoop) -> list[str]:
+def _holds_out_share(rl: RlConfig) -> bool:
+    return not rl.held_out and rl.held_out_percent > 0
+
+
+def introduction(loop: RlLoop, held_out: Prompts | None) -> list[str]:
     """Return the lines on prompts and algorithm that are logged when the run starts."""
     rules, rollout = loop.settings.rules, loop.settings.rollout
     too_long = f", {loop.prompts.num_too_long} too long" if loop.prompts.num_too_long else ""
     return [
         f"prompts {len(loop.prompts)}{too_long}; {rollout.prompts} × {rollout.samples_per_prompt} samples a rollout, "
         f"{loop.settings.updates_per_rollout} update(s) each, {rollout.engine} engine",
+        "held out " + ("no prompts: rl.held_out_percent=0" if held_out is None else held_out.describe()),
         f"{loop.settings.algorithm}: {rules.ratio} ratio, clipped {rules.clip_low:g} below and {rules.clip_high:g} "
         f"above 1, normalized by {rules.normalisation}; routing replay "
         f"{'on' if loop.settings.routing_replay else 'off'}",

@@ -116,7 +116,17 @@ def _validate(
         "loss/validation": result.validation_loss,
         "bits_per_byte/validation": result.bits_per_byte,
         **acceptance_values(acceptance_counts(state)),
+        **_validate_sources(state, data),
     }
+
+
+def _validate_sources(state: TrainState, data: PretrainData) -> dict[str, float]:
+    """Measure the held-out loss of each source of a blend; {} for a single source."""
+    values = {}
+    for name, batches in data.validation_sources(state.parallel.data_rank, state.parallel.data_size):
+        total, tokens = evaluate(state, batches)
+        values[f"loss/validation/{name}"] = total / tokens
+    return values
 
 
 def acceptance_values(counts_per_depth: list[list[float]]) -> dict[str, float]:

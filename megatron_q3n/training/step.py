@@ -168,17 +168,24 @@ def _layer_names(routers: list[Any]) -> list[str]:
 
 
 def _count_predictions(state: TrainState, batches: list[Batch]) -> None:
-    """Count the global batch's predictions before the passes, and set the scale of the loss and of each MTP depth."""
+    """Count the global batch's predictions and tokens before the passes.
+
+    Sets the scales of the loss, of the balance losses and of each MTP depth.
+    """
     depths = state.config.model.mtp_num_layers
-    counts = sum(count_predictions(b.loss_mask_BT, b.packing, depths) for b in batches)
-    assert isinstance(counts, torch.Tensor)
-    counts = counts.to(torch.cuda.current_device())
+    predictions = sum(count_predictions(b.loss_mask_BT, b.packing, depths) for b in batches)
+    assert isinstance(predictions, torch.Tensor)
+    num_tokens = predictions.new_tensor([sum(batch.num_used_tokens for batch in batches)])
+    counts = torch.cat([predictions, num_tokens]).to(torch.cuda.current_device())
     if state.parallel.data_size > 1:
         torch.distributed.all_reduce(counts, group=state.parallel.groups.dp)
     state.loss_scale.copy_(1 / counts[0].clamp(min=1))
+    balance_scale = counts[0].clamp(min=1) / counts[-1].clamp(min=1)
+    for model in state.models:
+        model.config.pass_state.set_balance_scale(balance_scale)  # type: ignore[union-attr]
     if depths:
         for model in state.models:
-            model.config.pass_state.mtp.set_ratios(counts[0] / counts[1:].clamp(min=1))  # type: ignore[union-attr]
+            model.config.pass_state.mtp.set_ratios(counts[0] / counts[1:-1].clamp(min=1))  # type: ignore[union-attr]
             model.config.pass_state.mtp.set_step(state.step)  # type: ignore[union-attr]
 
 

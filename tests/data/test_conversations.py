@@ -130,7 +130,7 @@ def test_jsonl_and_datasets_hold_the_same(tmp_path: Path) -> None:
     read = [[c.messages for c in read_conversations(path)] for path in (file, folder)]
     assert read[0] == read[1] == [TALK, TALK[1:3]]
     datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "splits"))
-    with pytest.raises(UserError, match="several splits"):
+    with pytest.raises(UserError, match="with the splits train"):
         list(read_conversations(tmp_path / "splits"))
     assert len(list(read_conversations(tmp_path / "splits" / "train"))) == 2
 
@@ -154,8 +154,13 @@ def test_invalid_conversations_are_named(row: dict[str, Any], words: str) -> Non
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"messages": [}\n')
-    for path, words in (("bad.jsonl", "bad.jsonl:1: not JSON"), ("none.jsonl", "No such file"), (".", "datasets")):
+    for path, words in (
+        ("bad.jsonl", "bad.jsonl line 1: not JSON"),
+        ("none.jsonl", "no such file"),
+        ("empty", "none of its"),
+    ):
         with pytest.raises(UserError, match=words):
             list(read_conversations(tmp_path / path))
 

@@ -228,3 +228,16 @@ def test_with_torch_distributed_initialized(make_config, folders, tmp_path) -> N
     expected = torch.cat(all_rows(build_pretrain_data(config)))
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"rendezvous.{rank}"), expected)
+
+
+def test_each_folder_of_a_validation_blend_has_batches_of_its_own(folders, make_config, make_data) -> None:  # type: ignore[no-untyped-def]
+    """Their share of the batches, and only their text; a single folder has none beside the whole."""
+    letters = make_data("letters", ["zzzz " * 400])
+    data = build_pretrain_data(make_config([folders["train"]], [folders["held_out"], letters]))
+    sources = {name: list(batches) for name, batches in data.validation_sources(0, 1)}
+    assert {name: len(batches) for name, batches in sources.items()} == {"held_out": 1, "letters": 1}
+    texts = {name: data.tokenizer.decode(step_rows(steps[0]).flatten().tolist()) for name, steps in sources.items()}
+    assert "z" not in texts["held_out"]
+    assert set(texts["letters"].replace("<|endoftext|>", "")) <= set("z ")
+    alone = build_pretrain_data(make_config([folders["train"]], [folders["held_out"]]))
+    assert list(alone.validation_sources(0, 1)) == []

@@ -12,16 +12,12 @@ from hypothesis import strategies as st
 from megatron_q3n.config import UserError, validate
 from megatron_q3n.config.sft import SftConfig, TaskSet
 from megatron_q3n.data.chat_template import PLAIN, ChatTemplate
-from megatron_q3n.data.conversation_tasks import hash_fraction, questions
+from megatron_q3n.data.conversation_tasks import questions
 from megatron_q3n.data.conversations import TokenizedConversation
+from megatron_q3n.data.held_out import hash_fraction
 from megatron_q3n.data.sft import SftData
-from megatron_q3n.data.sft_packing import (
-    PackedConversations,
-    TokenizedConversations,
-    best_fit_decreasing,
-    pack,
-    tokenized_conversations,
-)
+from megatron_q3n.data.sft_packing import PackedConversations, best_fit_decreasing, pack
+from megatron_q3n.data.tokenized_conversations import TokenizedConversations, tokenized_conversations
 from megatron_q3n.data.tokenizer import train_bpe
 
 EOD = 0
@@ -151,6 +147,32 @@ def test_every_layout_sees_the_same_global_batches(dp_size: int) -> None:
     validation = [row for batch in rows("validation_batches") for row in batch if row[0] != EOD]
     every = [data.validation_dataset.batch(i).tokens_BT[0].tolist() for i in range(6)]
     assert sorted(validation) == sorted(every), "each sequence once, the rest padding"
+
+
+def test_validation_by_source_has_each_sources_own_sequences() -> None:
+    config = validate(
+        {
+            "stage": "sft",
+            "sft": {"train": [{"task": {"name": "chain_sum"}}]},
+            "training": {"micro_batch_size": 1, "global_batch_size": 2, "sequence_length": 16, "steps": 5},
+            "validation": {"batches": 20},
+            "schedule": {"warmup_steps": 0},
+        }
+    )
+    items = [conversation(n, 9) for n in range(7)]
+    mixed = TokenizedConversations.of(items, {}, [0, 1, 0, 1, 1, 1, 0], ("web", "code", "none"))
+    alone = TokenizedConversations.of(items, {})
+    data = SftData.of(config, train_bpe(["a"], 257), alone, mixed)
+    found = {name: tokens_of(data, name) for name, _ in data.validation_sources(0, 2)}
+    assert found == {"web": [1, 3, 7], "code": [2, 4, 5, 6]}
+    assert "3 from web, 4 from code" in data.describe()["validation"][0]["path"]
+    assert list(SftData.of(config, train_bpe(["a"], 257), alone, alone).validation_sources(0, 1)) == []
+
+
+def tokens_of(data: SftData, source: str) -> list[int]:
+    """Return the distinct tokens of a source on both of two ranks, without padding."""
+    batches = [b for rank in range(2) for step in dict(data.validation_sources(rank, 2))[source] for b in step]
+    return sorted({token for batch in batches for token in batch.tokens_BT[0].tolist()} - {EOD})
 
 
 def test_task_sets_of_disjoint_shares_share_no_text() -> None:

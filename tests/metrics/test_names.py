@@ -11,12 +11,14 @@ def test_names_are_unique_and_described() -> None:
     assert all(m.unit and m.meaning and m.group for m in names.METRICS)
 
 
-@pytest.mark.parametrize("name", ["loss/train", "loss/mtp_1", "loss/mtp_12", "throughput/mfu"])
+@pytest.mark.parametrize("name", ["loss/train", "loss/mtp_1", "loss/mtp_12", "loss/validation/web_2", "throughput/mfu"])
 def test_known_names_are_found(name: str) -> None:
     assert names.check(name).group in names.GROUPS
 
 
-@pytest.mark.parametrize("name", ["loss", "loss/mtp_", "loss/mtp_x", "loss/mtp_1/x", "xloss/train"])
+@pytest.mark.parametrize(
+    "name", ["loss", "loss/mtp_", "loss/mtp_x", "loss/mtp_1/x", "loss/validation/a/b", "xloss/train"]
+)
 def test_unknown_names_are_rejected(name: str) -> None:
     with pytest.raises(AssertionError, match="has no row"):
         names.check(name)

@@ -83,10 +83,10 @@ def test_a_run_from_conversations_to_text(tmp_path: Path, run_module: Any) -> No
         {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "seven"}]}
         for n in range(40)
     ]
-    (tmp_path / "conversations.jsonl").write_text("".join(json.dumps(c) + "\n" for c in conversations))
+    (tmp_path / "conversations.jsonl").write_text("".join(json.dumps(c) + "\n" for c in conversations[:25]))
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(c) + "\n" for c in conversations[25:]))
     settings = [
-        "sft.train=[{path: conversations.jsonl}]",
-        "sft.validation=[]",
+        "sft.train=[{path: conversations.jsonl}, {path: more.jsonl}]",
         "sft.validation_percent=20",
         "sft.chat_template=null",
         "sft.tokenizer_vocab_size=280",
@@ -101,6 +101,13 @@ def test_a_run_from_conversations_to_text(tmp_path: Path, run_module: Any) -> No
     records = [json.loads(x) for x in (tmp_path / "first/metrics.jsonl").read_text().splitlines()]
     assert records[0]["loss/train"] == pytest.approx(math.log(512), abs=0.8)
     assert records[-1]["loss/validation"] < 0.3
+    assert {name for name in records[-1] if name.startswith("loss/validation/")} == {
+        "loss/validation/conversations",
+        "loss/validation/more",
+    }
+    log = (tmp_path / "first/logs/events.log").read_text()
+    assert "held out, 20 % of sft.train; " in log
+    assert "⟦seven<|endoftext|>⟧" in log
     prompt = ['inference.prompts=["user:\\nsay 3"]', "inference.max_new_tokens=20"]
     text = run_module("--config-name", "generate", "checkpoint.load=first", *prompt)
     assert text.returncode == 0, text.stderr

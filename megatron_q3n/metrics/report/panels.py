@@ -58,6 +58,7 @@ SECTIONS = (LEARNING, EXPERTS, ATTENTION, DELTA, OPTIMIZER, THROUGHPUT, MORE)
 
 PANELS = (
     Panel(LEARNING, "Loss", ("loss/train", "loss/validation"), smoothed=True, show_if_empty=True),
+    Panel(LEARNING, "Validation loss by source", ("loss/validation/<source>",)),
     Panel(LEARNING, "Validation bits per byte", ("bits_per_byte/validation",), show_if_empty=True),
     Panel(LEARNING, "Multi-token prediction loss", ("loss/mtp_<k>",), smoothed=True, show_if_empty=True),
     Panel(LEARNING, "Draft acceptance rate, greedy", ("acceptance_rate/greedy_<k>",)),

@@ -12,13 +12,18 @@ counts so far, which makes the loss depend on how the batch is split. Here fᵢ 
 loss is the same for every layout and micro-batch size, and there is one all-reduce per step instead of one per layer
 and micro-batch. The reported value uses f and P of the current batch.
 
+**What counts.** All tokens but padding, with or without a loss of their own: M of the global batch. The balance losses
+and the z-loss are means over M, whatever the number N of predictions in the language model's loss, so that their weight
+relative to a mean over N does not depend on how many tokens a mask leaves. Padding is not a token: it changes neither
+load, bias nor gradient, although it is routed.
+
 **Loss-free balancing** (arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437, section 2.1.2), instead of or in addition to
 that loss: a bias per expert is added to the logits for the top-k selection only, so no gradient competes with the
 language model's. After each global batch it moves by a fixed step, up for experts with less than their share of the
 slots and down for those with more. In these papers the scores are sigmoids; here they are logits, so that for softmax
 the bias is a factor exp(bias) on each probability.
 
-Shapes: T tokens, E experts, K chosen experts per token, L MoE layers.
+Shapes: T tokens of a rank, E experts, K chosen experts per token, L MoE layers.
 """
 
 from copy import copy
@@ -26,7 +31,7 @@ from copy import copy
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -108,7 +113,7 @@ class GlobalBatchRouter(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Select the top-k experts, count the load, and attach the balance loss.
 
-        Shapes: logits [S,B,E] fp32.
+        Shapes: logits [S,B,E] fp32; padding_mask bool [S,B], True for padding, which does not count.
         Returns: gates and routing map, [S·B,E].
         """
         probs, routing_map = super().routing(logits, padding_mask)
@@ -117,13 +122,15 @@ class GlobalBatchRouter(TopKRouter):
             probs, routing_map = hook.run(self, logits, probs, routing_map)
         # with activation checkpointing (recompute), only the pass that builds a graph counts
         if self.training and torch.is_grad_enabled():
-            assert padding_mask is None, "balance over padded batches is not defined"
-            scores = torch.softmax(logits.reshape(-1, self.num_experts).float(), dim=-1)
+            scores, counted_map = torch.softmax(logits.reshape(-1, self.num_experts).float(), dim=-1), routing_map
+            if padding_mask is not None:
+                is_token_T1 = ~padding_mask.reshape(-1, 1)
+                scores, counted_map = scores * is_token_T1, routing_map & is_token_T1
             with torch.no_grad():
-                self.slots += routing_map.sum(0)
+                self.slots += counted_map.sum(0)
                 self.probability += scores.sum(0)
             if self.balances_globally:
-                probs = self._attach_balance_loss(probs, scores)
+                probs = self._attach_balance_loss(probs, scores, self.expert_load)
         return probs, routing_map
 
     def reset_counts(self) -> None:
@@ -145,17 +152,62 @@ class GlobalBatchRouter(TopKRouter):
         """Return probs without megatron-core's loss; `routing` attaches ours."""
         return probs
 
-    def _attach_balance_loss(self, probs: Tensor, scores_TE: Tensor) -> Tensor:
-        """Attach coeff · E · Σ f·p, summed over this rank's tokens.
+    def _apply_aux_loss(
+        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
+    ) -> Tensor:
+        """Attach the balance loss of the micro-batch, whose f is that of its own tokens.
 
-        The sum becomes a mean over the tokens of the global batch because the loss is pre-scaled by 1/num_tokens
-        (TrainState.loss_scale); finalize_model_grads gets None and does not divide.
+        With padding, megatron-core 0.19.2 weighs it by the number of tokens times the number of ranks: the reduction in
+        `get_tokens_per_expert_and_token_count` is in place, and its local count is the global one.
         """
-        loss = self.num_experts * (scores_TE * self.expert_load).sum()
+        if not with_padding_mask or self.get_aux_loss_coeff("aux_loss") == 0:
+            return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, with_padding_mask)
+        slots_E = routing_map.sum(0).float()
+        if self.tp_cp_group.size() > 1:
+            torch.distributed.all_reduce(slots_E, group=self.tp_cp_group)
+        return self._attach_balance_loss(probs, scores_for_aux_loss, slots_E / slots_E.sum().clamp(min=1))
+
+    def _attach_balance_loss(self, probs: Tensor, scores_TE: Tensor, load_E: Tensor) -> Tensor:
+        """Attach coeff · E · Σ f·p, summed over this rank's tokens (padding has p = 0)."""
+        loss = self.num_experts * (scores_TE * load_E).sum()
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
             # one layer, which runs once per depth
             loss = loss / self.config.mtp_num_layers
-        return MoEAuxLossAutoScaler.apply(probs, loss * self.config.moe_aux_loss_coeff)
+        return self._attach(probs, loss * self.config.moe_aux_loss_coeff)
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Attach coeff · Σ (log Σ exp logits)² over this rank's tokens. Shapes: logits [T,E], padding_mask [T]."""
+        coefficient = self.config.moe_z_loss_coeff
+        if coefficient is None or not (self.training and torch.is_grad_enabled()):
+            return logits
+        num_tokens = logits.shape[0] if padding_mask is None else (~padding_mask).sum()
+        return self._attach(logits, z_loss_func(logits, coefficient, padding_mask) * num_tokens)
+
+    def attach_and_log_load_balancing_loss(
+        self,
+        activation: Tensor,
+        aux_loss_coeff: float,
+        aux_loss: Tensor,
+        aux_loss_name: str,
+        reduce_group: ProcessGroup,
+        needs_dp_avg: bool = True,
+        valid_token_count: int | Tensor | None = None,
+    ) -> Tensor:
+        """Attach megatron-core's `aux_loss` or `seq_aux_loss` of rows without padding; its log of them is not kept."""
+        assert isinstance(valid_token_count, int), "megatron-core's losses are not used with padding"
+        if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
+            # one layer, which runs once per depth
+            aux_loss = aux_loss / self.config.mtp_num_layers
+        return self._attach(activation, aux_loss * valid_token_count * self.tp_cp_group.size())
+
+    def _attach(self, activation: Tensor, loss: Tensor) -> Tensor:
+        """Attach a sum over this rank's tokens, which becomes a mean over the M tokens of the global batch.
+
+        The sum is pre-scaled by 1/N as the loss is (TrainState.loss_scale), and here by N / M.
+        finalize_model_grads gets None and does not divide.
+        """
+        scale = self.config.pass_state.balance_scale
+        return MoEAuxLossAutoScaler.apply(activation, loss if scale is None else loss * scale)
 
 
 class BiasedTopK:

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_q3n.model.attention.core import visible_keys
-from megatron_q3n.model.packed_params import packing_of
+from megatron_q3n.model.packed_params import PackedParams, packing_of
 from megatron_q3n.model.protocols import AttentionSublayer, MTPLayer
 from megatron_q3n.model.rope import RopeAngles
 from megatron_q3n.packing import Packing
@@ -128,7 +128,8 @@ class DraftChain:
             hidden = self._layer._concat_embeddings(hidden, embedded)
             mixer, experts = self._layer.mtp_model_layer.layers
             hidden, key, value = self._run_attention(mixer, hidden, past)
-            hidden = experts(hidden_states=hidden, attention_mask=None)[0]
+            packed = None if self._packing is None else PackedParams.of(self._packing)
+            hidden = experts(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)[0]
         return self._layer._postprocess(hidden), key, value
 
     def _run_attention(

@@ -71,6 +71,13 @@ LISTS = {
         "model.moe_z_loss_coeff=0.01",
         "model.moe_router_load_balancing_type=seq_aux_loss",
     ],
+    "balance in padded documents": ["tp2", "pp2", "ep2", "cp2", "model.moe_z_loss_coeff=0.1", "--packed"],
+    "balance in micro-batches of padded documents": [
+        "tp2",
+        "cp2",
+        "model.moe_router_load_balancing_type=aux_loss",
+        "--packed",
+    ],
     "balance in a micro-batch": ["tp2", "ep2", "cp2", "model.moe_router_load_balancing_type=aux_loss"],
     "balance by a bias": [
         "tp2",
