@@ -61,7 +61,8 @@ def check_tool(stage: str, command: list[str], config: RunConfig | None) -> None
 
 def _check_export(stage: str, arguments: list[str], config: RunConfig | None) -> None:
     # imports torch, which only this check needs
-    from megatron_q3n.hf.model_config import family_of, to_published
+    from megatron_q3n.hf.model_config import family_of
+    from megatron_q3n.hf.published_config import to_published
     from megatron_q3n.hf.weights import CONFIG, read_json
     from tools.convert_hf import parse
 
