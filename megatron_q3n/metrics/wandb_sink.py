@@ -14,6 +14,7 @@ once, with the same numbers, however often the run is killed. Three properties o
 
 import importlib.util
 import json
+import logging
 import os
 import secrets
 import shlex
@@ -121,6 +122,8 @@ def open_sink(run_dir: Path, config: RunConfig, records: Path, note: Notify) -> 
     mode = _resolve_mode(run_dir, config.logging.wandb.mode, note)
     if mode == "disabled":
         return None
+    # wandb's log file is in the run directory: on a full disk each of its lines would print a traceback
+    logging.raiseExceptions = False
     run = _start(run_dir, config, mode, note)
     if run.offline:
         note(f"wandb: offline; to upload: wandb sync {shlex.quote(str(run_dir))}/wandb/*run-*")
