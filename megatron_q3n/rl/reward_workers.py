@@ -65,7 +65,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**variables, "HOME": self._scratch, "TMPDIR": self._scratch},
+            env={"HOME": self._scratch, "TMPDIR": self._scratch, **variables},
             start_new_session=True,
         )
         assert self._process.stdin is not None
@@ -226,7 +226,7 @@ class RewardWorkers:
             raise UserError(
                 f"rl.reward: the scoring worker process of {name} does not start ({failure}); its error output is "
                 "above. A function is imported from the working folder or PYTHONPATH, without network, with "
-                f"rl.reward.memory_gib={self._settings.memory_gib:g} GiB of address space, and reads only files there "
+                f"rl.reward.memory_gib={self._settings.memory_gib:g} GiB of memory, and reads only files there "
                 "and below rl.reward.readable_paths."
             ) from None
 

@@ -17,8 +17,10 @@ import reasoning_gym
 ScoringFunction = Callable[[str, dict[str, Any]], float]
 # entries of a task set; they are made one by one when they are requested
 NUM_ENTRIES = 2**20
-# what math-verify reads as LaTeX wherever it stands in a text
-_LATEX_ENVIRONMENT = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin\{")
+# what math-verify reads as LaTeX wherever it stands in a text; an escaped dollar is a currency
+_LATEX_ENVIRONMENT = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed|\\begin\{")
+# two letters in a row that are no command: a text is searched, where a single expression would be read as a whole
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
 
 
 class UnreadableAnswer(Exception):
@@ -56,14 +58,15 @@ def score_task(answer: str, arguments: dict[str, Any]) -> float:
 def score_mathematics(answer: str, arguments: dict[str, Any], *, is_extracted: bool) -> float:
     """Return 1 if an answer is mathematically equal to the correct one, otherwise 0.
 
-    The correct answer and one that a pattern extracted are expressions, and read by the same rules; in a whole text,
-    math-verify searches for the expression.
+    The correct answer and one that a pattern extracted are expressions, and read by the same rules. So is a text without
+    words; in other texts, math-verify searches for the expression.
     Raises: UnreadableAnswer if the correct answer is no expression.
     """
     correct = _expression(str(arguments["answer"]))
     if not any(not isinstance(value, str) for value in correct):
         raise UnreadableAnswer(f"the correct answer {arguments['answer']!r} cannot be read as mathematics")
-    found = _expression(answer) if is_extracted else math_verify.parse(answer)
+    is_expression = is_extracted or _WORD.search(answer) is None
+    found = _expression(answer) if is_expression else math_verify.parse(answer)
     return float(bool(math_verify.verify(correct, found)))
 
 

@@ -65,9 +65,9 @@ def score_in_process(
     os.close(text_start)
     outputs = _Outputs(open={reply_end, text_end})
     try:
-        failure = _watch(rules, child, outputs, reply_end, is_cancelled)
+        failure = _watch(rules, outputs, reply_end, is_cancelled)
     finally:
-        limits.end_processes_below()
+        limits.end_processes_below(child)
         os.close(reply_end)
         os.close(text_end)
     if outputs.text:
@@ -75,9 +75,7 @@ def score_in_process(
     return {"error": failure} if failure else _parsed(outputs.reply)
 
 
-def _watch(
-    rules: ScoringRules, child: int, outputs: _Outputs, reply_end: int, is_cancelled: Callable[[float], bool]
-) -> str | None:
+def _watch(rules: ScoringRules, outputs: _Outputs, reply_end: int, is_cancelled: Callable[[float], bool]) -> str | None:
     """Read the reply. Returns: None, or the reason why there is none."""
     deadline, last_seen = time.monotonic() + rules.time_limit_seconds, time.monotonic()
     while b"\n" not in outputs.reply:
@@ -88,7 +86,7 @@ def _watch(
             break
         if len(outputs.reply) > _MAX_REPLY_BYTES:
             return "a reply that is too long"
-        if reply_end not in outputs.open or _has_ended_without_reply(child, reply_end):
+        if reply_end not in outputs.open:
             return CRASH
         if time.monotonic() > deadline:
             return TIME_LIMIT
@@ -109,12 +107,6 @@ def _read(descriptor: int, outputs: _Outputs, reply_end: int) -> None:
         outputs.reply += chunk
     else:
         outputs.text = (outputs.text + chunk)[:_MAX_OUTPUT_BYTES]
-
-
-def _has_ended_without_reply(child: int, reply_end: int) -> bool:
-    """Whether the process ended and nothing is left to read; its own children may hold the pipe open."""
-    has_ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    return has_ended and not select.select([reply_end], [], [], 0)[0]
 
 
 def _excess(rules: ScoringRules) -> str | None:

@@ -2,7 +2,7 @@
 
 The environment variable WANDB_API_KEY is SECRET. It prints {"isolation", "results": {name: [score, failure]}, "left":
 {name: number of processes that remain}}. A score of 1 means that the attack succeeded. Arguments: a folder with
-`secret`, `removable` and `socket`, which listens, a TCP port that listens, and "without_landlock" to remove Landlock.
+`secret`, `removable` and `socket`, which listens, a TCP port that listens, and system calls to remove first.
 """
 
 import contextlib
@@ -117,7 +117,7 @@ def main() -> int:
     assert os.environ["WANDB_API_KEY"] == SECRET
     if removed:
         syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
-        seccomp.forbid(["landlock_create_ruleset"])
+        seccomp.forbid(removed)
     settings = RewardConfig(**SETTINGS, workers=1, readable_paths=[f"{folder}/does-not-exist"])
     arguments = {"folder": folder, "port": int(port), "trainer": os.getpid(), "secret": SECRET}
     results, left = {}, {}

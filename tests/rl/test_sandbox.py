@@ -107,7 +107,7 @@ def test_no_attack_succeeds_where_namespaces_are_forbidden(targets: tuple[Path, 
 def test_without_namespaces_and_landlock_limits_hold_and_the_report_names_what_is_open(
     targets: tuple[Path, int],
 ) -> None:
-    report = attacked(targets, WITHOUT_NAMESPACES, "without_landlock")
+    report = attacked(targets, WITHOUT_NAMESPACES, "landlock_create_ruleset")
     check_bounds(report)
     assert report["isolation"]["files"] == "none"
     assert succeeded(report) <= UNPROTECTED

@@ -17,6 +17,9 @@ from megatron_q3n.rl.scoring_functions import UnreadableAnswer, score_mathematic
         ("1,000", "1000", 1),
         ("(1,2)", "(1,2)", 1),
         ("7", " 7 ", 1),
+        (r"\$32", "32", 1),
+        ("32", r"\$32", 1),
+        (r"\$32", r"\$33", 0),
         ("1", r"1-\sqrt{2}", 0),
         ("2", r"2\pi", 0),
         ("1", "x^2+1", 0),
@@ -41,6 +44,11 @@ def test_extracted_answers_are_read_as_expressions(correct: str, answer: str, sc
         (r"\pi", r"It is \boxed{\pi}", 1),
         ("42", "The answer is 42.", 1),
         ("42", "The answer is 43.", 0),
+        ("x^2+1", "x^2+1", 1),
+        ("1", "x^2+1", 0),
+        ("2", r"2\pi", 0),
+        (r"\sqrt{2}", r"\sqrt{2}", 1),
+        ("42", " 42\n", 1),
     ],
 )
 def test_whole_texts_are_searched_for_the_expression(correct: str, text: str, score: float) -> None:

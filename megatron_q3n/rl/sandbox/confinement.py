@@ -145,11 +145,16 @@ def _report(entered: namespaces.Namespaces, measures: list[str], *, has_other_us
         "the trainer's environment and memory": not (entered.pid or entered.user or has_landlock or has_other_user),
         "files outside of the scoring": not (has_landlock or has_other_user),
         "writing files": not (entered.mount or has_landlock or has_other_user),
+        "files that every user may read or write": has_other_user and not has_landlock,
         "the network": not (network or entered.network or has_seccomp),
         "signals to other processes": not (entered.pid or abi >= landlock.SIGNALS_ABI or has_other_user),
     }
     by = {
-        "files": {"read-only mounts": entered.mount, f"Landlock ABI {abi}": has_landlock},
+        "files": {
+            "read-only mounts": entered.mount,
+            f"Landlock ABI {abi}": has_landlock,
+            "unprivileged user": has_other_user,
+        },
         "network": {"allowed": network, "network namespace": entered.network, "seccomp": has_seccomp and not network},
         "processes": {"PID namespace": entered.pid, "seccomp": has_seccomp, "Landlock": has_landlock},
     }

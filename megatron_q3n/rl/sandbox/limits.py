@@ -32,7 +32,8 @@ def limit_process(memory_bytes: int, *, counts_own_processes: bool) -> None:
     elsewhere the limit would count all processes of the user.
     """
     limits = {
-        resource.RLIMIT_AS: memory_bytes,
+        # heap and anonymous memory; files that libraries map do not count
+        resource.RLIMIT_DATA: memory_bytes,
         resource.RLIMIT_FSIZE: _MAX_FILE_BYTES,
         resource.RLIMIT_NOFILE: _MAX_OPEN_FILES,
         resource.RLIMIT_CORE: 0,
@@ -71,8 +72,9 @@ def usage_below() -> Usage:
     return Usage(pids, sum(map(_resident_bytes, pids)))
 
 
-def end_processes_below() -> None:
-    """Kill every process below this one and wait for its end. PID 1 of a namespace kills them at once."""
+def end_processes_below(child: int) -> None:
+    """Kill a child and every process below this one, and wait for their end. PID 1 of a namespace kills them at once."""
+    os.kill(child, signal.SIGKILL)
     while True:
         if os.getpid() == 1:
             with contextlib.suppress(ProcessLookupError):
