@@ -34,6 +34,9 @@ START_SECONDS = 120
 GRACE_SECONDS = 10
 CRASH, TIME_LIMIT = "crash", "time limit"
 ROOT = Path(__file__).parent.parent.parent
+# processes that a response gets if they end under it
+_ATTEMPTS = 2
+_SHELL_SIGNALS = 128
 _CHUNK_BYTES, _MAX_REPLY_BYTES = 1 << 16, 1 << 20
 # variables that Python, libraries and the loader need; no other reaches a worker process
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
@@ -51,7 +54,10 @@ class ScoringFailure(Exception):
 
 
 class _WorkerEnded(Exception):
-    """The worker process ended, or replied what belongs to no request, before it received the request."""
+    """The worker process ended, or had written what belongs to no request before it received one.
+
+    A response is scored in a process of its own, so it is hardly the cause.
+    """
 
 
 class WorkerProcess:
@@ -81,13 +87,16 @@ class WorkerProcess:
         Raises: ScoringFailure if it does not start.
         """
         if self.ready is None:
-            self.ready = self._reply(time.monotonic() + START_SECONDS)
+            try:
+                self.ready = self._reply(time.monotonic() + START_SECONDS)
+            except _WorkerEnded:
+                raise ScoringFailure(CRASH) from None
         return self.ready
 
     def score(self, text: str, arguments: dict[str, Any], limit_seconds: float) -> dict[str, Any]:
         """Return the reply to one request.
 
-        Raises: ScoringFailure if the process failed during it, _WorkerEnded if before; it must then be replaced.
+        Raises: ScoringFailure or _WorkerEnded; the process must then be replaced.
         """
         if self._received or select.select([self._replies], [], [], 0)[0]:
             raise _WorkerEnded
@@ -115,6 +124,12 @@ class WorkerProcess:
         self._replies.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal ended the process, which a shell's exit codes above 128 stand for too."""
+        code = self._process.returncode
+        return code is not None and (code < 0 or code > _SHELL_SIGNALS)
+
     def _send(self, request: dict[str, Any], deadline: float) -> None:
         unsent = json.dumps(request).encode() + b"\n"
         while unsent:
@@ -133,8 +148,10 @@ class WorkerProcess:
             if seconds_left <= 0 or not select.select([self._replies], [], [], seconds_left)[0]:
                 raise ScoringFailure(TIME_LIMIT)
             chunk = os.read(self._replies.fileno(), _CHUNK_BYTES)
-            if not chunk or len(self._received) > _MAX_REPLY_BYTES:
-                raise ScoringFailure(CRASH)
+            if not chunk:
+                raise _WorkerEnded
+            if len(self._received) > _MAX_REPLY_BYTES:
+                raise ScoringFailure("a reply that is too long")
             self._received += chunk
         line, self._received = self._received.split(b"\n", 1)
         try:
@@ -180,7 +197,13 @@ class RewardWorkers:
 
         Raises: UserError if a process does not start, because the scoring function cannot be imported.
         """
-        return [self._ready(process)["isolation"] for process in self._processes][-1]
+        processes = [self._idle.get() for _ in self._processes]
+        isolation: dict[str, Any] = {}
+        for process in processes:
+            ready = self._ready(process)
+            isolation = ready.wait_until_ready()["isolation"]
+            self._idle.put(ready)
+        return isolation
 
     def score(self, samples: list[Sample]) -> None:
         """Set each sample's score, or the failure score and the reason.
@@ -204,31 +227,39 @@ class RewardWorkers:
     def _reply(self, process: WorkerProcess, sample: Sample) -> tuple[WorkerProcess, dict[str, Any]]:
         """Return the reply for a sample, and the process that gave it or that replaces it."""
         limit, arguments = self._settings.time_limit_seconds, sample.prompt.scoring_arguments
-        self._ready(process)
-        try:
+        for _ in range(_ATTEMPTS):
+            process = self._ready(process)
             try:
                 return process, process.score(sample.text, arguments, limit)
             except _WorkerEnded:
-                # it ended between two requests, which this response did not cause
                 process = self._replace(process)
-                self._ready(process)
-                return process, process.score(sample.text, arguments, limit)
-        except _WorkerEnded:
-            return self._replace(process), {"error": CRASH}
-        except ScoringFailure as failure:
-            return self._replace(process), {"error": str(failure)}
+            except ScoringFailure as failure:
+                return self._replace(process), {"error": str(failure)}
+        return process, {"error": CRASH}
 
-    def _ready(self, process: WorkerProcess) -> dict[str, Any]:
-        try:
-            return process.wait_until_ready()
-        except ScoringFailure as failure:
-            name = self._settings.function or self._settings.kind
-            raise UserError(
-                f"rl.reward: the scoring worker process of {name} does not start ({failure}); its error output is "
-                "above. A function is imported from the working folder or PYTHONPATH, without network, with "
-                f"rl.reward.memory_gib={self._settings.memory_gib:g} GiB of memory, and reads only files there "
-                "and below rl.reward.readable_paths."
-            ) from None
+    def _ready(self, process: WorkerProcess) -> WorkerProcess:
+        """Return a process that has started: this one, or one that replaces it if a signal ended it.
+
+        Raises: UserError if it does not start.
+        """
+        reason = ""
+        for _ in range(_ATTEMPTS):
+            try:
+                process.wait_until_ready()
+            except ScoringFailure as failure:
+                ended, reason = process, str(failure)
+                process = self._replace(ended)
+                if not (reason == CRASH and ended.was_killed):
+                    break
+            else:
+                return process
+        name = self._settings.function or self._settings.kind
+        raise UserError(
+            f"rl.reward: the scoring worker process of {name} does not start ({reason}); its error output is "
+            "above. A function is imported from the working folder or PYTHONPATH, without network, with "
+            f"rl.reward.memory_gib={self._settings.memory_gib:g} GiB of memory, and reads only files there "
+            "and below rl.reward.readable_paths."
+        )
 
     def _replace(self, ended: WorkerProcess) -> WorkerProcess:
         if self._is_closing:

@@ -58,8 +58,8 @@ def score_task(answer: str, arguments: dict[str, Any]) -> float:
 def score_mathematics(answer: str, arguments: dict[str, Any], *, is_extracted: bool) -> float:
     """Return 1 if an answer is mathematically equal to the correct one, otherwise 0.
 
-    The correct answer and one that a pattern extracted are expressions, and read by the same rules. So is a text without
-    words; in other texts, math-verify searches for the expression.
+    The correct answer and one that a pattern extracted are expressions, and read by the same rules. So is a text
+    without words; in other texts, math-verify searches for the expression.
     Raises: UnreadableAnswer if the correct answer is no expression.
     """
     correct = _expression(str(arguments["answer"]))

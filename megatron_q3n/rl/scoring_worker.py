@@ -7,6 +7,7 @@ It writes {"ready", "isolation"} first; then each {"id", "text", "arguments"} ge
 of the requests ends the process and all below it. The parent is `reward_workers.py`.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -76,7 +77,7 @@ class _Pipes:
 def main() -> int:
     """Score until the requests end.
 
-    Returns: 0.
+    Returns: 0, also when the parent has ended.
     """
     for number in _STOP_SIGNALS:
         # a handler, unlike SIG_IGN, does not reach the programs that a scoring function executes
@@ -92,7 +93,9 @@ def main() -> int:
             settings.is_bubblewrapped,
         )
     )
-    _serve(settings, pipes, isolation)
+    # a parent that was killed reads no reply
+    with contextlib.suppress(BrokenPipeError):
+        _serve(settings, pipes, isolation)
     return 0
 
 

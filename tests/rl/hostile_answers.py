@@ -45,7 +45,7 @@ for number in range(64):
     "memory_of_children": """
 for _ in range(8):
     if os.fork() == 0:
-        x = bytearray(200 << 20); time.sleep(60)
+        x = bytearray(100 << 20); time.sleep(60)
 time.sleep(60); won = True
 """,
     "many_processes": """
@@ -79,8 +79,8 @@ if os.fork() == 0:
 SETTINGS = {
     "kind": "function",
     "function": "tests.rl.hostile_answers:execute",
-    "time_limit_seconds": 1.0,
-    "memory_gib": 1.0,
+    "time_limit_seconds": 2.0,
+    "memory_gib": 0.5,
     "failure_score": -1.0,
 }
 

@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from pydantic import ValidationError
 
@@ -40,6 +42,8 @@ for number, line in enumerate(sys.stdin):
         print("hello", flush=True)
     elif how == "list":
         write([1])
+    elif how == "end":
+        sys.exit()
 """
 
 # a trainer that scores slowly and records the signals that stop it
@@ -164,6 +168,7 @@ def broken_workers(how: str) -> Iterator[RewardWorkers]:
         ("foreign", "a reply that belongs to no request"),
         ("text", "a reply that is not JSON"),
         ("list", "a reply of another form"),
+        ("end", "crash"),
     ],
 )
 def test_a_reply_to_no_request_ends_the_process_and_shifts_no_score(how: str, reason: str) -> None:
@@ -193,6 +198,38 @@ def test_an_idle_process_that_is_killed_is_replaced_and_no_response_is_lost() ->
             samples = [sample_of("2", {}), sample_of("3", {})]
             workers.score(samples)
             assert [(sample.score, sample.failure) for sample in samples] == [(2, None), (3, None)]
+
+
+def test_a_worker_that_is_killed_while_it_scores_loses_no_response() -> None:
+    settings = RewardConfig(kind="function", function=f"{HERE}:score_with_fault", workers=1, failure_score=-1)
+    sample = sample_of("slow", {"value": 3})
+    with RewardWorkers(settings) as workers:
+        workers.wait_until_ready()
+        killed = workers._processes[0]._process.pid
+        timer = threading.Timer(0.25, os.killpg, (killed, signal.SIGKILL))
+        timer.start()
+        workers.score([sample])
+        timer.join()
+        assert workers._processes[0]._process.pid != killed
+    assert (sample.score, sample.failure) == (3, None)
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_replaced() -> None:
+    with broken_workers("") as workers:
+        os.killpg(workers._processes[0]._process.pid, signal.SIGKILL)
+        samples = [sample_of("2", {}), sample_of("3", {})]
+        workers.score(samples)
+        assert [(sample.score, sample.failure) for sample in samples] == [(2, None), (3, None)]
+    settings = RewardConfig(kind="function", function=f"{HERE}:score_with_fault", workers=2)
+    with RewardWorkers(settings) as workers:
+        # as the kernel does where memory runs out, inside of the namespaces
+        time.sleep(0.3)
+        for child in psutil.Process(workers._processes[0]._process.pid).children(recursive=True)[-1:]:
+            child.kill()
+        workers.wait_until_ready()
+        samples = [sample_of("fine", {"value": n}) for n in range(4)]
+        workers.score(samples)
+    assert [sample.score for sample in samples] == [0, 1, 2, 3]
 
 
 def test_processes_have_their_own_session_and_a_bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ WITHOUT_NAMESPACES = (
 )
 BOUNDED = {
     "memory": {"MemoryError: "},
-    "memory_of_children": {"more than 1 GiB of memory (rl.reward.memory_gib)"},
-    "many_processes": {"more than 16 processes", "more than 1 GiB of memory (rl.reward.memory_gib)"},
+    "memory_of_children": {"more than 0.5 GiB of memory (rl.reward.memory_gib)"},
+    "many_processes": {"more than 16 processes", "more than 0.5 GiB of memory (rl.reward.memory_gib)"},
     "hang": {"time limit"},
     "busy": {"time limit", "crash"},
     "large_score": {"a score of 1e+39; it must be a number from -1e+06 to 1e+06"},

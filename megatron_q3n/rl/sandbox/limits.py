@@ -73,7 +73,7 @@ def usage_below() -> Usage:
 
 
 def end_processes_below(child: int) -> None:
-    """Kill a child and every process below this one, and wait for their end. PID 1 of a namespace kills them at once."""
+    """Kill a child and each process below this one, and wait for their end; PID 1 of a namespace kills them at once."""
     os.kill(child, signal.SIGKILL)
     while True:
         if os.getpid() == 1:

@@ -68,8 +68,14 @@ def _try(enter_all: Callable[[], None]) -> str | None:
         reason = pipe.read().decode()
     _, status = os.waitpid(child, 0)
     if reason == "entered":
-        os._exit(max(os.waitstatus_to_exitcode(status), 1) if status else 0)
+        os._exit(_exit_code(status))
     return reason or "the process ended"
+
+
+def _exit_code(status: int) -> int:
+    """Return a child's exit code, as a shell does: above 128 if a signal ended it."""
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
 
 
 def _enter(wanted: Namespaces, scratch: str) -> None:
@@ -85,7 +91,7 @@ def _enter(wanted: Namespaces, scratch: str) -> None:
                 file.write(content)
     if wanted.pid and (child := os.fork()):
         _, status = os.waitpid(child, 0)
-        os._exit(max(os.waitstatus_to_exitcode(status), 1) if status else 0)
+        os._exit(_exit_code(status))
     syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
     _make_read_only()
     options = syscalls.MS_NOSUID | syscalls.MS_NODEV
