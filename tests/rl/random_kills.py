@@ -3,8 +3,8 @@
     python -m tests.rl.random_kills [--kills 20] [--seed 0] [--folder FOLDER]
 
 Not a test of the suite: it takes minutes. One run is undisturbed; another is killed (SIGKILL of the trainer, or of one
-of its reward workers) at random times and resumed until it is done. Then their rollouts, metrics and positions in the
-prompts are compared, and it is checked that no worker process is left.
+of its reward workers) at random times and resumed until it is done, and so are further ones until there were enough
+kills. Then their rollouts, metrics and positions in the prompts are compared, and no worker process may be left.
 """
 
 import argparse
@@ -43,20 +43,21 @@ def main() -> int:
     if fork_ranks(partial(run, config, folder / "undisturbed", None), 1) != [0]:
         return 1
     seconds = time.monotonic() - began
-    kills = disturb(config, folder / "disturbed", options.kills, random.Random(options.seed), seconds)
-    differences = compare(folder / "undisturbed", folder / "disturbed")
+    kills, generator, differences = {"trainer": 0, "reward worker": 0}, random.Random(options.seed), []
+    while sum(kills.values()) < options.kills:
+        run_dir = folder / f"disturbed-{sum(kills.values())}"
+        disturb(config, run_dir, kills, options.kills, generator, seconds)
+        differences += [f"{name} of {run_dir.name}" for name in compare(folder / "undisturbed", run_dir)]
     workers = [process.pid for process in psutil.process_iter(["cmdline"]) if is_worker(process)]
     print(f"{kills} kills; differences: {differences or 'none'}; worker processes left: {workers or 'none'}; {folder}")
     return 1 if differences or workers else 0
 
 
-def disturb(config: Any, run_dir: Path, num_kills: int, generator: random.Random, seconds: float) -> dict[str, int]:
-    """Start the run again and again, killing at random times; the last start is left alone.
-
-    Returns: how many of each kind.
-    """
-    kills = {"trainer": 0, "reward worker": 0}
-    while True:
+def disturb(
+    config: Any, run_dir: Path, kills: dict[str, int], num_kills: int, generator: random.Random, seconds: float
+) -> None:
+    """Start a run again and again, killing at random times and counting, until it is done."""
+    while not (run_dir / "summary.json").is_file():
         process = get_context("fork").Process(target=run, args=(config, run_dir, None, 0))
         process.start()
         while sum(kills.values()) < num_kills and process.is_alive():
@@ -70,8 +71,6 @@ def disturb(config: Any, run_dir: Path, num_kills: int, generator: random.Random
         process.join()
         if process.exitcode not in (0, -signal.SIGKILL):
             raise SystemExit(f"exit code {process.exitcode} after {kills}")
-        if process.exitcode == 0:
-            return kills
 
 
 def kill(trainer: int | None, kind: str, generator: random.Random) -> int:
