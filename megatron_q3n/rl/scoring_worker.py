@@ -102,7 +102,7 @@ def main() -> int:
 def _serve(settings: WorkerSettings, pipes: _Pipes, isolation: Isolation) -> None:
     # imports the scoring libraries and the user's module, after the process is confined
     from megatron_q3n.rl import scoring_functions
-    from megatron_q3n.rl.scoring_process import ScoringRules, score_in_process
+    from megatron_q3n.rl.scoring_process import CRASH, ScoringRules, score_in_process
 
     is_extracted = settings.answer_pattern is not None
     rules = ScoringRules(
@@ -116,7 +116,11 @@ def _serve(settings: WorkerSettings, pipes: _Pipes, isolation: Isolation) -> Non
     while request := pipes.read():
         scoring_functions.prepare(settings.kind, request["arguments"])
         private = [pipes.requests, pipes.replies]
-        reply = score_in_process(rules, request["text"], request["arguments"], private, pipes.is_closed)
+        scoring = (rules, request["text"], request["arguments"], private, pipes.is_closed)
+        reply = score_in_process(*scoring)
+        if reply == {"error": CRASH}:
+            # another cause than the response, e.g. a machine short of memory, hardly occurs twice
+            reply = score_in_process(*scoring)
         if pipes.is_closed(0):
             return
         pipes.write({"id": request["id"], **reply})

@@ -27,6 +27,7 @@ from tests.rl.test_resume import MEASURED, lines, rollouts
 
 # kills of the trainer per kill of a reward worker
 TRAINER_KILLS = 3
+END_SECONDS = 5
 
 
 def main() -> int:
@@ -48,7 +49,7 @@ def main() -> int:
         run_dir = folder / f"disturbed-{sum(kills.values())}"
         disturb(config, run_dir, kills, options.kills, generator, seconds)
         differences += [f"{name} of {run_dir.name}" for name in compare(folder / "undisturbed", run_dir)]
-    workers = [process.pid for process in psutil.process_iter(["cmdline"]) if is_worker(process)]
+    workers = left()
     print(f"{kills} kills; differences: {differences or 'none'}; worker processes left: {workers or 'none'}; {folder}")
     return 1 if differences or workers else 0
 
@@ -71,6 +72,16 @@ def disturb(
         process.join()
         if process.exitcode not in (0, -signal.SIGKILL):
             raise SystemExit(f"exit code {process.exitcode} after {kills}")
+
+
+def left() -> list[int]:
+    """Return the worker processes that do not end within some seconds."""
+    deadline = time.monotonic() + END_SECONDS
+    while workers := [process.pid for process in psutil.process_iter(["cmdline"]) if is_worker(process)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    return workers
 
 
 def kill(trainer: int | None, kind: str, generator: random.Random) -> int:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -71,6 +72,11 @@ def score_with_fault(answer: str, arguments: dict[str, Any]) -> Any:
         os._exit(0)
     if answer == "raise":
         raise RuntimeError("no")
+    if answer == "crash once":
+        marker = Path(tempfile.gettempdir()) / "crashed"
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
     if answer == "slow":
         time.sleep(0.5)
     if answer == "print":
@@ -94,7 +100,7 @@ def test_a_failing_scoring_function_affects_its_own_response_only() -> None:
         kind="function", function=f"{HERE}:score_with_fault", time_limit_seconds=1, failure_score=-1, workers=2
     )
     answers = ["fine", "hang", "crash", "leave", "raise", "print", "nan", "fine", "hang", "none", "text", "list"]
-    answers += ["large", "true", "fine"]
+    answers += ["large", "true", "fine", "crash once"]
     results = scored(settings, [sample_of(answer, {"value": n}) for n, answer in enumerate(answers)])
     assert results == [
         (0, None),
@@ -112,6 +118,7 @@ def test_a_failing_scoring_function_affects_its_own_response_only() -> None:
         (-1, "a score of 2e+06; it must be a number from -1e+06 to 1e+06"),
         (1, None),
         (14, None),
+        (15, None),
     ]
 
 
