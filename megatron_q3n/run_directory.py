@@ -141,6 +141,12 @@ def record_environment(
     write_atomically(path, json.dumps(environment, indent=1))
 
 
+def record_isolation(run_dir: Path, isolation: dict[str, Any]) -> None:
+    """Add what confines the scoring worker processes to environment.json."""
+    path = run_dir / ENVIRONMENT
+    write_json(path, json.loads(path.read_text()) | {"reward_workers": isolation})
+
+
 def record_outcome(run_dir: Path, code: int, message: str = "") -> None:
     """Write how the run ended to logs/outcome.json, for the supervisor. Only the leader writes.
 

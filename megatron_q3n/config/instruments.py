@@ -45,6 +45,9 @@ class AlertsConfig(Section):
         description="largest activation over the median, worst layer (massive: arXiv 2402.17762 says 1,000)",
     )
     norm_scale: float | None = Field(10.0, gt=1, description="largest scale of any norm")
+    scoring_failures_share: float | None = Field(
+        0.1, ge=0, lt=1, description="reinforcement learning: fraction of a rollout's responses whose scoring failed"
+    )
     growth_factor: float | None = Field(
         2.0,
         gt=1,

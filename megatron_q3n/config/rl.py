@@ -97,7 +97,7 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    """Scoring of responses, always in worker processes and with a time limit."""
+    """Scoring of responses, always in confined worker processes and with a time limit."""
 
     kind: Literal["task", "math_verify", "function"] = Field(
         "task", description="task: reasoning-gym's own score; function: a scoring function of yours"
@@ -108,7 +108,19 @@ class RewardConfig(Section):
     )
     time_limit_seconds: float = Field(10, gt=0)
     workers: int = Field(2, gt=0, description="scoring worker processes of each rank")
-    failure_score: float = Field(0.0, description="score of a response whose scoring hung, crashed, or found no answer")
+    failure_score: float = Field(
+        0.0,
+        description="score of a response without an answer; one whose scoring failed is shown with it, not trained on",
+    )
+    memory_gib: float = Field(4.0, gt=0, description="memory of a scoring worker process with all processes it starts")
+    network: bool = Field(False, description="kind=function: whether the function may use the network")
+    environment: list[str] = Field(
+        default_factory=list, description="kind=function: names of environment variables that the function receives"
+    )
+    readable_paths: list[str] = Field(
+        default_factory=list,
+        description="kind=function: files and folders it may read beside Python's, the working folder and PYTHONPATH",
+    )
 
     @field_validator("answer_pattern")
     @classmethod
@@ -129,6 +141,9 @@ class RewardConfig(Section):
                 f"rl.reward.kind={self.kind} with rl.reward.function={self.function}: kind=function needs "
                 "module:name, other kinds none."
             )
+        for name in ("network", "environment", "readable_paths"):
+            if self.kind != "function" and getattr(self, name):
+                raise UserError(f"rl.reward.{name} with rl.reward.kind={self.kind}: only kind=function may have more.")
         if self.function is not None and not re.fullmatch(r"[\w.]+:\w+", self.function):
             raise UserError(f"rl.reward.function={self.function!r}: write it as module:name.")
         return self

@@ -131,6 +131,7 @@ _LEVELS = (
     ("attention sink", "attention/first_token_share_max", "first_token_share", "attention weight on the first token:"),
     ("massive activations", "activations/max_over_median", "activation_over_median", "largest activation over median:"),
     ("norm scale", "norm_scale/max", "norm_scale", "largest norm scale:"),
+    ("scoring failures", "reward/failure_share", "scoring_failures_share", "share of responses that were not scored:"),
 )
 # (kind, metric, value below which growth is ignored, start of the message). These values grow from their initialization
 # in every run: first-token attention from uniform, activations from about 5 times the median, norm scales from 1.

@@ -211,19 +211,21 @@ METRICS = (
     ),
     Metric("acceptance_length/sampled", "tokens", "acceptance length of sampled drafts", "acceptance"),
     Metric("loss/policy", "1", "policy loss, normalized as the algorithm specifies", "policy"),
-    Metric("reward/score_mean", "1", "mean score of the rollout's completions", "reward"),
+    Metric("reward/score_mean", "1", "mean score of the rollout's completions that were scored", "reward"),
     Metric("reward/reward_mean", "1", "mean reward used for advantages: score plus overlong penalty", "reward"),
     Metric("reward/solved", "1", "fraction of completions with a score of 1 or more", "reward", "max"),
     Metric("reward/eval_accuracy", "1", "fraction of held-out prompts solved with greedy decoding", "reward"),
     Metric(
-        "reward/zero_variance_groups", "1", "fraction of groups whose completions all have the same score", "reward"
+        "reward/zero_variance_groups", "1", "fraction of groups whose scored completions have the same score", "reward"
     ),
     Metric(
         "reward/failures",
         "completions",
-        "completions without a regular score: reward worker timed out or crashed, or no answer found",
+        "completions whose scoring failed (exception, crash, time limit); without advantage, and in no mean",
         "reward",
     ),
+    Metric("reward/failure_share", "1", "fraction of completions whose scoring failed", "reward"),
+    Metric("reward/no_answer", "completions", "completions without an answer, which have the failure score", "reward"),
     Metric("rollout/length_mean", "tokens", "mean completion length", "rollout"),
     Metric("rollout/length_max", "tokens", "maximum completion length", "rollout"),
     Metric("rollout/truncated", "1", "fraction of completions that ended without a stop token", "rollout"),

@@ -26,7 +26,8 @@ from megatron_q3n.rl.prompts import Prompts
 from megatron_q3n.rl.reference_policy import ReferencePolicy
 from megatron_q3n.rl.reward_workers import RewardWorkers
 from megatron_q3n.rl.rollout_engine import RolloutEngine
-from megatron_q3n.rl.samples import Prompt, Sample, group_numbers, lengths_tokens, scores
+from megatron_q3n.rl.samples import Prompt, Sample, are_scored, group_numbers, lengths_tokens, scores
+from megatron_q3n.rl.scoring_failures import ScoringFailures
 from megatron_q3n.rl.trainer_logprobs import compute_logprobs
 from megatron_q3n.training.state import TrainState
 from megatron_q3n.training.step import StepReport, train_step
@@ -47,7 +48,7 @@ class RlLoop:
 
     `next_prompt`, `tokens` and `skipped_prompts` are restored when a run resumes (stages/rl_files.py).
     `skipped_prompts` holds half-open ranges of prompt numbers that are never generated from; `rollout_prompts` those of
-    the rollouts since the last checkpoint.
+    the rollouts since the last checkpoint. `notes` collects lines for the log until the stage takes them.
     """
 
     state: TrainState
@@ -61,6 +62,8 @@ class RlLoop:
     tokens: int = 0
     skipped_prompts: list[tuple[int, int]] = field(default_factory=list)
     rollout_prompts: list[tuple[int, int]] = field(default_factory=list)
+    scoring_failures: ScoringFailures = field(default_factory=ScoringFailures)
+    notes: list[str] = field(default_factory=list)
 
     def rollout(self) -> tuple[list[Sample], dict[str, float]]:
         """Return the samples of one rollout, with advantages and old log-probs, and its metrics."""
@@ -94,7 +97,7 @@ class RlLoop:
             num_groups_generated += len(prompts)
             samples = self.engine.generate(prompts, group_size)
             self.score(samples)
-            is_rejected_N = zero_variance_groups(scores(samples), group_numbers(samples))
+            is_rejected_N = zero_variance_groups(scores(samples), group_numbers(samples), are_scored(samples))
             is_rejected_N &= rl.resamples_zero_variance_groups
             selected += [sample for sample, is_rejected in zip(samples, is_rejected_N) if not is_rejected]
             rejected += [sample for sample, is_rejected in zip(samples, is_rejected_N) if is_rejected]
@@ -104,7 +107,10 @@ class RlLoop:
         return selected + rejected[: num_groups * group_size - len(selected)], num_groups_generated
 
     def score(self, samples: list[Sample]) -> None:
-        """Decode and score responses; each rank scores a share, and all ranks get all scores. A collective call."""
+        """Decode and score responses; each rank scores a share, and all ranks get all scores. A collective call.
+
+        Raises: UserError if scoring fails for nearly all.
+        """
         for sample in samples:
             tokens = [token for token in sample.tokens if token not in self.stop_tokens]
             sample.text = self.tokenizer.decode(tokens)
@@ -116,18 +122,19 @@ class RlLoop:
         results = {key: result for shard in shards for key, result in shard.items()}
         for sample in samples:
             sample.score, sample.failure = results[sample.key]
+        self.notes += self.scoring_failures.update(samples)
 
     def compute_advantages(self, samples: list[Sample]) -> None:
         """Set each sample's reward (score plus overlong penalty) and group-relative advantage."""
         rl = self.settings
-        rewards_N = scores(samples)
+        rewards_N, is_scored_N = scores(samples), are_scored(samples)
         if rl.shuffled_rewards:
-            shuffled = rewards_N.tolist()
+            shuffled = rewards_N[is_scored_N].tolist()
             random.Random(f"{self.seed}.{samples[0].key}").shuffle(shuffled)
-            rewards_N = np.array(shuffled)
+            rewards_N[is_scored_N] = shuffled
         max_tokens, buffer = rl.rollout.max_new_tokens, rl.overlong_buffer_tokens
         rewards_N = rewards_N + overlong_penalties(lengths_tokens(samples), max_tokens, buffer, rl.overlong_penalty)
-        advantages_N = group_advantages(rewards_N, group_numbers(samples), rl.rules.advantage_scale)
+        advantages_N = group_advantages(rewards_N, group_numbers(samples), rl.rules.advantage_scale, is_scored_N)
         for sample, reward, advantage in zip(samples, rewards_N, advantages_N):
             sample.reward, sample.advantage = float(reward), float(advantage)
 
@@ -178,7 +185,7 @@ class RlLoop:
         """Return the share of held-out prompts whose greedy response scores 1 or more, and the responses."""
         samples = self.engine.generate_greedy(held_out.take(0, len(held_out)))
         self.score(samples)
-        return float(np.mean(scores(samples) >= 1)), samples
+        return float(np.mean((scores(samples) >= 1) & are_scored(samples))), samples
 
     @property
     def settings(self) -> RlConfig:

@@ -9,20 +9,26 @@ import torch
 from megatron_q3n.rl.advantages import zero_variance_groups
 from megatron_q3n.rl.mismatch import Mismatch
 from megatron_q3n.rl.policy_pass import SUMS, PolicyPass
-from megatron_q3n.rl.samples import Sample, group_numbers, lengths_tokens, scores
+from megatron_q3n.rl.samples import NO_ANSWER, Sample, are_scored, group_numbers, lengths_tokens, scores
 from megatron_q3n.training.state import TrainState
 from megatron_q3n.training.step import StepReport
 
 
 def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
-    """Return scores, rewards and response lengths of a rollout."""
-    scores_N, lengths_N = scores(samples), lengths_tokens(samples)
+    """Return scores, rewards and response lengths of a rollout; scores and rewards of the scored samples only."""
+    scores_N, lengths_N, is_scored_N = scores(samples), lengths_tokens(samples), are_scored(samples)
+    rewards_N = np.array([sample.reward for sample in samples])
+    has_scores = bool(is_scored_N.any())
     return {
-        "reward/score_mean": float(scores_N.mean()),
-        "reward/reward_mean": float(np.mean([sample.reward for sample in samples])),
-        "reward/solved": float((scores_N >= 1).mean()),
-        "reward/zero_variance_groups": float(zero_variance_groups(scores_N, group_numbers(samples)).mean()),
-        "reward/failures": sum(sample.failure is not None for sample in samples),
+        "reward/score_mean": float(scores_N[is_scored_N].mean()) if has_scores else 0.0,
+        "reward/reward_mean": float(rewards_N[is_scored_N].mean()) if has_scores else 0.0,
+        "reward/solved": float((scores_N[is_scored_N] >= 1).mean()) if has_scores else 0.0,
+        "reward/zero_variance_groups": float(
+            zero_variance_groups(scores_N, group_numbers(samples), is_scored_N).mean()
+        ),
+        "reward/failures": int((~is_scored_N).sum()),
+        "reward/failure_share": float((~is_scored_N).mean()),
+        "reward/no_answer": sum(sample.failure == NO_ANSWER for sample in samples),
         "rollout/length_mean": float(lengths_N.mean()),
         "rollout/length_max": int(lengths_N.max()),
         "rollout/truncated": float(np.mean([not sample.is_complete for sample in samples])),

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+# the reason of a response without an answer: it has the failure score, and is trained on
+NO_ANSWER = "no answer found"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -52,6 +55,11 @@ class Sample:
         return self.prompt.number, self.member
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the score says something about the response. A response without an answer is scored."""
+        return self.failure in (None, NO_ANSWER)
+
+    @property
     def is_complete(self) -> bool:
         """Whether the response ended with a stop token, not at the length limit."""
         return self.finish_reason == "stop"
@@ -60,6 +68,11 @@ class Sample:
 def scores(samples: list[Sample]) -> np.ndarray:
     """Return the scores, fp64 [N]."""
     return np.array([sample.score for sample in samples], np.float64)
+
+
+def are_scored(samples: list[Sample]) -> np.ndarray:
+    """Return which samples are scored; the others have no advantage, bool [N]."""
+    return np.array([sample.is_scored for sample in samples], bool)
 
 
 def lengths_tokens(samples: list[Sample]) -> np.ndarray:

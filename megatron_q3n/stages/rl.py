@@ -18,7 +18,7 @@ from megatron_q3n.rl.prompts import Prompts
 from megatron_q3n.rl.reward_workers import RewardWorkers
 from megatron_q3n.stages import chat_format
 from megatron_q3n.stages.rl_files import RlFiles
-from megatron_q3n.stages.rl_setup import build_loop, held_out_prompts, introduction
+from megatron_q3n.stages.rl_setup import build_loop, held_out_prompts, introduction, isolation_lines
 from megatron_q3n.stages.session import Session
 from megatron_q3n.training.callbacks import Callback, RunStatus, Verdict
 from megatron_q3n.training.loop_hooks import LoopHooks, LoopResult
@@ -58,11 +58,14 @@ class RlStage:
         self.files = RlFiles(run_dir, self.loop)
         self.held_out = held_out_prompts(config, self.template)
         self._run_dir = run_dir
+        self._isolation = workers.wait_until_ready()
+        if session.group.is_leader:
+            run_directory.record_isolation(run_dir, self._isolation)
         return [PromptPosition(self.files, config.health.skip_batches)]
 
     def introduction(self) -> list[str]:
         """Return the lines on prompts and algorithm."""
-        return introduction(self.loop, self.held_out)
+        return [*introduction(self.loop, self.held_out), *isolation_lines(self._isolation)]
 
     def train(self, hooks: LoopHooks) -> LoopResult:
         """Generate rollouts and update on them."""
@@ -92,6 +95,7 @@ class RlStage:
         started = time.perf_counter()
         loop.engine.update_weights(state.step)
         samples, values = loop.rollout()
+        self._log_notes(hooks)
         self.files.write_samples(sample_tables.ROLLOUT, state.step, samples)
         for minibatch in loop.minibatches(samples):
             hooks.callbacks.before_step(state.step + 1)
@@ -107,6 +111,11 @@ class RlStage:
             values = {}
         return hooks.callbacks.verdict
 
+    def _log_notes(self, hooks: LoopHooks) -> None:
+        for line in self.loop.notes:
+            hooks.recorder.note(line)
+        self.loop.notes.clear()
+
     def _evaluate(self, hooks: LoopHooks) -> dict[str, float]:
         """Measure the accuracy on held-out prompts, and write the completions."""
         if self.held_out is None:
@@ -114,6 +123,7 @@ class RlStage:
         step = self.loop.state.step
         self.loop.engine.update_weights(step)
         accuracy, samples = self.loop.evaluate(self.held_out)
+        self._log_notes(hooks)
         self.files.write_samples(sample_tables.HELD_OUT, step, samples)
         hooks.recorder.note(f"held-out accuracy after step {step}: {accuracy:.3f}")
         metrics = {"reward/eval_accuracy": accuracy}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_q3n import checkpoint
 from megatron_q3n.config import RunConfig
@@ -73,6 +74,20 @@ def introduction(loop: RlLoop, held_out: Prompts | None) -> list[str]:
         f"above 1, normalized by {rules.normalisation}; routing replay "
         f"{'on' if loop.settings.routing_replay else 'off'}",
     ]
+
+
+def isolation_lines(isolation: dict[str, Any]) -> list[str]:
+    """Return the lines on what confines the scoring worker processes, with a warning where something is missing."""
+    lines = [
+        f"reward workers: namespaces {isolation['namespaces']}; files {isolation['files']}; "
+        f"network {isolation['network']}; {isolation['user']}"
+    ]
+    if isolation["missing"]:
+        lines.append(
+            f"warning: this machine does not isolate {', '.join(isolation['missing'])} from the evaluation of "
+            f"responses ({'; '.join(isolation['refused'])}); docs/security/reward-workers.md says what to allow"
+        )
+    return lines
 
 
 def _engine(

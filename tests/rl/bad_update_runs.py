@@ -27,8 +27,13 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "clean": {"health": {"non_finite": "roll_back"}},
     "stop": {"health": {"non_finite": "stop"}},
+    "unscored": {"reward": "score_of_nothing"},
 }
-EXIT_CODES = {"stop": 2}
+EXIT_CODES = {"stop": 2, "unscored": 2}
+
+
+def score_of_nothing(_answer: str, _arguments: dict[str, Any]) -> None:
+    """Return no score, as a function without a return statement."""
 
 
 def configuration(folder: Path, run: dict[str, Any]) -> RunConfig:
@@ -45,8 +50,10 @@ def configuration(folder: Path, run: dict[str, Any]) -> RunConfig:
         "model": {"embedding_init_method_std": 1.0, "vocab_size": VOCAB},
     }
     held_out = [{"path": str(folder / "prompts.jsonl")}]
-    rl = {"updates_per_rollout": UPDATES, "held_out": held_out, "held_out_interval_steps": 6}
-    return tiny_config(folder, rl, **sections | run)
+    rl: dict[str, Any] = {"updates_per_rollout": UPDATES, "held_out": held_out, "held_out_interval_steps": 6}
+    if function := run.get("reward"):
+        rl |= {"reward": {"kind": "function", "function": f"tests.rl.bad_update_runs:{function}", "workers": 1}}
+    return tiny_config(folder, rl, **sections | {name: value for name, value in run.items() if name != "reward"})
 
 
 def run_once(config: RunConfig, run_dir: Path, _rank: int) -> None:

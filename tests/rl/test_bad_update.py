@@ -75,6 +75,23 @@ def test_stop_reports_the_reason_and_keeps_the_checkpoint(output: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_whose_scoring_function_returns_nothing_stops_before_it_trains(output: Path) -> None:
+    message = (output / "unscored/refused.txt").read_text()
+    assert "scoring failed for 9 of the last 9 responses" in message
+    assert "a score of type NoneType; return a number" in message
+    assert lines(output / "unscored" / "metrics.jsonl") == []
+
+
+@pytest.mark.slow
+def test_the_isolation_of_reward_workers_is_logged_and_recorded(output: Path) -> None:
+    isolation = json.loads((output / "skip/environment.json").read_text())["reward_workers"]
+    assert set(isolation) >= {"namespaces", "files", "network", "processes", "user", "missing"}
+    events = (output / "skip/logs/events.log").read_text()
+    assert f"reward workers: namespaces {isolation['namespaces']}; files {isolation['files']}" in events
+    assert ("warning: this machine does not isolate" in events) == bool(isolation["missing"])
+
+
+@pytest.mark.slow
 def test_instruments_record_at_their_interval(output: Path) -> None:
     records = lines(output / "roll_back" / "metrics.jsonl")
     for name in INSTRUMENTS:
