@@ -100,7 +100,10 @@ def kill(trainer: int | None, kind: str, generator: random.Random) -> int:
 def is_worker(process: psutil.Process) -> bool:
     """Whether a process is a scoring worker process of these runs."""
     try:
-        return "megatron_q3n.rl.scoring_worker" in process.cmdline() and "tests.rl.tiny_loop" in str(process.cmdline())
+        command = process.cmdline()
+        is_of_tests = "megatron_q3n.rl.scoring_worker" in command and "tests.rl.tiny_loop" in str(command)
+        # not those of another checkout, whose tests may run at the same time
+        return is_of_tests and process.cwd() == os.getcwd()
     except psutil.Error:
         return False
 
