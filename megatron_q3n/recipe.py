@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from megatron_q3n.config import RunConfig, UserError, default_tree, known_settings, suggest, validate
+from megatron_q3n.config.paths import absolute
 from megatron_q3n.config.plain_yaml import read_mapping
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -86,7 +87,7 @@ def configure(arguments: list[str]) -> RunConfig:
     parser.add_argument("overrides", nargs="*", metavar="setting=value", help="e.g. training.steps=2000")
     options = parser.parse_args(arguments)
     if options.resume:
-        return _resumed(Path(options.resume), options.overrides)
+        return _resumed(Path(absolute(options.resume)), options.overrides)
     return validate(_composed(options.config_name, options.config_dir, options.overrides))
 
 
@@ -102,7 +103,7 @@ def _composed(recipe: str, config_dir: str | None, overrides: list[str]) -> dict
             f"--config-name {recipe}: an ablation compares runs of a recipe; run it with "
             f"tools/studies/ablation.py {recipe}."
         )
-    if config_dir and not Path(config_dir).is_dir():
+    if config_dir is not None and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir {config_dir}: no such folder. Give the folder that holds your recipes.")
     folders = [RECIPES] + ([Path(config_dir).resolve()] if config_dir else [])
     if not any((folder / f"{recipe}.yaml").is_file() for folder in folders):

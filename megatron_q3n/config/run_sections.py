@@ -19,6 +19,7 @@ from megatron_q3n.config.mtp import MtpConfig
 from megatron_q3n.config.parallel import ParallelConfig
 from megatron_q3n.config.reporting import LoggingConfig, SampleConfig
 from megatron_q3n.config.rl import RlConfig
+from megatron_q3n.config.paths import FilePath
 from megatron_q3n.config.section import Section
 from megatron_q3n.config.serve import ServeConfig
 from megatron_q3n.config.sft import SftConfig
@@ -36,11 +37,11 @@ class RunSections(Section):
     """Every setting of a run. `config.yaml` in the run directory holds exactly these, resolved."""
 
     stage: Literal["pretrain", "longcontext", "generate", "sft", "rl", "serve", "mtp", "evaluate"] = "pretrain"
-    recipe: str = Field("custom", description="name of the recipe, for the run directory")
-    run_dir: str | None = Field(
+    recipe: str = Field("custom", pattern=r"^\w[\w .,+=()-]*$", description="name of the recipe, for the run directory")
+    run_dir: FilePath | None = Field(
         None, description="this very directory (resumed if it holds a checkpoint); null: runs/<recipe>-<utc>-<id>"
     )
-    runs_dir: str = Field("runs", description="parent of new run directories")
+    runs_dir: FilePath = Field("runs", description="parent of new run directories")
     dry_run: bool = Field(False, description="validate and print the memory arithmetic per rank; build nothing")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

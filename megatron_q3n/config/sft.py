@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_q3n.config.errors import UserError
+from megatron_q3n.config.paths import DataPath, TemplatePath
 from megatron_q3n.config.section import Section
 
 
@@ -35,7 +36,7 @@ class TaskSet(Section):
 class ConversationSource(Section):
     """Conversations from a file or folder, or generated from a task set's questions and answers."""
 
-    path: str | None = Field(
+    path: DataPath | None = Field(
         None, description="a .jsonl file of {messages: […]} objects, or a folder saved by Hugging Face datasets"
     )
     task: TaskSet | None = None
@@ -55,7 +56,7 @@ class SftConfig(Section):
         default_factory=list, description="empty: a share of the training conversations, selected by text hash"
     )
     validation_percent: float = Field(5.0, gt=0, lt=50, description="that share, if sft.validation is empty")
-    chat_template: str | None = Field(
+    chat_template: TemplatePath | None = Field(
         None,
         description="a Jinja file, or the template itself if it contains {{; null: the tokenizer's own, else ChatML if "
         "it has those tokens, else a plain one",
