@@ -36,6 +36,11 @@ class DataConfig(Section):
     tokenizer: FilePath | None = Field(
         None, description="a tokenizer.json or its folder; null: the one in the manifest"
     )
+    accept_changed_contents: bool = Field(
+        False,
+        description="with --resume: go on although text, tokenizer, conversations or prompts changed since the run "
+        "began; for this one start, and recorded in the run's data.json",
+    )
     mask_document_boundaries: bool = Field(
         False, description="attention and recurrent state are reset at each document (packed sequences, cu_seqlens)"
     )

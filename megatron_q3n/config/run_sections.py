@@ -17,9 +17,9 @@ from megatron_q3n.config.instruments import AlertsConfig, InstrumentsConfig
 from megatron_q3n.config.model import ModelConfig
 from megatron_q3n.config.mtp import MtpConfig
 from megatron_q3n.config.parallel import ParallelConfig
+from megatron_q3n.config.paths import FilePath
 from megatron_q3n.config.reporting import LoggingConfig, SampleConfig
 from megatron_q3n.config.rl import RlConfig
-from megatron_q3n.config.paths import FilePath
 from megatron_q3n.config.section import Section
 from megatron_q3n.config.serve import ServeConfig
 from megatron_q3n.config.sft import SftConfig
