@@ -52,10 +52,11 @@ def run(config: RunConfig) -> int:
 
     Returns: the exit code.
     """
+    preparation = importlib.import_module("megatron_q3n.stages.preparation")
     if config.dry_run:
         planner = importlib.import_module("megatron_q3n.planner")
-        return planner.show(config)
-    config = importlib.import_module("megatron_q3n.stages.preparation").prepare(config)
+        return planner.show(*preparation.rehearse(config))
+    config = preparation.prepare(config)
     # first: compilation uses the other cores while torch and megatron-core are imported
     importlib.import_module("megatron_q3n.kernels.startup.compile_ahead").start(config)
     # imported here, so that torch and megatron-core are not imported for a dry run or a refused configuration

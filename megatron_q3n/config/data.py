@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_q3n.config.errors import UserError
-from megatron_q3n.config.paths import DataPath, FilePath
+from megatron_q3n.config.paths import DataPath, FilePath, InputPath
 from megatron_q3n.config.section import Section
 
 
@@ -33,7 +33,7 @@ class DataConfig(Section):
     )
     train: list[BlendPart] = Field(default_factory=list, description="blend used for training (source: blend)")
     validation: list[BlendPart] = Field(default_factory=list, description="blend used for validation")
-    tokenizer: FilePath | None = Field(
+    tokenizer: InputPath | None = Field(
         None, description="a tokenizer.json or its folder; null: the one in the manifest"
     )
     accept_changed_contents: bool = Field(

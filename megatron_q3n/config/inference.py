@@ -3,7 +3,7 @@
 from pydantic import Field, field_validator
 
 from megatron_q3n.config.errors import UserError
-from megatron_q3n.config.paths import FilePath
+from megatron_q3n.config.paths import FilePath, InputPath
 from megatron_q3n.config.section import Section
 
 
@@ -36,7 +36,7 @@ class InferenceConfig(Section):
     cuda_graph: bool | None = Field(
         None, description="replay each decode step as one CUDA graph; true: required; null: if possible; false: never"
     )
-    tokenizer: FilePath | None = Field(
+    tokenizer: InputPath | None = Field(
         None, description="a tokenizer.json or its folder; null: the tokenizer that the model was trained with"
     )
     output: FilePath | None = Field(None, description="JSON Lines file for the results")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator
 
@@ -20,9 +20,17 @@ EXPRESSION = "{{"
 
 @dataclass(frozen=True)
 class PathMark:
-    """Mark of a path setting. `holds_data`: what the path leads to is trained on or validated with."""
+    """Mark of a path setting.
 
-    holds_data: bool = False
+    role: data is trained on or validated with, and like an input exists before the run; an output need not
+    """
+
+    role: Literal["data", "input", "output"]
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the path leads to what a run reads."""
+        return self.role != "output"
 
 
 def absolute(path: str) -> str:
@@ -40,9 +48,10 @@ def _checked_unless_template(text: str) -> str:
     return text if EXPRESSION in text else _checked(text)
 
 
-FilePath = Annotated[str, AfterValidator(_checked), PathMark()]
-DataPath = Annotated[str, AfterValidator(_checked), PathMark(holds_data=True)]
-TemplatePath = Annotated[str, AfterValidator(_checked_unless_template), PathMark()]
+FilePath = Annotated[str, AfterValidator(_checked), PathMark("output")]
+InputPath = Annotated[str, AfterValidator(_checked), PathMark("input")]
+DataPath = Annotated[str, AfterValidator(_checked), PathMark("data")]
+TemplatePath = Annotated[str, AfterValidator(_checked_unless_template), PathMark("input")]
 
 
 def path_settings(section: Section, prefix: str = "") -> Iterator[tuple[str, str, PathMark]]:

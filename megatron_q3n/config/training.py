@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_q3n.config.errors import UserError
-from megatron_q3n.config.paths import FilePath
+from megatron_q3n.config.paths import InputPath
 from megatron_q3n.config.section import Section
 
 RECOMPUTE_MODULES = ("core_attn", "moe", "moe_act", "shared_experts", "layernorm", "gated_delta_net")
@@ -138,7 +138,7 @@ class CheckpointConfig(Section):
         "full", description="check before a checkpoint is loaded or counted as kept: every byte, or file sizes only"
     )
     time_limit_minutes: float | None = Field(None, gt=0, description="save and exit 75 after this long")
-    load: FilePath | None = Field(
+    load: InputPath | None = Field(
         None, description="start from the weights of this checkpoint or run directory (a new run, step 0)"
     )
     load_optimizer: bool = Field(False, description="with load: also the optimizer's moments")

@@ -101,11 +101,11 @@ def input_contents(config: RunConfig) -> dict[str, str]:
     Raises: UserError for inputs that are missing or damaged.
     """
     contents: dict[str, str] = {}
-    for section in _sections(config):
+    for section in data_sections(config):
         if section == "data" and config.data.source == "stdlib":
             contents["data.source=stdlib"] = corpus_key(config.data)
         for name, path, mark in path_settings(getattr(config, section), f"{section}."):
-            if mark.holds_data:
+            if mark.role == "data":
                 contents |= {
                     f"{name}={path} ({part})": digest
                     for part, digest in _digests(Path(path), is_prepared=section == "data").items()
@@ -135,7 +135,7 @@ def _compare_contents(run_dir: Path, record: InputRecord, config: RunConfig) -> 
     record.model_copy(update={"contents": now, "accepted": [*record.accepted, accepted]}).write(run_dir)
 
 
-def _sections(config: RunSections) -> list[str]:
+def data_sections(config: RunSections) -> list[str]:
     """Return the sections whose data the stage trains on."""
     if config.stage == "mtp":
         return ["sft"] if config.sft.train else ["data"]
@@ -147,7 +147,7 @@ def _settings(config: RunSections) -> dict[str, Any]:
     """Return the settings that fix the data and its order, by dotted name."""
     tree = config.model_dump(mode="json")
     names = {"training": set(_BATCH_SETTINGS), "data": set(tree["data"]) - _FREE_DATA_SETTINGS}
-    names |= {section: set(tree[section]) for section in _sections(config)} | {"data": names["data"]}
+    names |= {section: set(tree[section]) for section in data_sections(config)} | {"data": names["data"]}
     return {f"{section}.{name}": tree[section][name] for section in names for name in sorted(names[section])}
 
 

@@ -1,44 +1,106 @@
-"""Preparation of a run before torch is imported: what can be refused or completed by reading files alone."""
+"""Preparation of a run before torch is imported: what can be refused or completed by reading files alone.
+
+A dry run is prepared too. Its plan is for another machine as often as for this one, so inputs that are missing here are
+listed beside the plan (`rehearse`), while what would be refused everywhere is refused.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from megatron_q3n import checkpoint
 from megatron_q3n.config import RunConfig, UserError, launch
-from megatron_q3n.data.run_inputs import InputRecord, check_same_inputs
+from megatron_q3n.config.paths import EXPRESSION, path_settings
+from megatron_q3n.config.user_code import check_definition
+from megatron_q3n.data.blend import load_blends
+from megatron_q3n.data.run_inputs import InputRecord, check_same_inputs, data_sections
 
 # they read a checkpoint, and have no run directory of their own
 WITHOUT_RUN_DIRECTORY = ("generate", "serve", "evaluate")
 
 
 def prepare(config: RunConfig) -> RunConfig:
-    """Return the configuration with its start checkpoint found, after checking what a resumed run goes on with.
+    """Return the configuration of a run with its start checkpoint found, after checking what it reads.
 
-    Raises: UserError for a checkpoint that does not exist, or data that changed since the run began.
+    Raises: UserError for missing or unusable inputs, and for data that changed since a resumed run began.
     """
     if config.stage in WITHOUT_RUN_DIRECTORY:
-        return with_start(config, _found(config))
+        _refuse(missing_inputs(config))
+        return _with_start(config)
     run_dir = Path(config.run_dir) if config.run_dir is not None else None
-    if run_dir is None or checkpoint.newest_in(run_dir) is None:
-        if config.data.accept_changed_contents:
-            raise UserError(
-                "data.accept_changed_contents=true has no effect on a new run, which has no contents to compare; "
-                "set it to false."
-            )
-        return with_start(config, _found(config))
+    if run_dir is not None and checkpoint.newest_in(run_dir) is not None:
+        return _resumed(config, run_dir)
+    if config.data.accept_changed_contents:
+        raise UserError(
+            "data.accept_changed_contents=true has no effect on a new run, which has no contents to compare; set it "
+            "to false."
+        )
+    _refuse(missing_inputs(config))
+    return _checked(_with_start(config))
+
+
+def rehearse(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Return the configuration that a dry run plans, and what the run would lack on this machine.
+
+    Raises: UserError for what would be refused on every machine.
+    """
+    problems = missing_inputs(config)
+    return (config, problems) if problems else (_checked(_with_start(config)), [])
+
+
+def missing_inputs(config: RunConfig) -> list[str]:
+    """Return a message for each input that is not on this machine."""
+    problems = []
+    try:
+        _start(config)
+    except UserError as error:
+        problems.append(f"checkpoint.load={error}")
+    sections = data_sections(config)
+    for name, path, mark in path_settings(config):
+        is_used = mark.role == "input" or (mark.role == "data" and name.partition(".")[0] in sections)
+        if not is_used or name == "checkpoint.load" or EXPRESSION in path or Path(path).exists():
+            continue
+        creation = f" Create it with tools/prepare_data.py --output {path}." if name.startswith("data.") else ""
+        problems.append(f"{name}={path} does not exist.{creation or ' Correct the path.'}")
+    return problems
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise UserError(" ".join(problems))
+
+
+def _resumed(config: RunConfig, run_dir: Path) -> RunConfig:
+    """Return the configuration of a run that goes on, with the start checkpoint that it began with."""
     # the leader alone reads the files: its exit ends the other processes
     if launch.rank() == 0:
         check_same_inputs(run_dir, config)
     record = InputRecord.read(run_dir)
-    return with_start(config, record.start_checkpoint) if record is not None else config
+    return config if record is None else _load_from(config, record.start_checkpoint)
 
 
-def with_start(config: RunConfig, start: str | None) -> RunConfig:
-    """Return the configuration with another `checkpoint.load`."""
+def _checked(config: RunConfig) -> RunConfig:
+    """Return the configuration after checking its prepared text and the definitions of users that it names."""
+    if data_sections(config) == ["data"] and config.data.source == "blend":
+        load_blends(config)
+    for index, callback in enumerate(config.callbacks):
+        module, _, name = callback.path.rpartition(".")
+        check_definition(f"callbacks[{index}]: path={callback.path}", module, name)
+    function = config.rl.reward.function
+    if config.stage == "rl" and function is not None:
+        module, _, name = function.partition(":")
+        check_definition(f"rl.reward.function={function}", module, name)
+    return config
+
+
+def _with_start(config: RunConfig) -> RunConfig:
+    """Return the configuration with the very checkpoint that it starts from: a run's newest one changes."""
+    return _load_from(config, _start(config))
+
+
+def _start(config: RunConfig) -> str | None:
+    return None if config.checkpoint.load is None else str(checkpoint.find(config.checkpoint.load))
+
+
+def _load_from(config: RunConfig, start: str | None) -> RunConfig:
     section: Any = config.checkpoint.model_copy(update={"load": start})
     return config.model_copy(update={"checkpoint": section})
-
-
-def _found(config: RunConfig) -> str | None:
-    """Return the very checkpoint that `checkpoint.load` leads to, as a run's newest one changes while it goes on."""
-    return None if config.checkpoint.load is None else str(checkpoint.find(config.checkpoint.load))

@@ -1,9 +1,14 @@
-"""A run and its directory by the command line: changed data on resume, and what a refused run leaves behind."""
+"""Preparation of runs: inputs that are missing or unusable, refused before torch is imported and by their setting;
+changed data on resume; and what a refused run leaves behind."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 Run = Callable[..., Any]
 SMALL = [
@@ -64,3 +69,107 @@ def test_a_refused_run_does_not_take_over_latest(tmp_path: Path, run_module: Run
     resumed = run_module("--resume", "runs/first", "training.steps=2")
     assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "runs/latest").resolve().name == "first"
+
+
+MISSING = {
+    "checkpoint": (["checkpoint.load=nothing"], "checkpoint.load={cwd}/nothing: no checkpoint found"),
+    "blend": (["data=blend"], "data.train.0.path={cwd}/corpora/train does not exist. Create it with tools/prepare"),
+    "conversations": (
+        ["stage=sft", "sft.train=[{path: absent.jsonl}]"],
+        "sft.train.0.path={cwd}/absent.jsonl does not exist. Correct the path.",
+    ),
+    "prompts": (
+        ["stage=rl", "rl.prompts=[{path: absent.jsonl}]", "rl.reward.kind=math_verify", "training.micro_batch_size=1"],
+        "rl.prompts.0.path={cwd}/absent.jsonl does not exist",
+    ),
+    "template": (
+        ["stage=sft", "sft.train=[{task: {name: chain_sum}}]", "sft.chat_template=absent.jinja"],
+        "sft.chat_template={cwd}/absent.jinja does not exist",
+    ),
+    "task folder": (
+        ["stage=evaluate", "checkpoint.load=nothing", "evaluate.tasks=[a]", "evaluate.tasks_dir=tasks"],
+        "evaluate.tasks_dir={cwd}/tasks does not exist",
+    ),
+}
+RL = ["stage=rl", "rl.prompts=[{path: prompts.jsonl}]", "rl.reward.kind=function", "training.micro_batch_size=1"]
+UNUSABLE = {
+    "module": ([*RL, "rl.reward.function=absent:score"], "rl.reward.function=absent:score: there is no module absent"),
+    "submodule": ([*RL, "rl.reward.function=json.absent:score"], "there is no module json.absent"),
+    "function": ([*RL, "rl.reward.function=graders:scoer"], "graders.py defines no scoer. Did you mean 'score'?"),
+    "syntax": ([*RL, "rl.reward.function=broken:score"], "broken.py is not Python"),
+    "callback": (
+        ["callbacks=[{path: graders.Absent}]"],
+        "callbacks[0]: path=graders.Absent: {cwd}/graders.py defines no",
+    ),
+    "no data set": (
+        ["data=blend", "data.train=[{path: .}]", "data.validation=[{path: .}]"],
+        "data folder {cwd} holds no manifest.json",
+    ),
+}
+USABLE = {
+    "function": [*RL, "rl.reward.function=graders:score"],
+    "assigned": [*RL, "rl.reward.function=graders:other"],
+    "imported": [*RL, "rl.reward.function=graders:dumps"],
+    "installed": [*RL, "rl.reward.function=json.encoder:py_encode_basestring"],
+}
+SCRIPT = """
+import json, sys
+from megatron_q3n.config import UserError
+from megatron_q3n.recipe import configure, register_defaults
+from megatron_q3n.stages.preparation import prepare, rehearse
+register_defaults()
+answers = {}
+for name, overrides in json.load(sys.stdin).items():
+    try:
+        config = configure(["--config-name", "pretrain-tiny", *overrides])
+        answers[name] = rehearse(config)[1] if config.dry_run else prepare(config) and None
+    except UserError as error:
+        answers[name] = str(error)
+print(json.dumps([answers, sorted({"torch", "megatron.core", "transformers", "graders"} & set(sys.modules))]))
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[str], Path]:
+    """Prepare every case in one new process; return the messages, the heavy imports, and the working folder."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "prompts.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    code = "from json import dumps\ntry:\n    def score(answer, arguments): ...\nfinally:\n    other = score\n"
+    (folder / "graders.py").write_text(f"{code}raise RuntimeError('imported')\n")
+    (folder / "broken.py").write_text("def score(:\n")
+    cases = {f"missing {name}": overrides for name, (overrides, _) in MISSING.items()}
+    cases |= {f"planned {name}": [*overrides, "dry_run=true"] for name, (overrides, _) in MISSING.items()}
+    for prefix, extra in (("unusable", []), ("unusable plan", ["dry_run=true"])):
+        cases |= {f"{prefix} {name}": [*overrides, *extra] for name, (overrides, _) in UNUSABLE.items()}
+    cases |= {f"usable {name}": overrides for name, overrides in USABLE.items()}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, check=True, cwd=folder)
+    answers, heavy = json.loads(done.stdout)
+    return answers, heavy, folder
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_missing_inputs_are_refused_by_their_setting(prepared: Any, name: str) -> None:
+    answers, _, folder = prepared
+    expected = MISSING[name][1].format(cwd=folder)
+    assert expected in answers[f"missing {name}"]
+    assert len(answers[f"missing {name}"].splitlines()) == 1
+    # a plan may be for another machine
+    assert any(expected in problem for problem in answers[f"planned {name}"])
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_unusable_inputs_are_refused_in_a_dry_run_too(prepared: Any, name: str) -> None:
+    answers, _, folder = prepared
+    for prefix in ("unusable", "unusable plan"):
+        assert UNUSABLE[name][1].format(cwd=folder) in answers[f"{prefix} {name}"]
+        assert len(answers[f"{prefix} {name}"].splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_definitions_of_users_are_found_without_importing_them(prepared: Any, name: str) -> None:
+    assert prepared[0][f"usable {name}"] is None
+
+
+def test_nothing_heavy_is_imported_before_these_refusals(prepared: Any) -> None:
+    assert prepared[1] == []
