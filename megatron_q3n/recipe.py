@@ -5,7 +5,7 @@ The only module that imports Hydra and OmegaConf; nothing here imports torch, so
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from megatron_q3n.config import RunConfig, UserError, default_tree, known_settings, suggest, validate
 from megatron_q3n.config.paths import absolute
 from megatron_q3n.config.plain_yaml import read_mapping
+from megatron_q3n.config.start_model import own_settings, vocabulary_for
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 # prefix of the files in recipes/ that chain recipes (slurm/submit.py)
@@ -119,17 +120,46 @@ def _composed(recipe: str, config_dir: str | None, overrides: list[str]) -> dict
     search = [f"hydra.searchpath=[file://{folder}]" for folder in folders if folder != home]
     groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
     _check_overrides(overrides, groups, is_start=True)
-    return _compose(recipe, home, overrides, search)
+    tree, parts = _compose(recipe, home, overrides, search)
+    part = next((folder for folder in folders[::-1] if (folder / f"model/{parts.get('model')}.yaml").is_file()), None)
+    settings = read_mapping(part / f"model/{parts['model']}.yaml") if part is not None else {}
+    named = _named_model_settings(overrides)
+    if any(override.startswith("model=") for override in overrides):
+        named |= set(settings)
+    tree["own_model_settings"] = own = own_settings(tree["model"], settings, named)
+    if isinstance(tree["model"].get("vocab_size"), int):
+        tree["model"]["vocab_size"] = vocabulary_for(tree["model"], own, _tokenizer_size(tree))
+    return tree
 
 
-def _compose(name: str, home: Path, overrides: list[str], search: list[str]) -> dict[str, Any]:
-    """Return the tree that Hydra composes from a recipe in the folder `home` (or registered by name) and overrides."""
+def _named_model_settings(overrides: list[str]) -> set[str]:
+    """Return the names of the model settings that overrides set, e.g. "hidden_size", or "megatron"."""
+    names = (override.partition("=")[0].lstrip("+") for override in overrides)
+    return {name.split(".")[1] for name in names if name.startswith("model.")}
+
+
+def _tokenizer_size(tree: dict[str, Any]) -> int:
+    """Return the size of the tokenizers that this run will train, 0 if it trains none."""
+    sizes = [tree["sft"].get("tokenizer_vocab_size")]
+    sizes += [tree["data"].get("stdlib_vocab_size")] if tree["data"].get("source") == "stdlib" else []
+    return max((size for size in sizes if isinstance(size, int)), default=0)
+
+
+def _compose(
+    name: str, home: Path, overrides: list[str], search: list[str]
+) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """Compose a recipe in the folder `home`, or registered by name, with overrides.
+
+    Returns: the tree, and the chosen part of each group.
+    """
     # the pass-through takes any field of TransformerConfig, so Hydra must not require a "+" for a new key
     additions = ("model.megatron.", "model.megatron=")
     prepared = [f"++{o}" if o.startswith(additions) else o for o in map(_quote_home, overrides)]
     try:
         with initialize_config_dir(str(home), version_base="1.3"):
-            return plain_tree(compose(name, [*prepared, *search]))
+            tree = compose(name, [*prepared, *search], return_hydra_config=True)
+        parts = {str(group): str(part) for group, part in tree.hydra.runtime.choices.items()}
+        return plain_tree(OmegaConf.masked_copy(tree, [key for key in tree if key != "hydra"])), parts
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, overrides)) from None
 
@@ -142,7 +172,10 @@ def _resumed(run_dir: Path, overrides: list[str]) -> RunConfig:
     tree = merged(default_tree(), read_mapping(path))
     _check_overrides(overrides, {path.name for path in RECIPES.iterdir() if path.is_dir()}, is_start=False)
     ConfigStore.instance().store(RESUMED, literal(tree))
-    return validate(_compose(RESUMED, RECIPES, overrides, []) | {"run_dir": str(run_dir.resolve())})
+    changed, _ = _compose(RESUMED, RECIPES, overrides, [])
+    if changed["own_model_settings"] is not None:
+        changed["own_model_settings"] = sorted({*changed["own_model_settings"], *_named_model_settings(overrides)})
+    return validate(changed | {"run_dir": str(run_dir.resolve())})
 
 
 def _quote_home(override: str) -> str:

@@ -43,6 +43,12 @@ class RunSections(Section):
     )
     runs_dir: FilePath = Field("runs", description="parent of new run directories")
     dry_run: bool = Field(False, description="validate and print the memory arithmetic per rank; build nothing")
+    own_model_settings: list[str] | None = Field(
+        None,
+        description="names of the model settings that recipe or command line set, written when a run is composed; the "
+        "others are those of checkpoint.load, and the vocabulary holds the tokenizer; null: those that differ from the "
+        "defaults",
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -141,4 +141,7 @@ class CheckpointConfig(Section):
     load: InputPath | None = Field(
         None, description="start from the weights of this checkpoint or run directory (a new run, step 0)"
     )
+    load_other_tokenizer: bool = Field(
+        False, description="with load: pretraining on text of another tokenizer than the checkpoint's is allowed"
+    )
     load_optimizer: bool = Field(False, description="with load: also the optimizer's moments")

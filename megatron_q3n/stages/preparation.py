@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_q3n import checkpoint
-from megatron_q3n.config import RunConfig, UserError, launch
+from megatron_q3n.checkpoint import integrity
+from megatron_q3n.config import RunConfig, UserError, launch, validate
 from megatron_q3n.config.paths import EXPRESSION, path_settings
+from megatron_q3n.config.start_model import vocabulary_for, with_saved_model
 from megatron_q3n.config.user_code import check_definition
 from megatron_q3n.data.blend import load_blends
+from megatron_q3n.data.manifest import Manifest
 from megatron_q3n.data.run_inputs import InputRecord, check_same_inputs, data_sections
+from megatron_q3n.data.tokenizer import TextTokenizer
 
 # they read a checkpoint, and have no run directory of their own
 WITHOUT_RUN_DIRECTORY = ("generate", "serve", "evaluate")
@@ -79,7 +83,12 @@ def _resumed(config: RunConfig, run_dir: Path) -> RunConfig:
 
 
 def _checked(config: RunConfig) -> RunConfig:
-    """Return the configuration after checking its prepared text and the definitions of users that it names."""
+    """Return the configuration with its model completed, after checking what else the run needs.
+
+    Raises: UserError for a model that does not fit checkpoint or tokenizer, for unusable text, and for definitions of
+        users that do not exist.
+    """
+    config = _with_model(config)
     if data_sections(config) == ["data"] and config.data.source == "blend":
         load_blends(config)
     for index, callback in enumerate(config.callbacks):
@@ -90,6 +99,28 @@ def _checked(config: RunConfig) -> RunConfig:
         module, _, name = function.partition(":")
         check_definition(f"rl.reward.function={function}", module, name)
     return config
+
+
+def _with_model(config: RunConfig) -> RunConfig:
+    """Return the configuration with the start checkpoint's model, or with a vocabulary that holds the tokenizer."""
+    if config.checkpoint.load is not None:
+        source = Path(config.checkpoint.load)
+        manifest = integrity.read_manifest(source)
+        config = with_saved_model(config, manifest["model"])
+        checkpoint.check_architecture(manifest, config.model, source)
+        return config
+    model = config.model.model_dump(mode="json")
+    model["vocab_size"] = vocabulary_for(model, config.own_model_settings, _tokenizer_size(config))
+    is_changed = model["vocab_size"] != config.model.vocab_size
+    return validate(config.model_dump(mode="json") | {"model": model}) if is_changed else config
+
+
+def _tokenizer_size(config: RunConfig) -> int:
+    """Return the size of the tokenizer that a run from fresh weights reads; 0 if it trains one."""
+    if data_sections(config) != ["data"]:
+        setting = config.data.tokenizer
+        return TextTokenizer.load(setting).vocab_size if setting is not None else 0
+    return Manifest.read(Path(config.data.train[0].path)).tokenizer.vocab_size if config.data.train else 0
 
 
 def _with_start(config: RunConfig) -> RunConfig:

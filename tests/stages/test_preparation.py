@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+from megatron_q3n.config import RunConfig, UserError, validate
+from megatron_q3n.recipe import configure, register_defaults
+from megatron_q3n.stages.preparation import rehearse
+from tests import forked
 
 Run = Callable[..., Any]
 SMALL = [
@@ -173,3 +179,76 @@ def test_definitions_of_users_are_found_without_importing_them(prepared: Any, na
 
 def test_nothing_heavy_is_imported_before_these_refusals(prepared: Any) -> None:
     assert prepared[1] == []
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step with dimensions and a RoPE base that no recipe has."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    settings = ["training.micro_batch_size=2", "training.steps=1", "validation.bigram_baseline=false", "run_dir=run"]
+    model = ["model.rotary_base=3e6", "model.num_moe_experts=4", "model.megatron.moe_router_topk_scaling_factor=1.5"]
+    command = ["--config-name", "pretrain-tiny", *SMALL, *settings, *model, "data.stdlib_vocab_size=600"]
+    done = forked.run("megatron_q3n.train", *command, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def planned(recipe: str, *overrides: str) -> RunConfig:
+    register_defaults()
+    config, problems = rehearse(configure(["--config-name", recipe, *overrides]))
+    assert not problems
+    return config
+
+
+def test_the_vocabulary_holds_the_tokenizer(pretrained: Path) -> None:
+    saved = yaml.safe_load((pretrained / "config.yaml").read_text())
+    assert saved["model"]["vocab_size"] == 640
+    with pytest.raises(UserError, match=r"stdlib_vocab_size=600 is more than model\.vocab_size=599"):
+        planned("pretrain-tiny", "data.stdlib_vocab_size=600", "model.vocab_size=599")
+
+
+# settings of the model in a recipe, or in its stage part
+OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "sft-tiny": {},
+    "sft-small": {},
+    "rl-tiny": {"moe_aux_loss_coeff": 0.0},
+    "mtp-tiny": {"mtp_num_layers": 4, "mtp_use_repeated_layer": True, "mtp_loss_scaling_factor": 1.0},
+    "longcontext-tiny": {"rotary_base": 4e7},
+    "pretrain-small": {},
+}
+
+
+@pytest.mark.parametrize("recipe", OWN_SETTINGS)
+def test_a_stage_continues_the_checkpoints_model(pretrained: Path, recipe: str) -> None:
+    """Whatever part the recipe begins with; its own settings are kept."""
+    overrides = [f"checkpoint.load={pretrained}", "data.stdlib_vocab_size=600"]
+    overrides += ["sft.tokenizer_vocab_size=null"] if recipe.startswith("sft") else []
+    found = planned(recipe, *overrides).model.model_dump()
+    expected = validate(yaml.safe_load((pretrained / "config.yaml").read_text())).model.model_dump()
+    assert found == expected | OWN_SETTINGS[recipe]
+
+
+def test_own_settings_are_kept_and_a_contradiction_is_refused(pretrained: Path) -> None:
+    start = (f"checkpoint.load={pretrained}", "data.stdlib_vocab_size=600")
+    # also one that equals the recipe's and the default
+    own = planned("mtp-tiny", *start, "model.rotary_base=1e7", "model.megatron.hidden_dropout=0.1").model
+    assert own.rotary_base == 1e7
+    assert own.megatron == {"moe_router_topk_scaling_factor": 1.5, "hidden_dropout": 0.1}
+    for override, named in (
+        ("model.hidden_size=128", "hidden_size: 64 there, 128 here"),
+        ("model=small", "num_layers"),
+    ):
+        with pytest.raises(UserError, match=rf"another architecture:.*model\.{named}"):
+            planned("mtp-tiny", *start, override)
+
+
+def test_continued_pretraining_with_another_tokenizer_must_be_allowed(pretrained: Path, run_module: Run) -> None:
+    command = ["--config-name", "pretrain-tiny", f"checkpoint.load={pretrained}", "data.stdlib_vocab_size=500"]
+    settings = [name for name in SMALL if not name.startswith("model.")]
+    command += [*settings, "training.micro_batch_size=2", "training.steps=1", "validation.bigram_baseline=false"]
+    refused = run_module(*command)
+    assert refused.returncode == 2
+    assert "(600 entries), and the text of `data` was made with" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    allowed = run_module(*command, "checkpoint.load_other_tokenizer=true")
+    assert allowed.returncode == 0, allowed.stderr
