@@ -40,11 +40,19 @@ def main() -> int:
     try:
         return run(configure(sys.argv[1:]))
     except UserError as error:
-        if launch.rank() == 0:
+        if _prints_messages():
             print(f"error: {error}", file=sys.stderr)
         else:
             time.sleep(LEADER_MESSAGE_SECONDS)
         return EXIT_BAD_INPUT
+
+
+def _prints_messages() -> bool:
+    """Return whether this process is the leader, or cannot know because the launcher's variables are unusable."""
+    try:
+        return launch.rank() == 0
+    except UserError:
+        return True
 
 
 def run(config: RunConfig) -> int:

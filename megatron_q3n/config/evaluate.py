@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from megatron_q3n.config.paths import FilePath, InputPath
-from megatron_q3n.config.section import Section
+from megatron_q3n.config.section import MAX_SEED, Section
 
 
 class TextSet(Section):
@@ -37,7 +37,7 @@ class EvaluateConfig(Section):
     )
     task_limit: int | None = Field(None, gt=0, description="documents of each task; null: all")
     num_fewshot: int | None = Field(None, ge=0, description="examples before each; null: the task's own")
-    seed: int = Field(1, ge=0, description="seed of sampled drafts and of the tokens of recall")
+    seed: int = Field(1, ge=0, le=MAX_SEED, description="seed of sampled drafts and of the tokens of recall")
     tokenizer: InputPath | None = Field(
         None, description="a tokenizer.json or its folder; null: the one the model was trained with"
     )

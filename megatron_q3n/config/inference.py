@@ -4,7 +4,7 @@ from pydantic import Field, field_validator
 
 from megatron_q3n.config.errors import UserError
 from megatron_q3n.config.paths import FilePath, InputPath
-from megatron_q3n.config.section import Section
+from megatron_q3n.config.section import MAX_SEED, Section
 
 
 class InferenceConfig(Section):
@@ -23,7 +23,7 @@ class InferenceConfig(Section):
     stop: list[str | int] = Field(
         default_factory=list, description="stop tokens, by id or by text, in addition to the end-of-document token"
     )
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, le=MAX_SEED)
     draft_depth: int = Field(
         0, ge=0, description="speculative decoding: tokens drafted by the MTP layer and verified in one pass; 0: none"
     )

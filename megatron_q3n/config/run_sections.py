@@ -76,7 +76,9 @@ class RunSections(Section):
     @property
     def world_size(self) -> int:
         """Processes of this run: the launcher's WORLD_SIZE, the planned size, or one."""
-        return launch.world_size() if launch.has_rendezvous() else self.parallel.world_size or 1
+        # read in any case, so that a variable that is no number is refused
+        launched = launch.world_size()
+        return launched if launch.has_rendezvous() else self.parallel.world_size or 1
 
     @property
     def data_parallel_size(self) -> int:

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from megatron_q3n.config.errors import UserError
 from megatron_q3n.config.paths import DataPath, TemplatePath
-from megatron_q3n.config.section import Section
+from megatron_q3n.config.section import MAX_SEED, Section
 
 
 class TaskSet(Section):
@@ -21,7 +21,7 @@ class TaskSet(Section):
         default_factory=dict, description="the task set's own settings, e.g. {max_terms: 2}"
     )
     size: int = Field(1000, gt=0, description="questions")
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, le=MAX_SEED)
     first: float = Field(0.0, ge=0, lt=1, description="begin of its range of text hashes")
     last: float = Field(1.0, gt=0, le=1, description="end of its range of text hashes")
     distinct: bool = Field(False, description="no text appears twice")

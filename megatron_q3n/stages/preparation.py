@@ -4,6 +4,8 @@ A dry run is prepared too. Its plan is for another machine as often as for this 
 listed beside the plan (`rehearse`), while what would be refused everywhere is refused.
 """
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ def prepare(config: RunConfig) -> RunConfig:
 
     Raises: UserError for missing or unusable inputs, and for data that changed since a resumed run began.
     """
+    _check_launcher(config)
     if config.stage in WITHOUT_RUN_DIRECTORY:
         _refuse(missing_inputs(config))
         return _with_start(config)
@@ -66,6 +69,17 @@ def missing_inputs(config: RunConfig) -> list[str]:
         creation = f" Create it with tools/prepare_data.py --output {path}." if name.startswith("data.") else ""
         problems.append(f"{name}={path} does not exist.{creation or ' Correct the path.'}")
     return problems
+
+
+def _check_launcher(config: RunConfig) -> None:
+    """Refuse a layout of several processes in a process that was started alone."""
+    if config.world_size > 1 and not launch.has_rendezvous():
+        command = shlex.join(["torchrun", "--nproc-per-node", str(config.world_size), "-m", "megatron_q3n.train"])
+        raise UserError(
+            f"parallel.world_size={config.world_size}, but this process was started alone. Start all of them: "
+            f"{command} {shlex.join(sys.argv[1:])} (on several machines with srun, see slurm/README.md), or choose "
+            "parallel=single."
+        )
 
 
 def _refuse(problems: list[str]) -> None:
