@@ -73,6 +73,8 @@ def missing_inputs(config: RunConfig) -> list[str]:
 
 def _check_launcher(config: RunConfig) -> None:
     """Refuse a layout of several processes in a process that was started alone."""
+    # read here, so that variables that are no numbers are refused before anything uses them
+    launch.rank(), launch.local_rank()
     if config.world_size > 1 and not launch.has_rendezvous():
         command = shlex.join(["torchrun", "--nproc-per-node", str(config.world_size), "-m", "megatron_q3n.train"])
         raise UserError(
