@@ -159,7 +159,7 @@ def _compose(
         with initialize_config_dir(str(home), version_base="1.3"):
             tree = compose(name, [*prepared, *search], return_hydra_config=True)
         parts = {str(group): str(part) for group, part in tree.hydra.runtime.choices.items()}
-        return plain_tree(OmegaConf.masked_copy(tree, [key for key in tree if key != "hydra"])), parts
+        return plain_tree(OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])), parts
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, overrides)) from None
 

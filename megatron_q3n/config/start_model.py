@@ -21,7 +21,7 @@ def own_settings(model: Mapping[str, Any], part: Mapping[str, Any], named: Colle
 
     `model` is the composed section, `part` the recipe part it began with, `named` the settings on the command line.
     """
-    below = _defaults() | part
+    below = {**_defaults(), **part}
     return sorted({name for name, value in model.items() if value != below.get(name)} | set(named))
 
 
