@@ -24,7 +24,6 @@ from typing import Any
 import yaml
 
 from megatron_q3n.config import RunConfig, UserError, launch
-from megatron_q3n.config.override_text import shell_override
 from megatron_q3n.device import Device
 
 CONFIG, ENVIRONMENT, LATEST = "config.yaml", "environment.json", "latest"
@@ -67,7 +66,7 @@ def choose(config: RunConfig) -> Path:
 
 
 def open_directory(run_dir: Path, config: RunConfig) -> None:
-    """Create the directory, write config.yaml, and link `latest` to it. Called by the leader.
+    """Create the directory and write config.yaml. Called by the leader.
 
     Raises: UserError if it cannot be written.
     """
@@ -75,41 +74,13 @@ def open_directory(run_dir: Path, config: RunConfig) -> None:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         (run_dir / OUTCOME).write_bytes(b"{}".ljust(_OUTCOME_BYTES - 1) + b"\n")
         tree = config.model_dump(mode="json") | {"run_dir": None}
+        # allowed for one start only
+        tree["data"]["accept_changed_contents"] = False
         write_atomically(run_dir / CONFIG, yaml.safe_dump(tree, sort_keys=False))
-        _point_latest(run_dir)
     except OSError as error:
         raise UserError(
             f"run directory {run_dir} cannot be written: {error}. Choose another with run_dir=… or runs_dir=…."
         ) from None
-
-
-def check_same_data(run_dir: Path, config: RunConfig) -> None:
-    """Check that a run is resumed with the data and batch settings it began with.
-
-    The position in the data is a function of the step. With another batch size or seed, the same step would silently
-    repeat some text and skip other.
-
-    Raises: UserError naming the settings that differ.
-    """
-    path = run_dir / CONFIG
-    if not path.is_file():
-        return
-    before = yaml.safe_load(path.read_text())
-    now = config.model_dump(mode="json")
-    compared = {"data": set(now["data"]) - {"cache_dir", "num_workers"}}
-    compared["training"] = {"seed", "global_batch_size", "sequence_length"}
-    compared |= {stage: set(now[stage]) for stage in ("sft", "rl") if stage == config.stage}
-    differences = [
-        f"{section}.{name}: {before[section].get(name)} there, {now[section][name]} here"
-        for section, names in compared.items()
-        for name in sorted(names)
-        if before[section].get(name) != now[section][name]
-    ]
-    if differences:
-        raise UserError(
-            f"{run_dir} cannot be resumed with other data or batches: {'; '.join(differences)}. "
-            f"Set them back, or start a new run from its weights: {shell_override('checkpoint.load', run_dir)}"
-        )
 
 
 def record_environment(
@@ -254,7 +225,8 @@ class StopRequest:
         return None
 
 
-def _point_latest(run_dir: Path) -> None:
+def point_latest(run_dir: Path) -> None:
+    """Link `latest` to a run that has begun: a refused one does not replace the last that trained."""
     link = run_dir.parent / LATEST
     if link.exists() and not link.is_symlink():
         # a folder of the user with that name

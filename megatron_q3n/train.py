@@ -40,11 +40,19 @@ def main() -> int:
     try:
         return run(configure(sys.argv[1:]))
     except UserError as error:
-        if launch.rank() == 0:
+        if _prints_messages():
             print(f"error: {error}", file=sys.stderr)
         else:
             time.sleep(LEADER_MESSAGE_SECONDS)
         return EXIT_BAD_INPUT
+
+
+def _prints_messages() -> bool:
+    """Return whether this process is the leader, or cannot know because the launcher's variables are unusable."""
+    try:
+        return launch.rank() == 0
+    except UserError:
+        return True
 
 
 def run(config: RunConfig) -> int:
@@ -52,9 +60,11 @@ def run(config: RunConfig) -> int:
 
     Returns: the exit code.
     """
+    preparation = importlib.import_module("megatron_q3n.stages.preparation")
     if config.dry_run:
         planner = importlib.import_module("megatron_q3n.planner")
-        return planner.show(config)
+        return planner.show(*preparation.rehearse(config))
+    config = preparation.prepare(config)
     # first: compilation uses the other cores while torch and megatron-core are imported
     importlib.import_module("megatron_q3n.kernels.startup.compile_ahead").start(config)
     # imported here, so that torch and megatron-core are not imported for a dry run or a refused configuration

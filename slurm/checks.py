@@ -16,6 +16,7 @@ from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.config.rl import PromptSource
 from megatron_q3n.config.sft import ConversationSource
 from megatron_q3n.config.sizes import parameters
+from megatron_q3n.config.start_model import with_saved_model
 from megatron_q3n.data.blend import load_blends
 from megatron_q3n.planner import Gpu, plan
 from slurm.site import Site
@@ -122,11 +123,11 @@ def _check_data(config: RunConfig) -> None:
 def _check_loaded_checkpoint(config: RunConfig, before: RunConfig | None) -> None:
     assert config.checkpoint.load is not None
     if before is not None:
-        description = {"model": before.model.model_dump(mode="json")}
-        checkpoint.check_architecture(description, config.model, Path(config.checkpoint.load))
-        return
-    checkpoint_dir = checkpoint.find(config.checkpoint.load)
-    checkpoint.check_architecture(integrity.read_manifest(checkpoint_dir), config.model, checkpoint_dir)
+        source, description = Path(config.checkpoint.load), {"model": before.model.model_dump(mode="json")}
+    else:
+        source = checkpoint.find(config.checkpoint.load)
+        description = integrity.read_manifest(source)
+    checkpoint.check_architecture(description, with_saved_model(config, description["model"]).model, source)
 
 
 def _check_memory(config: RunConfig, site: Site) -> None:

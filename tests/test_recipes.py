@@ -251,4 +251,4 @@ def test_long_context_recipe_has_longer_sequences_a_smaller_rate_and_another_rop
     assert long.schedule.lr <= short.schedule.min_lr
     assert long.model.rotary_base > short.model.rotary_base
     assert long.model.model_copy(update={"rotary_base": short.model.rotary_base}) == short.model
-    assert long.checkpoint.load == "runs/latest"
+    assert long.checkpoint.load == str(Path("runs/latest").absolute())

@@ -147,13 +147,14 @@ def _restore(state: TrainState, checkpoint: Path, *, resume: bool, with_optimize
     for index, model in enumerate(state.models):
         model.load_state_dict(loaded[f"model{index}"], strict=False)
     if with_optimizer:
-        state_dict.override_learning_rates(state, loaded["optimizer"])
+        state_dict.apply_run_settings(state, loaded["optimizer"])
         state.optimizer.load_state_dict(loaded["optimizer"])
-        state_dict.repair_loaded_optimizer(state)
+        state_dict.separate_step_tensors(state)
     else:
         state.optimizer.reload_model_params()
+    # with its moments the optimizer has new groups, which the schedule has not reached yet
+    state.set_step(manifest["step"] if resume else state.step)
     if resume:
-        state.set_step(manifest["step"])
         state.skipped_steps = manifest["skipped_steps"]
         if same_world:
             _restore_rng_states(loaded["rng"], checkpoint)

@@ -1,10 +1,11 @@
 """Contents of a checkpoint: megatron-core's sharded state dict of weights, optimizer states and random generators.
 
 Tensors are keyed by parameter, not by rank, so any parallel layout can load them. Data position and learning rate are
-functions of the step and are not saved. Four defects of megatron-core 0.19.2 are worked around here. With torch's
-AdamW, which holds a `step` tensor per parameter, loading needs the entry to exist, and afterwards all parameters share
-one. A checkpoint of torch's AdamW lacks settings that TransformerEngine's needs. And where gradients are reduced in
-several buckets, saving reads the optimizer states at wrong offsets (`_include_bucket_padding`).
+functions of the step and are not saved; the optimizer's settings are those of the run that loads. Four defects of
+megatron-core 0.19.2 are worked around here. With torch's AdamW, which holds a `step` tensor per parameter, loading
+needs the entry to exist, and afterwards all parameters share one. Loading takes over the settings of the saved
+parameter groups (`apply_run_settings`). And where gradients are reduced in several buckets, saving reads the optimizer
+states at wrong offsets (`_include_bucket_padding`).
 """
 
 import random
@@ -46,35 +47,35 @@ def sharded_state_dict(state: TrainState, *, loading: bool, with_optimizer: bool
     return content
 
 
-def override_learning_rates(state: TrainState, saved: dict[Any, Any]) -> None:
-    """Replace the learning rates of a saved optimizer's groups by this run's, in place.
+def apply_run_settings(state: TrainState, saved: dict[Any, Any]) -> None:
+    """Replace the parameter groups of a saved optimizer by this run's with the saved step count, in place.
 
-    megatron-core identifies a group by its settings, its highest and lowest learning rate included
-    (megatron/core/optimizer/optimizer.py:139), and fails with a KeyError where a run continues with other rates. Here
-    all groups have the schedule's.
+    Every optimizer setting is then this run's. megatron-core identifies a group by its settings, among them learning
+    rates and weight decay (megatron/core/optimizer/optimizer.py:139), fails with a KeyError where a run continues with
+    others, and takes betas and epsilon from the saved groups. The moments are saved by parameter, not by group, so
+    that other groups can load them (`optimizer.decay_norm_weights`).
     """
-    rates = {"max_lr": state.config.schedule.lr, "min_lr": state.config.schedule.min_lr}
     # one optimizer, or several chained
-    parts = [saved] if "optimizer" in saved else saved.values()
-    for part in parts:
-        for group in part["optimizer"]["param_groups"] if part else []:
-            group.update({name: rate for name, rate in rates.items() if name in group})
+    saved_parts = [saved] if "optimizer" in saved else [part for _, part in sorted(saved.items())]
+    own_parts = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+    for own, part in zip(own_parts, saved_parts, strict=True):
+        if own.is_stub_optimizer or not part:
+            continue
+        # the same in every group that has it
+        steps = [{"step": int(group["step"])} for group in part["optimizer"]["param_groups"] if "step" in group]
+        step: dict[str, Any] = steps[0] if steps else {}
+        part["optimizer"]["param_groups"] = [
+            {name: value for name, value in group.items() if name != "params"} | step
+            for group in own.optimizer.param_groups
+        ]
 
 
-def repair_loaded_optimizer(state: TrainState) -> None:
-    """Adapt loaded Adam states to the Adam implementation of this device.
+def separate_step_tensors(state: TrainState) -> None:
+    """Give each parameter of torch's AdamW its own `step` tensor.
 
-    A CPU saves torch's AdamW, a GPU TransformerEngine's. Loading replaces a parameter group as a whole, so the settings
-    that only this device's Adam has are restored, and steps become integers. With torch's AdamW each parameter gets its
-    own `step` tensor: after loading they share one, which is incremented once per parameter and step
+    After loading they share one, which is incremented once per parameter and step
     (megatron/core/optimizer/distrib_optimizer.py:1027) and makes Adam's bias correction wrong.
     """
-    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
-        for group in [] if part.is_stub_optimizer else part.optimizer.param_groups:
-            for name, value in part.optimizer.defaults.items():
-                group.setdefault(name, value)
-            if "step" in group:
-                group["step"] = int(group["step"])
     for adam, parameter in torch_adam_states(state.optimizer):
         entry = adam.state.get(parameter)
         if entry:

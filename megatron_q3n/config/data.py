@@ -5,13 +5,14 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_q3n.config.errors import UserError
+from megatron_q3n.config.paths import DataPath, FilePath, InputPath
 from megatron_q3n.config.section import Section
 
 
 class BlendPart(Section):
     """A prepared data set and its weight in a blend."""
 
-    path: str = Field(description="a folder written by tools/prepare_data.py (it holds manifest.json)")
+    path: DataPath = Field(description="a folder written by tools/prepare_data.py (it holds manifest.json)")
     weight: float = Field(1.0, gt=0, description="relative share of the sampled tokens")
 
 
@@ -21,7 +22,7 @@ class DataConfig(Section):
     source: Literal["stdlib", "blend"] = Field(
         "stdlib", description="stdlib: source code of the Python standard library, no download; blend: prepared folders"
     )
-    cache_dir: str | None = Field(
+    cache_dir: FilePath | None = Field(
         None, description="prepared corpora and indices; null: $Q3N_CACHE, else ~/.cache/megatron_q3n"
     )
     stdlib_vocab_size: int = Field(512, gt=256, description="BPE entries trained on the standard library's train split")
@@ -32,7 +33,14 @@ class DataConfig(Section):
     )
     train: list[BlendPart] = Field(default_factory=list, description="blend used for training (source: blend)")
     validation: list[BlendPart] = Field(default_factory=list, description="blend used for validation")
-    tokenizer: str | None = Field(None, description="a tokenizer.json or its folder; null: the one in the manifest")
+    tokenizer: InputPath | None = Field(
+        None, description="a tokenizer.json or its folder; null: the one in the manifest"
+    )
+    accept_changed_contents: bool = Field(
+        False,
+        description="with --resume: go on although text, tokenizer, conversations or prompts changed since the run "
+        "began; for this one start, and recorded in the run's data.json",
+    )
     mask_document_boundaries: bool = Field(
         False, description="attention and recurrent state are reset at each document (packed sequences, cu_seqlens)"
     )

@@ -2,14 +2,15 @@
 
 from pydantic import Field
 
-from megatron_q3n.config.section import Section
+from megatron_q3n.config.paths import FilePath, InputPath
+from megatron_q3n.config.section import MAX_SEED, Section
 
 
 class TextSet(Section):
     """A named data set of held-out text: one prepared folder."""
 
     name: str = Field(min_length=1, description="name in the results")
-    path: str = Field(description="a folder written by tools/prepare_data.py with the model's tokenizer")
+    path: InputPath = Field(description="a folder written by tools/prepare_data.py with the model's tokenizer")
 
 
 class EvaluateConfig(Section):
@@ -31,14 +32,16 @@ class EvaluateConfig(Section):
     tasks: list[str] = Field(
         default_factory=list, description="tasks of lm-evaluation-harness, by the names in tasks_dir's files"
     )
-    tasks_dir: str | None = Field(None, description="folder of task files (.yaml), whose data are local files too")
+    tasks_dir: InputPath | None = Field(
+        None, description="folder of task files (.yaml), whose data are local files too"
+    )
     task_limit: int | None = Field(None, gt=0, description="documents of each task; null: all")
     num_fewshot: int | None = Field(None, ge=0, description="examples before each; null: the task's own")
-    seed: int = Field(1, ge=0, description="seed of sampled drafts and of the tokens of recall")
-    tokenizer: str | None = Field(
+    seed: int = Field(1, ge=0, le=MAX_SEED, description="seed of sampled drafts and of the tokens of recall")
+    tokenizer: InputPath | None = Field(
         None, description="a tokenizer.json or its folder; null: the one the model was trained with"
     )
-    output: str | None = Field(
+    output: FilePath | None = Field(
         None,
         description="a JSON file for the results; null: evaluation.json in the checkpoint's run directory, which the "
         "report includes. Earlier results in the file are kept, under `earlier`",

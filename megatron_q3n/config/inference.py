@@ -3,8 +3,9 @@
 from pydantic import Field, field_validator
 
 from megatron_q3n.config.errors import UserError
+from megatron_q3n.config.paths import FilePath, InputPath
 from megatron_q3n.config.sampling import Temperature
-from megatron_q3n.config.section import Section
+from megatron_q3n.config.section import MAX_SEED, Section
 
 
 class InferenceConfig(Section):
@@ -25,7 +26,7 @@ class InferenceConfig(Section):
         description="stop tokens, by id or by text, in addition to the end of a document, and of a turn where the "
         "checkpoint has a chat template",
     )
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, le=MAX_SEED)
     draft_depth: int = Field(
         0, ge=0, description="speculative decoding: tokens drafted by the MTP layer and verified in one pass; 0: none"
     )
@@ -38,10 +39,10 @@ class InferenceConfig(Section):
     cuda_graph: bool | None = Field(
         None, description="replay each decode step as one CUDA graph; true: required; null: if possible; false: never"
     )
-    tokenizer: str | None = Field(
+    tokenizer: InputPath | None = Field(
         None, description="a tokenizer.json or its folder; null: the tokenizer that the model was trained with"
     )
-    output: str | None = Field(None, description="JSON Lines file for the results")
+    output: FilePath | None = Field(None, description="JSON Lines file for the results")
 
     @field_validator("prompts")
     @classmethod

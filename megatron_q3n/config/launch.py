@@ -5,6 +5,8 @@ Read before any process group exists.
 
 import os
 
+from megatron_q3n.config.errors import UserError
+
 
 def world_size() -> int:
     """Return the number of processes of the run (WORLD_SIZE, SLURM_NTASKS, or 1)."""
@@ -40,7 +42,18 @@ def has_rendezvous() -> bool:
 def _number(torchrun: str, slurm: str, default: int) -> int:
     # Slurm sets its variables in a batch script too; only a task started by srun, with a rendezvous, has a rank
     if torchrun in os.environ:
-        return int(os.environ[torchrun])
-    if "MASTER_ADDR" in os.environ and "SLURM_STEP_ID" in os.environ:
-        return int(os.environ.get(slurm, default))
+        return _read(torchrun, default)
+    if "MASTER_ADDR" in os.environ and "SLURM_STEP_ID" in os.environ and slurm in os.environ:
+        return _read(slurm, default)
     return default
+
+
+def _read(name: str, least: int) -> int:
+    """Return the number in a variable, at least the default: one process, rank 0."""
+    text = os.environ[name]
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise UserError(
+            f"environment variable {name}={text!r}: a launcher (torchrun, srun) sets a whole number of {least} or "
+            "more. Unset it to run one process."
+        )
+    return int(text)

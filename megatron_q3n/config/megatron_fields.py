@@ -6,6 +6,7 @@ Importing megatron-core takes about eight seconds; a misspelt option must be ref
 
 import ast
 import importlib.util
+import math
 from functools import cache
 from pathlib import Path
 
@@ -77,6 +78,19 @@ TYPED_SETTINGS = {
     "timers": "logging",
 }
 
+# fields whose other values cannot work here, with the value that they have and the reason
+FIXED: dict[str, tuple[object, str]] = {
+    "attention_dropout": (0.0, "attention runs without dropout, in packed rows and in decoding"),
+    "add_bias_linear": (False, "projections and experts of this architecture have no bias"),
+    "add_qkv_bias": (False, "projections of this architecture have no bias"),
+    "gated_linear_unit": (True, "the experts are SwiGLU"),
+    "qk_layernorm": (True, "queries and keys are normalized in this architecture"),
+    "moe_shared_expert_gate": (True, "the shared expert of this architecture is gated"),
+    "is_hybrid_model": (True, "the model is a hybrid of Gated DeltaNet and attention"),
+    "variable_seq_lengths": (False, "every row of a batch is equally long"),
+    "multi_latent_attention": (False, "attention is grouped-query attention"),
+}
+
 
 @cache
 def megatron_root() -> Path:
@@ -121,6 +135,12 @@ def check_pass_through(options: dict[str, object]) -> None:
             raise UserError(
                 f"{setting}: set {TYPED_SETTINGS[name]} instead; the pass-through is for options without one."
             )
+        if name in FIXED and value != FIXED[name][0]:
+            raise UserError(
+                f"{setting}={value!r}: {FIXED[name][1]}; it is always {FIXED[name][0]!r} here. Leave it out."
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{setting}={value!r} is no number. Give a finite one.")
         annotation = known[name]
         if "Callable" in annotation:
             raise UserError(f"{setting} takes a Python function ({annotation}) and cannot be set from a configuration.")

@@ -27,7 +27,9 @@ class ModelConfig(Section):
     backend: Literal["auto", "torch", "transformer_engine"] = Field(
         "auto", description="auto: TransformerEngine if a GPU and TE are available, else plain torch"
     )
-    vocab_size: int = Field(512, gt=0, description="rows of embedding and head, padding included")
+    vocab_size: int = Field(
+        512, gt=0, description="rows of embedding and head, padding included; unless set, enough for the tokenizer"
+    )
     hidden_size: int = Field(128, gt=0)
     num_layers: int = Field(4, gt=0, description="token mixers, each with its MoE")
     mixer_pattern: str = Field(

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from megatron_q3n.config.errors import UserError
+from megatron_q3n.config.paths import DataPath, FilePath
 from megatron_q3n.config.sampling import Temperature
 from megatron_q3n.config.section import Section
 from megatron_q3n.config.sft import TaskSet
@@ -40,7 +41,7 @@ ALGORITHMS = {
 class PromptSource(Section):
     """Prompts with their scoring arguments: a task set, or files of {messages or prompt, answer}."""
 
-    path: str | None = Field(
+    path: DataPath | None = Field(
         None,
         description="a file, folder or glob pattern, as in sft.train; rows of {prompt}, {messages}, ShareGPT or Alpaca "
         "shape, whose other values go to the reward function",
@@ -77,7 +78,7 @@ class RolloutConfig(Section):
     )
     timeout_seconds: float = Field(300, gt=0, description="http: after this time a request is retried")
     attempts: int = Field(4, gt=0, description="http: how often a request is sent before the run fails")
-    weight_sync_dir: str | None = Field(
+    weight_sync_dir: FilePath | None = Field(
         None, description="http: a folder for new weights that servers can read; null: in the run directory"
     )
 

@@ -17,6 +17,7 @@ from megatron_q3n.config.instruments import AlertsConfig, InstrumentsConfig
 from megatron_q3n.config.model import ModelConfig
 from megatron_q3n.config.mtp import MtpConfig
 from megatron_q3n.config.parallel import ParallelConfig
+from megatron_q3n.config.paths import FilePath
 from megatron_q3n.config.reporting import LoggingConfig, SampleConfig
 from megatron_q3n.config.rl import RlConfig
 from megatron_q3n.config.section import Section
@@ -36,12 +37,18 @@ class RunSections(Section):
     """Every setting of a run. `config.yaml` in the run directory holds exactly these, resolved."""
 
     stage: Literal["pretrain", "longcontext", "generate", "sft", "rl", "serve", "mtp", "evaluate"] = "pretrain"
-    recipe: str = Field("custom", description="name of the recipe, for the run directory")
-    run_dir: str | None = Field(
+    recipe: str = Field("custom", pattern=r"^\w[\w .,+=()-]*$", description="name of the recipe, for the run directory")
+    run_dir: FilePath | None = Field(
         None, description="this very directory (resumed if it holds a checkpoint); null: runs/<recipe>-<utc>-<id>"
     )
-    runs_dir: str = Field("runs", description="parent of new run directories")
+    runs_dir: FilePath = Field("runs", description="parent of new run directories")
     dry_run: bool = Field(False, description="validate and print the memory arithmetic per rank; build nothing")
+    own_model_settings: list[str] | None = Field(
+        None,
+        description="names of the model settings that recipe or command line set, written when a run is composed; the "
+        "others are those of checkpoint.load, and the vocabulary holds the tokenizer; null: those that differ from the "
+        "defaults",
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -69,7 +76,9 @@ class RunSections(Section):
     @property
     def world_size(self) -> int:
         """Processes of this run: the launcher's WORLD_SIZE, the planned size, or one."""
-        return launch.world_size() if launch.has_rendezvous() else self.parallel.world_size or 1
+        # read in any case, so that a variable that is no number is refused
+        launched = launch.world_size()
+        return launched if launch.has_rendezvous() else self.parallel.world_size or 1
 
     @property
     def data_parallel_size(self) -> int:

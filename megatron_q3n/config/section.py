@@ -2,6 +2,9 @@
 
 from pydantic import BaseModel, ConfigDict
 
+# NumPy's generators take 32 bits
+MAX_SEED = 2**32 - 1
+
 
 class Section(BaseModel):
     """A group of settings; `extra="forbid"` makes a misspelt name an error, `frozen` makes it safe to share."""

@@ -5,7 +5,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_q3n.config.errors import UserError, suggest
-from megatron_q3n.config.section import Section
+from megatron_q3n.config.paths import DataPath, TemplatePath
+from megatron_q3n.config.section import MAX_SEED, Section
 
 # columns of the three shapes of a conversation (data/conversation_shapes.py)
 CONVERSATION_COLUMNS = ("messages", "conversations", "instruction", "input", "output", "history", "system", "tools")
@@ -23,7 +24,7 @@ class TaskSet(Section):
         default_factory=dict, description="the task set's own settings, e.g. {max_terms: 2}"
     )
     size: int = Field(1000, gt=0, description="questions")
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, le=MAX_SEED)
     first: float = Field(0.0, ge=0, lt=1, description="begin of its range of text hashes")
     last: float = Field(1.0, gt=0, le=1, description="end of its range of text hashes")
     distinct: bool = Field(False, description="no text appears twice")
@@ -38,7 +39,7 @@ class TaskSet(Section):
 class ConversationSource(Section):
     """Conversations from a file or folder, or generated from a task set's questions and answers."""
 
-    path: str | None = Field(
+    path: DataPath | None = Field(
         None,
         description="a file (.jsonl, .json, .parquet, .gz, .zst), a folder of them, a folder saved by Hugging Face "
         "datasets, or a glob pattern; rows of {messages}, ShareGPT or Alpaca shape (docs/conversations.md)",
@@ -74,7 +75,7 @@ class SftConfig(Section):
         default_factory=list, description="empty: a share of the training conversations, selected by text hash"
     )
     validation_percent: float = Field(5.0, gt=0, lt=50, description="that share, if sft.validation is empty")
-    chat_template: str | None = Field(
+    chat_template: TemplatePath | None = Field(
         None,
         description="a Jinja file, or the template itself if it contains {{; null: the tokenizer's own, else ChatML if "
         "it has those tokens, else a plain one",

@@ -26,6 +26,12 @@ def check_start(config: RunSections) -> None:
         )
     if config.checkpoint.load_optimizer and config.checkpoint.load is None:
         raise UserError("checkpoint.load_optimizer=true has no effect without checkpoint.load.")
+    is_pretraining = config.stage in ("pretrain", "longcontext") or (config.stage == "mtp" and not config.sft.train)
+    if config.checkpoint.load_other_tokenizer and not (config.checkpoint.load and is_pretraining):
+        raise UserError(
+            f"checkpoint.load_other_tokenizer=true has no effect with stage={config.stage} and checkpoint.load="
+            f"{config.checkpoint.load}: it allows continued pretraining on text of another tokenizer; set it to false."
+        )
     if config.callbacks and config.stage in ("generate", "serve", "evaluate"):
         raise UserError(
             f"callbacks have no effect with stage={config.stage}: they extend a training run; set them to []."

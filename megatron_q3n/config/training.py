@@ -5,7 +5,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_q3n.config.errors import UserError
-from megatron_q3n.config.section import Section
+from megatron_q3n.config.paths import InputPath
+from megatron_q3n.config.section import MAX_SEED, Section
+
+# of steps, sequences and tokens: far beyond any run, and products of three fit 64 bits
+MAX_COUNT = 10**9
 
 RECOMPUTE_MODULES = ("core_attn", "moe", "moe_act", "shared_experts", "layernorm", "gated_delta_net")
 
@@ -40,7 +44,7 @@ class ScheduleConfig(Section):
     """Learning rate over steps: linear warm-up, then decay to `min_lr` by `style`."""
 
     style: Literal["cosine", "wsd", "constant"] = "cosine"
-    lr: float = Field(2e-3, gt=0, description="the peak")
+    lr: float = Field(2e-3, gt=0, le=100, description="the peak")
     min_lr: float = Field(2e-4, ge=0)
     warmup_steps: int = Field(20, ge=0)
     decay_steps: int | float | None = Field(
@@ -74,11 +78,13 @@ class ScheduleConfig(Section):
 class TrainingConfig(Section):
     """Number of steps, batch, and activation checkpointing (recompute)."""
 
-    steps: int = Field(1000, gt=0, description="optimizer steps of the whole run")
-    sequence_length: int = Field(256, gt=1, description="tokens")
-    micro_batch_size: int = Field(4, gt=0, description="sequences per forward pass and data parallel rank")
-    global_batch_size: int = Field(4, gt=0, description="sequences per optimizer step over all ranks")
-    seed: int = Field(1234, ge=0)
+    steps: int = Field(1000, gt=0, le=MAX_COUNT, description="optimizer steps of the whole run")
+    sequence_length: int = Field(256, gt=1, le=MAX_COUNT, description="tokens")
+    micro_batch_size: int = Field(
+        4, gt=0, le=MAX_COUNT, description="sequences per forward pass and data parallel rank"
+    )
+    global_batch_size: int = Field(4, gt=0, le=MAX_COUNT, description="sequences per optimizer step over all ranks")
+    seed: int = Field(1234, ge=0, le=MAX_SEED)
     deterministic: bool = Field(False, description="refuse kernels that are not deterministic (CPU kernels always are)")
     threads: int | None = Field(None, gt=0, description="CPU threads per process; null: 1, usually fastest")
     cuda_graph: bool | None = Field(
@@ -137,7 +143,10 @@ class CheckpointConfig(Section):
         "full", description="check before a checkpoint is loaded or counted as kept: every byte, or file sizes only"
     )
     time_limit_minutes: float | None = Field(None, gt=0, description="save and exit 75 after this long")
-    load: str | None = Field(
+    load: InputPath | None = Field(
         None, description="start from the weights of this checkpoint or run directory (a new run, step 0)"
+    )
+    load_other_tokenizer: bool = Field(
+        False, description="with load: pretraining on text of another tokenizer than the checkpoint's is allowed"
     )
     load_optimizer: bool = Field(False, description="with load: also the optimizer's moments")

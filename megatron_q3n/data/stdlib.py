@@ -137,10 +137,7 @@ def prepare_stdlib(
     Raises: UserError if the cache cannot be written or is damaged, if no file is held out, or if a package is not
         installed.
     """
-    root = root or Path(sysconfig.get_path("stdlib"))
-    names = [(file, file.relative_to(root).as_posix()) for file in stdlib_files(root)]
-    files = [Source(file, name, name) for file, name in names]
-    added = [source for package in packages for source in package_files(package)]
+    files, added = _corpus_sources(root, packages)
     folder = cache / "stdlib" / _key([*files, *added], vocab_size, validation_percent)
     if not folder.is_dir():
         _build(folder, files, added, vocab_size, validation_percent)
@@ -151,6 +148,20 @@ def prepare_stdlib(
     except UserError as error:
         raise UserError(f"{error} (It is a cache: delete {folder} and run again.)") from None
     return corpus
+
+
+def corpus_key(data: DataConfig) -> str:
+    """Return the name of a configuration's corpus, which differs where its files do; nothing is prepared."""
+    files, added = _corpus_sources(None, data.stdlib_packages)
+    return _key([*files, *added], data.stdlib_vocab_size, data.stdlib_validation_percent)
+
+
+def _corpus_sources(root: Path | None, packages: Sequence[str]) -> tuple[list[Source], list[Source]]:
+    """Return the files of the standard library, and those of the added packages."""
+    root = root or Path(sysconfig.get_path("stdlib"))
+    names = [(file, file.relative_to(root).as_posix()) for file in stdlib_files(root)]
+    added = [source for package in packages for source in package_files(package)]
+    return [Source(file, name, name) for file, name in names], added
 
 
 def _key(files: list[Source], vocab_size: int, validation_percent: float) -> str:

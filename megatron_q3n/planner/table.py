@@ -1,5 +1,6 @@
 """Terminal output of a memory plan, in 80 columns: the run, one row per pipeline stage, and whether it fits."""
 
+from collections.abc import Sequence
 from math import ceil
 
 from rich import box
@@ -19,12 +20,17 @@ _COLUMNS = ("stage", "layers", "in flight", "params", "weights", "grads", "optim
 _MAY_WRAP = ("layers", "in flight")
 
 
-def show(config: RunConfig) -> int:
-    """Print a run's memory plan on the terminal (dry run).
+def show(config: RunConfig, problems: Sequence[str] = ()) -> int:
+    """Print a run's memory plan on the terminal (dry run), and after it what the run would lack on this machine.
 
-    Returns: the exit code 0, whether or not the run fits.
+    Returns: the exit code 0, whether or not the run fits, as the plan may be for another machine.
     """
-    render(make_plan(config), Console())
+    console = Console()
+    render(make_plan(config), console)
+    for problem in problems:
+        console.print(
+            Text(f"\nOn this machine the run would be refused: {problem}", style="bold yellow"), soft_wrap=True
+        )
     return 0
 
 
@@ -163,6 +169,8 @@ def _verdict(plan: Plan) -> Text:
         style="bold green" if plan.fits else "bold red",
     )
     ranks = _counted(plan.config.world_size, "rank")
+    if plan.config.precision.fp8 is not None:
+        return text.append(f"A machine without a GPU cannot run it: precision.fp8={plan.config.precision.fp8}.")
     return text.append(
         f"On this machine's CPU, {ranks} would take {_gib(plan.all_ranks_bytes)} of {plan.host_gib:.1f} GiB: "
         f"{'that fits' if plan.fits_host else 'too much'}."

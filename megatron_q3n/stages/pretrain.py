@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_q3n import run_directory
-from megatron_q3n.config import RunConfig
+from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.config.sizes import flops_per_token, parameters
 from megatron_q3n.data.bigram import witten_bell_bits_per_byte
 from megatron_q3n.data.pretrain import PretrainData, build_pretrain_data
+from megatron_q3n.data.run_inputs import data_sections
+from megatron_q3n.data.tokenizer import TextTokenizer
 from megatron_q3n.device import measured_matmul_flops
 from megatron_q3n.metrics import jsonl
 from megatron_q3n.metrics.meters import throughput
 from megatron_q3n.metrics.recorder import RECORDS_FILE
+from megatron_q3n.stages import trained_model
 from megatron_q3n.stages.samples import sample_texts, share_of_python_lines
 from megatron_q3n.stages.session import Session
 from megatron_q3n.training.callbacks import Callback
@@ -44,6 +47,8 @@ class PretrainStage:
         """Build the data set; the leader first, into the cache that the other ranks read."""
         self.session, group = session, session.group
         self.data = self._build_data(session.config, is_leader=group.is_leader, barrier=group.barrier)
+        if session.config.checkpoint.load is not None and data_sections(session.config) == ["data"]:
+            check_same_tokenizer(session.config, self.data.tokenizer)
 
     def build(self, session: Session) -> list[Callback]:
         """Build nothing: the loop needs state and data only."""
@@ -127,6 +132,24 @@ class PretrainStage:
             f"the {name} ({bigram.bits_per_byte:.4f})"
         )
         return {"bigram_bits_per_byte": bigram.bits_per_byte, "percent_below_bigram": below}
+
+
+def check_same_tokenizer(config: RunConfig, tokenizer: TextTokenizer) -> None:
+    """Check that continued pretraining reads text of the tokenizer that the start checkpoint was trained with.
+
+    Raises: UserError if it is another one, or unknown, and `checkpoint.load_other_tokenizer` does not allow it.
+    """
+    if config.checkpoint.load_other_tokenizer:
+        return
+    source = trained_model.find_checkpoint(config)
+    before = trained_model.checkpoint_tokenizer(source, None)
+    if before.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"checkpoint.load={source} was trained with the tokenizer {before.fingerprint[:12]}… "
+            f"({before.vocab_size} entries), and the text of `data` was made with {tokenizer.fingerprint[:12]}… "
+            f"({tokenizer.vocab_size} entries): the same ids would mean other tokens. Prepare the text with the "
+            "checkpoint's tokenizer, or allow it with checkpoint.load_other_tokenizer=true."
+        )
 
 
 def _read_validation(result: FitResult, run_dir: Path) -> None:

@@ -21,6 +21,7 @@ from megatron_q3n import checkpoint, parallel, run_directory
 from megatron_q3n.checkpoint import folders
 from megatron_q3n.config import EXIT_BAD_INPUT, EXIT_REQUEUE, RunConfig, UserError
 from megatron_q3n.config.sizes import parameters
+from megatron_q3n.data.run_inputs import InputRecord
 from megatron_q3n.device import select_device
 from megatron_q3n.health.monitor import HealthMonitor
 from megatron_q3n.instruments import Instruments
@@ -96,7 +97,6 @@ class Session:
         Returns: 0 when all steps are done, 75 when stopped early with everything saved.
         Raises: UserError for bad input, and for a bad step with policy `stop`.
         """
-        self._check_input()
         self.stage.load_data(self)
         with self.resources:
             path_lines = self._open_directory()
@@ -123,12 +123,6 @@ class Session:
         """Signal progress to the callbacks."""
         self.callbacks.heartbeat()
 
-    def _check_input(self) -> None:
-        if self.config.checkpoint.load:
-            checkpoint.find(self.config.checkpoint.load)
-        if checkpoint.newest_in(self.run_dir):
-            run_directory.check_same_data(self.run_dir, self.config)
-
     def _open_directory(self) -> list[str]:
         """Lock and create the run directory, qualify kernels, write environment.json.
 
@@ -138,6 +132,8 @@ class Session:
         lock_lines = self._lock_directory()
         if self.group.is_leader:
             run_directory.open_directory(self.run_dir, config)
+            if checkpoint.newest_in(self.run_dir) is None or InputRecord.read(self.run_dir) is None:
+                InputRecord.of(config).write(self.run_dir)
         kernels = qualify(config, device.torch_device, compute_dtype(config))
         plan = make_plan(config, device.model_backend)
         if self.group.is_leader:
@@ -269,9 +265,10 @@ class Session:
             self.callbacks.on_run_end("done")
 
     def _introduce(self, lines: list[str]) -> None:
-        """Log what is trained on what, and write logs/weight_decay.txt."""
+        """Log what is trained on what, write logs/weight_decay.txt, and link `runs/latest` to the run."""
         if not self.group.is_leader:
             return
+        run_directory.point_latest(self.run_dir)
         config, count = self.config, parameters(self.config.model)
         run_directory.write_atomically(self.run_dir / "logs/weight_decay.txt", decay_table(self.state.models, config))
         model = (

@@ -89,6 +89,49 @@ def test_moments_load_with_another_learning_rate(alone: Any, saved: tuple[Any, P
     assert rates == {7e-3}
 
 
+OPTIMIZER_CHANGES: dict[str, dict[str, Any]] = {
+    "learning rate": {"schedule": {"lr": 1e-5, "min_lr": 1e-6, "warmup_steps": 5}},
+    "betas and epsilon": {"optimizer": {"adam_beta1": 0.8, "adam_beta2": 0.99, "adam_eps": 1e-6}},
+    "weight decay": {"optimizer": {"weight_decay": 0.05}},
+    "no weight decay": {"optimizer": {"weight_decay": 0.0}},
+    "no decay of norms": {"optimizer": {"decay_norm_weights": False}},
+}
+
+
+@pytest.mark.parametrize("resume", [True, False], ids=["resumed", "loaded"])
+@pytest.mark.parametrize("change", OPTIMIZER_CHANGES)
+def test_the_optimizer_has_the_settings_of_the_run_and_the_moments_of_the_checkpoint(
+    alone: Any, saved: tuple[Any, Path], change: str, resume: bool
+) -> None:
+    """The settings are compared with those of a run that loads nothing, parameter by parameter."""
+    from megatron_q3n import checkpoint
+
+    state, path = saved
+    fresh, loaded = (state_of(alone, OPTIMIZER_CHANGES[change]) for _ in range(2))
+    checkpoint.load(loaded, path, resume=resume)
+    fresh.set_step(2 if resume else 0)
+    assert loaded.step == fresh.step
+    expected, found, before = (_settings_and_moments(x) for x in (fresh, loaded, state))
+    assert found.keys() == expected.keys() == before.keys()
+    for name, (settings, moment) in found.items():
+        assert settings == expected[name][0], name
+        assert torch.equal(moment, before[name][1]), name
+    assert any(expected[name][0] != before[name][0] for name in expected)
+
+
+def _settings_and_moments(state: Any) -> dict[str, tuple[dict[str, Any], torch.Tensor]]:
+    """Return, by parameter name, the settings that its next update uses and its second moment."""
+    names = ("lr", "betas", "eps", "weight_decay")
+    by_parameter = {}
+    for part in state.optimizer.chained_optimizers:
+        owner = {id(parameter): name for name, parameter in state.models[0].named_parameters()}
+        for model_group, group in zip(part.model_fp32_groups, part.optimizer.param_groups, strict=True):
+            for model_parameter, parameter in zip(model_group, group["params"], strict=True):
+                settings = {name: group[name] for name in names}
+                by_parameter[owner[id(model_parameter)]] = (settings, part.optimizer.state[parameter]["exp_avg_sq"])
+    return by_parameter
+
+
 def test_another_architecture_is_refused_by_name(alone: Any, saved: tuple[Any, Path]) -> None:
     from megatron_q3n import checkpoint
 

@@ -326,8 +326,17 @@ def test_planner_does_not_import_torch() -> None:
 def test_dry_run_of_the_train_module_writes_nothing(run_module: Any, tmp_path: Any) -> None:
     done = run_module("--config-name", "pretrain-80b_a3b", "dry_run=true")
     assert done.returncode == 0, done.stderr
-    assert "it fits H100 80 GB" in " ".join(done.stdout.split())
+    shown = " ".join(done.stdout.split())
+    assert "it fits H100 80 GB" in shown
+    assert f"refused: data.train.0.path={tmp_path}/corpora/train does not exist. Create it with tools/prep" in shown
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fp8_does_not_fit_a_machine_without_a_gpu() -> None:
+    settings = {"precision": {"compute": "bf16", "fp8": "hybrid"}, "model": {"moe_ffn_hidden_size": 64}}
+    shown = " ".join(_rendered(plan(RunConfig.model_validate(settings)), 200).split())
+    assert "A machine without a GPU cannot run it: precision.fp8=hybrid." in shown
+    assert "that fits" not in shown
 
 
 def _rendered(result: Any, width: int) -> str:

@@ -106,7 +106,7 @@ def test_the_tool_accepts_any_text_and_writes_results(trained: Path, tmp_path: P
         ("run", {"stop": ["no such token"]}, "'no such token' is not one token"),
         ("run", {"stop": [300]}, "there is no token 300"),
         ("no-mtp", {"draft_depth": 1}, "needs a multi-token prediction layer"),
-        ("run", {"tokenizer": "nowhere"}, "tokenizer nowhere"),
+        ("run", {"tokenizer": "nowhere"}, "nowhere does not exist"),
     ],
 )
 def test_bad_requests_are_refused(trained: Path, name: str, inference: Any, message: str, tmp_path: Path) -> None:
