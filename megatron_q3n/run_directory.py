@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import platform
-import re
 import secrets
 import signal
 import subprocess
@@ -30,7 +29,6 @@ CONFIG, ENVIRONMENT, LATEST = "config.yaml", "environment.json", "latest"
 OUTCOME = "logs/outcome.json"
 _OUTCOME_BYTES, _MAX_MESSAGE_LENGTH = 8192, 600
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-_RECIPE_NAME = re.compile(r"\w[\w.+ -]{0,99}")
 # of fine-tuned models, with the chat template
 TOKENIZER_FOLDER = "tokenizer"
 PACKAGES = (
@@ -50,17 +48,9 @@ PACKAGES = (
 
 
 def choose(config: RunConfig) -> Path:
-    """Return the directory of this run: config.run_dir, or a new name below config.runs_dir.
-
-    Raises: UserError for a recipe whose name is no part of a file name.
-    """
+    """Return the directory of this run: config.run_dir, or a new name below config.runs_dir."""
     if config.run_dir:
         return Path(config.run_dir).resolve()
-    if not _RECIPE_NAME.fullmatch(config.recipe):
-        raise UserError(
-            f"recipe={config.recipe!r:.100} begins the name of the run directory: letters, digits, '-', '_', '.', '+' "
-            "and spaces are allowed, and it begins with a letter or digit. Set run_dir for a directory elsewhere."
-        )
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     return Path(config.runs_dir).resolve() / f"{config.recipe}-{stamp}-{secrets.token_hex(2)}"
 

@@ -11,10 +11,9 @@ from tests.checkpoint.unprivileged import public_folder, unprivileged
 
 
 @pytest.mark.parametrize("recipe", ["../../x", "/tmp/x", "a/b", ".hidden", "", "a\nb", "a" * 300, "-x"])
-def test_a_recipe_that_leads_out_of_the_folder_of_runs_is_refused(recipe: str, tmp_path: Path) -> None:
-    config = validate({"recipe": recipe, "runs_dir": str(tmp_path)})
-    with pytest.raises(UserError, match=r"recipe=.* begins the name of the run directory"):
-        choose(config)
+def test_a_recipe_that_leads_out_of_the_folder_of_runs_is_refused(recipe: str) -> None:
+    with pytest.raises(UserError, match="recipe="):
+        validate({"recipe": recipe})
 
 
 def test_a_new_run_is_named_by_its_recipe(tmp_path: Path) -> None:

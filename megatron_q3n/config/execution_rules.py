@@ -175,8 +175,6 @@ def _decode_attention(config: RunSections, hardware: Hardware) -> Decision:
         ),
         when(megatron.get("rotary_interleaved"), "model.megatron.rotary_interleaved=true"),
         when(megatron.get("qk_l2_norm"), "model.megatron.qk_l2_norm=true"),
-        when(megatron.get("add_qkv_bias"), "model.megatron.add_qkv_bias=true"),
-        when(megatron.get("add_bias_linear"), "model.megatron.add_bias_linear=true"),
         unless(
             model.num_query_groups >= config.parallel.tensor_model_parallel_size,
             "fewer query groups than tensor-parallel ranks: a rank gathers other ranks' projections",

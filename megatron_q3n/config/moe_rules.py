@@ -18,9 +18,8 @@ def moe_plan(config: RunSections, hardware: Hardware) -> MoEPlan:
         kernel_obstacle(config, hardware, Kernel.GROUPED_GEMM),
     )
     plain_shared = when(
-        any(megatron.get(name) for name in ("glu_linear_offset", "use_te_activation_func", "add_bias_linear"))
-        or megatron.get("activation_func_clamp_value") is not None
-        or not megatron.get("gated_linear_unit", True),
+        any(megatron.get(name) for name in ("glu_linear_offset", "use_te_activation_func"))
+        or megatron.get("activation_func_clamp_value") is not None,
         "model.megatron changes the activation",
     )
     return MoEPlan(

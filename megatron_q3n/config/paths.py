@@ -65,6 +65,8 @@ def path_settings(section: Section, prefix: str = "") -> Iterator[tuple[str, str
             for index, item in enumerate(value):
                 if isinstance(item, Section):
                     yield from path_settings(item, f"{prefix}{name}.{index}.")
+                elif mark is not None:
+                    yield f"{prefix}{name}.{index}", item, mark
         elif mark is not None and value is not None:
             yield f"{prefix}{name}", value, mark
 

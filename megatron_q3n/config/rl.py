@@ -118,7 +118,7 @@ class RewardConfig(Section):
     environment: list[str] = Field(
         default_factory=list, description="kind=function: names of environment variables that the function receives"
     )
-    readable_paths: list[str] = Field(
+    readable_paths: list[FilePath] = Field(
         default_factory=list,
         description="kind=function: files and folders it may read beside Python's, the working folder and PYTHONPATH",
     )

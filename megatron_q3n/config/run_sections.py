@@ -37,7 +37,12 @@ class RunSections(Section):
     """Every setting of a run. `config.yaml` in the run directory holds exactly these, resolved."""
 
     stage: Literal["pretrain", "longcontext", "generate", "sft", "rl", "serve", "mtp", "evaluate"] = "pretrain"
-    recipe: str = Field("custom", pattern=r"^\w[\w .,+=()-]*$", description="name of the recipe, for the run directory")
+    recipe: str = Field(
+        "custom",
+        pattern=r"^\w[\w .,+=()-]*$",
+        max_length=100,
+        description="name of the recipe, which begins the name of the run directory",
+    )
     run_dir: FilePath | None = Field(
         None, description="this very directory (resumed if it holds a checkpoint); null: runs/<recipe>-<utc>-<id>"
     )

@@ -109,8 +109,6 @@ ETP2 = {"parallel": {"world_size": 2, "expert_tensor_parallel_size": 2}, **TWICE
         ({"model": {"kv_channels": 24}}, "decode.attention", "kv_channels=24"),
         ({"model": {"kv_channels": 512}}, "decode.attention", "kv_channels=512"),
         (megatron(qk_l2_norm=True), "decode.attention", "qk_l2_norm"),
-        (megatron(add_qkv_bias=True), "decode.attention", "add_qkv_bias"),
-        (megatron(add_bias_linear=True), "decode.attention", "add_bias_linear"),
         # mixture of experts
         (EP2, "moe.local_dispatcher", "experts are spread over ranks"),
         (ETP2, "moe.local_dispatcher", "expert tensor parallelism"),
@@ -124,8 +122,6 @@ ETP2 = {"parallel": {"world_size": 2, "expert_tensor_parallel_size": 2}, **TWICE
         (megatron(activation_func_clamp_value=7.0), "moe.shared_expert_swiglu", "changes the activation"),
         (megatron(glu_linear_offset=1.0), "moe.shared_expert_swiglu", "changes the activation"),
         (megatron(use_te_activation_func=True), "moe.shared_expert_swiglu", "changes the activation"),
-        (megatron(add_bias_linear=True), "moe.shared_expert_swiglu", "changes the activation"),
-        (megatron(gated_linear_unit=False), "moe.shared_expert_swiglu", "changes the activation"),
         # decoding
         (TP2, "decode.whole_linear", "tensor parallelism splits the weights"),
         (TP2, "decode.gemm", "tensor parallelism splits the weights"),

@@ -1,5 +1,7 @@
 """Another training source on the command line drops the recipe's held-out set, unless it is set as well."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_q3n.config.held_out import overrides_without_recipes_held_out
@@ -30,8 +32,10 @@ def test_recipes_keep_their_held_out_set_for_their_own_data_only() -> None:
     register_defaults()
     assert configure(["--config-name", "sft-tiny"]).sft.validation
     own = configure(["--config-name", "sft-tiny", OWN]).sft
-    assert [source.path for source in own.train] == ["mine.jsonl"]
+    assert [Path(source.path or "").name for source in own.train] == ["mine.jsonl"]
     assert own.validation == []
     rl = ["--config-name", "rl-tiny", "rl.prompts=[{path: mine.jsonl}]", "rl.reward.kind=math_verify"]
     assert configure(rl).rl.held_out == []
-    assert configure([*rl, "rl.held_out=[{path: other.jsonl}]"]).rl.held_out[0].path == "other.jsonl"
+    assert configure([*rl, "rl.held_out=[{path: other.jsonl}]"]).rl.held_out[0].path == str(
+        Path("other.jsonl").absolute()
+    )

@@ -32,6 +32,7 @@ RELATIVE: dict[str, Any] = {
         "prompts": [{"path": "prompts.jsonl"}],
         "held_out": [{"path": "held.jsonl"}],
         "rollout": {"weight_sync_dir": "weights"},
+        "reward": {"kind": "function", "function": "mine:score", "readable_paths": ["tables", "~/lists"]},
     },
     "evaluate": {"sets": [{"name": "x", "path": "x"}], "tasks_dir": "tasks", "tokenizer": "t", "output": "out.json"},
     "inference": {"tokenizer": "t", "output": "~/out.jsonl"},
@@ -41,6 +42,7 @@ NO_PATHS = {
     "callbacks.path": "an import path",
     "data.stdlib_packages": "split by folder",
     "recipe": "part of the run directory's name",
+    **{f"{name}.columns": "names of columns" for name in ("sft.train", "sft.validation", "rl.prompts", "rl.held_out")},
 }
 
 
@@ -100,7 +102,7 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in entries:
         if isinstance(value, dict | list):
             yield from _leaves(value, f"{prefix}{name}.")
-        elif name not in ("source", "name"):
+        elif name not in ("source", "name", "kind", "function"):
             yield f"{prefix}{name}", value
 
 
