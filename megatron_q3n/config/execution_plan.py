@@ -52,11 +52,15 @@ class KernelStatus:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Process that runs the model: device, backend of dense layers, kernels that passed qualification."""
+    """Process that runs the model: device, backend of dense layers, kernels that passed qualification.
+
+    `ranks_per_node` is the number of processes on this machine, None where it is not known.
+    """
 
     device: Literal["cpu", "cuda"]
     backend: Literal["torch", "transformer_engine"]
     kernels: KernelStatus = KernelStatus()
+    ranks_per_node: int | None = None
 
 
 @dataclass(frozen=True)

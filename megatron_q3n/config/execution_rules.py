@@ -16,7 +16,12 @@ from megatron_q3n.config.execution_plan import (
     KernelStatus,
     MoEPlan,
 )
-from megatron_q3n.config.moe_rules import expert_exchange_obstacle, moe_plan, varying_tokens
+from megatron_q3n.config.moe_rules import (
+    expert_exchange_obstacle,
+    megatron_dispatcher_obstacle,
+    moe_plan,
+    varying_tokens,
+)
 from megatron_q3n.config.run_sections import RunSections
 
 # Sizes for which the decode kernels exist or are faster; measured on an H200 (tools/benchmarks/LOG.md).
@@ -242,23 +247,31 @@ def _decode_graph(config: RunSections, hardware: Hardware) -> Decision:
 def step_graph_obstacle(config: RunSections) -> str | None:
     """Return why the settings keep a training step from becoming one CUDA graph; None if they do not."""
     layout, sequence = config.parallel, config.training.sequence_length
+    # between context-parallel ranks, attention runs on halves of a rank's part
+    chunks = 2 * layout.context_parallel_size if layout.context_parallel_size > 1 else 1
+    multiple = chunks * GRAPH_SEQUENCE_MULTIPLE
     if layout.pipeline_model_parallel_size > 1:
         return "pipeline parallelism sends and receives between the passes"
     if layout.expert_tensor_parallel_size > 1:
         return "expert tensor parallelism: megatron-core's dispatcher copies token counts to the host"
-    if layout.expert_model_parallel_size > 1 and (why := expert_exchange_obstacle(config)):
+    dispatched_by_us = (
+        expert_exchange_obstacle if layout.expert_model_parallel_size > 1 else megatron_dispatcher_obstacle
+    )
+    if why := dispatched_by_us(config):
         return f"megatron-core's dispatcher copies token counts to the host: {why}"
     if layout.tensor_model_parallel_size > 1 and draws_random_numbers(config):
         return "tensor-parallel ranks switch RNG states for random numbers inside the passes"
+    if layout.tensor_model_parallel_size * layout.context_parallel_size > 1 and not config.training.cuda_graph:
+        return "captured collectives of tensor and context parallelism are not measured yet; training.cuda_graph=true"
     if layout.overlap_grad_reduce:
         return "parallel.overlap_grad_reduce=true reduces gradients inside the passes"
     return (
         varying_tokens(config)
         or _checkpointing_obstacle(config)
         or when(
-            sequence % GRAPH_SEQUENCE_MULTIPLE,
-            f"training.sequence_length={sequence} is not a multiple of {GRAPH_SEQUENCE_MULTIPLE}, and there cuDNN's "
-            "attention copies from the host",
+            sequence % multiple,
+            f"training.sequence_length={sequence} is not a multiple of {multiple}, and there cuDNN's attention copies "
+            "from the host",
         )
     )
 
@@ -266,7 +279,8 @@ def step_graph_obstacle(config: RunSections) -> str | None:
 def draws_random_numbers(config: RunSections) -> bool:
     """Return whether a pass draws random numbers, which activation checkpointing must draw again."""
     megatron = config.model.megatron
-    return any(megatron.get(name) for name in ("hidden_dropout", "attention_dropout", "moe_input_jitter_eps"))
+    drawing = ("hidden_dropout", "attention_dropout", "moe_input_jitter_eps")
+    return any(megatron.get(name) for name in drawing) or megatron.get("moe_router_force_biased") is not None
 
 
 def _checkpointing_obstacle(config: RunSections) -> str | None:

@@ -23,6 +23,13 @@ def local_rank() -> int:
     return _number("LOCAL_RANK", "SLURM_LOCALID", 0)
 
 
+def ranks_per_node() -> int | None:
+    """Return the number of processes on this machine, None where the launcher does not say it (LOCAL_WORLD_SIZE)."""
+    if world_size() == 1:
+        return 1
+    return _read("LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in os.environ else None
+
+
 def node_name() -> str | None:
     """Return Slurm's name of this machine, or None."""
     return os.environ.get("SLURMD_NODENAME")

@@ -31,6 +31,7 @@ def moe_plan(config: RunSections, hardware: Hardware) -> MoEPlan:
             "rows pulled through symmetric memory, no host synchronization",
             "all-gather and reduce-scatter" if exchange else "not used",
             exchange.reason,
+            _nodes_obstacle(config, hardware),
             kernel_obstacle(config, hardware, Kernel.EXPERT_EXCHANGE),
         ),
         permutation=kernel("fused permutation", config, hardware, Kernel.PERMUTATION, permuted_elsewhere),
@@ -55,13 +56,19 @@ def moe_plan(config: RunSections, hardware: Hardware) -> MoEPlan:
     )
 
 
+def _nodes_obstacle(config: RunSections, hardware: Hardware) -> str | None:
+    """Return why the launcher's nodes, where they are known, do not hold whole expert-parallel groups."""
+    ep, ranks = config.parallel.expert_model_parallel_size, hardware.ranks_per_node
+    return when(ranks is not None and ranks % ep, f"{ep} expert-parallel ranks, and {ranks} ranks on this node")
+
+
 def _local_dispatcher(config: RunSections) -> Decision:
     layout = config.parallel
     return decide(
         "local dispatcher, no host synchronization",
         "dispatcher between expert-parallel ranks",
         when(layout.expert_model_parallel_size > 1, "experts are spread over ranks"),
-        _megatron_dispatcher_obstacle(config),
+        megatron_dispatcher_obstacle(config),
     )
 
 
@@ -84,7 +91,7 @@ def expert_exchange_obstacle(config: RunSections) -> str | None:
         return f"the {ep} expert-parallel ranks are not in one node (parallel.gpus_per_node={per_node})"
     if layout.moe_token_dispatcher_type == "allgather":
         return "parallel.moe_token_dispatcher_type=allgather"
-    return _megatron_dispatcher_obstacle(config) or varying_tokens(config)
+    return megatron_dispatcher_obstacle(config) or varying_tokens(config)
 
 
 def varying_tokens(config: RunSections) -> str | None:
@@ -96,7 +103,7 @@ def varying_tokens(config: RunSections) -> str | None:
     )
 
 
-def _megatron_dispatcher_obstacle(config: RunSections) -> str | None:
+def megatron_dispatcher_obstacle(config: RunSections) -> str | None:
     """Return why only megatron-core's dispatchers serve the settings."""
     layout, megatron = config.parallel, config.model.megatron
     if layout.expert_tensor_parallel_size > 1:

@@ -40,7 +40,12 @@ class ParallelConfig(Section):
     )
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    gpus_per_node: int = Field(8, gt=0, description="for the dry run's placement advice")
+    gpus_per_node: int = Field(
+        8,
+        gt=0,
+        description="GPUs that share memory over NVLink: placement advice of the dry run, and which expert-parallel "
+        "groups use symmetric memory",
+    )
 
     @model_validator(mode="after")
     def _legal(self) -> "ParallelConfig":

@@ -96,6 +96,13 @@ class RunSections(Section):
         return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size)
 
     @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of a micro-batch on a rank in the sequence-parallel regions, where the experts are."""
+        layout, training = self.parallel, self.training
+        ranks = layout.tensor_model_parallel_size * layout.context_parallel_size
+        return training.micro_batch_size * training.sequence_length // ranks
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of a global batch."""
         return self.training.global_batch_size * self.training.sequence_length

@@ -88,10 +88,8 @@ def _expert_exchange(config: RunConfig, plan: ExecutionPlan, groups: ProcessGrou
     """Make the exchange between expert-parallel ranks; a collective call where it allocates symmetric memory."""
     if not plan.moe.symmetric_memory:
         return CollectiveExchange(groups.ep)
-    model, layout = config.model, config.parallel
-    tokens = config.training.micro_batch_size * config.training.sequence_length
-    tokens //= layout.tensor_model_parallel_size * layout.context_parallel_size
-    shape = ExchangeShape(tokens, model.hidden_size, model.num_moe_experts, model.moe_router_topk)
+    model = config.model
+    shape = ExchangeShape(config.tokens_per_rank, model.hidden_size, model.num_moe_experts, model.moe_router_topk)
     return SymmetricExchange(groups.ep, shape, torch.device("cuda", torch.cuda.current_device()))
 
 

@@ -7,7 +7,7 @@ is one document. Lengths must be multiples of 2n (`data.document_alignment`).
 Shapes: B rows, T tokens of a whole row, S = T/n tokens of a rank, n ranks, C channels, Hv value heads, K/V head dims.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -33,7 +33,8 @@ def zigzag_indices(packing: Packing | None, tokens: int, size: int, device: torc
     return packing.zigzag(size).to(device)
 
 
-@lru_cache(maxsize=16)
+# kept: a captured CUDA graph reads it
+@cache
 def _plain_indices(tokens: int, size: int, device: torch.device) -> Tensor:
     return Packing.of((0, tokens)).zigzag(size).to(device)
 
@@ -92,7 +93,8 @@ def chunks_of_rank(packing: Packing | None, rows: int, local_tokens: int, size: 
     return _plain_chunks(rows, local_tokens, device)
 
 
-@lru_cache(maxsize=16)
+# kept: a captured CUDA graph reads it
+@cache
 def _plain_chunks(rows: int, local_tokens: int, device: torch.device) -> Packing:
     return Packing.of(range(0, rows * local_tokens + 1, local_tokens // 2), device)
 

@@ -11,7 +11,7 @@ There is no other such channel: no module sets attributes of another module or o
 | `rope_angles` | `GatedAttention.forward` | the QKV projection that it calls, which applies RoPE in its epilogue |
 | `residual` | MoE layer | dispatcher or experts of the same layer, which add it in their epilogue |
 | `expert_exchange` | `build_model` | dispatchers: the exchange between expert-parallel ranks, with its buffers |
-| `has_equal_tokens` | the training step | MoE layers: every rank brings equally many tokens in this pass |
+| `tokens_per_rank` | the training step | MoE layers: how many tokens every rank brings in this pass |
 | `routing` | reinforcement learning, instruments | routers: recorded routes to replay, or a probe |
 | `delta_rule_probes` | reinforcement learning, instruments | Gated DeltaNet: a wrapper around its delta rule |
 
@@ -61,7 +61,7 @@ class PassState:
     rope_angles: Tensor | None = None
     residual: Tensor | None = None
     expert_exchange: ExpertExchange | None = None
-    has_equal_tokens: bool = False
+    tokens_per_rank: int | None = None
     routing: dict[nn.Module, RoutingHook] = field(default_factory=dict)
     delta_rule_probes: dict[nn.Module, DeltaRuleProbe] = field(default_factory=dict)
 
@@ -91,13 +91,13 @@ class PassState:
         return chain
 
     @contextmanager
-    def with_equal_tokens(self) -> Iterator[None]:
-        """Tell the MoE layers that every rank brings equally many tokens in the passes of this block."""
-        before, self.has_equal_tokens = self.has_equal_tokens, True
+    def with_equal_tokens(self, tokens: int) -> Iterator[None]:
+        """Tell the MoE layers that every rank brings this many tokens in the passes of this block."""
+        before, self.tokens_per_rank = self.tokens_per_rank, tokens
         try:
             yield
         finally:
-            self.has_equal_tokens = before
+            self.tokens_per_rank = before
 
     @property
     def is_observed(self) -> bool:

@@ -38,11 +38,19 @@ from megatron_q3n.model.protocols import Norm
 _GET_RNG_STATES, _SET_RNG_STATES = random._get_all_rng_states, random._set_all_rng_states
 
 
+# one entry for each model built in this process that draws random numbers
+_models_that_draw: list[type[Norm]] = []
+
+
 def patch_megatron(norm: type[Norm], *, keeps_rng: bool) -> None:
     """Apply the patches; repeated calls replace the same names.
 
-    `norm` is the backend's class of norms; `keeps_rng` tells whether activation checkpointing saves RNG states.
+    `norm` is the backend's class of norms; `keeps_rng` tells whether activation checkpointing saves RNG states, which
+    it does as soon as one model of the process draws random numbers.
     """
+    if keeps_rng:
+        _models_that_draw.append(norm)
+    keeps_rng = bool(_models_that_draw)
     hybrid_block.TENorm = norm
     hybrid_model.process_mtp_loss = process_mtp_loss
     hybrid_model.MultiTokenPredictionBlock = DraftingMTP

@@ -8,7 +8,7 @@ from megatron.core.enums import Fp8Recipe
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import init_method_normal
 
-from megatron_q3n.config import RunConfig
+from megatron_q3n.config import RunConfig, launch
 from megatron_q3n.config.execution_plan import ExecutionPlan, Hardware
 from megatron_q3n.config.execution_rules import execution_plan
 from megatron_q3n.kernels import registry
@@ -48,7 +48,7 @@ def transformer_config(config: RunConfig, backend_name: BackendName) -> Qwen3Nex
 def make_plan(config: RunConfig, backend_name: BackendName) -> ExecutionPlan:
     """Return the ExecutionPlan of a model in this process, with the kernels that have passed qualification so far."""
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
-    return execution_plan(config, Hardware(device, backend_name, registry.status()))
+    return execution_plan(config, Hardware(device, backend_name, registry.status(), launch.ranks_per_node()))
 
 
 def _architecture(config: RunConfig) -> dict[str, Any]:

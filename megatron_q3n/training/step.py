@@ -120,7 +120,7 @@ def _run_schedule(state: TrainState, batches: list[Batch], *, forward_only: bool
     training, chunks = state.config.training, state.chunks
     single = len(chunks) == 1
     # the plan has an exchange only for batches of one shape
-    with chunks[0].module.config.pass_state.with_equal_tokens():
+    with chunks[0].module.config.pass_state.with_equal_tokens(state.config.tokens_per_rank):
         return get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter(batches) if single else [iter(batches) for _ in chunks],

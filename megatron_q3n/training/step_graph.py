@@ -9,9 +9,9 @@ dispatchers need no token counts on the host (model/moe/token_dispatcher.py), an
 parallelism) are captured; gradients are reduced after the replay.
 
 Without expert parallelism the number of permuted rows is always tokens × top-k. With it a rank's number of rows depends
-on the routing, and the captured buffers have a fixed number: the most rows of the steps before, times
-`parallel.expert_capacity_headroom`. A step in which a rank would need more is found on the device before its gradients
-are reduced; it is repeated without the graph, exactly, and the next step is captured with larger buffers. No token is
+on the routing, and the captured buffers have a fixed number (exchange_capacity.py). A step in which a rank would need
+more is found before its gradients are reduced: the host waits for the replay and reads the largest number of all ranks.
+Such a step is repeated without the graph, exactly, and the next one is captured with larger buffers. No token is
 dropped.
 
 A library may break this silently: a copy from host memory during capture is repeated at every replay, from an address
@@ -21,10 +21,9 @@ Reference: PyTorch, "CUDA semantics", whole-network capture.
 """
 
 import gc
-import math
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -38,6 +37,7 @@ from megatron_q3n.kernels.moe import fp8_experts, grouped_linear
 from megatron_q3n.kernels.moe.expert_exchange import SymmetricExchange
 from megatron_q3n.model.moe.router import routers_of
 from megatron_q3n.model.patches import without_rng_forks
+from megatron_q3n.training.exchange_capacity import ExchangeCapacity
 
 # kernels are compiled and libraries allocate in these; neither may happen during capture
 _WARMUP_STEPS = 2
@@ -73,39 +73,56 @@ class StepGraph:
         self._reports: list[dict] = []
         self._to_finalize: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         exchange = self._model_config.pass_state.expert_exchange
-        self._exchange: SymmetricExchange | None = exchange if isinstance(exchange, SymmetricExchange) else None
-        self._headroom, self._capacity = headroom, 0
+        is_symmetric = isinstance(exchange, SymmetricExchange)
+        self._capacity = ExchangeCapacity(exchange, headroom) if is_symmetric else None
         self.num_repeated_steps = 0
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether steps are replayed now."""
+        return self._graph is not None
 
     def run(self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]) -> list[dict]:
         """Run forward and backward passes of a step's micro-batches, and reduce the gradients.
 
         Returns: the reports of `run_schedule`; they are overwritten by the next call.
         """
-        if self._is_disabled or self._eager_steps < _WARMUP_STEPS:
-            self._eager_steps += 1
+        if self._is_disabled:
             return run_schedule(batches)
+        if self._eager_steps < _WARMUP_STEPS:
+            self._eager_steps += 1
+            return self._run_exactly(batches, run_schedule)
         # outside of the graph, not only for speed: a replay reads the copies and cannot check that they are current
         fp8_experts.quantize_weights(self._parameters)
         if self._graph is None:
-            graph = self._capture(batches, run_schedule)
-            touching = find_host_nodes(graph)
-            if _any_rank(bool(touching)):
-                self._disable(touching or ["on another rank"])
+            graph, problems = self._capture(batches, run_schedule)
+            if _any_rank(bool(problems)):
+                self._disable(problems or ["on another rank"])
                 return run_schedule(batches)
             self._graph = graph
+        assert self._graph is not None
         for static, batch in zip(self._batches, batches, strict=True):
             _copy(batch, static)
+        if self._capacity is not None:
+            self._capacity.reset()
         self._graph.replay()
-        if self._overflows():
-            return self._repeat(batches, run_schedule)
+        if self._capacity is not None and (rows := self._capacity.rows_needed()) > self._capacity.rows:
+            return self._repeat(batches, run_schedule, rows)
         # the replayed kernels overwrote these gradients, without the Python code that marks them
         grouped_linear.mark_accumulate(self._overwritten)
         positional, named = self._to_finalize
         self._model_config.finalize_model_grads_func(*positional, **named)
         return self._reports
 
-    def _capture(self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]) -> torch.cuda.CUDAGraph:
+    def _run_exactly(self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]) -> list[dict]:
+        """Run the passes without a graph, counting the rows that each rank's experts get."""
+        with nullcontext() if self._capacity is None else self._capacity.counting():
+            return run_schedule(batches)
+
+    def _capture(
+        self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]
+    ) -> tuple[torch.cuda.CUDAGraph, list[str]]:
+        """Capture the passes. Returns: the graph, and why it cannot be used."""
         device = torch.cuda.current_device()
         self._batches = [_own_copy(batch, device) for batch in batches]
         torch.cuda.synchronize()
@@ -119,71 +136,55 @@ class StepGraph:
         self._model_config.finalize_model_grads_func = self._record_finalize
         # on the stream on which the model was built: autograd accumulates a leaf's gradient on the stream of the leaf's
         # hook. Other threads (a save in the background) may use the GPU meanwhile.
-        stream = torch.cuda.current_stream()
+        capturing = torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local")
+        static_rows = nullcontext() if self._capacity is None else self._capacity.static()
         _drop_dense_copies(self._model)
+        problems: list[str] = []
         try:
-            forks = without_rng_forks()
-            with self._static_rows(), forks, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with static_rows, without_rng_forks(), capturing:
                 self._reports = run_schedule(self._batches)
         except RuntimeError as error:
-            raise UserError(
-                f"a step's passes could not be captured as a CUDA graph ({str(error).splitlines()[0]}). Set "
-                "training.cuda_graph=false, and report this as a bug."
-            ) from error
+            problems = [f"it could not be captured: {str(error).splitlines()[0]}"]
         finally:
             self._model_config.finalize_model_grads_func = finalize
             _drop_dense_copies(self._model)
         self._overwritten = [p for p in stale if not grouped_linear.overwrites_main_grad(p)]
-        return graph
+        return graph, problems or find_host_nodes(graph)
 
-    def _static_rows(self) -> AbstractContextManager[None]:
-        """Return the context in which the expert exchange has a fixed number of rows, the same on every rank."""
-        if self._exchange is None:
-            return nullcontext()
-        self._capacity = math.ceil(self._most_rows() * self._headroom)
-        return self._exchange.static_capacity(self._capacity)
-
-    def _most_rows(self) -> int:
-        """Return the most rows that any rank has had in one dispatch so far. A collective call; the host waits."""
-        assert self._exchange is not None
-        rows = self._exchange.peak_rows.clone()
-        torch.distributed.all_reduce(rows, op=torch.distributed.ReduceOp.MAX)
-        return int(rows.item())
-
-    def _overflows(self) -> bool:
-        """Return whether a rank had more rows in the replayed step than its buffers hold; the same on every rank."""
-        return self._exchange is not None and self._most_rows() > self._capacity
-
-    def _repeat(self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]]) -> list[dict]:
+    def _repeat(self, batches: list[Batch], run_schedule: Callable[[list[Batch]], list[dict]], rows: int) -> list[dict]:
         """Discard everything that the replayed passes accumulated, and run them again exactly, without the graph."""
+        assert self._capacity is not None
         self.num_repeated_steps += 1
         warnings.warn(
-            f"step repeated without its CUDA graph: a rank needed {self._most_rows():,} rows of expert input, and the "
-            f"captured buffers hold {self._capacity:,}. They grow in the next step. If it happens often, raise "
-            f"parallel.expert_capacity_headroom ({self._headroom:g}).",
+            f"step repeated without its CUDA graph: a rank needed {rows:,} rows of expert input, and the captured "
+            f"buffers hold {self._capacity.rows:,}. They grow in the next step. If it happens often, raise "
+            f"parallel.expert_capacity_headroom ({self._capacity.headroom:g}).",
             stacklevel=2,
         )
         self._graph, self._batches, self._reports = None, [], []
-        self._model.zero_grad_buffer()
+        self._discard_passes()
         for router in routers_of([self._model.module]).values():
             router.reset_counts()
         if self._model_config.pass_state.mtp is not None:
             self._model_config.pass_state.mtp.pop_totals()
-        return run_schedule(batches)
+        return self._run_exactly(batches, run_schedule)
 
-    def _disable(self, touching: list[str]) -> None:
-        what = f"a captured step holds {len(touching)} nodes that touch the host ({', '.join(sorted(set(touching)))})"
+    def _discard_passes(self) -> None:
+        """Clear the gradients and DDP's record of them, as at the start of a step."""
+        self._model.zero_grad_buffer()
+
+    def _disable(self, problems: list[str]) -> None:
+        what = f"a captured step touches the host or failed ({len(problems)}: {', '.join(sorted(set(problems)))})"
         if self._required:
             raise UserError(
-                f"training.cuda_graph=true: {what}, so its replays would read freed host memory. Set "
+                f"training.cuda_graph=true: {what}; its replays would read freed host memory. Set "
                 "training.cuda_graph=null; tools/benchmarks/LOG.md describes the one known case."
             )
         warnings.warn(f"steps run without a CUDA graph: {what}", stacklevel=2)
         self._is_disabled = True
-        self._batches, self._reports = [], []
-        # capturing marked them, but no kernel ran
-        grouped_linear.mark_overwrite(self._overwritten)
-        self._overwritten = []
+        self._batches, self._reports, self._overwritten = [], [], []
+        # capturing marked gradients as written, but no kernel ran
+        self._discard_passes()
 
     def _record_finalize(self, *positional: Any, **named: Any) -> None:
         self._to_finalize = (positional, named)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_q3n.config import RunConfig, validate
+from megatron_q3n.config import RunConfig, UserError, validate
 from megatron_q3n.config.execution_plan import Decision, ExecutionPlan, Hardware, Kernel, KernelStatus
 from megatron_q3n.config.execution_rules import assumed_hardware, execution_plan
 
@@ -146,7 +146,12 @@ ETP2 = {"parallel": {"world_size": 2, "expert_tensor_parallel_size": 2}, **TWICE
         (PP2, "training_step", "pipeline parallelism"),
         (ALLTOALL, "training_step", "copies token counts to the host"),
         (ETP2, "training_step", "expert tensor parallelism"),
+        (TP2, "training_step", "not measured yet"),
         (TP2 | megatron(hidden_dropout=0.1), "training_step", "switch RNG states"),
+        (megatron(moe_expert_capacity_factor=1.0), "training_step", "capacity factor"),
+        (megatron(moe_latent_size=64), "training_step", "moe_latent_size"),
+        ({"parallel": {"moe_token_dispatcher_type": "flex"}}, "training_step", "flex"),
+        (selective("moe_act") | megatron(moe_router_force_biased=0.1), "training_step", "activation checkpointing"),
         ({"parallel": {"overlap_grad_reduce": True}}, "training_step", "overlap_grad_reduce"),
         ({"data": {"mask_document_boundaries": True}}, "training_step", "mask_document_boundaries"),
         (selective("moe_act") | megatron(hidden_dropout=0.1), "training_step", "activation checkpointing"),
@@ -189,11 +194,32 @@ def test_what_keeps_expert_parallel_ranks_from_our_exchange(sections: dict[str, 
     assert not found.training_step
 
 
-@pytest.mark.parametrize(
-    "sections", [TP2, selective("moe"), {"parallel": {"context_parallel_size": 2, "world_size": 2}}]
-)
-def test_collectives_and_checkpointing_can_be_captured(sections: dict[str, Any]) -> None:
-    assert plan_of(**sections).training_step
+CP2 = {"parallel": {"world_size": 2, "context_parallel_size": 2}}
+
+
+@pytest.mark.parametrize("sections", [TP2, CP2])
+def test_collectives_are_captured_where_it_is_requested(sections: dict[str, Any]) -> None:
+    assert not plan_of(**sections).training_step
+    requested = {"training": {"cuda_graph": True, "sequence_length": 512}}
+    assert plan_of(**sections, **requested).training_step
+
+
+def test_attention_between_context_parallel_ranks_runs_on_shorter_chunks() -> None:
+    requested = {"training": {"cuda_graph": True, "sequence_length": 384}}
+    with pytest.raises(UserError, match="not a multiple of 512"):
+        plan_of(**CP2, **requested)
+
+
+def test_activation_checkpointing_is_captured() -> None:
+    assert plan_of(**selective("moe")).training_step
+
+
+def test_ranks_on_two_nodes_share_no_memory() -> None:
+    there = Hardware("cuda", "transformer_engine", KernelStatus(frozenset(Kernel)), ranks_per_node=1)
+    plan = plan_of(there, **EP2)
+    assert plan.moe.expert_exchange
+    assert plan.moe.symmetric_memory.reason == "2 expert-parallel ranks, and 1 ranks on this node"
+    assert not plan.training_step
 
 
 def test_ranks_without_shared_memory_exchange_by_collectives() -> None:

@@ -25,47 +25,18 @@ from megatron_q3n.kernels.startup.qualification import qualify
 from megatron_q3n.model.transformer_config import compute_dtype
 from megatron_q3n.training.state import build_state
 from megatron_q3n.training.step import train_step
-
-STEPS, ROWS, TOKENS, VOCABULARY = 8, 8, 256, 64
-MODEL = {
-    "hidden_size": 64,
-    "vocab_size": VOCABULARY,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_num_key_heads": 4,
-    "linear_num_value_heads": 8,
-    "moe_shared_expert_intermediate_size": 64,
-}
-MOE_RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["moe", "gated_delta_net"]}
-EXPERT_PARALLEL = {"expert_model_parallel_size": 2}
-# layout -> parallel settings, training settings, FP8
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
-    "dp2": ({}, {}, None),
-    "ep2": (EXPERT_PARALLEL, {}, None),
-    "ep2 eager": (EXPERT_PARALLEL, {"cuda_graph": False}, None),
-    "ep2 alltoall": (EXPERT_PARALLEL | {"moe_token_dispatcher_type": "alltoall"}, {}, None),
-    "ep2 recompute": (EXPERT_PARALLEL, MOE_RECOMPUTE, None),
-    "ep2 overflow": (EXPERT_PARALLEL, {}, None),
-    "ep2 fp8": (EXPERT_PARALLEL, {}, "hybrid"),
-    "ep2 alltoall fp8": (EXPERT_PARALLEL | {"moe_token_dispatcher_type": "alltoall"}, {}, "hybrid"),
-    "dp2 fp8": ({}, {}, "hybrid"),
-    "tp2": ({"tensor_model_parallel_size": 2}, {}, None),
-    "tp2 ep2": (EXPERT_PARALLEL | {"tensor_model_parallel_size": 2}, {}, None),
-    "cp2": ({"context_parallel_size": 2}, {}, None),
-    "cp2 passing": ({"context_parallel_size": 2, "linear_context_parallel": "state_passing"}, {}, None),
-    "cp2 ep2": (EXPERT_PARALLEL | {"context_parallel_size": 2}, {}, None),
-    "pp2": ({"pipeline_model_parallel_size": 2}, {}, None),
-}
-ALONE = {"one": LAYOUTS["dp2"], "one recompute": ({}, MOE_RECOMPUTE, None), "one fp8": ({}, {}, "hybrid")}
+from tests.multigpu.layouts import ALONE, LAYOUTS, MODEL, ROWS, STEPS, TOKENS, VOCABULARY
 
 
 def main(folder: Path) -> None:
-    """Run the layouts of this number of processes; rank 0 writes them after each."""
+    """Run the layouts of this number of processes that have no result yet; every rank writes a file after each."""
     results: dict[str, Any] = {}
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     layouts = ALONE if world_size == 1 else LAYOUTS
-    wanted = sys.argv[2].split(",") if len(sys.argv) > 2 else list(layouts)
-    for name in wanted:
+    earlier = folder / f"results-{world_size}.{rank}.json"
+    if earlier.exists():
+        results = json.loads(earlier.read_text())
+    for name in [name for name in layouts if name not in results]:
         config = config_of(*layouts[name])
         device = select_device(config)
         group = parallel.initialize(config, device)
@@ -73,14 +44,16 @@ def main(folder: Path) -> None:
         try:
             results[name] = run(name, config, device, group, folder)
         except Exception as error:
-            # one layout's failure must not hide the others' results; a collective failure ends in a time-out
+            # the other rank may wait for this one: torchrun ends it, and the test starts again with the next layout
             results[name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
+            earlier.write_text(json.dumps(results))
+            os._exit(1)
         results[name]["seconds"] = time.monotonic() - started
+        earlier.write_text(json.dumps(results))
         parallel.leave_groups()
         gc.collect()
         torch.cuda.empty_cache()
         if group.is_leader:
-            (folder / f"results-{world_size}.json").write_text(json.dumps(results, indent=1))
             print(name, {k: v for k, v in results[name].items() if k != "plan"}, flush=True)
     parallel.shutdown()
 
@@ -110,7 +83,8 @@ def run(name: str, config: RunConfig, device: Device, group: parallel.Parallel, 
     checkpoint.load(state, checkpoint.find(start), resume=False, with_optimizer=False)
     if name == "ep2 overflow":
         assert state.graph is not None
-        state.graph._headroom = 0.5
+        assert state.graph._capacity is not None
+        state.graph._capacity.headroom = 0.5
     reports = [train_step(state, batches_of(step, config, group)) for step in range(STEPS)]
     plan = state.models[0].config.plan
     return {
@@ -118,7 +92,7 @@ def run(name: str, config: RunConfig, device: Device, group: parallel.Parallel, 
         "mtp": [loss for report in reports for loss in report.mtp_losses],
         "norms": [report.grad_norm for report in reports],
         "balance": [value for report in reports for value in report.balance_losses.values()],
-        "graph": bool(state.graph and state.graph._graph is not None),
+        "graph": bool(state.graph and state.graph.is_captured),
         "repeated": state.graph.num_repeated_steps if state.graph else 0,
         "plan": plan.as_tree(),
         "refused": [f"{kernel}: {verdict}" for kernel, verdict in kernels.items() if verdict.startswith("torch:")],

@@ -18,6 +18,7 @@ Shapes: W ranks, T tokens of a rank, S = W·T, E experts, L = E/W local ones, K 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -171,32 +172,50 @@ class SymmetricExchange:
     """Exchange through symmetric memory, in bf16; its buffers are shared by all layers of a model."""
 
     def __init__(self, group: ProcessGroup, shape: ExchangeShape, device: torch.device) -> None:
-        """Allocate the buffers and exchange their addresses. A collective call."""
-        from torch.distributed import _symmetric_memory as symmetric_memory  # late: only with GPUs
-
-        memory = symmetric_memory.empty(
-            PublishedBuffers.total_bytes(shape, group.size()), dtype=torch.uint8, device=device
-        )
-        self._handle = symmetric_memory.rendezvous(memory, group)
-        own = self._handle.buffer_ptrs[self._handle.rank]
-        # the memory may begin inside of the block that is shared; at the same place on every rank
-        addresses = [base + memory.data_ptr() - own for base in self._handle.buffer_ptrs]
-        self.buffers = PublishedBuffers(shape, memory, addresses, self._handle.rank)
+        """Describe the exchange; its memory is allocated by the first dispatch (`_allocated`)."""
+        self._group, self._shape, self._device = group, shape, device
         self.capacity: int | None = None
         self.peak_rows = torch.zeros(1, dtype=torch.int32, device=device)
         # whether a peer may still read tokens that this rank published
         self._may_be_read = False
 
     @contextmanager
-    def static_capacity(self, rows: int) -> Iterator[None]:
-        """Give every dispatch inside the context `rows` rows (rounded up), and leave out what does not fit."""
-        self.capacity = -(-max(rows, 1) // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
+    def static_capacity(self, rows: int) -> Iterator[int]:
+        """Give every dispatch inside the context a fixed number of rows, and leave out what does not fit.
+
+        Yields: `rows`, rounded up, and at most what any routing needs.
+        """
+        shape = self._shape
+        num_local = shape.experts // self._group.size()
+        limit = self._group.size() * shape.tokens * min(shape.topk, num_local)
+        self.capacity = min(-(-max(rows, 1) // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE, limit)
         # a replayed graph follows passes of which nothing is known here
         self._may_be_read = True
         try:
-            yield
+            yield self.capacity
         finally:
             self.capacity = None
+
+    @cached_property
+    def _allocated(self) -> tuple[Any, PublishedBuffers]:
+        """Allocate the buffers and exchange their addresses: a handle with the barrier, and the buffers.
+
+        A collective call, in the first pass that exchanges tokens: a model that only generates needs no buffers.
+        """
+        from torch.distributed import _symmetric_memory as symmetric_memory  # late: only with GPUs
+
+        size = PublishedBuffers.total_bytes(self._shape, self._group.size())
+        memory = symmetric_memory.empty(size, dtype=torch.uint8, device=self._device)
+        handle = symmetric_memory.rendezvous(memory, self._group)
+        own = handle.buffer_ptrs[handle.rank]
+        # the memory may begin inside of the block that is shared; at the same place on every rank
+        addresses = [base + memory.data_ptr() - own for base in handle.buffer_ptrs]
+        return handle, PublishedBuffers(self._shape, memory, addresses, handle.rank)
+
+    @property
+    def buffers(self) -> PublishedBuffers:
+        """The buffers that peers read."""
+        return self._allocated[1]
 
     def dispatch(self, x_TH: Tensor, map_TE: Tensor, probs_TE: Tensor) -> Dispatched:
         """See ExpertExchange."""
@@ -216,7 +235,7 @@ class SymmetricExchange:
 
     def barrier(self) -> None:
         """Wait on the device until every rank has written what it publishes, and read what was published before."""
-        self._handle.barrier(channel=0)
+        self._allocated[0].barrier(channel=0)
 
     def end_of_reads(self) -> None:
         """Note that a barrier has followed the reads of the published tokens."""

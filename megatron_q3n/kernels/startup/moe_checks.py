@@ -33,14 +33,19 @@ def check_permutation(config: RunConfig) -> tuple[Results, Results]:
 
 
 def check_expert_exchange(config: RunConfig) -> tuple[Results, Results]:
-    """Run dispatch and combine of two ranks, forward and backward, with both ranks' buffers in this process."""
-    model, ranks = config.model, 2
+    """Run dispatch and combine of all expert-parallel ranks, forward and backward, with their buffers in this process.
+
+    With exactly as many rows as needed, and with a capacity above it, whose additional rows are NaN.
+    """
+    model, ranks = config.model, config.parallel.expert_model_parallel_size
     shape = ExchangeShape(NUM_TOKENS, model.hidden_size, model.num_moe_experts, model.moe_router_topk)
     logits = random(ranks * NUM_TOKENS, model.num_moe_experts, dtype=torch.float32)
     map_SE = _routing_map(logits, model.moe_router_topk)
     probs_SE = logits.sigmoid() * map_SE
     x_SH, add_SH = (random(ranks * NUM_TOKENS + i, model.hidden_size)[i:] for i in range(2))
-    actual = _exchanged_by_kernels(shape, x_SH, map_SE, probs_SE, add_SH)
+    inputs = x_SH, map_SE, probs_SE, add_SH
+    above = ranks * NUM_TOKENS * model.moe_router_topk + 3
+    actual = [*_exchanged_by_kernels(shape, *inputs), *_exchanged_by_kernels(shape, *inputs, capacity=above)]
 
     # every token's rows, in the order of its experts
     expected_rows, expected_gates = [], []
@@ -53,11 +58,11 @@ def check_expert_exchange(config: RunConfig) -> tuple[Results, Results]:
             expected_rows.append(x_SH[map_SE[:, e]])
             expected_gates.append(probs_SE[map_SE[:, e], e])
     dprobs_SE = (x_SH.float() ** 2).sum(1, keepdim=True) * map_SE
-    return actual, [torch.cat(expected_rows), torch.cat(expected_gates), total, dprobs_SE]
+    return actual, 2 * [torch.cat(expected_rows), torch.cat(expected_gates), total, dprobs_SE]
 
 
 def _exchanged_by_kernels(
-    shape: ExchangeShape, x_SH: Tensor, map_SE: Tensor, probs_SE: Tensor, add_SH: Tensor
+    shape: ExchangeShape, x_SH: Tensor, map_SE: Tensor, probs_SE: Tensor, add_SH: Tensor, capacity: int | None = None
 ) -> Results:
     """Return rows, gates, combined tokens and gradients of the gates, for the loss Σ gate · |x|², of all ranks."""
     from megatron_q3n.kernels.moe import expert_exchange_triton as kernels  # late: Triton
@@ -74,8 +79,9 @@ def _exchanged_by_kernels(
     peak = torch.zeros(1, dtype=torch.int32, device=x_SH.device)
     rows, gates = [], []
     for buffers in all_buffers:
-        local_rows, local_gates, counts, row_SK = rows_of_published(buffers, shape.tokens, None, peak)
+        local_rows, local_gates, counts, row_SK = rows_of_published(buffers, shape.tokens, capacity, peak)
         count = int(counts.sum())
+        local_rows[count:], local_gates[count:] = float("nan"), float("nan")
         rows.append(local_rows[:count])
         gates.append(local_gates[:count])
         weighted = (local_rows * local_gates[:, None]).to(x_SH.dtype)

@@ -53,11 +53,30 @@ def qualify(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict
     with ThreadPoolExecutor(len(tasks)) as pool:
         futures = {name: pool.submit(_run_timed, device, name, task) for name, task in tasks.items()}
         verdicts = {name: future.result() for name, future in futures.items()}
+    verdicts |= _agree()
     # the delta rule's reference took some GiB
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     ahead = compile_ahead.finish()
     return verdicts | ({} if ahead is None else {"compiled ahead": ahead})
+
+
+def _agree() -> dict[Kernel, str]:
+    """Refuse on every rank the kernels that any rank refused: paths with collectives must be the same everywhere.
+
+    A collective call where there are several processes. Returns: the verdicts that change.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return {}
+    refused: list[dict[Kernel, str]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(refused, dict(registry.status().unavailable))
+    own = refused[torch.distributed.get_rank()]
+    return {
+        kernel: _refuse(kernel, f"refused on rank {rank}: {reason}")
+        for rank, found in enumerate(refused)
+        for kernel, reason in found.items()
+        if kernel not in own
+    }
 
 
 def seconds() -> dict[str, float]:
@@ -108,8 +127,9 @@ def _verdict(kernel: Kernel, check: Check) -> str:
     tolerance = _FP8_TOLERANCE if kernel is Kernel.FP8_EXPERTS else _TOLERANCE
     try:
         actual, expected = check()
-        errors = [(a.float() - b.float()).norm() / b.float().norm() for a, b in zip(actual, expected)]
-        error = max(e.item() for e in errors)
+        errors = [(a.float() - b.float()).norm() / b.float().norm() for a, b in zip(actual, expected, strict=True)]
+        # of tensors, whose maximum is NaN if any error is
+        error = torch.stack(errors).max().item()
     except _KERNEL_ERRORS as exception:
         what = f"{type(exception).__name__}: {exception}"
         return _refuse(kernel, f"the fused kernel does not run here ({what}); expect slower steps")

@@ -48,7 +48,7 @@ class Qwen3NextMoELayer(MoELayer):
         Shapes: hidden [T,B,H], or a tuple of aliases of it; residual [T,B,H], only with the plan's `fused_residual`.
         Returns: (output [T,B,H], None): there is no bias.
         """
-        equal = self.config.pass_state.has_equal_tokens
+        equal = self.config.pass_state.tokens_per_rank is not None
         self.token_dispatcher = self.dispatcher_of_equal_tokens if equal else self.dispatcher_of_any_tokens
         if not isinstance(hidden_states, tuple):
             return super().forward(hidden_states, intermediate_tensors, padding_mask)

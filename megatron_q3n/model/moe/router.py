@@ -61,7 +61,7 @@ class GlobalBatchRouter(TopKRouter):
         self._register_load_buffers()
         # Applied in `gating`; TopKRouter.forward would draw random logits a second time.
         self.forces_balance = config.moe_router_force_load_balancing
-        self._random_logits: Tensor | None = None
+        self._random_logits: dict[torch.Size, Tensor] = {}
         self.config = copy(config)
         self.config.moe_router_force_load_balancing = False
         if is_mtp_layer and config.mtp_use_repeated_layer and config.moe_z_loss_coeff:
@@ -105,9 +105,9 @@ class GlobalBatchRouter(TopKRouter):
         """
         logits = router_linear(input, self.weight) if self.config.moe_router_dtype == "fp32" else super().gating(input)
         if self.forces_balance:
-            if self._random_logits is None or self._random_logits.shape != logits.shape:
-                self._random_logits = torch.randn_like(logits)
-            logits = logits + (self._random_logits - logits).detach()
+            if logits.shape not in self._random_logits:
+                self._random_logits[logits.shape] = torch.randn_like(logits)
+            logits = logits + (self._random_logits[logits.shape] - logits).detach()
         return logits
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,11 @@ class ExchangeDispatcher(MoETokenDispatcher):
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Return tokens [T,H] and gates [T,E]."""
         self.hidden_shape, self.routing_map = hidden_states.shape, routing_map
-        return hidden_states.flatten(0, -2), probs
+        tokens_TH = hidden_states.flatten(0, -2)
+        # a rank with another number would read its peers' rows at wrong places, without an error
+        expected = self.config.pass_state.tokens_per_rank
+        assert tokens_TH.shape[0] == expected, f"{tokens_TH.shape[0]} tokens on this rank, and {expected} on every rank"
+        return tokens_TH, probs
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Bring the tokens to their experts' ranks. Returns: rows [C,H] and their gates [C]."""

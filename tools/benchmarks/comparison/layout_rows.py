@@ -29,8 +29,11 @@ FULL_RECOMPUTE = (
     "training.recompute_method=uniform",
     "training.recompute_num_layers=1",
 )
-EP2, TP2 = ("parallel.expert_model_parallel_size=2",), ("parallel.tensor_model_parallel_size=2",)
-CP2, PP2 = ("parallel.context_parallel_size=2",), ("parallel.pipeline_model_parallel_size=2",)
+# captured collectives of tensor and context parallelism are not the default
+GRAPH = "training.cuda_graph=true"
+EP2, PP2 = ("parallel.expert_model_parallel_size=2",), ("parallel.pipeline_model_parallel_size=2",)
+TP2 = ("parallel.tensor_model_parallel_size=2", GRAPH)
+CP2 = ("parallel.context_parallel_size=2", GRAPH)
 
 
 @dataclass(frozen=True)

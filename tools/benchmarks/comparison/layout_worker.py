@@ -78,7 +78,7 @@ def _measured(row: Row, config: Any, steps: int, qualified: dict[str, Any]) -> d
         "tflops_per_second": flops / group.world_size / 1e12,
         "mfu": flops / qualified["rate"],
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "graph": bool(state.graph and state.graph._graph is not None),
+        "graph": bool(state.graph and state.graph.is_captured),
         "repeated_steps": state.graph.num_repeated_steps if state.graph else 0,
         "step": str(state.models[0].config.plan.training_step),
         "exchange": str(state.models[0].config.plan.moe.symmetric_memory),
