@@ -1,42 +1,23 @@
-"""Credentials in settings and file names: what must not be written into job scripts, run directories and snapshots.
+"""Credentials in job scripts and file names: what must not be written into scripts and snapshots.
 
-A name is judged by its last word (WANDB_API_KEY, --auth-token), so that TOKENIZERS_PARALLELISM or NUM_TOKENS are no
-credentials. A value that only refers to one is allowed: a shell expansion ($NAME, $(cat FILE)) or a path.
+Names and values are judged as in settings (config/credentials.py of the package).
 """
 
 import re
 from collections.abc import Iterable
 
-# as a whole last word, or at the end of a last word written together with another (HFTOKEN, PGPASSWORD)
-_SECRET_END = re.compile(
-    r"(?:(?:^|[_.-]|api|access|auth|private|secret|ssh|wandb|hf)keys?"
-    r"|token|passw(?:or)?d|passphrase|secrets?|credentials?|(?:^|[_.-])(?:pass|pwd))$",
-    re.IGNORECASE,
-)
-# words that a secret's name may be followed by: HF_TOKEN_2, API_KEY_ID
-_SUFFIX = re.compile(r"(?:[_.-]?\d+|[_.-](?:id|value|read|write|prod|dev))+$", re.IGNORECASE)
+from megatron_q3n.config.credentials import PASSWORD_IN_URL, is_secret_name, refers_only
+
 _ASSIGNMENT = re.compile(r"(?<![\w.-])(?:--?)?([A-Za-z][\w.-]*)=(\"[^\"]*\"|'[^']*'|[^\s,;]*)")
 _OPTION_AND_VALUE = re.compile(r"(?<!\S)--?([A-Za-z][\w.-]*)\s+(\"[^\"]*\"|'[^']*'|[^\s,;=-][^\s,;]*)")
-_URL = re.compile(r"\w+://[^/\s:@]+:([^/\s@]+)@")
 _SECRET_FILES = re.compile(
     r"(?:^|/)(?:\.[^/]*|id_(?:rsa|dsa|ecdsa|ed25519)[^/]*|[^/]*\.(?:pem|key|p12|pfx|env|netrc))(?:/|$)", re.IGNORECASE
 )
 
 
-def is_secret_name(name: str) -> bool:
-    """Return whether a variable, option or file stem of this name holds a credential."""
-    return _SECRET_END.search(_SUFFIX.sub("", name)) is not None
-
-
-def refers_only(value: str) -> bool:
-    """Return whether a value is empty, a path or a shell expansion, and therefore not the credential itself."""
-    bare = value.strip().strip("\"'")
-    return not bare or bare[0] in "/~$`" or bare.lower() in ("true", "false", "null", "0", "1")
-
-
 def find(text: str) -> str | None:
     """Return the name of the first credential that a text assigns (NAME=value, --name value, URL), or None."""
-    for match in _URL.finditer(text):
+    for match in PASSWORD_IN_URL.finditer(text):
         if not refers_only(match[1]):
             return f"the password in {match[0].split(':')[0]}://…"
     for pattern in (_ASSIGNMENT, _OPTION_AND_VALUE):

@@ -12,9 +12,9 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megatron_q3n.config import UserError, suggest
+from megatron_q3n.config.credentials import is_secret_name, refers_only
 from megatron_q3n.config.section import Section
 from slurm.credential_rules import find as find_credential
-from slurm.credential_rules import is_secret_name, refers_only
 from slurm.directives import check_line, check_time
 from slurm.yaml_files import read_mapping
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError, model_validator
 
+from megatron_q3n.config.credentials import refuse_credentials
 from megatron_q3n.config.errors import UserError, suggest
 from megatron_q3n.config.run_sections import RunSections
 from megatron_q3n.config.section import Section
@@ -54,6 +55,7 @@ def validate(tree: dict[str, Any]) -> RunConfig:
 
     Raises: UserError with one line per problem: where, what was found, what is allowed.
     """
+    refuse_credentials(tree)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
