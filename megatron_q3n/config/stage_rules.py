@@ -29,8 +29,8 @@ def check_start(config: RunSections) -> None:
     is_pretraining = config.stage in ("pretrain", "longcontext") or (config.stage == "mtp" and not config.sft.train)
     if config.checkpoint.load_other_tokenizer and not (config.checkpoint.load and is_pretraining):
         raise UserError(
-            f"checkpoint.load_other_tokenizer=true has no effect with stage={config.stage} and checkpoint.load="
-            f"{config.checkpoint.load}: it allows continued pretraining on text of another tokenizer; set it to false."
+            f"checkpoint.load_other_tokenizer=true has no effect with stage={config.stage}, or without "
+            "checkpoint.load: it allows continued pretraining on text of another tokenizer; set it to false."
         )
     if config.callbacks and config.stage in ("generate", "serve", "evaluate"):
         raise UserError(

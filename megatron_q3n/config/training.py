@@ -44,7 +44,7 @@ class ScheduleConfig(Section):
     """Learning rate over steps: linear warm-up, then decay to `min_lr` by `style`."""
 
     style: Literal["cosine", "wsd", "constant"] = "cosine"
-    lr: float = Field(2e-3, gt=0, le=100, description="the peak")
+    lr: float = Field(2e-3, gt=0, le=1e6, description="the peak")
     min_lr: float = Field(2e-4, ge=0)
     warmup_steps: int = Field(20, ge=0)
     decay_steps: int | float | None = Field(

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from megatron_q3n.config import RunConfig, UserError
+from megatron_q3n.config.override_text import shell_override
 from megatron_q3n.config.paths import path_settings
 from megatron_q3n.config.plain_yaml import read_mapping
 from megatron_q3n.config.run_sections import RunSections
@@ -89,7 +90,7 @@ def check_same_inputs(run_dir: Path, config: RunConfig) -> None:
     if differences:
         raise UserError(
             f"{run_dir} cannot be resumed with other data or batches: {'; '.join(differences)}. "
-            f"Set them back, or start a new run from its weights: checkpoint.load={run_dir}"
+            f"Set them back, or start a new run from its weights: {shell_override('checkpoint.load', run_dir)}"
         )
     if record is not None:
         _compare_contents(run_dir, record, config)
@@ -128,7 +129,8 @@ def _compare_contents(run_dir: Path, record: InputRecord, config: RunConfig) -> 
         )
         raise UserError(
             f"{run_dir} cannot be resumed on other contents than it began with: {shown}. Restore them, start a new "
-            f"run from its weights (checkpoint.load={run_dir}), or go on with data.accept_changed_contents=true, "
+            f"run from its weights ({shell_override('checkpoint.load', run_dir)}), or go on with "
+            "data.accept_changed_contents=true, "
             "which is recorded."
         )
     accepted = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed}

@@ -69,8 +69,10 @@ def missing_inputs(config: RunConfig) -> list[str]:
         is_used = mark.role == "input" or (mark.role == "data" and name.partition(".")[0] in sections)
         if not is_used or name == "checkpoint.load" or EXPRESSION in path or _exists(path):
             continue
-        creation = f" Create it with tools/prepare_data.py --output {path}." if name.startswith("data.") else ""
-        problems.append(f"{name}={path} does not exist.{creation or ' Correct the path.'}")
+        advice = "Correct the path."
+        if name.startswith("data."):
+            advice = f"Create it with tools/prepare_data.py --output {shlex.quote(path)}."
+        problems.append(f"{name}={path} does not exist. {advice}")
     return problems
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_q3n import run_directory
 from megatron_q3n.config import RunConfig, UserError
 from megatron_q3n.config.sizes import flops_per_token, parameters
+from megatron_q3n.conversion.run_tokenizer import run_tokenizer
 from megatron_q3n.data.bigram import witten_bell_bits_per_byte
 from megatron_q3n.data.pretrain import PretrainData, build_pretrain_data
 from megatron_q3n.data.run_inputs import data_sections
@@ -142,6 +143,11 @@ def check_same_tokenizer(config: RunConfig, tokenizer: TextTokenizer) -> None:
     if config.checkpoint.load_other_tokenizer:
         return
     source = trained_model.find_checkpoint(config)
+    if run_tokenizer(source) is None:
+        raise UserError(
+            f"{source} does not say which tokenizer it was trained with, so the text of `data` cannot be compared. "
+            "If it is the right text, allow it with checkpoint.load_other_tokenizer=true."
+        )
     before = trained_model.checkpoint_tokenizer(source, None)
     if before.fingerprint != tokenizer.fingerprint:
         raise UserError(

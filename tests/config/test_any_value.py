@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "training.seed=4294967296: input should be less than or equal to 4294967295",
     ),
     "sampling seed": ({"inference": {"seed": 2**32}}, "inference.seed=4294967296"),
-    "learning rate": ({"schedule": {"lr": 1e300}}, "schedule.lr=1e+300: input should be less than or equal to 100"),
+    "learning rate": ({"schedule": {"lr": 1e300}}, "schedule.lr=1e+300: input should be less than or equal to 1000000"),
     "steps": ({"training": {"steps": 10**12}}, "training.steps=1000000000000: input should be less than or equal to"),
     "not a number": ({"model": {"megatron": {"hidden_dropout": float("nan")}}}, "hidden_dropout=nan is no number"),
     "infinite": ({"model": {"megatron": {"hidden_dropout": float("inf")}}}, "hidden_dropout=inf is no number"),

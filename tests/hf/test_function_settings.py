@@ -28,8 +28,8 @@ OTHER_FUNCTION: dict[str, Any] = {
     "softmax_type": "off-by-one",
     "moe_router_num_groups": 2,
     "moe_router_group_topk": 1,
-    "moe_shared_expert_gate": False,
     "qk_layernorm": False,
+    "moe_shared_expert_gate": False,
     "no_rope_freq": 2,
     "moe_apply_probs_on_input": True,
     "moe_expert_capacity_factor": 1.0,
@@ -89,9 +89,9 @@ def test_the_described_settings_are_in_config_json(family: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
 def test_another_function_is_not_exported(family: Any) -> None:
     for name, value in OTHER_FUNCTION.items():
-        model = validate({"model": {"megatron": {name: value}}}).model
-        with pytest.raises(UserError, match=rf"model\.megatron\.{name}={value} cannot be exported"):
-            to_published(model, family)
+        # some are refused by validation already, since they cannot work here at all
+        with pytest.raises(UserError, match=rf"model\.megatron\.{name}={value}(:| cannot be exported)"):
+            to_published(validate({"model": {"megatron": {name: value}}}).model, family)
 
 
 def test_an_unclassified_setting_is_not_exported(monkeypatch: pytest.MonkeyPatch) -> None:

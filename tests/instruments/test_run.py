@@ -26,6 +26,7 @@ RUN = [
 
 # prefixes of the metrics that a pretraining run on a CPU does not have
 OF_OTHER_RUNS = (
+    "loss/validation/",
     "acceptance_rate/",
     "acceptance_length/",
     "policy/",

@@ -158,8 +158,6 @@ def test_without_a_limit_the_answer_may_fill_the_context(client: openai.OpenAI) 
         ({"messages": [{"role": "user"}]}, "a user message has no content"),
         ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages.0.name is not a parameter"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0"),
-        ({"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]}, "has no reasoning_content"),
-        ({"tools": [TOOL]}, "chat template has no tools"),
         ({"tool_choice": "auto"}, "tool_choice has no effect"),
         ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice: "),
         ({"top_logprobs": 2}, "top_logprobs has no effect"),
@@ -173,4 +171,20 @@ def test_without_a_limit_the_answer_may_fill_the_context(client: openai.OpenAI) 
 )
 def test_what_is_not_supported_is_refused(client: openai.OpenAI, parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message):
+        chat(client, **parameters)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]}, "has no reasoning_content"),
+        ({"tools": [TOOL]}, "chat template has no tools"),
+    ],
+)
+def test_what_a_chat_template_lacks_is_refused(alone: Any, parameters: dict[str, Any], message: str) -> None:
+    with (
+        running(alone, template="{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}") as server,
+        openai.OpenAI(base_url=server.url, api_key=KEY, max_retries=0) as client,
+        pytest.raises(openai.BadRequestError, match=message),
+    ):
         chat(client, **parameters)

@@ -100,7 +100,7 @@ def test_the_text_defaults_to_that_of_the_run(run_dir: Path) -> None:
     (beside / "config.yaml").write_text(yaml.safe_dump(saved))
     found = with_checkpoint_data(source, validate({"data": {"cache_dir": "here"}})).data
     assert (found.stdlib_vocab_size, found.stdlib_packages) == (300, ["yaml"])
-    assert found.cache_dir == "here"
+    assert found.cache_dir == str(Path("here").absolute())
     named = validate({"data": {"stdlib_vocab_size": 400}})
     assert with_checkpoint_data(source, named) == named
     saved["data"].pop("stdlib_packages")  # a run from before there were any
@@ -204,7 +204,7 @@ def test_a_checkpoint_is_needed() -> None:
 
 
 BAD_INPUT = {
-    "no such folder of tasks": (["evaluate.tasks=[a]", "evaluate.tasks_dir=/nowhere"], "no such folder"),
+    "no such folder of tasks": (["evaluate.tasks=[a]", "evaluate.tasks_dir=/nowhere"], "does not exist"),
     "a file that cannot be written": (["evaluate.output=/nowhere/out.json"], "Nothing was computed"),
     "rows longer than positions": (["evaluate.context_tokens=1024"], "max_position_embeddings=512"),
     "recall longer than positions": (["evaluate.recall_lengths=[16,300]"], "two copies of 300 tokens"),

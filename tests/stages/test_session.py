@@ -164,7 +164,7 @@ def test_a_stop_on_a_bad_step_ends_with_2_and_says_why(tmp_path: Path, stage: st
 def test_a_bad_path_is_refused_before_there_is_a_directory(tmp_path: Path, stage: str) -> None:
     done = train(stage, tmp_path / "run", callbacks=[callback("Missing")])
     assert done.returncode == 2
-    assert f"callbacks[0]: path={CALLBACKS}.Missing is not a subclass" in done.stderr
-    assert f"{CALLBACKS} defines MomentLog, ScaledGradients, WithheldUpdate" in done.stderr
+    assert f"callbacks[0]: path={CALLBACKS}.Missing: " in done.stderr
+    assert "defines no Missing" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()

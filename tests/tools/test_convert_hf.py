@@ -39,6 +39,10 @@ def test_continued_pretraining_takes_one_override(
         *("validation.batches=1", "validation.bigram_baseline=false", "samples.count=0"),
         *("schedule.lr=1e-4", "schedule.min_lr=1e-4"),
     ]
+    refused = run_module("--config-name", "pretrain-tiny", override, *short)
+    assert refused.returncode == 2
+    assert "does not say which tokenizer it was trained with" in refused.stderr
+    short.append("checkpoint.load_other_tokenizer=true")
     trained = run_module("--config-name", "pretrain-tiny", override, *short)
     assert trained.returncode == 0, trained.stderr
     assert "weights from" in trained.stdout

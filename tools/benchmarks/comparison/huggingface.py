@@ -48,7 +48,10 @@ class HuggingFace:
     def build(self, config: RunConfig) -> None:
         """Build a model on the device, freshly initialized from the seed."""
         torch.manual_seed(config.training.seed)
-        published = Qwen3NextConfig(**to_published(config.model, hf.QWEN3_NEXT))
+        # balanced routing, which the format cannot describe, is forced below
+        routed = {k: v for k, v in config.model.megatron.items() if k != "moe_router_force_load_balancing"}
+        model = config.model.model_copy(update={"megatron": routed})
+        published = Qwen3NextConfig(**to_published(model, hf.QWEN3_NEXT))
         dtype = torch.bfloat16 if config.precision.compute == "bf16" else torch.float32
         with torch.device(self.device.torch_device):
             self.model = Qwen3NextForCausalLM._from_config(
