@@ -76,7 +76,8 @@ def attempts(run_dir: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and _FIELDS.get(record.get("event"), {"?"}) <= set(record):
+        event = record.get("event") if isinstance(record, dict) else None
+        if isinstance(event, str) and _FIELDS.get(event, {"?"}) <= set(record):
             lines.append(record)
     return lines
 
