@@ -282,7 +282,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     known = known_settings()
     for override in overrides:
         name = override.partition("=")[0].lstrip("+~")
-        is_group = (RECIPES / name).is_dir()
+        is_group = any(path.name == name for path in RECIPES.iterdir() if path.is_dir())
         if (
             "=" in override
             and name not in known

@@ -75,7 +75,7 @@ def test_every_setting_takes_or_refuses_odd_values() -> None:
         assert message is None or message.strip(), override
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_overrides_are_accepted_or_refused_in_a_message(data: st.DataObject) -> None:
     overrides = [
