@@ -4,6 +4,7 @@ A run's config.yaml is read from other folders and other machines, so it holds n
 walks over the path settings of a configuration finds them by these types (`path_settings`), not by a list of names.
 """
 
+import glob
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,13 @@ class PathMark:
 def absolute(path: str) -> str:
     """Return a path from the root, with `~` expanded; symbolic links and `..` are kept."""
     return str(Path(os.path.expanduser(path)).absolute())
+
+
+def existing(path: str) -> list[Path]:
+    """Return the file or folder of this path, or what it matches as a glob pattern; empty if there is nothing."""
+    if Path(path).exists() or not glob.has_magic(path):
+        return [Path(path)] if Path(path).exists() else []
+    return [Path(match) for match in glob.iglob(path, recursive=True)]
 
 
 def _checked(path: str) -> str:

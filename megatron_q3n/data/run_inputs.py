@@ -23,6 +23,7 @@ from megatron_q3n.config.plain_yaml import read_mapping
 from megatron_q3n.config.run_sections import RunSections
 from megatron_q3n.config.section import Section
 from megatron_q3n.config.sft import TaskSet
+from megatron_q3n.data.content_digest import content_digest
 from megatron_q3n.data.manifest import verify_prepared
 from megatron_q3n.data.stdlib import corpus_key
 
@@ -171,15 +172,7 @@ def _digests(path: Path, *, is_prepared: bool) -> dict[str, str]:
         manifest = verify_prepared(path)
         text = f"{manifest.documents_bin.sha256} {manifest.documents_idx.sha256}"
         return {"text": hashlib.sha256(text.encode()).hexdigest(), "tokenizer": manifest.tokenizer.fingerprint}
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror}. Restore it, or change the setting.") from None
-    return {"contents": digest.hexdigest()}
+    return {"contents": content_digest(path)}
 
 
 def _task_sets(section: Section) -> Iterator[TaskSet]:

@@ -18,6 +18,7 @@ import numpy as np
 from megatron_q3n.config import UserError
 from megatron_q3n.config.sft import ConversationSource, SftConfig
 from megatron_q3n.data.chat_template import ChatTemplate
+from megatron_q3n.data.content_digest import content_digest
 from megatron_q3n.data.conversation_tasks import task_conversations
 from megatron_q3n.data.conversations import (
     Conversation,
@@ -195,7 +196,7 @@ def _fit(
 
 def _cache_key(settings: SftConfig, template: ChatTemplate, length: int, fingerprint: str) -> str:
     files = {
-        source.path: [_digest(file.path) for file in find_row_sources(source.path)]
+        source.path: [content_digest(file.path) for file in find_row_sources(source.path)]
         for source in [*settings.train, *settings.validation]
         if source.path is not None
     }
@@ -208,19 +209,6 @@ def _cache_key(settings: SftConfig, template: ChatTemplate, length: int, fingerp
         "tokenizer": fingerprint,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _digest(path: Path) -> str:
-    """Return the SHA-256 of a file, or of the digests of every file in a folder."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror}. Check the path and permissions.") from None
-    return digest.hexdigest()
 
 
 _ARRAYS = ("tokens", "weights", "bounds", "sources")

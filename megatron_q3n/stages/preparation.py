@@ -4,7 +4,6 @@ A dry run is prepared too. Its plan is for another machine as often as for this 
 listed beside the plan (`rehearse`), while what would be refused everywhere is refused.
 """
 
-import glob
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from megatron_q3n import checkpoint
 from megatron_q3n.checkpoint import integrity
 from megatron_q3n.config import RunConfig, UserError, launch, validate
-from megatron_q3n.config.paths import EXPRESSION, path_settings
+from megatron_q3n.config.paths import EXPRESSION, existing, path_settings
 from megatron_q3n.config.start_model import vocabulary_for, with_saved_model
 from megatron_q3n.config.user_code import check_definition
 from megatron_q3n.data.blend import load_blends
@@ -67,18 +66,13 @@ def missing_inputs(config: RunConfig) -> list[str]:
     sections = data_sections(config)
     for name, path, mark in path_settings(config):
         is_used = mark.role == "input" or (mark.role == "data" and name.partition(".")[0] in sections)
-        if not is_used or name == "checkpoint.load" or EXPRESSION in path or _exists(path):
+        if not is_used or name == "checkpoint.load" or EXPRESSION in path or existing(path):
             continue
         advice = "Correct the path."
         if name.startswith("data."):
             advice = f"Create it with tools/prepare_data.py --output {shlex.quote(path)}."
         problems.append(f"{name}={path} does not exist. {advice}")
     return problems
-
-
-def _exists(path: str) -> bool:
-    """Return whether there is such a file or folder, or one that a glob pattern matches."""
-    return Path(path).exists() or (glob.has_magic(path) and next(glob.iglob(path, recursive=True), None) is not None)
 
 
 def _check_launcher(config: RunConfig) -> None:

@@ -157,3 +157,18 @@ def test_missing_text_is_refused_before_a_run_begins(blend: RunConfig, tmp_path:
     shutil.rmtree(tmp_path / "train")
     with pytest.raises(UserError, match="does not exist"):
         InputRecord.of(blend)
+
+
+def test_a_glob_pattern_is_digested_by_its_matches(tmp_path: Path) -> None:
+    from megatron_q3n.data.content_digest import content_digest
+
+    for name, text in (("a.jsonl", "1"), ("b.jsonl", "2"), ("c.txt", "3")):
+        (tmp_path / name).write_text(text)
+    pattern = str(tmp_path / "*.jsonl")
+    before = content_digest(pattern)
+    (tmp_path / "c.txt").write_text("4")
+    assert content_digest(pattern) == before
+    (tmp_path / "b.jsonl").write_text("5")
+    assert content_digest(pattern) != before
+    with pytest.raises(UserError, match="No such file"):
+        content_digest(str(tmp_path / "*.csv"))
