@@ -185,8 +185,11 @@ def _resumed(run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     _check_overrides(overrides, {path.name for path in RECIPES.iterdir() if path.is_dir()}, is_start=False)
     ConfigStore.instance().store(RESUMED, literal(tree))
     changed, _ = _compose(RESUMED, RECIPES, overrides, [])
-    if changed["own_model_settings"] is not None:
-        changed["own_model_settings"] = sorted({*changed["own_model_settings"], *_named_model_settings(overrides)})
+    own = changed["own_model_settings"]
+    # null, and a damaged value that validation refuses, stay as they are
+    if isinstance(own, list):
+        named = sorted(name for name in _named_model_settings(overrides) if name not in own)
+        changed["own_model_settings"] = own + named
     return changed | {"run_dir": str(run_dir.resolve())}
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from megatron_q3n.config import UserError, default_tree
 from megatron_q3n.recipe import configure, register_defaults
+from tests.seeds import FIRST_SEED
 
 NUM_DAMAGED, SECONDS = 300, 20
 Dice = random.Random
@@ -118,9 +119,16 @@ def test_a_good_one_is_accepted(good: bytes, tmp_path: Path) -> None:
     assert outcome(tmp_path, good) == ""
 
 
+@pytest.mark.parametrize("value", [v for v in VALUES if v is not None])
+def test_a_damaged_record_of_the_models_own_settings_is_refused(good: bytes, tmp_path: Path, value: Any) -> None:
+    tree = yaml.safe_load(good) | {"own_model_settings": value}
+    message = outcome(tmp_path, yaml.dump(tree, Dumper=yaml.CSafeDumper).encode())
+    assert "own_model_settings" in message or value in ([], "${"), message
+
+
 def test_every_damage_is_one_message(good: bytes, tmp_path: Path) -> None:
-    start, num_refused = random.randrange(10**6), 0
-    for seed in range(start, start + NUM_DAMAGED):
+    num_refused = 0
+    for seed in range(FIRST_SEED, FIRST_SEED + NUM_DAMAGED):
         dice = Dice(seed)
         content = dice.choice(DAMAGES)(good, dice)
         try:

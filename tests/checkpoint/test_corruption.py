@@ -16,6 +16,7 @@ import pytest
 from megatron_q3n.checkpoint import integrity
 from megatron_q3n.config import UserError
 from tests.checkpoint.tiny_state import fingerprint, state_of, step
+from tests.seeds import FIRST_SEED
 
 CORRUPTIONS, RESUMED, PRUNED = 200, 6, 6
 Dice = random.Random
@@ -107,7 +108,7 @@ def test_every_corruption_is_found_and_none_is_loaded(
     state = state_of(alone)
     step(state)
     before = fingerprint(state)
-    start = random.randrange(10**6)
+    start = FIRST_SEED
     for seed in range(start, start + CORRUPTIONS):
         target = tmp_path / "run"
         done = damaged_copy(run_dir[0], target, seed)
@@ -126,7 +127,7 @@ def test_a_resume_falls_back_with_a_warning_and_keeps_the_damaged_checkpoint(
     from megatron_q3n import checkpoint
 
     state = state_of(alone)
-    start = random.randrange(10**6)
+    start = FIRST_SEED
     for seed in range(start, start + RESUMED):
         target = tmp_path / "run"
         done = damaged_copy(run_dir[0], target, seed)
@@ -150,7 +151,7 @@ def test_pruning_never_deletes_an_intact_checkpoint_for_a_damaged_one(
 
     state = state_of(alone)
     notes: list[str] = []
-    start = random.randrange(10**6)
+    start = FIRST_SEED
     for seed in range(start, start + PRUNED):
         target = tmp_path / "run"
         checkpoint.load(state, run_dir[0] / "checkpoints/step_0000002", resume=True)

@@ -24,6 +24,7 @@ import torch
 from megatron_q3n.checkpoint import integrity, write_manifest
 from megatron_q3n.config import UserError
 from tests.checkpoint.tiny_state import fingerprint, state_of, step
+from tests.seeds import FIRST_SEED
 
 NUM_DAMAGED, NUM_DAMAGED_RECORDS = 300, 40
 Dice = random.Random
@@ -125,7 +126,7 @@ def test_every_damage_of_the_index_is_one_message(run_dir: Path, intact: Path) -
     from megatron_q3n.checkpoint.saved_tensors import CheckpointTensors
 
     folder, good = newest(run_dir), (newest(intact) / ".metadata").read_bytes()
-    start, num_refused = random.randrange(10**6), 0
+    start, num_refused = FIRST_SEED, 0
     for seed in range(start, start + NUM_DAMAGED):
         dice, content = Dice(seed), bytearray(good)
         damage = dice.choice(DAMAGES)
@@ -247,7 +248,7 @@ def test_damaged_records_that_are_not_verified_are_one_message(run_dir: Path, in
     from megatron_q3n import checkpoint
 
     state = state_of(alone, {"checkpoint": {"verify": "sizes"}})
-    start = random.randrange(10**6)
+    start = FIRST_SEED
     (name,) = (path.name for path in newest(intact).glob("*.distcp") if path.stat().st_size > 100_000)
     good = (newest(intact) / name).read_bytes()
     for seed in range(start, start + NUM_DAMAGED_RECORDS):
